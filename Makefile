@@ -1,0 +1,87 @@
+# Targets explain themselves: `make` or `make help` prints them.
+GO       ?= go
+BIN      := bin
+TOOLS    := $(BIN)/tools
+PKGS     := ./...
+VERSION  ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+FUZZTIME ?= 20s
+SEED     ?= 1
+SEEDS    ?= 20
+export GOFLAGS := -mod=readonly
+
+.DEFAULT_GOAL := help
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim image tools deps clean
+
+help: ## print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/trivet, the one binary (static)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/trivet ./cmd/trivet
+
+test: build ## run every test (root and /dev/fuse give the ones on real devices too)
+	$(GO) test -timeout 20m $(PKGS)
+
+race: ## run the unit tests under the race detector (-short)
+	$(GO) test -race -short -timeout 25m $(PKGS)
+
+check: ## format, vet, lint, tidy and generated code: all clean (what CI runs first)
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet $(PKGS)
+	$(GO) mod tidy -diff
+	$(MAKE) --no-print-directory lint
+
+lint: $(TOOLS)/golangci-lint ## run golangci-lint and the rules in internal/lint
+	$(TOOLS)/golangci-lint run $(PKGS)
+	$(GO) test ./internal/lint
+
+fmt: $(TOOLS)/golangci-lint ## format the code
+	$(TOOLS)/golangci-lint fmt $(PKGS)
+
+generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## regenerate api/*.pb.go (needs protoc)
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" protoc --proto_path=api --go_out=api --go_opt=paths=source_relative \
+		--go-grpc_out=api --go-grpc_opt=paths=source_relative admin.proto
+
+testdata: ## rewrite the expectations of the datadriven scripts; read the diff
+	$(GO) test ./controller/meta ./engine ./replication -rewrite
+
+sanity: build $(TOOLS)/csi-sanity ## run csi-sanity in process and as a binary against a socket (root)
+	sanity/run.sh $(TOOLS)/csi-sanity
+
+demo: build ## three servers, one volume, the death of its leader (root; at most 60 s)
+	$(GO) build -o $(BIN)/demo ./internal/demo
+	$(BIN)/demo -trivet $(BIN)/trivet
+
+bench: ## run the Go benchmarks
+	$(GO) test -run '^$$' -bench . -benchtime 1s $(PKGS)
+
+fuzz: ## run every fuzz target for FUZZTIME (default 20s)
+	./internal/testutil/fuzz.sh $(FUZZTIME)
+
+sim: ## run the simulator: make sim SEED=7 SEEDS=100
+	$(GO) test ./internal/sim -count=1 -timeout 60m -v -seed $(SEED) -seeds $(SEEDS)
+
+image: build ## build the container image with docker or podman, whichever is there
+	@tool=$$(command -v docker || command -v podman) || { echo "image: neither docker nor podman is installed"; exit 1; }; \
+	"$$tool" build -t trivet:$(VERSION) -f deploy/Dockerfile .
+
+tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## build the pinned tools
+
+deps: ## install what the tests need beyond Go (Debian, root)
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+		e2fsprogs xfsprogs util-linux fio libnbd-bin qemu-utils protobuf-compiler >/dev/null
+
+clean: ## remove what make built
+	rm -rf $(BIN)
+
+$(TOOLS)/golangci-lint: tools/golangci/go.mod
+	cd tools/golangci && GOFLAGS= $(GO) build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+$(TOOLS)/csi-sanity: tools/go.mod
+	cd tools && GOFLAGS= $(GO) build -o ../$@ github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity
+
+$(TOOLS)/protoc-gen-go: tools/go.mod
+	cd tools && GOFLAGS= $(GO) build -o ../$@ google.golang.org/protobuf/cmd/protoc-gen-go
+
+$(TOOLS)/protoc-gen-go-grpc: tools/go.mod
+	cd tools && GOFLAGS= $(GO) build -o ../$@ google.golang.org/grpc/cmd/protoc-gen-go-grpc

@@ -1,0 +1,132 @@
+package lint_test
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet/internal/lint"
+)
+
+// mayImport is the direction of data: a package may import the packages of this module named
+// here, and "." (the vocabulary) always. A package that is missing here fails the test, so that a
+// newcomer decides where it stands.
+var mayImport = map[string][]string{
+	".":                     {},
+	"engine":                {},
+	"iothrottle":            {},
+	"node/blockdev":         {},
+	"controller/meta":       {},
+	"replication/transport": {},
+	"internal/pki":          {},
+	"internal/lint":         {},
+	"internal/faultdev":     {},
+	"internal/testutil":     {},
+	"api":                   {},
+	"replication/raftgroup": {"replication/transport"},
+	"replication":           {"engine", "replication/raftgroup", "replication/transport"},
+	"controller":            {"controller/meta", "replication/raftgroup", "replication/transport"},
+	"node": {
+		"controller/meta", "engine", "iothrottle", "node/blockdev", "replication", "replication/raftgroup",
+		"replication/transport",
+	},
+	"driver": {"controller", "controller/meta", "node"},
+	"server": {
+		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
+		"replication/raftgroup", "replication/transport",
+	},
+	"cmd/trivet":    {"api", "controller/meta", "internal/pki", "server"},
+	"internal/sim":  {"engine", "replication", "replication/raftgroup", "replication/transport"},
+	"internal/demo": {"api", "internal/pki"},
+	"deploy":        {},
+	"sanity":        {"internal/testutil", "server"},
+	"sanity/mount":  {"sanity"},
+	"sanity/block":  {"sanity"},
+}
+
+// homes says where a third-party library may be used outside tests: it stops at one package, so
+// that it can be replaced by changing one package.
+var homes = []struct {
+	prefix string
+	dirs   []string
+}{
+	{"github.com/hashicorp/", []string{"replication/raftgroup"}},
+	{"github.com/cockroachdb/pebble/v2/vfs", []string{"controller", "engine", "internal/sim", "node", "replication",
+		"replication/raftgroup", "server"}},
+	{"github.com/cockroachdb/pebble", []string{"engine"}},
+	{"github.com/container-storage-interface/", []string{"driver", "internal/demo"}},
+	{"github.com/kubernetes-csi/csi-lib-utils", []string{"driver"}},
+	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},
+	{"google.golang.org/grpc", []string{"api", "cmd/trivet", "driver", "internal/demo", "server"}},
+	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
+	{"k8s.io/mount-utils", []string{"node"}},
+	{"k8s.io/utils", []string{"node"}},
+	{"golang.org/x/sys/unix", []string{"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
+		"replication/transport"}},
+	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
+	{"github.com/stretchr/testify", []string{"internal/faultdev", "internal/testutil", "sanity"}},
+}
+
+func load(t *testing.T) []lint.File {
+	t.Helper()
+	files, err := lint.Load("../..")
+	require.NoError(t, err)
+	require.Greater(t, len(files), 50, "the walk found too little to mean anything")
+	return files
+}
+
+func TestImportTable(t *testing.T) {
+	for _, f := range load(t) {
+		allowed, known := mayImport[f.Dir]
+		if !known {
+			t.Errorf("%s: package %s is not in the import table; add it", f.Path, f.Dir)
+			continue
+		}
+		if f.Test { // a test may reach up, to run its package against the real neighbours
+			continue
+		}
+		for _, spec := range f.AST.Imports {
+			path, err := strconv.Unquote(spec.Path.Value)
+			require.NoError(t, err)
+			dir, ours := strings.CutPrefix(path, lint.Module+"/")
+			if ours && !slices.Contains(allowed, dir) {
+				t.Errorf("%s imports %s: not allowed, data goes down only (see mayImport)", f.Path, dir)
+			}
+		}
+	}
+}
+
+func TestThirdPartyHomes(t *testing.T) {
+	for _, f := range load(t) {
+		if f.Test {
+			continue
+		}
+		for _, spec := range f.AST.Imports {
+			path, err := strconv.Unquote(spec.Path.Value)
+			require.NoError(t, err)
+			for _, h := range homes {
+				if !strings.HasPrefix(path, h.prefix) {
+					continue
+				}
+				if !slices.Contains(h.dirs, f.Dir) {
+					t.Errorf("%s imports %s: its home is %v", f.Path, path, h.dirs)
+				}
+				break
+			}
+		}
+	}
+}
+
+func TestControllerAndNodeStayApart(t *testing.T) {
+	for _, f := range load(t) {
+		for _, spec := range f.AST.Imports {
+			if f.Dir == "controller" && strings.Contains(spec.Path.Value, lint.Module+"/node") ||
+				f.Dir == "node" && spec.Path.Value == strconv.Quote(lint.Module+"/controller") {
+				t.Errorf("%s imports %s: what one must tell the other travels in the catalogue", f.Path, spec.Path.Value)
+			}
+		}
+	}
+}

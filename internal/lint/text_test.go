@@ -1,0 +1,59 @@
+package lint_test
+
+import (
+	"go/ast"
+	"strings"
+	"testing"
+)
+
+const (
+	fileLinesMax     = 500
+	testFileLinesMax = 1000
+	funcLinesMax     = 100
+)
+
+func TestEveryPackageHasAComment(t *testing.T) {
+	said := map[string]string{}
+	for _, f := range load(t) {
+		if f.Test {
+			continue
+		}
+		if _, seen := said[f.Dir]; !seen {
+			said[f.Dir] = ""
+		}
+		if f.AST.Doc != nil && len(f.AST.Doc.Text()) > len(said[f.Dir]) {
+			said[f.Dir] = f.AST.Doc.Text()
+		}
+	}
+	for dir, text := range said {
+		if len(strings.Fields(text)) < 10 {
+			t.Errorf("package %s: its comment must say what it is and guarantees; it says %q", dir, text)
+		}
+	}
+}
+
+func TestSizes(t *testing.T) {
+	for _, f := range load(t) {
+		if f.Generated {
+			continue
+		}
+		limit := fileLinesMax
+		if f.Test {
+			limit = testFileLinesMax
+		}
+		if f.Lines > limit+1 { // LineCount counts the empty line after the last newline
+			t.Errorf("%s has %d lines, at most %d: divide it", f.Path, f.Lines, limit)
+		}
+		ast.Inspect(f.AST, func(n ast.Node) bool {
+			fn, ok := n.(*ast.FuncDecl)
+			if !ok || fn.Body == nil {
+				return true
+			}
+			lines := f.Fset.Position(fn.End()).Line - f.Fset.Position(fn.Pos()).Line + 1
+			if lines > funcLinesMax {
+				t.Errorf("%s: function %s has %d lines, at most %d", f.Path, fn.Name.Name, lines, funcLinesMax)
+			}
+			return true
+		})
+	}
+}
