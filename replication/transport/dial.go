@@ -1,0 +1,185 @@
+package transport
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// route is how we reach a node. Its fields are under Peers.mu.
+type route struct {
+	conn    *client // live, or nil
+	attempt *attempt
+
+	// The last failure, for as long as no new dial may be made.
+	err     error
+	address string // what failed; another one may be tried at once
+	retryAt time.Time
+	backoff time.Duration // the next
+}
+
+// attempt is one dial that calls wait for.
+type attempt struct {
+	done chan struct{} // closed at the end
+	conn *client       // the result, nil when err is not
+	err  error
+}
+
+// clientTo returns a live connection to a node, dialled if need be. While a failed dial is less than
+// its backoff ago it returns that failure at once.
+func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID) (*client, error) {
+	address := p.cfg.Book.Address(node) // not under the lock: it is not ours
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil, p.errClosed()
+	}
+	r := p.routes[node]
+	if r != nil && r.conn != nil {
+		if c := r.conn; c.ctx.Err() == nil {
+			p.mu.Unlock()
+			return c, nil
+		}
+		p.lostLocked(r, r.conn)
+	}
+	if address == "" {
+		p.mu.Unlock()
+		return nil, fmt.Errorf("address of node %s is unknown: %w", node, trivet.ErrUnavailable)
+	}
+	if r == nil {
+		r = &route{}
+		p.routes[node] = r
+	}
+	if r.attempt == nil {
+		if r.err != nil && r.address == address && time.Now().Before(r.retryAt) {
+			err := r.err
+			p.mu.Unlock()
+			return nil, err
+		}
+		r.attempt = &attempt{done: make(chan struct{})}
+		p.wg.Go(func() { p.connect(node, address, r, r.attempt) })
+	}
+	a := r.attempt
+	p.mu.Unlock()
+	select {
+	case <-a.done:
+		return a.conn, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// connect makes one attempt and, when it succeeds, serves the connection to its end.
+func (p *Peers) connect(node trivet.NodeID, address string, r *route, a *attempt) {
+	p.stats.dials.Add(1)
+	c, err := p.dial(node, address)
+	if err != nil {
+		p.stats.dialFailures.Add(1)
+		a.err = fmt.Errorf("dial %s at %s: %s: %w", node, address, err, trivet.ErrUnavailable)
+		if p.lifetime.Err() != nil {
+			a.err = p.errClosed()
+		}
+	}
+	a.conn = c
+	p.mu.Lock()
+	r.attempt = nil
+	r.conn = c
+	if p.closed && c != nil {
+		c.fail(p.errClosed()) // Close did not see it
+	}
+	if a.err != nil {
+		p.failedLocked(r, address, a.err)
+	}
+	p.mu.Unlock()
+	close(a.done)
+	if c == nil {
+		p.log.Debug("dial failed", "node", node, "address", address, "err", a.err)
+		return
+	}
+	p.log.Info("connected to peer", "node", node, "address", address)
+	c.run()
+	p.log.Info("disconnected from peer", "node", node, "address", address, "err", c.cause())
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.lostLocked(r, c)
+}
+
+// lostLocked forgets a connection that ended, if r still has it. One that ended at once counts as a
+// failed dial: a far end that accepts only to hang up must not be dialled in a tight loop.
+func (p *Peers) lostLocked(r *route, c *client) {
+	if r.conn != c {
+		return
+	}
+	r.conn, r.err = nil, nil
+	if time.Since(c.began) < p.limits.BackoffMax {
+		p.failedLocked(r, c.address, c.cause())
+	} else {
+		r.backoff = 0
+	}
+}
+
+// failedLocked records a failure and doubles the backoff, with jitter so that nodes spread out.
+func (p *Peers) failedLocked(r *route, address string, err error) {
+	if r.backoff == 0 || r.address != address {
+		r.backoff = p.limits.BackoffMin
+	}
+	r.err, r.address = err, address
+	wait := r.backoff/2 + rand.N(r.backoff/2+1)
+	r.retryAt = time.Now().Add(wait)
+	r.backoff = min(2*r.backoff, p.limits.BackoffMax)
+}
+
+// dial opens a connection and makes sure who is at the far end.
+func (p *Peers) dial(node trivet.NodeID, address string) (*client, error) {
+	ctx, cancel := context.WithTimeout(p.lifetime, p.limits.DialTimeout)
+	defer cancel()
+	cfg, err := p.cfg.ClientTLS(node)
+	if err != nil {
+		return nil, err
+	}
+	cfg = cfg.Clone()
+	cfg.NextProtos = []string{ALPN}
+	raw, err := p.cfg.Dial(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	tuneSocket(raw)
+	conn := tls.Client(raw, cfg)
+	if err := p.greetServer(ctx, conn, node); err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	return &client{stream: newStream(p, node, conn), address: address, pending: map[uint64]chan frame{}}, nil
+}
+
+// greetServer makes the handshake and exchanges prefaces. Only with the far end's preface is it
+// certain that it took our certificate: in TLS 1.3 our side of the handshake ends before that.
+func (p *Peers) greetServer(ctx context.Context, conn *tls.Conn, node trivet.NodeID) error {
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return err
+	}
+	got, err := p.identify(conn)
+	if err == nil && got != node {
+		err = fmt.Errorf("far end is node %s, want %s: %w", got, node, trivet.ErrInvalid)
+	}
+	if err != nil {
+		p.stats.refused.Add(1)
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.NetConn().Close() })
+	defer stop()
+	if _, err := conn.Write(p.preface()); err != nil {
+		return fmt.Errorf("write preface: %w", err)
+	}
+	if _, err := readPreface(conn); err != nil {
+		return err
+	}
+	if !stop() {
+		return ctx.Err()
+	}
+	return nil
+}

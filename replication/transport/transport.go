@@ -1,0 +1,77 @@
+// Package transport carries messages between nodes: requests with one reply each, multiplexed over
+// one mutually authenticated TLS 1.3 connection per direction and pair of nodes.
+//
+// It knows nothing of Raft. raftgroup sends Raft RPCs over it and replication sends volume I/O;
+// each registers a handler per Kind. A node is addressed by its NodeID; an AddressBook, fed by the
+// catalogue, says where it listens. The sender that a handler sees is the one in the peer's
+// certificate, never one that the message claims.
+//
+// Network is the seam for tests: Memory is the same thing within one process, with faults.
+package transport
+
+import (
+	"context"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Kind says which handler a message is for. Values are part of the wire format.
+type Kind uint8
+
+// The message kinds. Raft kinds belong to raftgroup, the others to replication and controller.
+const (
+	KindAppendEntries  Kind = 1
+	KindRequestVote    Kind = 2
+	KindRequestPreVote Kind = 3
+	KindTimeoutNow     Kind = 4
+	KindSnapshotBegin  Kind = 5
+	KindSnapshotChunk  Kind = 6
+	KindSnapshotEnd    Kind = 7
+
+	KindVolumeWrite  Kind = 16 // replication: write, discard, write-zeroes proposals
+	KindVolumeRead   Kind = 17
+	KindVolumeStatus Kind = 18
+
+	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
+	KindMetaRead    Kind = 33
+)
+
+// MessageBytesMax bounds a whole message, header included. The largest is an AppendEntries of
+// 4 MiB (raft-and-pebble.md section 2.3) with its entry headers.
+const MessageBytesMax = 8 << 20
+
+// Message is one request or reply.
+type Message struct {
+	Kind  Kind
+	Group trivet.VolumeID  // MetaGroup for the catalogue
+	From  trivet.ReplicaID // sending replica, for Raft kinds; empty otherwise
+	To    trivet.ReplicaID // addressed replica, for Raft kinds; empty otherwise
+	Body  []byte           // encoded by the user of Kind; the receiver owns it
+}
+
+// Handler answers one request. The reply's Kind and Group are filled in by the transport. An
+// error reaches the caller with its sentinel (errors.Is works across the wire) and its text.
+// Handlers run concurrently, one goroutine each, in no particular order; ctx ends when the caller
+// gives up or the connection ends. The handler owns m.Body, and gives its reply's Body away.
+type Handler func(ctx context.Context, from trivet.NodeID, m Message) (Message, error)
+
+// Network sends messages and hands received ones to handlers. It is safe for concurrent use.
+type Network interface {
+	// Local returns the node whose certificate this end presents.
+	Local() trivet.NodeID
+
+	// Call sends m to a node and waits for its reply. A message to Local is handed to the handler
+	// directly. It returns ErrUnavailable when the node cannot be reached or the connection breaks
+	// before the reply (the outcome is then unknown), or what the handler returned.
+	// m.Body may be reused once Call returns.
+	Call(ctx context.Context, to trivet.NodeID, m Message) (Message, error)
+
+	// Handle registers the handler of a kind. It panics when the kind has one already.
+	// REQUIRES: called before the first message of that kind may arrive.
+	Handle(kind Kind, h Handler)
+}
+
+// AddressBook says where nodes listen, as host:port. The zero result means unknown.
+type AddressBook interface {
+	Address(node trivet.NodeID) string
+}
