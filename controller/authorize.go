@@ -1,0 +1,60 @@
+package controller
+
+import (
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// authorize returns ErrInvalid unless the node, as its certificate says, may send the command (S4).
+// A node speaks for itself: its registration, its lease, its replicas, its take-overs. What is said
+// of a volume's group (fence, wipe, leader) must come from a node with a replica in it. What users
+// want may come from every node of the cluster: its server has authenticated the user.
+//
+// A node that is not registered yet may be registered by another one, which lets it in.
+func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
+	ok := false
+	_, registered := s.Node(from)
+	switch {
+	case c.InitCluster != nil: // only Bootstrap does, on the member itself
+	case c.RegisterNode != nil:
+		_, known := s.Node(c.RegisterNode.Node.ID)
+		ok = c.RegisterNode.Node.ID == from || registered && !known
+	case c.RenewLease != nil:
+		ok = c.RenewLease.Node == from
+	case c.TakeOver != nil:
+		ok = c.TakeOver.Node == from
+	case c.ReportReplica != nil:
+		ok = owns(s, c.ReportReplica.Volume, c.ReportReplica.Replica, from)
+	case c.ReportLeader != nil:
+		ok = owns(s, c.ReportLeader.Volume, c.ReportLeader.Replica, from)
+	case c.ReportFence != nil:
+		ok = hosts(s, c.ReportFence.Volume, from)
+	case c.ReportWiped != nil:
+		ok = hosts(s, c.ReportWiped.Volume, from)
+	default:
+		ok = registered
+	}
+	if !ok {
+		return fmt.Errorf("%s: not for node %s to say: %w", c.Op(), from, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// owns reports whether the replica is on the node, or there is no such volume or replica: then the
+// state machine has the say.
+func owns(s *meta.State, volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool {
+	v, ok := s.Volume(volume)
+	if !ok {
+		return true
+	}
+	r := v.Replica(replica)
+	return r == nil || r.Node == node
+}
+
+// hosts reports whether the node has a replica of the volume, or there is no such volume.
+func hosts(s *meta.State, volume trivet.VolumeID, node trivet.NodeID) bool {
+	v, ok := s.Volume(volume)
+	return !ok || v.ReplicaOn(node) != nil
+}

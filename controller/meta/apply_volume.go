@@ -1,0 +1,274 @@
+package meta
+
+import (
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// The life of a volume (types.go has the phases):
+//
+//	CreateVolume            last replica Ready
+//	──────────► Creating ──────────────────────► Available ◄────────────┐
+//	               │                              │      ▲              │
+//	               │ last replica Ready, claimed  │Attach│ReportWiped   │Reclaim retain
+//	               ├──────────► Bound ◄───────────┘      │              │
+//	               │              │ Release (by policy)  │              │
+//	               │              ├─────────────────► Recycling         │
+//	               │ Release      ├─────────────────► Released ─────────┤
+//	               └──► Deleting ◄┘   Reclaim delete ◄─┴────────────────┴── Failed ◄── Fail
+//	                       │ last replica Removed
+//	                       ▼
+//	                   no record; the ID stays used
+//
+// An attached volume is Bound or Failed. Whatever frees or wipes data needs nobody attached.
+
+func (c *CreateVolume) op() string { return fmt.Sprintf("create volume %q", c.Volume.Name) }
+
+func (c *CreateVolume) apply(d *draft) error {
+	if id, ok := d.names.get(c.Volume.Name); ok {
+		return c.again(d, id)
+	}
+	if d.Used(c.Volume.ID) {
+		return fmt.Errorf("id %s was used before: %w", c.Volume.ID, trivet.ErrExists)
+	}
+	for _, r := range c.Volume.Replicas {
+		if _, ok := d.nodes[r.Node]; !ok {
+			return fmt.Errorf("node %s is unknown: %w", r.Node, trivet.ErrNotFound)
+		}
+		if d.diskOwner(r.Disk) != r.Node {
+			return fmt.Errorf("disk %s of node %s is unknown: %w", r.Disk, r.Node, trivet.ErrNotFound)
+		}
+	}
+	asked := c.Volume.Clone()
+	v := &Volume{
+		ID:        asked.ID,
+		Name:      asked.Name,
+		SizeBytes: asked.SizeBytes,
+		Phase:     PhaseCreating,
+		Reclaim:   asked.Reclaim,
+		Claimed:   c.Claim,
+		Params:    asked.Params,
+		Request:   asked.Request,
+		Created:   instant(asked.Created),
+		Replicas:  asked.Replicas,
+	}
+	d.volumeID = v.ID
+	d.names = d.names.with(v.Name, v.ID)
+	d.used = d.used.with(v.ID, struct{}{})
+	d.put(v)
+	return nil
+}
+
+// again answers a create whose name is taken.
+func (c *CreateVolume) again(d *draft, id trivet.VolumeID) error {
+	v, err := d.edit(id)
+	if err != nil {
+		return err
+	}
+	if v.Request != c.Volume.Request {
+		return fmt.Errorf("%s has that name and other parameters: %w", id, trivet.ErrExists)
+	}
+	switch v.Phase {
+	case PhaseReleased:
+		return fmt.Errorf("%s has that name and is %s: %w", id, v.Phase, trivet.ErrExists)
+	case PhaseRecycling:
+		return fmt.Errorf("%s has that name and is %s: %w", id, v.Phase, trivet.ErrPending)
+	case PhaseAvailable:
+		if c.Claim {
+			v.Phase, v.Claimed = PhaseBound, true
+			d.put(v)
+		}
+	case PhaseCreating:
+		if c.Claim && !v.Claimed {
+			v.Claimed = true
+			d.put(v)
+		}
+	case PhaseBound, PhaseFailed, PhaseDeleting: // as it is; Deleting holds no name
+	}
+	return nil
+}
+
+func (r *ReportReplica) op() string {
+	return fmt.Sprintf("report replica %s of %s as %s", r.Replica, r.Volume, r.State)
+}
+
+func (r *ReportReplica) apply(d *draft) error {
+	v, err := d.edit(r.Volume)
+	if err != nil {
+		if r.State == ReplicaRemoved && d.Used(r.Volume) {
+			return nil // a late copy: the record is gone
+		}
+		return err
+	}
+	rep := v.Replica(r.Replica)
+	if rep == nil {
+		return fmt.Errorf("volume has no such replica: %w", trivet.ErrNotFound)
+	}
+	deleting := v.Phase == PhaseDeleting
+	if r.State == ReplicaRemoved && !deleting {
+		return fmt.Errorf("volume is %s, not %s: %w", v.Phase, PhaseDeleting, trivet.ErrInvalid)
+	}
+	if deleting && r.State != ReplicaRemoved {
+		return nil // late
+	}
+	if rep.State == r.State && rep.Reason == r.Reason {
+		return nil
+	}
+	rep.State, rep.Reason = r.State, r.Reason
+	switch {
+	case v.Phase == PhaseCreating && v.all(ReplicaReady):
+		v.Phase = PhaseAvailable
+		if v.Claimed {
+			v.Phase = PhaseBound
+		}
+	case deleting && v.all(ReplicaRemoved):
+		d.volumes = d.volumes.without(v.ID)
+		d.changed = true
+		return nil
+	}
+	d.put(v)
+	return nil
+}
+
+func (v *Volume) all(state ReplicaState) bool { return v.count(state) == len(v.Replicas) }
+
+func (v *Volume) count(state ReplicaState) int {
+	n := 0
+	for _, r := range v.Replicas {
+		if r.State == state {
+			n++
+		}
+	}
+	return n
+}
+
+// idle returns ErrInUse, naming the node, while anybody may still write.
+func (v *Volume) idle() error {
+	switch {
+	case v.Attached != nil:
+		return fmt.Errorf("attached to node %s: %w", v.Attached.Node, trivet.ErrInUse)
+	case v.Detaching != "":
+		return fmt.Errorf("still being detached from node %s: %w", v.Detaching, trivet.ErrInUse)
+	}
+	return nil
+}
+
+// unmoved returns ErrPending when the volume has changed since revision want, unless that is 0.
+func (v *Volume) unmoved(want Revision) error {
+	if want != 0 && v.Revision != want {
+		return fmt.Errorf("volume is at revision %d, not %d: %w", v.Revision, want, trivet.ErrPending)
+	}
+	return nil
+}
+
+func (r *Release) op() string { return fmt.Sprintf("release %s", r.Volume) }
+
+func (r *Release) apply(d *draft) error {
+	v, err := d.edit(r.Volume)
+	if err != nil {
+		return nil //nolint:nilerr // releasing the unknown is done
+	}
+	policy := v.Reclaim
+	switch v.Phase {
+	case PhaseDeleting:
+		return nil
+	case PhaseReleased, PhaseRecycling:
+		if !r.Discard {
+			return nil
+		}
+	case PhaseCreating:
+		policy = ReclaimDelete
+	case PhaseFailed:
+		if policy == ReclaimRecycle {
+			policy = ReclaimRetain
+		}
+	case PhaseAvailable, PhaseBound:
+	}
+	if r.Discard {
+		policy = ReclaimDelete
+	}
+	if err := firstError(v.unmoved(r.IfRevision), v.idle()); err != nil {
+		return err
+	}
+	v.Claimed = false
+	d.reclaim(v, policy)
+	return nil
+}
+
+// reclaim applies a policy to a volume that nobody holds.
+func (d *draft) reclaim(v *Volume, policy ReclaimPolicy) {
+	switch policy {
+	case ReclaimDelete:
+		v.Phase, v.WantLeader = PhaseDeleting, ""
+		d.names = d.names.without(v.Name)
+	case ReclaimRecycle:
+		v.Phase = PhaseRecycling
+		v.Epoch++
+	case ReclaimRetain:
+		v.Phase = PhaseReleased
+	}
+	d.put(v)
+}
+
+func (r *Reclaim) op() string { return fmt.Sprintf("reclaim %s by %s", r.Volume, r.Policy) }
+
+func (r *Reclaim) apply(d *draft) error {
+	v, err := d.edit(r.Volume)
+	if err != nil {
+		return err
+	}
+	if v.Phase != PhaseReleased && v.Phase != PhaseFailed {
+		return fmt.Errorf("volume is %s, not %s or %s: %w", v.Phase, PhaseReleased, PhaseFailed, trivet.ErrInvalid)
+	}
+	if err := firstError(v.unmoved(r.IfRevision), v.idle()); err != nil {
+		return err
+	}
+	if n := v.count(ReplicaCreating) + v.count(ReplicaRemoved); n > 0 && r.Policy != ReclaimDelete {
+		return fmt.Errorf("%d of %d replicas were never made: %w", n, len(v.Replicas), trivet.ErrInvalid)
+	}
+	v.Claimed = false
+	if r.Policy == ReclaimRetain {
+		v.Phase, v.Reason = PhaseAvailable, ""
+		d.put(v)
+		return nil
+	}
+	d.reclaim(v, r.Policy)
+	return nil
+}
+
+func (r *ReportWiped) op() string {
+	return fmt.Sprintf("report %s wiped at epoch %d", r.Volume, r.Epoch)
+}
+
+func (r *ReportWiped) apply(d *draft) error {
+	v, err := d.edit(r.Volume)
+	if err != nil {
+		return err
+	}
+	if v.Phase != PhaseRecycling || v.Epoch != r.Epoch {
+		return nil // late
+	}
+	v.FencedEpoch = v.Epoch // the wipe was committed at that epoch, so the fence was
+	v.Phase, v.Reason = PhaseAvailable, ""
+	d.put(v)
+	return nil
+}
+
+func (f *Fail) op() string { return fmt.Sprintf("fail %s", f.Volume) }
+
+func (f *Fail) apply(d *draft) error {
+	v, err := d.edit(f.Volume)
+	if err != nil {
+		return err
+	}
+	switch {
+	case v.Phase == PhaseDeleting:
+		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrInvalid)
+	case v.Phase == PhaseFailed && v.Reason == f.Reason:
+		return nil
+	}
+	v.Phase, v.Reason = PhaseFailed, f.Reason
+	d.put(v)
+	return nil
+}

@@ -1,0 +1,182 @@
+package meta
+
+import (
+	"time"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Command is one change of the catalogue: exactly one field is set. Decode and Validate refuse
+// anything else.
+//
+// Commands may arrive twice, and late: a proposer that got no answer proposes again. Each is
+// therefore harmless the second time, either because it states a fact or because it names the
+// epoch, revision or incarnation that it was decided on and is refused or without effect once
+// that has passed. A command that is refused or without effect does not raise the revision.
+type Command struct {
+	InitCluster   *InitCluster   `json:"initCluster,omitempty"`
+	RegisterNode  *RegisterNode  `json:"registerNode,omitempty"`
+	RenewLease    *RenewLease    `json:"renewLease,omitempty"`
+	CreateVolume  *CreateVolume  `json:"createVolume,omitempty"`
+	ReportReplica *ReportReplica `json:"reportReplica,omitempty"`
+	Attach        *Attach        `json:"attach,omitempty"`
+	TakeOver      *TakeOver      `json:"takeOver,omitempty"`
+	Detach        *Detach        `json:"detach,omitempty"`
+	ReportFence   *ReportFence   `json:"reportFence,omitempty"`
+	ReportLeader  *ReportLeader  `json:"reportLeader,omitempty"`
+	WantLeader    *WantLeader    `json:"wantLeader,omitempty"`
+	Release       *Release       `json:"release,omitempty"`
+	Reclaim       *Reclaim       `json:"reclaim,omitempty"`
+	ReportWiped   *ReportWiped   `json:"reportWiped,omitempty"`
+	Fail          *Fail          `json:"fail,omitempty"`
+}
+
+// InitCluster names the cluster; the first command ever. Same cluster again: no effect.
+type InitCluster struct {
+	Cluster trivet.ClusterID `json:"cluster"`
+	Time    time.Time        `json:"time"`
+}
+
+// RegisterNode adds a node or updates its address, zone, disks, incarnation and lease. A process
+// registers at every start. A disk ID that moved to another node is refused with ErrInUse. An
+// incarnation that another one has replaced is refused with ErrFenced, however late it comes.
+// Attachments stay: a new process takes them over one by one (TakeOver).
+type RegisterNode struct {
+	Node Node `json:"node"` // Revision and Replaced are ignored
+}
+
+// RenewLease extends a node's lease and updates its disks' free space. A wrong incarnation is
+// refused with ErrFenced: another process runs as that node. Until never moves backwards. Disks
+// that the node did not register are refused with ErrNotFound.
+type RenewLease struct {
+	Node        trivet.NodeID `json:"node"`
+	Incarnation string        `json:"incarnation"`
+	Until       time.Time     `json:"until"`
+	Disks       []Disk        `json:"disks"`
+}
+
+// CreateVolume adds a volume in PhaseCreating, placed by the proposer. The same name and Request
+// again returns the existing volume; another Request gives ErrExists; a used ID gives ErrExists,
+// for ever (H35). Claim binds an existing Available volume of that name. A Released volume of that
+// name gives ErrExists (it keeps somebody's data), a Recycling one ErrPending. A volume being
+// deleted no longer holds its name. An unknown node or disk gives ErrNotFound.
+type CreateVolume struct {
+	Volume Volume `json:"volume"` // ID, Name, SizeBytes, Reclaim, Params, Request, Created, Replicas (state Creating)
+	// Claim makes it Bound (not Available) once its replicas are ready: CSI creates for a claim.
+	Claim bool `json:"claim,omitempty"`
+}
+
+// ReportReplica says what an agent found or did. Ready for the last replica of a volume in
+// PhaseCreating makes it Available (or Bound). Removed for the last one in PhaseDeleting removes
+// the volume's record; its ID stays used for ever. Removed in another phase gives ErrInvalid, and so
+// does Creating always: a replica that was made is never made again under its name (H10). While the
+// volume is being deleted anything but Removed is without effect, and a removed replica stays so.
+type ReportReplica struct {
+	Volume  trivet.VolumeID  `json:"volume"`
+	Replica trivet.ReplicaID `json:"replica"`
+	State   ReplicaState     `json:"state"`
+	Reason  string           `json:"reason,omitempty"`
+}
+
+// Attach reserves the next epoch for a node. Refused with ErrInUse (naming the holder) while
+// another node holds the volume or is Detaching; with ErrExists when the same node holds it with
+// other arguments; ErrInvalid unless the volume is Available or Bound (ErrPending while Creating).
+// The same again: no effect, returns the volume as it is. An Available volume becomes Bound.
+// ErrPending while the node's own earlier attachment is still Detaching.
+type Attach struct {
+	Volume   trivet.VolumeID `json:"volume"`
+	Node     trivet.NodeID   `json:"node"` // must be registered
+	Mode     AccessMode      `json:"mode"`
+	ReadOnly bool            `json:"readOnly,omitempty"` // implied by SingleNodeReader
+	// Epoch is the epoch asked for: one above the Volume.Epoch that the proposer saw. ErrPending
+	// when that is no longer the next, so a late copy attaches nothing. 0 = whichever is next.
+	Epoch trivet.Epoch `json:"epoch,omitempty"`
+}
+
+// TakeOver reserves the next epoch for a new process of the node that already holds the volume.
+// ErrFenced when the node does not hold it (stop for good), or when Incarnation is given and is not
+// the one the node registered. No effect when that process holds the attachment already.
+type TakeOver struct {
+	Volume      trivet.VolumeID `json:"volume"`
+	Node        trivet.NodeID   `json:"node"`
+	Incarnation string          `json:"incarnation,omitempty"` // "" = not checked: every copy raises the epoch
+}
+
+// Detach ends the attachment of Node (any node when empty) and reserves an epoch that fences it.
+// Not attached or unknown: no effect.
+type Detach struct {
+	Volume trivet.VolumeID `json:"volume"`
+	Node   trivet.NodeID   `json:"node,omitempty"`
+	// Epoch names the attachment to end, so a late copy does not end the next one. 0 = any.
+	Epoch trivet.Epoch `json:"epoch,omitempty"`
+}
+
+// ReportFence says that the volume's own group has committed Epoch as its fence. Older than
+// FencedEpoch, or an unknown volume: no effect. Newer than the reserved Epoch: ErrInvalid.
+type ReportFence struct {
+	Volume trivet.VolumeID `json:"volume"`
+	Epoch  trivet.Epoch    `json:"epoch"`
+}
+
+// ReportLeader records which replica leads, and clears WantLeader when it is the wanted one.
+// ErrNotFound when the volume has no such replica. A Term below the recorded one: no effect.
+type ReportLeader struct {
+	Volume  trivet.VolumeID  `json:"volume"`
+	Replica trivet.ReplicaID `json:"replica"`
+	Term    uint64           `json:"term,omitempty"` // Raft term in which it leads; 0 = not compared
+}
+
+// WantLeader asks for leadership at a replica of the volume. ErrNotFound when it has none such.
+// No effect when that one is recorded as leader already.
+type WantLeader struct {
+	Volume  trivet.VolumeID  `json:"volume"`
+	Replica trivet.ReplicaID `json:"replica"`
+}
+
+// Release ends the claim: Bound or Available turns into Released and the reclaim policy is applied
+// at once (delete: Deleting, recycle: Recycling with a reserved epoch, retain: stays Released).
+// Creating becomes Deleting whatever the policy, as it never held data; Failed becomes Deleting or,
+// with another policy than delete, Released for an operator to judge. ErrInUse (naming the node)
+// while attached or Detaching. Already Released, Deleting, Recycling or unknown: no effect.
+// Discard overrides the policy with delete (`trivet volume delete`), also for what is Released or
+// Recycling.
+type Release struct {
+	Volume  trivet.VolumeID `json:"volume"`
+	Discard bool            `json:"discard,omitempty"`
+	// IfRevision is the Volume.Revision that this was decided on; ErrPending when the volume has
+	// changed since. 0 = whatever it is now.
+	IfRevision Revision `json:"ifRevision,omitempty"`
+}
+
+// Reclaim applies a policy to a Released (or Failed) volume by hand: delete, recycle (wipe, then
+// Available), or retain (Available again with its data). ErrInUse while attached; ErrInvalid in
+// another phase, or when a replica that recycle or retain needs was never made or is removed.
+type Reclaim struct {
+	Volume     trivet.VolumeID `json:"volume"`
+	Policy     ReclaimPolicy   `json:"policy"`
+	IfRevision Revision        `json:"ifRevision,omitempty"` // as in Release
+}
+
+// ReportWiped says that the leader's agent fenced at Epoch and wiped a Recycling volume; it becomes
+// Available, and keeps its name. Epoch is the one that the recycling reserved (Volume.Epoch while
+// Recycling): a late report of an earlier wipe must not pass for this one, or data would leak to
+// the next owner (S13). Any other epoch or phase: no effect.
+type ReportWiped struct {
+	Volume trivet.VolumeID `json:"volume"`
+	Epoch  trivet.Epoch    `json:"epoch"` // must be set
+}
+
+// Fail moves a volume to PhaseFailed with a reason. An attachment stays. A volume being deleted does
+// not fail (ErrInvalid): its removal only waits.
+type Fail struct {
+	Volume trivet.VolumeID `json:"volume"`
+	Reason string          `json:"reason"`
+}
+
+// Result is what applying a command returned on every member alike.
+type Result struct {
+	Revision Revision
+	Volume   *Volume // the volume after the command, for commands about one; nil when it is gone, or on Err
+	Node     *Node   // for RegisterNode
+	Err      error   // wraps a sentinel; the state is then unchanged
+}

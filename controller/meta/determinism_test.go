@@ -1,0 +1,204 @@
+package meta_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"hash/crc32"
+	"math/rand"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// randomCommand draws commands about few things, so that they meet: about half take effect.
+func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
+	id, n := 1+r.Intn(6), 1+r.Intn(4)
+	vid := trivet.VolumeID(id)
+	if vols := m.State().Volumes(); len(vols) > 0 && r.Intn(5) > 0 {
+		vid = vols[r.Intn(len(vols))].ID
+	}
+	v, _ := m.State().Volume(vid)
+	epoch := trivet.Epoch(max(1, int(v.Epoch)+r.Intn(4)-2))
+	policy := []meta.ReclaimPolicy{meta.ReclaimDelete, meta.ReclaimRetain, meta.ReclaimRecycle}[r.Intn(3)]
+	zone := time.FixedZone("x", r.Intn(7200)) // proposers live in different zones
+	when := day.Add(time.Duration(r.Intn(1e6)) * time.Millisecond).In(zone)
+	commands := []func() meta.Command{
+		func() meta.Command {
+			nd := node(n)
+			nd.Incarnation, nd.LeaseUntil = incarnation(r.Intn(20)), when
+			return meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}}
+		},
+		func() meta.Command {
+			nd, _ := m.State().Node(nodeID(n))
+			return meta.Command{RenewLease: &meta.RenewLease{
+				Node: nodeID(n), Incarnation: incarnation(n), Until: when, Disks: nd.Disks,
+			}}
+		},
+		func() meta.Command {
+			fresh := volume(id, policy, [][]int{{1}, {1, 2, 3}, {2}}[r.Intn(3)]...)
+			fresh.ID, fresh.Created = trivet.VolumeID(r.Intn(500)), when
+			return meta.Command{CreateVolume: &meta.CreateVolume{Volume: fresh, Claim: r.Intn(2) == 0}}
+		},
+		func() meta.Command {
+			if vols := m.State().Volumes(); len(vols) > 0 {
+				v := vols[r.Intn(len(vols))]
+				states := []meta.ReplicaState{
+					meta.ReplicaReady, meta.ReplicaReady, meta.ReplicaFaulted, meta.ReplicaRemoved,
+				}
+				return meta.Command{ReportReplica: &meta.ReportReplica{
+					Volume: v.ID, Replica: v.Replicas[r.Intn(len(v.Replicas))].ID, State: states[r.Intn(4)],
+				}}
+			}
+			return report(id, n, meta.ReplicaReady)
+		},
+		func() meta.Command {
+			modes := []meta.AccessMode{meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader}
+			return meta.Command{Attach: &meta.Attach{Volume: vid, Node: nodeID(n), Mode: modes[r.Intn(3)]}}
+		},
+		func() meta.Command { return meta.Command{TakeOver: &meta.TakeOver{Volume: vid, Node: nodeID(n)}} },
+		func() meta.Command { return meta.Command{Detach: &meta.Detach{Volume: vid}} },
+		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
+		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
+		func() meta.Command {
+			return meta.Command{Release: &meta.Release{Volume: vid, Discard: r.Intn(4) == 0}}
+		},
+		func() meta.Command { return meta.Command{Reclaim: &meta.Reclaim{Volume: vid, Policy: policy}} },
+		func() meta.Command { return meta.Command{Fail: &meta.Fail{Volume: vid, Reason: "seed"}} },
+		func() meta.Command {
+			return meta.Command{WantLeader: &meta.WantLeader{Volume: vid, Replica: replicaID(id*10 + n)}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportLeader: &meta.ReportLeader{
+				Volume: vid, Replica: replicaID(id*10 + n), Term: uint64(r.Intn(5)),
+			}}
+		},
+	}
+	c := commands[r.Intn(len(commands))]()
+	if c.Attach != nil || c.ReportReplica != nil || c.CreateVolume != nil || r.Intn(3) > 0 {
+		return c
+	}
+	return commands[3]()
+}
+
+// TestDeterminism: the same log gives the same bytes, whether applied as structs or decoded, in one
+// go or through images at random points; epochs never fall (I7); IDs once used stay used (H35).
+func TestDeterminism(t *testing.T) {
+	t.Parallel()
+	for seed := range int64(8) {
+		r := rand.New(rand.NewSource(seed))
+		live, logged := cluster(t), cluster(t)
+		effects := 0
+		epochs, used := map[trivet.VolumeID]trivet.Epoch{}, map[trivet.VolumeID]bool{}
+		for step := range 500 {
+			c := randomCommand(r, live)
+			if c.Validate() != nil {
+				continue
+			}
+			b, err := c.Encode()
+			require.NoError(t, err)
+			decoded, err := meta.Decode(b)
+			require.NoError(t, err)
+			before := live.State().Revision()
+			one, two := live.Apply(c), logged.Apply(decoded)
+			require.Equal(t, one.Revision, two.Revision, "seed %d step %d %s", seed, step, c.Op())
+			require.Equal(t, one.Volume, two.Volume, "seed %d step %d %s", seed, step, c.Op())
+			require.Equal(t, errorText(one.Err), errorText(two.Err))
+			if one.Revision != before {
+				effects++
+			}
+			if r.Intn(10) == 0 {
+				restored, err := meta.DecodeImage(mustImage(t, logged.State()))
+				require.NoError(t, err, "seed %d step %d %s", seed, step, c.Op())
+				logged = meta.NewMachine(restored)
+			}
+			for _, v := range live.State().Volumes() {
+				require.GreaterOrEqual(t, v.Epoch, epochs[v.ID])
+				epochs[v.ID], used[v.ID] = v.Epoch, true
+			}
+		}
+		require.Equal(t, mustImage(t, live.State()), mustImage(t, logged.State()), "seed %d", seed)
+		for id := range used {
+			require.True(t, logged.State().Used(id))
+		}
+		require.Greater(t, effects, 60, "seed %d: too little happened for the test to mean anything", seed)
+	}
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// FuzzCommand: whatever comes over the wire is refused or a command that can be encoded again,
+// applied without a panic, and leaves a catalogue that keeps its invariants.
+func FuzzCommand(f *testing.F) {
+	r := rand.New(rand.NewSource(1))
+	m := meta.NewMachine(nil)
+	for range 200 {
+		if b, err := randomCommand(r, m).Encode(); err == nil {
+			f.Add(b)
+		}
+	}
+	f.Add([]byte("\x01" + `{"initCluster":{"cluster":"` + uuid(1, 1) + `","time":"2026-11-25T12:00:00Z"}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := meta.Decode(b)
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrInvalid)
+			return
+		}
+		encoded, err := c.Encode()
+		require.NoError(t, err)
+		again, err := meta.Decode(encoded)
+		require.NoError(t, err)
+		twice, err := again.Encode()
+		require.NoError(t, err)
+		require.Equal(t, encoded, twice)
+		for _, column := range []string{"Bound", "Attached", "Detaching", "Recycle"} {
+			m := situation(t, column)
+			m.Apply(c)
+			image := mustImage(t, m.State())
+			s, err := meta.DecodeImage(image)
+			require.NoError(t, err)
+			require.Equal(t, image, mustImage(t, s))
+		}
+	})
+}
+
+// FuzzImage mutates the JSON within a valid frame, to get past the checksum.
+func FuzzImage(f *testing.F) {
+	m := meta.NewMachine(nil)
+	m.Apply(meta.Command{InitCluster: &meta.InitCluster{Cluster: trivet.ClusterID(uuid(1, 1)), Time: day}})
+	m.Apply(meta.Command{RegisterNode: &meta.RegisterNode{Node: node(1)}})
+	m.Apply(meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+	m.Apply(report(1, 1, meta.ReplicaReady))
+	m.Apply(attach(1, false, 0))
+	image, err := m.State().EncodeImage()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(image[16 : len(image)-4])
+	f.Fuzz(func(t *testing.T, body []byte) {
+		b := append([]byte("TMIM\x01\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
+		b = append(b, body...)
+		b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+		if _, err := meta.DecodeImage(body); err == nil {
+			t.Fatal("accepted without a frame")
+		}
+		s, err := meta.DecodeImage(b)
+		if err != nil {
+			require.True(t, errors.Is(err, trivet.ErrCorrupt))
+			return
+		}
+		once := mustImage(t, s)
+		again, err := meta.DecodeImage(once)
+		require.NoError(t, err)
+		require.Equal(t, once, mustImage(t, again))
+		meta.NewMachine(s).Apply(attach(1, true, 0))
+	})
+}

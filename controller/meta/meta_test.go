@@ -1,0 +1,231 @@
+package meta_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+var day = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+
+// uuid makes readable UUIDs: kind tells disks from replicas, n which one.
+func uuid(kind, n int) string { return fmt.Sprintf("%08x-0000-4000-8000-%012x", kind, n) }
+
+func diskID(n int) trivet.DiskID       { return trivet.DiskID(uuid(0xd, n)) }
+func replicaID(n int) trivet.ReplicaID { return trivet.ReplicaID(uuid(0xe, n)) }
+func incarnation(n int) string         { return uuid(0xf, n) }
+
+func nodeID(n int) trivet.NodeID { return trivet.NodeID(fmt.Sprintf("n%d", n)) }
+
+func node(n int) meta.Node {
+	return meta.Node{
+		ID: nodeID(n), Address: fmt.Sprintf("n%d:7000", n), Zone: fmt.Sprintf("z%d", n%3),
+		MetaReplica: trivet.ReplicaID(uuid(0xc, n)), Incarnation: incarnation(n), LeaseUntil: day,
+		Disks: []meta.Disk{{ID: diskID(n), Path: "/d", SizeBytes: 100 << 30, FreeBytes: 90 << 30}},
+	}
+}
+
+// volume has a replica on each of the nodes given, which carry the numbers of their nodes.
+func volume(id int, policy meta.ReclaimPolicy, nodes ...int) meta.Volume {
+	v := meta.Volume{
+		ID: trivet.VolumeID(id), Name: fmt.Sprintf("name-%d", id), SizeBytes: 1 << 30, Reclaim: policy,
+		Params: map[string]string{"replicas": fmt.Sprint(len(nodes))}, Request: "req", Created: day,
+	}
+	for _, n := range nodes {
+		v.Replicas = append(v.Replicas, meta.Replica{
+			ID: replicaID(id*10 + n), Node: nodeID(n), Disk: diskID(n), State: meta.ReplicaCreating,
+		})
+	}
+	return v
+}
+
+// cluster returns a machine with three nodes.
+func cluster(t *testing.T) *meta.Machine {
+	t.Helper()
+	m := meta.NewMachine(nil)
+	mustApply(t, m, meta.Command{InitCluster: &meta.InitCluster{Cluster: trivet.ClusterID(uuid(1, 1)), Time: day}})
+	for n := 1; n <= 3; n++ {
+		mustApply(t, m, meta.Command{RegisterNode: &meta.RegisterNode{Node: node(n)}})
+	}
+	return m
+}
+
+func mustApply(t *testing.T, m *meta.Machine, c meta.Command) meta.Result {
+	t.Helper()
+	res := m.Apply(c)
+	require.NoError(t, res.Err)
+	return res
+}
+
+func mustImage(t *testing.T, s *meta.State) []byte {
+	t.Helper()
+	b, err := s.EncodeImage()
+	require.NoError(t, err)
+	return b
+}
+
+func TestStateIsASnapshot(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+	before := m.State()
+	image := mustImage(t, before)
+
+	// Neither later commands nor a reader's own changes may show in a State.
+	v, ok := before.Volume(1)
+	require.True(t, ok)
+	v.Params["replicas"] = "9"
+	v.Replicas[0].State = meta.ReplicaFaulted
+	n, ok := before.Node("n1")
+	require.True(t, ok)
+	n.Disks[0].FreeBytes = 0
+	mustApply(t, m, report(1, 1, meta.ReplicaReady))
+	mustApply(t, m, meta.Command{RenewLease: &meta.RenewLease{
+		Node: "n1", Incarnation: incarnation(1), Until: day.Add(time.Hour), Disks: []meta.Disk{{ID: diskID(1), SizeBytes: 1}},
+	}})
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(2, meta.ReclaimDelete, 1)}})
+
+	assert.Equal(t, image, mustImage(t, before))
+	assert.NotEqual(t, image, mustImage(t, m.State()))
+	assert.Len(t, before.Volumes(), 1)
+	assert.Len(t, m.State().Volumes(), 2)
+}
+
+func report(vol, node int, state meta.ReplicaState) meta.Command {
+	return meta.Command{ReportReplica: &meta.ReportReplica{
+		Volume: trivet.VolumeID(vol), Replica: replicaID(vol*10 + node), State: state,
+	}}
+}
+
+func TestSortedAndFound(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	for _, id := range []int{900, 3, 77, 5000, 41} {
+		mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(id, meta.ReclaimDelete, 1, 2, 3)}})
+	}
+	var ids []int
+	for _, v := range m.State().Volumes() {
+		ids = append(ids, int(v.ID))
+	}
+	assert.Equal(t, []int{3, 41, 77, 900, 5000}, ids)
+	v, ok := m.State().VolumeByName("name-77")
+	require.True(t, ok)
+	assert.Equal(t, trivet.VolumeID(77), v.ID)
+	_, ok = m.State().VolumeByName("name-78")
+	assert.False(t, ok)
+	nodes := m.State().Nodes()
+	require.Len(t, nodes, 3)
+	assert.Equal(t, trivet.NodeID("n1"), nodes[0].ID)
+	assert.Equal(t, trivet.NodeID("n3"), nodes[2].ID)
+	assert.Equal(t, trivet.ClusterID(uuid(1, 1)), m.State().Cluster())
+	assert.Equal(t, meta.Revision(9), m.State().Revision())
+}
+
+// TestUsedIDs: the ID of a volume that is gone is refused for ever, also after a restore (H35).
+func TestUsedIDs(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+	mustApply(t, m, meta.Command{Release: &meta.Release{Volume: 1}})
+	mustApply(t, m, report(1, 1, meta.ReplicaRemoved))
+	_, ok := m.State().Volume(1)
+	require.False(t, ok)
+
+	restored, err := meta.DecodeImage(mustImage(t, m.State()))
+	require.NoError(t, err)
+	for name, m := range map[string]*meta.Machine{"live": m, "restored": meta.NewMachine(restored)} {
+		again := volume(1, meta.ReclaimDelete, 1)
+		again.Name = "another-" + name
+		res := m.Apply(meta.Command{CreateVolume: &meta.CreateVolume{Volume: again}})
+		require.ErrorIs(t, res.Err, trivet.ErrExists, name)
+		assert.True(t, m.State().Used(1), name)
+		assert.Nil(t, res.Volume, name)
+	}
+}
+
+// TestGolden keeps version 1 of both formats readable for ever. Regenerate with REWRITE=1 only for a
+// new version.
+func TestGolden(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	create := meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(7, meta.ReclaimRetain, 1, 2, 3), Claim: true}}
+	mustApply(t, m, create)
+	for n := 1; n <= 3; n++ {
+		mustApply(t, m, report(7, n, meta.ReplicaReady))
+	}
+	mustApply(t, m, meta.Command{Attach: &meta.Attach{Volume: 7, Node: "n2", Mode: meta.SingleNodeMultiWriter}})
+	command, err := create.Encode()
+	require.NoError(t, err)
+	for name, got := range map[string][]byte{"command.v1": command, "image.v1": mustImage(t, m.State())} {
+		path := filepath.Join("testdata", name)
+		if os.Getenv("REWRITE") != "" {
+			require.NoError(t, os.WriteFile(path, got, 0o600))
+		}
+		want, err := os.ReadFile(path)
+		require.NoError(t, err)
+		assert.Equal(t, string(want), string(got), name)
+	}
+	old, err := os.ReadFile(filepath.Join("testdata", "image.v1"))
+	require.NoError(t, err)
+	s, err := meta.DecodeImage(old)
+	require.NoError(t, err)
+	v, ok := s.Volume(7)
+	require.True(t, ok)
+	assert.Equal(t, trivet.NodeID("n2"), v.Attached.Node)
+}
+
+func TestCodecRefuses(t *testing.T) {
+	t.Parallel()
+	good, err := meta.Command{Release: &meta.Release{Volume: 1}}.Encode()
+	require.NoError(t, err)
+	for _, tc := range []struct {
+		name string
+		in   []byte
+	}{
+		{"empty", nil},
+		{"version only", good[:1]},
+		{"other version", append([]byte{9}, good[1:]...)},
+		{"cut", good[:len(good)-1]},
+		{"something after", append(append([]byte{}, good...), " {}"...)},
+		{"no operation", []byte("\x01{}")},
+		{"two operations", []byte("\x01" + `{"release":{"volume":1},"detach":{"volume":1}}`)},
+		{"unknown operation", []byte("\x01" + `{"release":{"volume":1},"erase":{}}`)},
+		{"unknown field", []byte("\x01" + `{"release":{"volume":1,"force":true}}`)},
+		{"volume zero", []byte("\x01" + `{"release":{"volume":0}}`)},
+		{"too long", append(append([]byte{}, good...), make([]byte, meta.CommandBytesMax)...)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			_, err := meta.Decode(tc.in)
+			assert.ErrorIs(t, err, trivet.ErrInvalid)
+		})
+	}
+	_, err = meta.Command{}.Encode()
+	require.ErrorIs(t, err, trivet.ErrInvalid)
+	assert.Equal(t, "command", meta.Command{}.Op())
+}
+
+// TestImageDamage flips each byte and cuts at each length: never accepted, never a panic.
+func TestImageDamage(t *testing.T) {
+	t.Parallel()
+	b := mustImage(t, cluster(t).State())
+	_, err := meta.DecodeImage(b)
+	require.NoError(t, err)
+	for i := range b {
+		bad := append([]byte{}, b...)
+		bad[i] ^= 0x10
+		_, err := meta.DecodeImage(bad)
+		require.Truef(t, errors.Is(err, trivet.ErrCorrupt) || errors.Is(err, trivet.ErrInvalid), "flip at %d: %v", i, err)
+		_, err = meta.DecodeImage(b[:i])
+		require.ErrorIsf(t, err, trivet.ErrCorrupt, "cut at %d", i)
+	}
+}

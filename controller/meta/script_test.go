@@ -1,0 +1,167 @@
+package meta_test
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/cockroachdb/datadriven"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// TestScripts runs testdata/*.txt. Commands take v= (volume number), n= (node number), e= (epoch):
+//
+//	create v=1 n=(1,2,3) policy=retain [request=r] [claim]
+//	report v=1 n=1 state=Ready | attach v=1 n=1 [mode=…] [ro] [e=4] | takeover v=1 n=1 [i=5]
+//	detach v=1 [n=1] [e=4] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
+//	release v=1 [discard] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
+//	register n=1 i=2 | state
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	datadriven.Walk(t, "testdata/scripts", func(t *testing.T, path string) {
+		m := cluster(t)
+		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
+			if d.Cmd == "state" {
+				return describe(m.State())
+			}
+			c := scripted(t, d)
+			// What a member applies has been through the log.
+			b, err := c.Encode()
+			require.NoError(t, err)
+			c, err = meta.Decode(b)
+			require.NoError(t, err)
+			before := m.State().Revision()
+			res := m.Apply(c)
+			switch {
+			case res.Err != nil:
+				return fmt.Sprintf("err: %v\n", res.Err)
+			case res.Revision == before:
+				return "no effect: " + line(res.Volume)
+			default:
+				return line(res.Volume)
+			}
+		})
+	})
+}
+
+func number(t *testing.T, d *datadriven.TestData, key string) int {
+	n := 0
+	d.MaybeScanArgs(t, key, &n)
+	return n
+}
+
+func word(t *testing.T, d *datadriven.TestData, key, otherwise string) string {
+	d.MaybeScanArgs(t, key, &otherwise)
+	return otherwise
+}
+
+func scripted(t *testing.T, d *datadriven.TestData) meta.Command {
+	v, n := number(t, d, "v"), 0
+	if d.Cmd != "create" { // where it is a list
+		n = number(t, d, "n")
+	}
+	id, epoch := trivet.VolumeID(v), trivet.Epoch(number(t, d, "e"))
+	policy := meta.ReclaimPolicy(word(t, d, "policy", "delete"))
+	switch d.Cmd {
+	case "create":
+		a, _ := d.Arg("n")
+		nodes := make([]int, len(a.Vals))
+		for i := range a.Vals {
+			var err error
+			nodes[i], err = strconv.Atoi(a.Vals[i])
+			require.NoError(t, err)
+		}
+		vol := volume(v, policy, nodes...)
+		vol.Name = word(t, d, "name", vol.Name)
+		vol.Request = word(t, d, "request", vol.Request)
+		return meta.Command{CreateVolume: &meta.CreateVolume{Volume: vol, Claim: d.HasArg("claim")}}
+	case "report":
+		c := report(v, n, meta.ReplicaState(word(t, d, "state", "")))
+		c.ReportReplica.Reason = word(t, d, "reason", "")
+		return c
+	case "attach":
+		mode := meta.AccessMode(word(t, d, "mode", string(meta.SingleNodeMultiWriter)))
+		return meta.Command{Attach: &meta.Attach{
+			Volume: id, Node: nodeID(n), Mode: mode, ReadOnly: d.HasArg("ro"), Epoch: epoch,
+		}}
+	case "takeover":
+		c := &meta.TakeOver{Volume: id, Node: nodeID(n)}
+		if d.HasArg("i") {
+			c.Incarnation = incarnation(number(t, d, "i"))
+		}
+		return meta.Command{TakeOver: c}
+	case "detach":
+		c := &meta.Detach{Volume: id, Epoch: epoch}
+		if n != 0 {
+			c.Node = nodeID(n)
+		}
+		return meta.Command{Detach: c}
+	case "fence":
+		return meta.Command{ReportFence: &meta.ReportFence{Volume: id, Epoch: epoch}}
+	case "leader":
+		return meta.Command{ReportLeader: &meta.ReportLeader{
+			Volume: id, Replica: replicaID(v*10 + n), Term: uint64(number(t, d, "term")),
+		}}
+	case "want":
+		return meta.Command{WantLeader: &meta.WantLeader{Volume: id, Replica: replicaID(v*10 + n)}}
+	case "release":
+		return meta.Command{Release: &meta.Release{Volume: id, Discard: d.HasArg("discard")}}
+	case "reclaim":
+		return meta.Command{Reclaim: &meta.Reclaim{Volume: id, Policy: policy}}
+	case "wiped":
+		return meta.Command{ReportWiped: &meta.ReportWiped{Volume: id, Epoch: epoch}}
+	case "fail":
+		return meta.Command{Fail: &meta.Fail{Volume: id, Reason: word(t, d, "reason", "broken")}}
+	case "register":
+		nd := node(n)
+		nd.Incarnation = incarnation(number(t, d, "i"))
+		return meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}}
+	}
+	t.Fatalf("%s: unknown command %q", d.Pos, d.Cmd)
+	return meta.Command{}
+}
+
+func line(v *meta.Volume) string {
+	if v == nil {
+		return "-\n"
+	}
+	b := &strings.Builder{}
+	fmt.Fprintf(b, "v%d %s epoch=%d fenced=%d", uint64(v.ID), v.Phase, v.Epoch, v.FencedEpoch)
+	if a := v.Attached; a != nil {
+		fmt.Fprintf(b, " attached=%s@%d", a.Node, a.Epoch)
+		if a.ReadOnly {
+			b.WriteString("(ro)")
+		}
+		if v.Usable(a.Node, a.Epoch) {
+			b.WriteString(" usable")
+		}
+	}
+	if v.Detaching != "" {
+		fmt.Fprintf(b, " detaching=%s", v.Detaching)
+	}
+	for _, r := range v.Replicas {
+		fmt.Fprintf(b, " %s:%s", r.Node, r.State)
+		if r.ID == v.Leader {
+			b.WriteString("(leads)")
+		}
+		if r.ID == v.WantLeader {
+			b.WriteString("(wanted)")
+		}
+	}
+	if v.Reason != "" {
+		fmt.Fprintf(b, " reason=%q", v.Reason)
+	}
+	return b.String() + "\n"
+}
+
+func describe(s *meta.State) string {
+	out := fmt.Sprintf("revision %d\n", s.Revision())
+	for _, v := range s.Volumes() {
+		out += line(&v)
+	}
+	return out
+}

@@ -1,0 +1,201 @@
+// Package meta is the catalogue of a cluster as a pure state machine: what nodes, disks, volumes,
+// replicas and attachments there are, what is wanted of them and what is so. Commands go in, a
+// result and a new revision come out; there is no clock, no I/O and no randomness here, so that
+// every member of the meta group computes the same state from the same log.
+//
+// controller wraps it in a Raft group and is the only writer of commands on behalf of users; node
+// agents read it and report through it what they did. Times, IDs and placements are chosen by the
+// proposer and travel in the command.
+package meta
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Revision counts the commands that changed the catalogue. Every record carries the revision of its last change; a
+// command may name the revision it was decided on and is refused when the record has moved on.
+type Revision uint64
+
+// Phase is where a volume stands in its life.
+type Phase string
+
+// The phases. Creating turns into Available once every replica is ready; Failed can be reached
+// from anywhere but Deleting and carries a reason. A volume keeps its name until it is Deleting, so
+// one that was recycled is Available under its old name.
+const (
+	PhaseCreating  Phase = "Creating"  // replicas are being made; no I/O yet
+	PhaseAvailable Phase = "Available" // ready, never bound or recycled
+	PhaseBound     Phase = "Bound"     // claimed: attached at least once, or claimed by a CSI CreateVolume
+	PhaseReleased  Phase = "Released"  // its claim is gone; the reclaim policy decides what follows
+	PhaseRecycling Phase = "Recycling" // being wiped, then Available
+	PhaseDeleting  Phase = "Deleting"  // replicas are being removed, then the record goes
+	PhaseFailed    Phase = "Failed"    // needs an operator; see Reason
+)
+
+// ReclaimPolicy says what happens to a released volume.
+type ReclaimPolicy string
+
+// The reclaim policies.
+const (
+	ReclaimDelete  ReclaimPolicy = "delete"
+	ReclaimRetain  ReclaimPolicy = "retain"
+	ReclaimRecycle ReclaimPolicy = "recycle"
+)
+
+// AccessMode says who may attach a volume.
+type AccessMode string
+
+// The access modes of this version. Both bind the volume to one node; the first allows one
+// consumer there, the second several (Kubernetes ReadWriteOncePod and ReadWriteOnce).
+const (
+	SingleNodeSingleWriter AccessMode = "SingleNodeSingleWriter"
+	SingleNodeMultiWriter  AccessMode = "SingleNodeMultiWriter"
+	SingleNodeReader       AccessMode = "SingleNodeReader"
+)
+
+// Node is a machine of the cluster.
+type Node struct {
+	ID          trivet.NodeID    `json:"id"`
+	Address     string           `json:"address"` // host:port of its server
+	Zone        string           `json:"zone,omitempty"`
+	MetaReplica trivet.ReplicaID `json:"metaReplica,omitempty"` // its member of the meta group
+	Incarnation string           `json:"incarnation"`           // UUID drawn at each process start
+	LeaseUntil  time.Time        `json:"leaseUntil"`            // node lease; expired = considered down
+	Disks       []Disk           `json:"disks"`
+	// Replaced are the incarnations before this one, newest last, at most replacedMax: a late
+	// registration of an old process must not fence the new one.
+	Replaced []string `json:"replaced,omitempty"`
+	Revision Revision `json:"revision"`
+}
+
+// Alive reports whether the node's lease has not run out at now.
+func (n *Node) Alive(now time.Time) bool { return now.Before(n.LeaseUntil) }
+
+// Disk is a directory that a node gives to Trivet.
+type Disk struct {
+	ID        trivet.DiskID `json:"id"`
+	Path      string        `json:"path"`
+	SizeBytes int64         `json:"sizeBytes"`
+	FreeBytes int64         `json:"freeBytes"` // what volumes may still use: the engine's reserve is taken off
+}
+
+// ReplicaState is what an agent reported of a replica.
+type ReplicaState string
+
+// The replica states.
+const (
+	ReplicaCreating ReplicaState = "Creating" // wanted; the agent has not made it yet
+	ReplicaReady    ReplicaState = "Ready"    // made and durable: from now on its absence is a fault
+	ReplicaFaulted  ReplicaState = "Faulted"  // lost, damaged or on a wiped disk; see Reason
+	ReplicaRemoved  ReplicaState = "Removed"  // the agent has removed it (phase Deleting)
+)
+
+// Replica is one copy of a volume.
+type Replica struct {
+	ID     trivet.ReplicaID `json:"id"`
+	Node   trivet.NodeID    `json:"node"`
+	Disk   trivet.DiskID    `json:"disk"`
+	State  ReplicaState     `json:"state"`
+	Reason string           `json:"reason,omitempty"`
+}
+
+// Attachment is the right of one node to do I/O on a volume.
+type Attachment struct {
+	Node     trivet.NodeID `json:"node"`
+	Mode     AccessMode    `json:"mode"`
+	ReadOnly bool          `json:"readOnly,omitempty"`
+	Epoch    trivet.Epoch  `json:"epoch"` // epoch granted to the node; usable once Volume.FencedEpoch has reached it
+	// Incarnation is the process of the node to which Epoch was granted: the one registered when it
+	// was attached or taken over. Any other process of that node must TakeOver first.
+	Incarnation string `json:"incarnation,omitempty"`
+}
+
+// Volume is the catalogue's record of a volume.
+type Volume struct {
+	ID        trivet.VolumeID   `json:"id"`
+	Name      string            `json:"name"`
+	SizeBytes int64             `json:"sizeBytes"`
+	Phase     Phase             `json:"phase"`
+	Reason    string            `json:"reason,omitempty"`  // of PhaseFailed; kept until it is Available again
+	Claimed   bool              `json:"claimed,omitempty"` // has an owner: Creating turns into Bound, not Available
+	Reclaim   ReclaimPolicy     `json:"reclaim"`
+	Params    map[string]string `json:"params,omitempty"` // canonical parameters (see controller/params.go)
+	Request   string            `json:"request"`          // fingerprint of the create request, for idempotency
+	Created   time.Time         `json:"created"`
+	Replicas  []Replica         `json:"replicas"`
+
+	// Epoch is the highest epoch reserved; FencedEpoch the highest that the volume's own group has
+	// committed. Attached is nil when no node holds the volume. A detach reserves an epoch too, so
+	// FencedEpoch == Epoch and Attached == nil means: nobody can write.
+	Epoch       trivet.Epoch `json:"epoch"`
+	FencedEpoch trivet.Epoch `json:"fencedEpoch"`
+	Attached    *Attachment  `json:"attached,omitempty"`
+	// Detaching names the node whose attachment ends when the fence of Epoch is committed.
+	Detaching trivet.NodeID `json:"detaching,omitempty"`
+
+	// WantLeader asks the leader's agent to move leadership there; empty = leave it.
+	WantLeader trivet.ReplicaID `json:"wantLeader,omitempty"`
+	// Leader is the replica whose agent last reported that it leads: for display only.
+	Leader     trivet.ReplicaID `json:"leader,omitempty"`
+	LeaderTerm uint64           `json:"leaderTerm,omitempty"` // Raft term of that report; 0 = not given
+
+	Revision Revision `json:"revision"`
+}
+
+// Usable reports whether node may do I/O on v at epoch: it holds the attachment with that epoch,
+// and the volume's group has fenced everything older.
+func (v *Volume) Usable(node trivet.NodeID, epoch trivet.Epoch) bool {
+	return v.Attached != nil && v.Attached.Node == node && v.Attached.Epoch == epoch && v.FencedEpoch == epoch
+}
+
+// Replica returns the volume's replica of that ID, or nil.
+func (v *Volume) Replica(id trivet.ReplicaID) *Replica {
+	for i := range v.Replicas {
+		if v.Replicas[i].ID == id {
+			return &v.Replicas[i]
+		}
+	}
+	return nil
+}
+
+// ReplicaOn returns the volume's replica on node, or nil. There is at most one.
+func (v *Volume) ReplicaOn(node trivet.NodeID) *Replica {
+	for i := range v.Replicas {
+		if v.Replicas[i].Node == node {
+			return &v.Replicas[i]
+		}
+	}
+	return nil
+}
+
+// Holder returns the node that is attached or still being detached, or "" when nobody can write.
+func (v *Volume) Holder() trivet.NodeID {
+	if v.Attached != nil {
+		return v.Attached.Node
+	}
+	return v.Detaching
+}
+
+// Clone returns a copy that shares nothing with v.
+func (v *Volume) Clone() Volume {
+	c := *v
+	c.Params = maps.Clone(v.Params)
+	c.Replicas = slices.Clone(v.Replicas)
+	if v.Attached != nil {
+		a := *v.Attached
+		c.Attached = &a
+	}
+	return c
+}
+
+// Clone returns a copy that shares nothing with n.
+func (n *Node) Clone() Node {
+	c := *n
+	c.Disks = slices.Clone(n.Disks)
+	c.Replaced = slices.Clone(n.Replaced)
+	return c
+}

@@ -1,0 +1,307 @@
+package meta
+
+import (
+	"fmt"
+	"time"
+	"unicode/utf8"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Limits of what a record may hold, so that a command cannot make the catalogue unbounded.
+const (
+	reasonBytesMax = 1024
+	textBytesMax   = 1024 // addresses, paths, parameter values
+	disksMax       = 64   // per node
+	paramsMax      = 64   // per volume
+	replacedMax    = 8    // remembered incarnations per node
+)
+
+// operation is what each field of Command can do. All are pure.
+type operation interface {
+	op() string           // name and ids, for the front of an error
+	validate() error      // what can be said without the state
+	apply(d *draft) error // changes d, or returns an error and leaves it to be thrown away
+}
+
+// operation returns the one field that is set.
+func (c *Command) operation() (operation, error) {
+	var set []operation
+	add(&set, c.InitCluster)
+	add(&set, c.RegisterNode)
+	add(&set, c.RenewLease)
+	add(&set, c.CreateVolume)
+	add(&set, c.ReportReplica)
+	add(&set, c.Attach)
+	add(&set, c.TakeOver)
+	add(&set, c.Detach)
+	add(&set, c.ReportFence)
+	add(&set, c.ReportLeader)
+	add(&set, c.WantLeader)
+	add(&set, c.Release)
+	add(&set, c.Reclaim)
+	add(&set, c.ReportWiped)
+	add(&set, c.Fail)
+	if len(set) != 1 {
+		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
+	}
+	return set[0], nil
+}
+
+func add[T any, P interface {
+	*T
+	operation
+}](set *[]operation, p P) {
+	if p != nil {
+		*set = append(*set, p)
+	}
+}
+
+// Op returns the operation and what it is about, for logs and errors, such as
+// "attach vol-0000000000000007 to n1".
+func (c Command) Op() string {
+	o, err := c.operation()
+	if err != nil {
+		return "command"
+	}
+	return o.op()
+}
+
+// Validate returns ErrInvalid unless exactly one field is set and its contents make sense by
+// themselves. Apply validates too.
+func (c Command) Validate() error {
+	o, err := c.operation()
+	if err != nil {
+		return err
+	}
+	if err := o.validate(); err != nil {
+		return fmt.Errorf("%s: %w", o.op(), err)
+	}
+	return nil
+}
+
+func (i *InitCluster) validate() error {
+	return firstError(validateUUID("cluster", string(i.Cluster)), validateTime("time", i.Time))
+}
+
+func (r *RegisterNode) validate() error {
+	n := &r.Node
+	if n.MetaReplica != "" {
+		if err := validateUUID("meta replica", string(n.MetaReplica)); err != nil {
+			return err
+		}
+	}
+	if n.Address == "" {
+		return fmt.Errorf("address is empty: %w", trivet.ErrInvalid)
+	}
+	return firstError(
+		trivet.ValidateNodeID(string(n.ID)),
+		validateText("address", n.Address, textBytesMax),
+		validateText("zone", n.Zone, trivet.NameBytesMax),
+		validateUUID("incarnation", n.Incarnation),
+		validateTime("lease", n.LeaseUntil),
+		validateDisks(n.Disks),
+	)
+}
+
+func (r *RenewLease) validate() error {
+	return firstError(
+		trivet.ValidateNodeID(string(r.Node)),
+		validateUUID("incarnation", r.Incarnation),
+		validateTime("lease", r.Until),
+		validateDisks(r.Disks),
+	)
+}
+
+func (c *CreateVolume) validate() error {
+	v := &c.Volume
+	if v.SizeBytes <= 0 || v.SizeBytes > trivet.VolumeSizeMax || v.SizeBytes%trivet.BlockSize != 0 {
+		return fmt.Errorf("size of %d bytes: want whole %d-byte blocks, 1 to %d bytes: %w",
+			v.SizeBytes, trivet.BlockSize, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
+	}
+	if n := len(v.Replicas); n != 1 && n != 3 && n != 5 {
+		return fmt.Errorf("%d replicas: want 1, 3 or 5: %w", n, trivet.ErrInvalid)
+	}
+	if len(v.Params) > paramsMax {
+		return fmt.Errorf("%d parameters, at most %d are allowed: %w", len(v.Params), paramsMax, trivet.ErrInvalid)
+	}
+	for k, val := range v.Params {
+		if err := firstError(validateText("parameter", k, textBytesMax), validateText(k, val, textBytesMax)); err != nil {
+			return err
+		}
+	}
+	return firstError(
+		validateVolume(v.ID),
+		trivet.ValidateName(v.Name),
+		validatePolicy(v.Reclaim),
+		validateText("request", v.Request, textBytesMax),
+		validateTime("created", v.Created),
+		validateReplicas(v.Replicas),
+	)
+}
+
+func validateReplicas(rs []Replica) error {
+	ids, nodes := map[trivet.ReplicaID]bool{}, map[trivet.NodeID]bool{}
+	for _, r := range rs {
+		if err := firstError(
+			validateUUID("replica", string(r.ID)),
+			trivet.ValidateNodeID(string(r.Node)),
+			validateUUID("disk", string(r.Disk)),
+		); err != nil {
+			return err
+		}
+		if r.State != ReplicaCreating || r.Reason != "" {
+			return fmt.Errorf("replica %s: state %q, want %s: %w", r.ID, r.State, ReplicaCreating, trivet.ErrInvalid)
+		}
+		if ids[r.ID] || nodes[r.Node] {
+			return fmt.Errorf("replica %s on %s: replica or node named twice: %w", r.ID, r.Node, trivet.ErrInvalid)
+		}
+		ids[r.ID], nodes[r.Node] = true, true
+	}
+	return nil
+}
+
+func (r *ReportReplica) validate() error {
+	switch r.State {
+	case ReplicaReady, ReplicaFaulted, ReplicaRemoved:
+	case ReplicaCreating:
+		return fmt.Errorf("state %s cannot be reported: a replica is never made again under its name: %w",
+			r.State, trivet.ErrInvalid)
+	default:
+		return fmt.Errorf("state %q is unknown: %w", r.State, trivet.ErrInvalid)
+	}
+	return firstError(
+		validateVolume(r.Volume),
+		validateUUID("replica", string(r.Replica)),
+		validateText("reason", r.Reason, reasonBytesMax),
+	)
+}
+
+func (a *Attach) validate() error {
+	switch a.Mode {
+	case SingleNodeSingleWriter, SingleNodeMultiWriter, SingleNodeReader:
+	default:
+		return fmt.Errorf("access mode %q is unknown: %w", a.Mode, trivet.ErrInvalid)
+	}
+	return firstError(validateVolume(a.Volume), trivet.ValidateNodeID(string(a.Node)))
+}
+
+func (t *TakeOver) validate() error {
+	if t.Incarnation != "" {
+		if err := validateUUID("incarnation", t.Incarnation); err != nil {
+			return err
+		}
+	}
+	return firstError(validateVolume(t.Volume), trivet.ValidateNodeID(string(t.Node)))
+}
+
+func (d *Detach) validate() error {
+	if d.Node == "" {
+		return validateVolume(d.Volume)
+	}
+	return firstError(validateVolume(d.Volume), trivet.ValidateNodeID(string(d.Node)))
+}
+
+func (r *ReportFence) validate() error {
+	return firstError(validateVolume(r.Volume), validateEpoch(r.Epoch))
+}
+
+func (r *ReportLeader) validate() error {
+	return firstError(validateVolume(r.Volume), validateUUID("replica", string(r.Replica)))
+}
+
+func (w *WantLeader) validate() error {
+	return firstError(validateVolume(w.Volume), validateUUID("replica", string(w.Replica)))
+}
+
+func (r *Release) validate() error { return validateVolume(r.Volume) }
+
+func (r *Reclaim) validate() error {
+	return firstError(validateVolume(r.Volume), validatePolicy(r.Policy))
+}
+
+func (r *ReportWiped) validate() error {
+	return firstError(validateVolume(r.Volume), validateEpoch(r.Epoch))
+}
+
+func (f *Fail) validate() error {
+	if f.Reason == "" {
+		return fmt.Errorf("reason is empty: %w", trivet.ErrInvalid)
+	}
+	return firstError(validateVolume(f.Volume), validateText("reason", f.Reason, reasonBytesMax))
+}
+
+func validateVolume(id trivet.VolumeID) error {
+	if id == trivet.MetaGroup {
+		return fmt.Errorf("volume id is zero: %w", trivet.ErrInvalid)
+	}
+	return nil
+}
+
+func validateEpoch(e trivet.Epoch) error {
+	if e == 0 {
+		return fmt.Errorf("epoch is zero: %w", trivet.ErrInvalid)
+	}
+	return nil
+}
+
+func validatePolicy(p ReclaimPolicy) error {
+	switch p {
+	case ReclaimDelete, ReclaimRetain, ReclaimRecycle:
+		return nil
+	default:
+		return fmt.Errorf("reclaim policy %q is unknown: %w", p, trivet.ErrInvalid)
+	}
+}
+
+func validateDisks(disks []Disk) error {
+	if len(disks) > disksMax {
+		return fmt.Errorf("%d disks, at most %d are allowed: %w", len(disks), disksMax, trivet.ErrInvalid)
+	}
+	seen := map[trivet.DiskID]bool{}
+	for _, d := range disks {
+		if err := firstError(validateUUID("disk", string(d.ID)), validateText("path", d.Path, textBytesMax)); err != nil {
+			return err
+		}
+		if d.SizeBytes < 0 || d.FreeBytes < 0 {
+			return fmt.Errorf("disk %s: size %d, free %d bytes: %w", d.ID, d.SizeBytes, d.FreeBytes, trivet.ErrInvalid)
+		}
+		if seen[d.ID] {
+			return fmt.Errorf("disk %s is named twice: %w", d.ID, trivet.ErrInvalid)
+		}
+		seen[d.ID] = true
+	}
+	return nil
+}
+
+// validateText refuses what JSON could not carry unchanged.
+func validateText(what, s string, bytesMax int) error {
+	if len(s) > bytesMax || !utf8.ValidString(s) {
+		return fmt.Errorf("%s: want valid UTF-8 of at most %d bytes: %w", what, bytesMax, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// validateTime refuses years that RFC 3339, and so JSON, cannot carry.
+func validateTime(what string, t time.Time) error {
+	if y := t.UTC().Year(); y < 1 || y > 9998 {
+		return fmt.Errorf("%s: year %d: %w", what, y, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+func validateUUID(what, s string) error {
+	if err := trivet.ValidateUUID(s); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+func firstError(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

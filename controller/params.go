@@ -1,0 +1,180 @@
+package controller
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// The parameters of a StorageClass. Keys are compared without regard to case; these spellings are
+// the canonical ones, which meta.Volume.Params holds.
+const (
+	ParamReplicas       = "replicas"                  // 1, 3 or 5; default 3
+	ParamReclaimPolicy  = "reclaimPolicy"             // delete (default), retain or recycle
+	ParamIOPSLimit      = "iopsLimit"                 // requests/s, a quantity; 0 or absent = none
+	ParamBandwidthLimit = "bandwidthLimit"            // bytes/s, a quantity; 0 or absent = none
+	ParamFSType         = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
+	ParamSpread         = "spread"                    // node (default) or zone
+)
+
+// Spread says what two replicas of a volume must not share.
+type Spread string
+
+// The spreads. Under either, replicas are on different nodes and in as many zones as possible.
+const (
+	SpreadNode Spread = "node" // a node
+	SpreadZone Spread = "zone" // a zone; refused when there are fewer zones than replicas
+)
+
+// Params are the parsed parameters of a volume.
+type Params struct {
+	Replicas       int
+	Reclaim        meta.ReclaimPolicy
+	IOPSLimit      int64 // requests/s; 0 = none
+	BandwidthLimit int64 // bytes/s; 0 = none
+	FSType         string
+	Spread         Spread
+}
+
+// DefaultParams returns what a StorageClass without parameters gets.
+func DefaultParams() Params {
+	return Params{Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode}
+}
+
+// ignoredParams are added by the provisioner's --extra-create-metadata. They name the claim, so they
+// would differ where the request is the same: they are tolerated and forgotten.
+var ignoredParams = []string{
+	"csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pv/name",
+}
+
+// ParseParams reads parameters as they stand in a StorageClass. An empty value is the default.
+// It returns ErrInvalid, naming the key, for one that is unknown, given twice or malformed.
+func ParseParams(raw map[string]string) (Params, error) {
+	p := DefaultParams()
+	seen := map[string]string{}
+	for _, key := range slices.Sorted(maps.Keys(raw)) { // sorted: the same error each time
+		lower := strings.ToLower(key)
+		if slices.Contains(ignoredParams, lower) {
+			continue
+		}
+		if other, twice := seen[lower]; twice {
+			return Params{}, fmt.Errorf("parameters %q and %q are the same: %w", other, key, trivet.ErrInvalid)
+		}
+		seen[lower] = key
+		if err := p.set(lower, raw[key]); err != nil {
+			return Params{}, fmt.Errorf("parameter %q: %w", key, err)
+		}
+	}
+	return p, nil
+}
+
+func (p *Params) set(lower, value string) error {
+	var err error
+	switch lower {
+	case ParamReplicas:
+		err = oneOf(value, func(v string) { p.Replicas = int(v[0] - '0') }, "1", "3", "5")
+	case strings.ToLower(ParamReclaimPolicy):
+		err = oneOf(value, func(v string) { p.Reclaim = meta.ReclaimPolicy(v) },
+			string(meta.ReclaimDelete), string(meta.ReclaimRetain), string(meta.ReclaimRecycle))
+	case strings.ToLower(ParamIOPSLimit):
+		p.IOPSLimit, err = parseQuantity(value)
+	case strings.ToLower(ParamBandwidthLimit):
+		p.BandwidthLimit, err = parseQuantity(value)
+	case ParamFSType:
+		err = oneOf(value, func(v string) { p.FSType = v }, "ext4", "xfs")
+	case ParamSpread:
+		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
+	default:
+		return fmt.Errorf("unknown: %w", trivet.ErrInvalid)
+	}
+	return err
+}
+
+// oneOf calls set with value, in the spelling of words, when it is one of them.
+func oneOf(value string, set func(string), words ...string) error {
+	if value == "" {
+		return nil
+	}
+	for _, w := range words {
+		if strings.EqualFold(w, value) {
+			set(w)
+			return nil
+		}
+	}
+	return fmt.Errorf("value %q: want one of %s: %w", value, strings.Join(words, ", "), trivet.ErrInvalid)
+}
+
+// units are the suffixes of Kubernetes quantities that a limit may have.
+var units = []struct {
+	suffix string
+	factor int64
+}{
+	{"Ki", 1 << 10},
+	{"Mi", 1 << 20},
+	{"Gi", 1 << 30},
+	{"Ti", 1 << 40},
+	{"k", 1e3},
+	{"M", 1e6},
+	{"G", 1e9},
+	{"T", 1e12},
+}
+
+// parseQuantity reads a whole number with an optional suffix, such as 500, 10k or 10Mi.
+func parseQuantity(s string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	digits, factor := s, int64(1)
+	for _, u := range units {
+		if d, ok := strings.CutSuffix(s, u.suffix); ok {
+			digits, factor = d, u.factor
+			break
+		}
+	}
+	n, err := strconv.ParseUint(digits, 10, 63) // no sign, no space
+	if err != nil || int64(n) > math.MaxInt64/factor {
+		return 0, fmt.Errorf("value %q: want a whole number, with Ki, Mi, Gi, Ti, k, M, G or T if wanted: %w",
+			s, trivet.ErrInvalid)
+	}
+	return int64(n) * factor, nil
+}
+
+// Map returns the canonical parameters: what was defaulted is spelled out, what is unlimited or
+// unset is left out.
+func (p Params) Map() map[string]string {
+	m := map[string]string{
+		ParamReplicas:      strconv.Itoa(p.Replicas),
+		ParamReclaimPolicy: string(p.Reclaim),
+		ParamSpread:        string(p.Spread),
+	}
+	if p.IOPSLimit > 0 {
+		m[ParamIOPSLimit] = strconv.FormatInt(p.IOPSLimit, 10)
+	}
+	if p.BandwidthLimit > 0 {
+		m[ParamBandwidthLimit] = strconv.FormatInt(p.BandwidthLimit, 10)
+	}
+	if p.FSType != "" {
+		m[ParamFSType] = p.FSType
+	}
+	return m
+}
+
+// Fingerprint identifies the request: equal for equal canonical parameters. The size is not part of
+// it (a volume of a size within the wanted range will do), nor is the topology (a volume can be used
+// from every node, and the scheduler may choose another one between two tries).
+func (p Params) Fingerprint() string {
+	m := p.Map()
+	h := sha256.New()
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		fmt.Fprintf(h, "%d %s %d %s\n", len(k), k, len(m[k]), m[k])
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}

@@ -1,0 +1,254 @@
+package controller
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// The topology keys that segments use. PersistentVolumes and node labels hold them, so they never
+// change.
+const (
+	TopologyNode = "topology." + trivet.DriverName + "/node"
+	TopologyZone = "topology." + trivet.DriverName + "/zone"
+)
+
+// PlaceRequest says what is to be placed.
+type PlaceRequest struct {
+	SizeBytes int64
+	Replicas  int
+	Spread    Spread
+
+	// Requisite, when not empty, are segments that the volume must have to do with: all replicas go
+	// into them when they have nodes enough, otherwise at least the first one does. (With
+	// WaitForFirstConsumer they are just the node of the pod.) Preferred are segments for the first
+	// replica, best first. A segment with no key is every node.
+	Requisite, Preferred []map[string]string
+
+	// Load is what the disks carry already.
+	Load map[trivet.DiskID]Load
+}
+
+// Load is what the catalogue has placed on a disk. Volumes are thin: ProvisionedBytes is what they
+// may come to use.
+type Load struct {
+	Replicas         int
+	ProvisionedBytes int64
+}
+
+// LoadOf adds up what each disk carries.
+func LoadOf(volumes []meta.Volume) map[trivet.DiskID]Load {
+	out := map[trivet.DiskID]Load{}
+	for _, v := range volumes {
+		for _, r := range v.Replicas {
+			if r.State == meta.ReplicaRemoved {
+				continue
+			}
+			l := out[r.Disk]
+			l.Replicas++
+			l.ProvisionedBytes += v.SizeBytes
+			out[r.Disk] = l
+		}
+	}
+	return out
+}
+
+// candidate is a node that can take a replica, with the best of its disks.
+type candidate struct {
+	node     trivet.NodeID
+	zone     string
+	disk     trivet.DiskID
+	spare    int64 // bytes left when every volume on the disk is full; may be negative
+	replicas int   // already on that disk
+	required bool  // lies in a requisite segment
+	rank     int   // index of the first preferred segment it lies in
+}
+
+// Place chooses a node and a disk for every replica, the first of which is meant to lead. It is
+// pure: the same arguments, in whatever order the nodes come, give the same answer. The replicas
+// have no ID yet.
+//
+// A node qualifies when its lease is live at now and one of its disks has SizeBytes free. Among
+// those, replicas go to as many zones as possible, then to the disks with most room once every
+// volume there has grown to its full size, then to those with fewest replicas. ErrNoSpace, naming
+// how many nodes qualify and why others do not, when there are too few.
+func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, error) {
+	candidates, refused := qualify(nodes, req, now)
+	if len(candidates) < req.Replicas {
+		return nil, tooFew(req, len(candidates), len(nodes), refused)
+	}
+	required := 0
+	for _, c := range candidates {
+		if c.required {
+			required++
+		}
+	}
+	if required == 0 {
+		return nil, fmt.Errorf("place %d replicas of %d bytes: none of %d qualifying nodes is in the required topology%s: %w",
+			req.Replicas, req.SizeBytes, len(candidates), refused, trivet.ErrNoSpace)
+	}
+	if required >= req.Replicas && (req.Spread != SpreadZone || zonesN(candidates, true) >= req.Replicas) {
+		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return !c.required })
+	}
+	if n := zonesN(candidates, false); req.Spread == SpreadZone && n < req.Replicas {
+		return nil, fmt.Errorf("place %d replicas of %d bytes in a zone each: %d zones have a qualifying node%s: %w",
+			req.Replicas, req.SizeBytes, n, refused, trivet.ErrNoSpace)
+	}
+	return choose(candidates, req.Replicas), nil
+}
+
+// choose picks one by one; each pick prefers a zone that has fewest replicas so far.
+func choose(candidates []candidate, n int) []meta.Replica {
+	zones := map[string]int{}
+	out := make([]meta.Replica, 0, n)
+	for len(out) < n {
+		first := len(out) == 0
+		best := slices.MinFunc(candidates, func(a, b candidate) int {
+			if first {
+				if c := cmp.Or(-compareBool(a.required, b.required), cmp.Compare(a.rank, b.rank)); c != 0 {
+					return c
+				}
+			}
+			return cmp.Or(
+				cmp.Compare(zones[a.zone], zones[b.zone]),
+				cmp.Compare(b.spare, a.spare),
+				cmp.Compare(a.replicas, b.replicas),
+				cmp.Compare(a.node, b.node),
+			)
+		})
+		zones[best.zone]++
+		out = append(out, meta.Replica{Node: best.node, Disk: best.disk, State: meta.ReplicaCreating})
+		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return c.node == best.node })
+	}
+	return out
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	default:
+		return -1
+	}
+}
+
+func zonesN(candidates []candidate, required bool) int {
+	zones := map[string]bool{}
+	for _, c := range candidates {
+		if c.required || !required {
+			zones[c.zone] = true
+		}
+	}
+	return len(zones)
+}
+
+// reasons say why nodes do not qualify; they print as the middle of an error.
+type reasons struct {
+	down  []string
+	small []string
+}
+
+func (r reasons) String() string {
+	var b strings.Builder
+	if len(r.down) > 0 {
+		fmt.Fprintf(&b, "; down: %s", strings.Join(r.down, ", "))
+	}
+	if len(r.small) > 0 {
+		fmt.Fprintf(&b, "; too little room: %s", strings.Join(r.small, ", "))
+	}
+	return b.String()
+}
+
+func tooFew(req PlaceRequest, qualify, all int, why reasons) error {
+	return fmt.Errorf("place %d replicas of %d bytes: %d of %d nodes qualify%s: %w",
+		req.Replicas, req.SizeBytes, qualify, all, why, trivet.ErrNoSpace)
+}
+
+// qualify returns the nodes that can take a replica, in the order of their names.
+func qualify(nodes []meta.Node, req PlaceRequest, now time.Time) ([]candidate, reasons) {
+	var out []candidate
+	var why reasons
+	nodes = slices.Clone(nodes)
+	slices.SortFunc(nodes, func(a, b meta.Node) int { return cmp.Compare(a.ID, b.ID) })
+	for _, n := range nodes {
+		if !n.Alive(now) {
+			why.down = append(why.down, string(n.ID))
+			continue
+		}
+		c, ok := bestDisk(&n, req)
+		if !ok {
+			why.small = append(why.small, fmt.Sprintf("%s (%d bytes free)", n.ID, freeBytes(&n)))
+			continue
+		}
+		c.required = len(req.Requisite) == 0 || segmentOf(&n, req.Requisite) < len(req.Requisite)
+		c.rank = segmentOf(&n, req.Preferred)
+		out = append(out, c)
+	}
+	return out, why
+}
+
+// bestDisk returns the node with the disk that has most room.
+func bestDisk(n *meta.Node, req PlaceRequest) (candidate, bool) {
+	var best candidate
+	found := false
+	for _, d := range n.Disks {
+		if d.FreeBytes < req.SizeBytes {
+			continue
+		}
+		load := req.Load[d.ID]
+		c := candidate{
+			node: n.ID, zone: n.Zone, disk: d.ID,
+			spare: min(d.FreeBytes, d.SizeBytes-load.ProvisionedBytes), replicas: load.Replicas,
+		}
+		better := cmp.Or(cmp.Compare(c.spare, best.spare), cmp.Compare(best.replicas, c.replicas),
+			cmp.Compare(best.disk, c.disk)) > 0
+		if !found || better {
+			best, found = c, true
+		}
+	}
+	return best, found
+}
+
+// freeBytes returns what the roomiest disk of a node has free.
+func freeBytes(n *meta.Node) int64 {
+	var most int64
+	for _, d := range n.Disks {
+		most = max(most, d.FreeBytes)
+	}
+	return most
+}
+
+// segmentOf returns the index of the first segment that n lies in, or their number.
+func segmentOf(n *meta.Node, segments []map[string]string) int {
+	for i, s := range segments {
+		if inSegment(n, s) {
+			return i
+		}
+	}
+	return len(segments)
+}
+
+func inSegment(n *meta.Node, segment map[string]string) bool {
+	for k, v := range segment {
+		switch k {
+		case TopologyNode:
+			if string(n.ID) != v {
+				return false
+			}
+		case TopologyZone:
+			if n.Zone != v {
+				return false
+			}
+		default:
+			return false
+		}
+	}
+	return true
+}
