@@ -1,0 +1,278 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/trivet-csi/trivet"
+)
+
+const (
+	// batchBytesMax bounds a Batch; Pebble's own limit is 4 GiB, and a panic.
+	batchBytesMax = 256 << 20
+
+	batchBytesInitial  = 64 << 10
+	batchBytesRetained = 4 << 20 // larger buffers are not kept for the next batch
+
+	// deleteRangeFromN is the number of blocks from which one range tombstone replaces point
+	// tombstones. Pebble sorts all range tombstones of the memtable anew after each, so a trim of
+	// many small extents is cheaper in points.
+	deleteRangeFromN = 64
+)
+
+// Batch gathers the effects of applied log entries on the blocks of a volume; later effects win. It
+// belongs to one goroutine. Nothing of it is visible before Commit. Blocks go to the generation of the
+// volume's State when the batch began, so a commit that raises the generation ends what precedes it.
+type Batch struct {
+	v   *Volume
+	b   *pebble.Batch // nil once committed or closed
+	gen trivet.Generation
+	end trivet.LBA // one past the highest block touched
+	err error      // why NewBatch gave no real batch
+
+	written []extent // only while older generations may exist: what Zero cannot find in the store yet
+}
+
+// extent is a run of blocks.
+type extent struct {
+	lba trivet.LBA
+	n   int64
+}
+
+// NewBatch starts a batch. One may be open at a time: while another batch is, or a Restore runs, all
+// calls on the new one return ErrInUse; while Restoring, ErrUnavailable; after a drop, ErrNotFound.
+// It must be committed or closed.
+func (v *Volume) NewBatch() *Batch {
+	if err := v.becomeApplier(false); err != nil {
+		return &Batch{v: v, err: err}
+	}
+	v.mu.Lock()
+	gen := v.rec.state.Generation
+	v.mu.Unlock()
+	return &Batch{v: v, gen: gen, b: v.e.newBatch()}
+}
+
+func (e *Engine) newBatch() *pebble.Batch {
+	return e.db.NewBatch(pebble.WithInitialSizeBytes(batchBytesInitial),
+		pebble.WithMaxRetainedSizeBytes(batchBytesRetained))
+}
+
+// Write puts whole blocks from lba on. p may be reused after the return; its checksums are taken here.
+// Blocks of zeroes are stored as Zero would. ErrInvalid: no whole blocks, or the batch grows beyond
+// 256 MiB. ErrOutOfRange: beyond the largest volume; the volume's size is checked by Commit, because
+// an entry of the same batch may have raised it.
+func (b *Batch) Write(lba trivet.LBA, p []byte) error {
+	if err := b.write(lba, p); err != nil {
+		return fmt.Errorf("write %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, b.v.id, err)
+	}
+	return nil
+}
+
+func (b *Batch) write(lba trivet.LBA, p []byte) error {
+	if len(p)%trivet.BlockSize != 0 {
+		return fmt.Errorf("%d bytes are not whole blocks: %w", len(p), trivet.ErrInvalid)
+	}
+	n := int64(len(p) / trivet.BlockSize)
+	if err := b.touch(lba, n, len(p)); err != nil {
+		return err
+	}
+	for i := int64(0); i < n; {
+		zeroN := leadingZeroBlocks(p[i*trivet.BlockSize:])
+		if zeroN > 0 {
+			if err := b.zero(lba+trivet.LBA(i), zeroN); err != nil {
+				return err
+			}
+			i += zeroN
+			continue
+		}
+		op := b.b.SetDeferred(blockKeyBytes, dataValueBytes)
+		appendBlockKey(op.Key[:0], b.v.id, lba+trivet.LBA(i), b.gen)
+		putData(op.Value, p[i*trivet.BlockSize:(i+1)*trivet.BlockSize], place(op.Key))
+		if err := op.Finish(); err != nil {
+			return err
+		}
+		i++
+	}
+	if b.gen > 0 {
+		b.written = append(b.written, extent{lba, n})
+	}
+	return nil
+}
+
+// leadingZeroBlocks counts the blocks of zeroes that p begins with.
+func leadingZeroBlocks(p []byte) (n int64) {
+	for len(p) > 0 && isZero(p[:trivet.BlockSize]) {
+		p, n = p[trivet.BlockSize:], n+1
+	}
+	return n
+}
+
+// Zero makes n blocks from lba on read as zeroes and gives their space back; discard and write-zeroes
+// are both this. It costs the same for any n while the volume has had one generation only, and grows
+// with the blocks stored in the range later. Errors as of Write.
+func (b *Batch) Zero(lba trivet.LBA, blockN int64) error {
+	err := b.touch(lba, blockN, 0)
+	if err == nil && blockN > 0 {
+		err = b.zero(lba, blockN)
+	}
+	if err != nil {
+		return fmt.Errorf("zero %d blocks at %d of %s: %w", blockN, lba, b.v.id, err)
+	}
+	return nil
+}
+
+// touch checks a range and takes note of it.
+func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
+	switch {
+	case b.err != nil:
+		return b.err
+	case b.b == nil:
+		return fmt.Errorf("batch is over: %w", trivet.ErrClosed)
+	case n < 0:
+		return trivet.ErrInvalid
+	case lba > lbaMax || n > lbaMax-int64(lba):
+		return trivet.ErrOutOfRange
+	case b.b.Len()+dataBytes > batchBytesMax:
+		return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
+	}
+	b.end = max(b.end, lba+trivet.LBA(n))
+	return nil
+}
+
+// zero hides or removes n blocks. The choice depends on the generation alone, a replicated fact: in the
+// first one nothing older can exist and keys are deleted; later ones need a tombstone wherever the
+// store or this batch has a version of the block. Where a batch began decides at most whether a
+// tombstone stands where nothing need be hidden, which neither reads nor digests see.
+func (b *Batch) zero(lba trivet.LBA, n int64) error {
+	if b.gen > 0 {
+		return b.zeroOverOlder(lba, n)
+	}
+	if n >= deleteRangeFromN {
+		op := b.b.DeleteRangeDeferred(blockPrefixBytes, blockPrefixBytes)
+		appendBlockPrefix(op.Key[:0], b.v.id, lba)
+		appendBlockPrefix(op.Value[:0], b.v.id, lba+trivet.LBA(n))
+		return op.Finish()
+	}
+	for i := range trivet.LBA(n) {
+		op := b.b.DeleteDeferred(blockKeyBytes)
+		appendBlockKey(op.Key[:0], b.v.id, lba+i, b.gen)
+		if err := op.Finish(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *Batch) zeroOverOlder(lba trivet.LBA, n int64) (err error) {
+	end := lba + trivet.LBA(n)
+	for _, x := range b.written {
+		for l := max(x.lba, lba); l < min(x.lba+trivet.LBA(x.n), end); l++ {
+			if err := b.putTombstone(l); err != nil {
+				return err
+			}
+		}
+	}
+	if err := b.v.e.enter(); err != nil {
+		return err
+	}
+	defer b.v.e.exit()
+	it, err := b.v.e.db.NewIter(&pebble.IterOptions{
+		LowerBound: appendBlockPrefix(nil, b.v.id, lba),
+		UpperBound: appendBlockPrefix(nil, b.v.id, end),
+	})
+	if err != nil {
+		return toErr(err)
+	}
+	defer func() { err = closeIter(it, err) }()
+	for ok := it.First(); ok; ok = it.NextPrefix() {
+		bk, err := decodeBlockKey(it.Key())
+		if err != nil {
+			return err
+		}
+		if b.b.Len() > batchBytesMax {
+			return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
+		}
+		if err := b.putTombstone(bk.lba); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *Batch) putTombstone(lba trivet.LBA) error {
+	op := b.b.SetDeferred(blockKeyBytes, valueHeadBytes)
+	appendBlockKey(op.Key[:0], b.v.id, lba, b.gen)
+	putTombstone(op.Value, place(op.Key))
+	return op.Finish()
+}
+
+// Commit applies everything, with st, in one atomic step: readers and crashes see all of it or nothing.
+// It does not wait for the disk (Flush does), but may wait while earlier batches go there. The batch is
+// over, whatever the result; on an error nothing was applied, unless the engine failed. st is copied.
+// ErrInvalid: st is malformed or goes back in index, term, epoch, generation or size, a programming
+// error. ErrOutOfRange: a block beyond st.SizeBytes.
+func (b *Batch) Commit(st State) error {
+	err := b.commit(st)
+	if err = errors.Join(err, b.Close()); err != nil {
+		return fmt.Errorf("commit index %d of %s: %w", st.AppliedIndex, b.v.id, err)
+	}
+	return nil
+}
+
+func (b *Batch) commit(st State) error {
+	if err := b.touch(0, 0, 0); err != nil {
+		return err
+	}
+	if err := st.check(); err != nil {
+		return err
+	}
+	if b.end > trivet.LBA(st.SizeBytes/trivet.BlockSize) {
+		return fmt.Errorf("block %d of a volume of %d bytes: %w", b.end-1, st.SizeBytes, trivet.ErrOutOfRange)
+	}
+	v := b.v
+	v.mu.Lock()
+	err := st.follows(&v.rec.state)
+	v.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := v.e.enterWrite(); err != nil {
+		return err
+	}
+	defer v.e.exit()
+	return v.apply(b.b, &record{replica: v.replica, state: st})
+}
+
+// follows returns ErrInvalid when s cannot come after old. An equal index is allowed: a commit may
+// change no more than what an earlier one could not know.
+func (s *State) follows(old *State) error {
+	type step struct {
+		what      string
+		old, next uint64
+	}
+	for _, x := range []step{
+		{"applied index", old.AppliedIndex, s.AppliedIndex},
+		{"applied term", old.AppliedTerm, s.AppliedTerm},
+		{"epoch", uint64(old.Epoch), uint64(s.Epoch)},
+		{"generation", uint64(old.Generation), uint64(s.Generation)},
+		{"size", uint64(old.SizeBytes), uint64(s.SizeBytes)},
+	} {
+		if x.next < x.old {
+			return fmt.Errorf("%s goes back from %d to %d: %w", x.what, x.old, x.next, trivet.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// Close drops an uncommitted batch. Idempotent, and harmless after Commit.
+func (b *Batch) Close() error {
+	if b.b == nil {
+		return nil
+	}
+	err := b.b.Close()
+	b.b = nil
+	b.v.endApplier()
+	return err
+}

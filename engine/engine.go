@@ -1,0 +1,318 @@
+package engine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Config says where the store is and what happens when it fails.
+type Config struct {
+	FS         vfs.FS // vfs.Default when nil
+	Dir        string // made when missing; one engine at a time
+	CacheBytes int64  // block cache; 0 = 64 MiB
+	// MemTableBytes is the size of the write buffer; 0 = 64 MiB. Up to four of them are in memory.
+	MemTableBytes int64
+	Logger        *slog.Logger // nil: none
+
+	// Fatal is called once, on the first I/O error in the background. From then on nothing that
+	// changes or flushes succeeds. It runs on a goroutine of Pebble, with locks held: it must not
+	// call the engine. It should end the process; when it returns although Pebble cannot go on
+	// (its manifest is not on disk), the engine panics. Close after it need not return: Pebble may
+	// wait for work that cannot end. nil: only the engine's calls tell.
+	Fatal func(error)
+
+	// OnCorruption is called each time Pebble itself meets damage in a table, reads included, under
+	// the same rules as Fatal. It must not block. The error is an ErrCorrupt. nil: only logged.
+	OnCorruption func(error)
+
+	tableBlockBytes int // tests only; 0 = tableBlockBytesDefault
+}
+
+// Validate returns ErrInvalid and names the bad field.
+func (c Config) Validate() error {
+	switch {
+	case c.Dir == "":
+		return fmt.Errorf("engine config: Dir is empty: %w", trivet.ErrInvalid)
+	case c.CacheBytes < 0:
+		return fmt.Errorf("engine config: CacheBytes is %d: %w", c.CacheBytes, trivet.ErrInvalid)
+	case c.MemTableBytes < 0 || c.MemTableBytes > 1<<30:
+		return fmt.Errorf("engine config: MemTableBytes is %d: %w", c.MemTableBytes, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// Engine is one disk's store. All methods may be called concurrently.
+type Engine struct {
+	db     *pebble.DB
+	lock   *pebble.Lock
+	health *health
+	space  *space
+
+	// life is held shared during each call and exclusively by Close. Calls must not nest it.
+	life   sync.RWMutex
+	closed bool
+
+	// mu guards the set of volumes. It is held over the flush that makes a create or drop durable:
+	// both are rare, and a second one must not return before the first is durable.
+	mu   sync.Mutex
+	open map[trivet.VolumeID]*Volume
+
+	committed atomic.Uint64 // batches
+	flushed   atomic.Uint64 // batches known durable
+
+	imagesMu sync.Mutex
+	images   map[*Image]struct{} // Close unpins what is left
+}
+
+// Open opens the store in cfg.Dir and makes it when the directory is empty. ErrInUse: another engine
+// has it open. ErrInvalid: bad config, or a store of a newer version. ErrCorrupt: it is damaged.
+func Open(cfg Config) (*Engine, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.FS == nil {
+		cfg.FS = vfs.Default
+	}
+	if cfg.CacheBytes == 0 {
+		cfg.CacheBytes = cacheBytesDefault
+	}
+	if cfg.MemTableBytes == 0 {
+		cfg.MemTableBytes = memTableBytesDefault
+	}
+	if cfg.tableBlockBytes == 0 {
+		cfg.tableBlockBytes = tableBlockBytesDefault
+	}
+	e, err := open(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open engine in %s: %w", cfg.Dir, err)
+	}
+	return e, nil
+}
+
+func open(cfg Config) (*Engine, error) {
+	if err := cfg.FS.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	lock, err := pebble.LockDirectory(cfg.Dir, cfg.FS)
+	if err != nil {
+		return nil, fmt.Errorf("lock: %v: %w", err, trivet.ErrInUse)
+	}
+	h := newHealth(cfg)
+	opts := options(cfg, h)
+	opts.Lock = lock
+	db, err := openPebble(cfg.Dir, opts)
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	e := &Engine{
+		db:     db,
+		lock:   lock,
+		health: h,
+		open:   make(map[trivet.VolumeID]*Volume),
+		images: make(map[*Image]struct{}),
+	}
+	e.space = newSpace(cfg.FS, cfg.Dir, func() uint64 { return db.Metrics().MemTable.Size })
+	h.opening.Store(false)
+	if err := e.checkFormat(); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	return e, nil
+}
+
+// openPebble opens Pebble; a fatal failure inside becomes an error.
+func openPebble(dir string, opts *pebble.Options) (db *pebble.DB, err error) {
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case fatalPanic:
+			db, err = nil, p
+		default:
+			panic(p)
+		}
+	}()
+	db, err = pebble.Open(dir, opts)
+	return db, toErr(err)
+}
+
+// toErr adds ErrCorrupt to Pebble's own error of that meaning.
+func toErr(err error) error {
+	if err != nil && pebble.IsCorruptionError(err) && !errors.Is(err, trivet.ErrCorrupt) {
+		return fmt.Errorf("%v: %w", err, trivet.ErrCorrupt)
+	}
+	return err
+}
+
+// The store format record, big endian: "trvt", version (4), CRC32C of both (4). The version counts
+// changes to keys, values and records that an older program must not touch.
+const (
+	storeMagic         = "trvt"
+	storeVersion       = 1
+	storeFormatBytes   = 12
+	storeFormatSumFrom = 8
+)
+
+func appendStoreFormat(dst []byte, version uint32) []byte {
+	start := len(dst)
+	dst = binary.BigEndian.AppendUint32(append(dst, storeMagic...), version)
+	return binary.BigEndian.AppendUint32(dst, crc32.Checksum(dst[start:], castagnoli))
+}
+
+// decodeStoreFormat returns ErrCorrupt for what appendStoreFormat does not make.
+func decodeStoreFormat(b []byte) (version uint32, err error) {
+	if len(b) != storeFormatBytes || string(b[:4]) != storeMagic ||
+		binary.BigEndian.Uint32(b[storeFormatSumFrom:]) != crc32.Checksum(b[:storeFormatSumFrom], castagnoli) {
+		return 0, fmt.Errorf("store format record %x: %w", b, trivet.ErrCorrupt)
+	}
+	return binary.BigEndian.Uint32(b[4:]), nil
+}
+
+// checkFormat refuses a store that this program does not know, and marks an empty one.
+func (e *Engine) checkFormat() error {
+	v, closer, err := e.db.Get([]byte{tableFormat})
+	if errors.Is(err, pebble.ErrNotFound) {
+		return e.initFormat()
+	}
+	if err != nil {
+		return toErr(err)
+	}
+	version, err := decodeStoreFormat(v)
+	if err := errors.Join(err, closer.Close()); err != nil {
+		return err
+	}
+	if version != storeVersion {
+		return fmt.Errorf("store format %d, this program knows %d: %w", version, storeVersion, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+func (e *Engine) initFormat() error {
+	it, err := e.db.NewIter(nil)
+	if err != nil {
+		return toErr(err)
+	}
+	has := it.First()
+	if err := it.Close(); err != nil {
+		return toErr(err)
+	}
+	if has {
+		return fmt.Errorf("store has keys but no format record: %w", trivet.ErrCorrupt)
+	}
+	b := e.db.NewBatch()
+	defer func() { _ = b.Close() }() // memory only
+	if err := b.Set([]byte{tableFormat}, appendStoreFormat(nil, storeVersion), nil); err != nil {
+		return err
+	}
+	if err := e.apply(b); err != nil {
+		return err
+	}
+	return e.flush()
+}
+
+// enter begins a call. The caller must exit, and must not enter again before.
+func (e *Engine) enter() error {
+	e.life.RLock()
+	if e.closed {
+		e.life.RUnlock()
+		return trivet.ErrClosed
+	}
+	return nil
+}
+
+// enterWrite begins a call that changes something or promises durability.
+func (e *Engine) enterWrite() error {
+	if err := e.enter(); err != nil {
+		return err
+	}
+	if err := e.health.check(); err != nil {
+		e.exit()
+		return err
+	}
+	return nil
+}
+
+func (e *Engine) exit() { e.life.RUnlock() }
+
+// apply commits a batch to memory. REQUIRES: entered.
+func (e *Engine) apply(b *pebble.Batch) error {
+	if err := e.health.check(); err != nil {
+		return err
+	}
+	n := b.Len()
+	if err := e.db.Apply(b, pebble.NoSync); err != nil {
+		return toErr(err)
+	}
+	e.space.wrote(int64(n))
+	e.committed.Add(1)
+	return nil
+}
+
+// Flush makes every batch committed before the call durable. It costs nothing when they are. It
+// returns the engine's failure, if that comes first; the batches may then be lost.
+func (e *Engine) Flush() error {
+	if err := e.enterWrite(); err != nil {
+		return fmt.Errorf("flush engine: %w", err)
+	}
+	defer e.exit()
+	if err := e.flush(); err != nil {
+		return fmt.Errorf("flush engine: %w", err)
+	}
+	return nil
+}
+
+// flush is Flush. REQUIRES: entered, or Close.
+func (e *Engine) flush() error {
+	target := e.committed.Load()
+	if e.flushed.Load() >= target {
+		return nil
+	}
+	// db.Flush would wait for ever once the disk has failed: Pebble tries again without end.
+	done, err := e.db.AsyncFlush()
+	if err != nil {
+		return toErr(err)
+	}
+	select {
+	case <-done:
+	case <-e.health.failed:
+		return e.health.check()
+	}
+	for {
+		old := e.flushed.Load()
+		if old >= target || e.flushed.CompareAndSwap(old, target) {
+			return nil
+		}
+	}
+}
+
+// Close flushes and closes. It waits for calls under way; open images end with ErrClosed, and volumes
+// with it. Idempotent. After a failure nothing is flushed, and the failure is returned.
+func (e *Engine) Close() error {
+	e.life.Lock()
+	defer e.life.Unlock()
+	if e.closed {
+		return nil
+	}
+	e.closed = true
+	var err error
+	if err = e.health.check(); err == nil {
+		err = e.flush()
+	}
+	for i := range e.images {
+		err = errors.Join(err, i.unpin())
+	}
+	clear(e.images)
+	err = errors.Join(err, toErr(e.db.Close()), e.lock.Close())
+	if err != nil {
+		return fmt.Errorf("close engine: %w", err)
+	}
+	return nil
+}

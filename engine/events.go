@@ -1,0 +1,132 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// health hears what goes wrong inside Pebble, and remembers the first failure.
+type health struct {
+	log       *slog.Logger
+	onFatal   func(error)
+	onCorrupt func(error)
+
+	opening atomic.Bool // Open is under way and turns a fatal failure into its error
+	once    sync.Once
+	failed  chan struct{} // closed after err is set
+	err     error         // read only once failed is closed
+}
+
+// fatalPanic is what leaves Pebble after a failure from which it must not return.
+type fatalPanic struct {
+	msg   string
+	cause error // may be nil
+}
+
+// Error implements error; the runtime prints it.
+func (p fatalPanic) Error() string { return p.msg }
+
+// Unwrap returns what Pebble complained of.
+func (p fatalPanic) Unwrap() error { return p.cause }
+
+func newHealth(cfg Config) *health {
+	h := &health{log: cfg.Logger, onFatal: cfg.Fatal, onCorrupt: cfg.OnCorruption, failed: make(chan struct{})}
+	if h.log == nil {
+		h.log = slog.New(slog.DiscardHandler)
+	}
+	h.opening.Store(true)
+	return h
+}
+
+// check returns the first failure, once there is one.
+func (h *health) check() error {
+	select {
+	case <-h.failed:
+		return h.err
+	default:
+		return nil
+	}
+}
+
+// fail poisons the engine with its first failure and tells the owner; it reports whether this was the
+// first. Pebble repeats a failed flush for ever, tens of thousands of times a second, so later ones
+// are dropped.
+func (h *health) fail(err error) (first bool) {
+	h.once.Do(func() {
+		first = true
+		h.err = err
+		close(h.failed)
+		h.log.Error("engine failed", "err", err)
+		if h.onFatal != nil {
+			h.onFatal(err)
+		}
+	})
+	return first
+}
+
+// corrupt reports damage. Reads that meet it return ErrCorrupt; the engine goes on, so that the
+// replica can be repaired and the other volumes of the disk do not suffer (H38).
+func (h *health) corrupt(err error) {
+	err = fmt.Errorf("engine table: %v: %w", err, trivet.ErrCorrupt)
+	h.log.Error("engine found damage", "err", err)
+	if h.onCorrupt != nil {
+		h.onCorrupt(err)
+	}
+}
+
+func (h *health) listener() *pebble.EventListener {
+	return &pebble.EventListener{
+		BackgroundError: func(err error) {
+			if pebble.IsCorruptionError(err) {
+				// A compaction met a damaged table: nothing was lost by it, and Pebble leaves the
+				// span alone for a while. Not a reason to take the disk's other volumes down.
+				h.corrupt(err)
+				return
+			}
+			h.fail(fmt.Errorf("engine background work: %w", err))
+		},
+		DataCorruption: func(i pebble.DataCorruptionInfo) { h.corrupt(errors.New(i.String())) },
+		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
+			h.log.Warn("engine writes stall", "reason", i.Reason)
+		},
+		WriteStallEnd: func() { h.log.Info("engine writes go on") },
+	}
+}
+
+// Infof implements pebble.Logger.
+func (h *health) Infof(format string, args ...any) {
+	if h.log.Enabled(context.Background(), slog.LevelDebug) { //nolint:contextcheck // level only
+		h.log.Debug("pebble", "msg", fmt.Sprintf(format, args...))
+	}
+}
+
+// Errorf implements pebble.Logger.
+func (h *health) Errorf(format string, args ...any) {
+	h.log.Error("pebble", "msg", fmt.Sprintf(format, args...))
+}
+
+// Fatalf implements pebble.Logger. Pebble calls it where going on would lose data, for instance when
+// the manifest cannot be synced, so it must never return: if the owner does not end the process (or
+// this goroutine), the panic does. An owner that knows already, and lives on without this disk, is not
+// told again: then only the goroutine ends. While the engine opens, Open makes the panic its error.
+func (h *health) Fatalf(format string, args ...any) {
+	p := fatalPanic{msg: "engine: " + fmt.Sprintf(format, args...)}
+	for _, a := range args {
+		if err, ok := a.(error); ok {
+			p.cause = err
+		}
+	}
+	if h.opening.Load() || h.fail(p) {
+		panic(p)
+	}
+	runtime.Goexit()
+}

@@ -1,0 +1,112 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+const (
+	// The reserve is what Trivet leaves free on a disk, so that flushes and compactions never meet its
+	// end: the larger of 5 % and 2 GiB, but at most 10 %, or a small disk would be all reserve (H26).
+	reserveDivisor    = 20
+	reserveBytesMin   = 2 << 30
+	reserveCapDivisor = 10
+
+	// HasRoom asks the filesystem again after this time, or this many bytes written.
+	spaceAgeMax   = time.Second
+	spaceBytesMax = 64 << 20
+)
+
+// Usage is the space of the disk in bytes.
+type Usage struct {
+	TotalBytes   int64
+	FreeBytes    int64 // what this process may still write
+	ReserveBytes int64 // kept free: new data may take FreeBytes less this
+}
+
+// reserve of a disk of totalBytes.
+func reserve(totalBytes int64) int64 {
+	return min(max(totalBytes/reserveDivisor, reserveBytesMin), totalBytes/reserveCapDivisor)
+}
+
+// space knows how full the disk is.
+type space struct {
+	fs       vfs.FS
+	dir      string
+	memBytes func() uint64 // what waits in memory to be written
+
+	mu      sync.Mutex
+	left    int64 // bytes that may be written: at the last look, less what was written since
+	since   int64 // written since the last look
+	looked  time.Time
+	unknown bool // the filesystem cannot tell: no limit
+}
+
+func newSpace(fs vfs.FS, dir string, memBytes func() uint64) *space {
+	return &space{fs: fs, dir: dir, memBytes: memBytes}
+}
+
+func (s *space) usage() (Usage, error) {
+	d, err := s.fs.GetDiskUsage(s.dir)
+	if err != nil {
+		return Usage{}, err
+	}
+	total := int64(d.TotalBytes)
+	return Usage{TotalBytes: total, FreeBytes: int64(d.AvailBytes), ReserveBytes: reserve(total)}, nil
+}
+
+func (s *space) wrote(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left -= n
+	s.since += n
+}
+
+func (s *space) hasRoom(n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.looked.IsZero() || s.since >= spaceBytesMax || time.Since(s.looked) >= spaceAgeMax {
+		s.lookLocked()
+	}
+	return s.unknown || n <= s.left
+}
+
+// lookLocked asks the filesystem: a system call that reads no disk. On an error there is no room:
+// a disk that cannot even tell its size is no place for new data.
+func (s *space) lookLocked() {
+	u, err := s.usage()
+	s.unknown = errors.Is(err, vfs.ErrUnsupported)
+	s.left = 0
+	if err == nil {
+		s.left = u.FreeBytes - u.ReserveBytes - int64(s.memBytes())
+	}
+	s.since, s.looked = 0, time.Now()
+}
+
+// Usage asks the filesystem how full the disk is. It fails on filesystems that cannot tell.
+func (e *Engine) Usage() (Usage, error) {
+	if err := e.enter(); err != nil {
+		return Usage{}, fmt.Errorf("usage of engine: %w", err)
+	}
+	defer e.exit()
+	u, err := e.space.usage()
+	if err != nil {
+		return Usage{}, fmt.Errorf("usage of engine: %w", err)
+	}
+	return u, nil
+}
+
+// HasRoom reports whether n bytes more may be accepted without touching the reserve. Ask it before a
+// write is proposed, and refuse with ErrNoSpace; discards, zeroes and drops need no room. It is cheap,
+// at most a second or 64 MiB of writes old, and counts what waits in memory. After Close: false.
+func (e *Engine) HasRoom(n int64) bool {
+	if err := e.enter(); err != nil {
+		return false
+	}
+	defer e.exit()
+	return e.space.hasRoom(n)
+}
