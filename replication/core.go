@@ -1,0 +1,158 @@
+package replication
+
+import (
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// outcome says what applying a request did. It is a pure function of the log.
+type outcome uint8
+
+const (
+	outApplied   outcome = iota // done now
+	outDuplicate                // done before, by an earlier copy
+	outFenced                   // epoch below the volume's (I6)
+	outNotYet                   // epoch above the volume's: no fence has granted it
+	outStale                    // sequence settled long ago, or too far ahead
+	outRange                    // outside the volume
+	outShrink                   // resize to less than the volume has
+)
+
+// result is what the leader learns of one request: the outcome, and the state that explains it.
+type result struct {
+	out       outcome
+	epoch     trivet.Epoch // of the volume
+	sizeBytes int64        // of the volume
+}
+
+// err translates a result for the client. nil means that the request is in effect.
+func (r result) err(req *request) error {
+	switch r.out {
+	case outApplied, outDuplicate:
+		return nil
+	case outFenced:
+		return fmt.Errorf("volume is fenced at epoch %d, request has epoch %d: %w",
+			r.epoch, req.epoch, trivet.ErrFenced)
+	case outNotYet:
+		return fmt.Errorf("volume is at epoch %d, request has epoch %d, which was never fenced in: %w",
+			r.epoch, req.epoch, trivet.ErrInvalid)
+	case outStale:
+		return fmt.Errorf("sequence %d of epoch %d is outside the session window: %w",
+			req.seq, req.epoch, trivet.ErrInvalid)
+	case outRange:
+		return fmt.Errorf("%d blocks from %d, volume has %d bytes: %w", req.arg, req.lba, r.sizeBytes, trivet.ErrOutOfRange)
+	case outShrink:
+		return fmt.Errorf("resize to %d bytes, volume has %d and never shrinks: %w",
+			req.arg, r.sizeBytes, trivet.ErrOutOfRange)
+	}
+	panic(fmt.Sprintf("outcome %d is unknown", r.out))
+}
+
+// effect is what a request does to the blocks.
+type effect uint8
+
+const (
+	effectNone effect = iota
+	effectWrite
+	effectZero // lba and blockN of the change
+)
+
+// change is an effect and the blocks it touches.
+type change struct {
+	effect effect
+	lba    trivet.LBA
+	blockN int64
+}
+
+// core decides what requests may do: the fence, the session window and the size, without any block.
+// It is pure, so every replica decides alike.
+type core struct {
+	epoch     trivet.Epoch
+	sizeBytes int64
+	win       *window
+}
+
+// step applies the next request of the log to c and says what to do to the blocks.
+// REQUIRES: req.check() == nil.
+func (c *core) step(req *request) (result, change) {
+	out, ch := c.decide(req)
+	return result{out: out, epoch: c.epoch, sizeBytes: c.sizeBytes}, ch
+}
+
+func (c *core) decide(req *request) (outcome, change) {
+	switch req.op {
+	case opFence:
+		return c.fence(req.epoch), change{}
+	case opResize:
+		return c.resize(int64(req.arg)), change{}
+	case opWipe:
+		if out := c.checkEpoch(req.epoch); out != outApplied {
+			return out, change{}
+		}
+		return outApplied, change{effect: effectZero, blockN: c.sizeBytes / trivet.BlockSize}
+	}
+	return c.data(req)
+}
+
+// fence raises the epoch, never lowers it (I7). The same epoch again has no effect: in particular
+// it leaves the session alone, which the attachment may be using already.
+func (c *core) fence(epoch trivet.Epoch) outcome {
+	switch {
+	case epoch < c.epoch:
+		return outFenced
+	case epoch == c.epoch:
+		return outDuplicate
+	}
+	c.epoch = epoch
+	c.win.reset()
+	return outApplied
+}
+
+func (c *core) resize(sizeBytes int64) outcome {
+	switch {
+	case sizeBytes < c.sizeBytes:
+		return outShrink
+	case sizeBytes == c.sizeBytes:
+		return outDuplicate
+	}
+	c.sizeBytes = sizeBytes
+	return outApplied
+}
+
+func (c *core) checkEpoch(epoch trivet.Epoch) outcome {
+	switch {
+	case epoch < c.epoch:
+		return outFenced
+	case epoch > c.epoch:
+		return outNotYet
+	}
+	return outApplied
+}
+
+func (c *core) data(req *request) (outcome, change) {
+	if out := c.checkEpoch(req.epoch); out != outApplied {
+		return out, change{}
+	}
+	c.win.raise(req.low)
+	st, ok := c.win.lookup(req.seq)
+	switch {
+	case !ok:
+		return outStale, change{}
+	case st == seqApplied:
+		return outDuplicate, change{}
+	case st == seqRefused:
+		return outRange, change{}
+	}
+	blockN := uint64(c.sizeBytes / trivet.BlockSize)
+	if uint64(req.lba) > blockN || req.arg > blockN-uint64(req.lba) {
+		c.win.settle(req.seq, seqRefused)
+		return outRange, change{}
+	}
+	c.win.settle(req.seq, seqApplied)
+	ch := change{effect: effectZero, lba: req.lba, blockN: int64(req.arg)}
+	if req.op == opWrite {
+		ch.effect = effectWrite
+	}
+	return outApplied, ch
+}

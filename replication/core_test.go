@@ -1,0 +1,131 @@
+package replication
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/cockroachdb/datadriven"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// script runs the scripts in testdata/core against a core and a map of blocks. Commands:
+//
+//	new size=<blocks>
+//	fence|wipe epoch=  ·  resize blocks=
+//	write|discard|zeroes epoch= seq= low= lba= [n=] [data=]
+//	reload      store the state as the engine would and load it again
+//	show        epoch, size, mark and the blocks that are not zero
+type script struct {
+	core   core
+	blocks map[trivet.LBA]string
+}
+
+func TestCoreScripts(t *testing.T) {
+	t.Parallel()
+	datadriven.Walk(t, "testdata/core", func(t *testing.T, path string) {
+		s := &script{}
+		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string { return s.run(t, d) })
+	})
+}
+
+func (s *script) run(t *testing.T, d *datadriven.TestData) string {
+	t.Helper()
+	num := func(key string, def uint64) uint64 {
+		if d.HasArg(key) {
+			d.ScanArgs(t, key, &def)
+		}
+		return def
+	}
+	switch d.Cmd {
+	case "new":
+		s.core = core{sizeBytes: int64(num("size", 0)) * trivet.BlockSize, win: newWindow()}
+		s.blocks = map[trivet.LBA]string{}
+		return "ok"
+	case "reload":
+		win, err := decodeWindow(s.core.win.append(nil))
+		require.NoError(t, err)
+		s.core.win = win
+		return "ok"
+	case "show":
+		return s.show()
+	}
+	req := request{
+		epoch: trivet.Epoch(num("epoch", 0)), seq: num("seq", 0), low: num("low", 0), lba: trivet.LBA(num("lba", 0)),
+	}
+	data := ""
+	switch d.Cmd {
+	case "fence":
+		req.op = opFence
+	case "wipe":
+		req.op = opWipe
+	case "resize":
+		req.op, req.arg = opResize, num("blocks", 0)*trivet.BlockSize
+	case "discard":
+		req.op, req.arg = opDiscard, num("n", 1)
+	case "zeroes":
+		req.op, req.arg = opWriteZeroes, num("n", 1)
+	case "write":
+		req.op, req.arg = opWrite, num("n", 1)
+		req.data = make([]byte, req.arg*trivet.BlockSize)
+		d.ScanArgs(t, "data", &data)
+	default:
+		d.Fatalf(t, "unknown command")
+	}
+	if req.op.sessioned() && req.low == 0 {
+		req.low = req.seq
+	}
+	require.NoError(t, req.check())
+	return s.step(&req, data)
+}
+
+func (s *script) step(req *request, data string) string {
+	res, ch := s.core.step(req)
+	for i := range trivet.LBA(ch.blockN) {
+		switch ch.effect {
+		case effectWrite:
+			s.blocks[ch.lba+i] = data
+		case effectZero:
+			delete(s.blocks, ch.lba+i)
+		case effectNone:
+		}
+	}
+	err := res.err(req)
+	switch {
+	case err != nil:
+		return "err: " + err.Error()
+	case res.out == outDuplicate:
+		return "ok (nothing to do)"
+	}
+	return "ok"
+}
+
+func (s *script) show() string {
+	var b strings.Builder
+	blockN := s.core.sizeBytes / trivet.BlockSize
+	fmt.Fprintf(&b, "epoch=%d blocks=%d mark=%d\n", s.core.epoch, blockN, s.core.win.mark)
+	for lba := range trivet.LBA(blockN) {
+		if data, ok := s.blocks[lba]; ok {
+			fmt.Fprintf(&b, "%d: %s\n", lba, data)
+		}
+	}
+	return b.String()
+}
+
+// Every refusal reaches the client with a sentinel that tells it what to do.
+func TestResultErrors(t *testing.T) {
+	t.Parallel()
+	req := &request{op: opWrite}
+	want := map[outcome]error{
+		outApplied: nil, outDuplicate: nil, outFenced: trivet.ErrFenced, outNotYet: trivet.ErrInvalid,
+		outStale: trivet.ErrInvalid, outRange: trivet.ErrOutOfRange, outShrink: trivet.ErrOutOfRange,
+	}
+	for out, sentinel := range want {
+		if err := (result{out: out}).err(req); !errors.Is(err, sentinel) {
+			t.Errorf("outcome %d gives %v, want %v", out, err, sentinel)
+		}
+	}
+}

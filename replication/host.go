@@ -1,0 +1,234 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// HostConfig says how a Host runs.
+type HostConfig struct {
+	// Network carries volume I/O; the Host registers the KindVolume* handlers on it, so a Network
+	// serves one Host. Must be set.
+	Network transport.Network
+	// Mux carries Raft over the same Network. Must be set.
+	Mux *raftgroup.Mux
+	// Timing of every group; the zero value means raftgroup's defaults. It must be the same on all
+	// nodes: Fence waits for the leases of others by it.
+	Timing raftgroup.Timing
+	// SnapshotBytes of log after which a group compacts it; 0 means raftgroup's default.
+	SnapshotBytes int64
+	// Authorize, when set, is asked before each volume I/O whether node may act for an attachment
+	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
+	// The state machine checks the epoch in any case.
+	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
+	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
+	// fault injection in tests; leave it nil.
+	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
+	// Logger may be nil.
+	Logger *slog.Logger
+	// Fatal is called on damage, on a failing disk and on a broken invariant: stop the process. Must be set.
+	Fatal func(error)
+}
+
+// Validate returns ErrInvalid naming a field that is not usable.
+func (c *HostConfig) Validate() error {
+	switch {
+	case c.Network == nil:
+		return fmt.Errorf("host config: Network is not set: %w", trivet.ErrInvalid)
+	case c.Mux == nil:
+		return fmt.Errorf("host config: Mux is not set: %w", trivet.ErrInvalid)
+	case c.Fatal == nil:
+		return fmt.Errorf("host config: Fatal is not set: %w", trivet.ErrInvalid)
+	case c.Timing.Heartbeat < 0 || c.Timing.Lease < 0:
+		return fmt.Errorf("host config: Timing %v is negative: %w", c.Timing, trivet.ErrInvalid)
+	case c.SnapshotBytes < 0:
+		return fmt.Errorf("host config: SnapshotBytes %d is negative: %w", c.SnapshotBytes, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// lease returns the longest read lease of a group with this timing; see raftgroup.Timing.
+func (c *HostConfig) lease() time.Duration {
+	if c.Timing.Lease > 0 {
+		return c.Timing.Lease
+	}
+	if c.Timing.Heartbeat > 0 {
+		return c.Timing.Heartbeat * 3 / 4
+	}
+	return time.Second * 3 / 4
+}
+
+// Disk is where replicas of this node live.
+type Disk struct {
+	ID     trivet.DiskID
+	Dir    string // groups live in Dir/groups/<volume id>
+	FS     vfs.FS // vfs.Default when nil
+	Engine *engine.Engine
+}
+
+func (d *Disk) fs() vfs.FS {
+	if d.FS == nil {
+		return vfs.Default
+	}
+	return d.FS
+}
+
+// ReplicaSpec names a replica and says what it is a copy of.
+type ReplicaSpec struct {
+	Volume  trivet.VolumeID
+	Replica trivet.ReplicaID
+	Disk    Disk
+	// SizeBytes is the size with which the volume began. It must be the same for every replica that
+	// is created with Members, because what fits is decided by it until the log says Resize (I13).
+	SizeBytes int64
+	// Members is the initial configuration: every replica, this one included. Empty for a replica
+	// that joins a group that exists.
+	Members []raftgroup.Member
+}
+
+// Host runs this node's replicas and answers volume I/O for those that lead. It is safe for
+// concurrent use; creating, opening and destroying take turns per volume.
+type Host struct {
+	cfg HostConfig
+	log *slog.Logger
+
+	mu       sync.Mutex
+	closed   bool
+	replicas map[trivet.VolumeID]*Replica
+	busy     map[trivet.VolumeID]chan struct{} // closed when the operation on the volume ends
+}
+
+// NewHost registers the volume handlers on cfg.Network. The caller closes the Host before the Mux
+// and the Network. ErrInvalid: the configuration is not usable.
+func NewHost(cfg HostConfig) (*Host, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	h := &Host{
+		cfg:      cfg,
+		log:      cfg.Logger.With("component", "replication"),
+		replicas: make(map[trivet.VolumeID]*Replica),
+		busy:     make(map[trivet.VolumeID]chan struct{}),
+	}
+	cfg.Network.Handle(transport.KindVolumeWrite, h.handleWrite)
+	cfg.Network.Handle(transport.KindVolumeRead, h.handleRead)
+	cfg.Network.Handle(transport.KindVolumeStatus, h.handleStatus)
+	return h, nil
+}
+
+// Replica returns a running replica of a volume on this node.
+func (h *Host) Replica(id trivet.VolumeID) (*Replica, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r, ok := h.replicas[id]
+	return r, ok
+}
+
+// Close stops all replicas and waits for them. Idempotent; the first error is returned.
+func (h *Host) Close() error {
+	h.mu.Lock()
+	h.closed = true
+	h.mu.Unlock()
+	for { // operations under way may still add a replica
+		h.mu.Lock()
+		var wait chan struct{}
+		for _, wait = range h.busy {
+			break
+		}
+		h.mu.Unlock()
+		if wait == nil {
+			break
+		}
+		<-wait
+	}
+	h.mu.Lock()
+	var all errgroup.Group
+	for id, r := range h.replicas {
+		all.Go(func() error {
+			if err := r.close(); err != nil {
+				return fmt.Errorf("close replica %s of %s: %w", r.spec.Replica, id, err)
+			}
+			return nil
+		})
+	}
+	clear(h.replicas)
+	h.mu.Unlock()
+	return all.Wait()
+}
+
+// exclusive waits for its turn on a volume and calls f.
+func (h *Host) exclusive(ctx context.Context, id trivet.VolumeID, f func() error) error {
+	for {
+		h.mu.Lock()
+		if h.closed {
+			h.mu.Unlock()
+			return fmt.Errorf("host: %w", trivet.ErrClosed)
+		}
+		wait, taken := h.busy[id]
+		if !taken {
+			break
+		}
+		h.mu.Unlock()
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	turn := make(chan struct{})
+	h.busy[id] = turn
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		delete(h.busy, id)
+		h.mu.Unlock()
+		close(turn)
+	}()
+	return f()
+}
+
+// groupConfig returns the raftgroup configuration of a replica, without its machine.
+func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
+	fs := s.Disk.fs()
+	return raftgroup.Config{
+		Group:         s.Volume,
+		Replica:       s.Replica,
+		FS:            fs,
+		Dir:           fs.PathJoin(s.Disk.Dir, "groups", s.Volume.String()),
+		Network:       h.cfg.Mux,
+		Timing:        h.cfg.Timing,
+		SnapshotBytes: h.cfg.SnapshotBytes,
+		Logger:        h.log.With("volume", s.Volume.String()),
+		Fatal:         h.cfg.Fatal,
+	}
+}
+
+// Validate returns ErrInvalid naming a field that is not usable.
+func (s *ReplicaSpec) Validate() error {
+	switch {
+	case s.Volume == trivet.MetaGroup:
+		return fmt.Errorf("replica spec: Volume is not set: %w", trivet.ErrInvalid)
+	case s.Replica == "":
+		return fmt.Errorf("replica spec of %s: Replica is not set: %w", s.Volume, trivet.ErrInvalid)
+	case s.Disk.Engine == nil || s.Disk.Dir == "":
+		return fmt.Errorf("replica spec of %s: Disk has no engine or no directory: %w", s.Volume, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+func notFound(err error) bool { return errors.Is(err, trivet.ErrNotFound) }

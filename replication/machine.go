@@ -1,0 +1,187 @@
+package replication
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"sync/atomic"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+)
+
+// machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
+// which holds blocks, applied index, epoch, size, session window and members together (H2).
+//
+// Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
+type machine struct {
+	id  trivet.VolumeID
+	eng *engine.Engine
+	vol *engine.Volume
+
+	// Owned by the applying goroutine.
+	core core
+	reqs []request // scratch
+
+	view atomic.Pointer[engine.State] // as of the last commit; never changed in place
+}
+
+var _ raftgroup.StateMachine = (*machine)(nil)
+
+// newMachine resumes where the volume's last committed batch left it.
+func newMachine(id trivet.VolumeID, eng *engine.Engine, vol *engine.Volume) (*machine, error) {
+	m := &machine{id: id, eng: eng, vol: vol}
+	if err := m.load(); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *machine) load() error {
+	st := m.vol.State()
+	win, err := decodeWindow(st.Session)
+	if err != nil {
+		return fmt.Errorf("load state of %s at index %d: %w", m.id, st.AppliedIndex, err)
+	}
+	m.core = core{epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win}
+	m.view.Store(&st)
+	return nil
+}
+
+// Apply implements raftgroup.StateMachine; the result of a proposal is a []result, one per request.
+// An error is damage or a failing disk: the replica must stop, because skipping an entry that the
+// others applied would make it differ for ever.
+func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
+	results := make([]any, len(entries))
+	st := *m.view.Load()
+	first := 0
+	for first < len(entries) && entries[first].Index <= st.AppliedIndex {
+		first++ // delivered again after a restart (H3)
+	}
+	if first == len(entries) {
+		return results, nil
+	}
+	batch := m.vol.NewBatch()
+	defer func() {
+		if e := batch.Close(); err == nil && e != nil {
+			err = fmt.Errorf("apply to %s: %w", m.id, e)
+		}
+	}()
+	for i := first; i < len(entries); i++ {
+		e := &entries[i]
+		if e.Index <= st.AppliedIndex {
+			return nil, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
+		}
+		st.AppliedIndex, st.AppliedTerm = e.Index, e.Term
+		if e.Data == nil {
+			st.Config = appendMembers(nil, e.Members)
+			continue
+		}
+		if results[i], err = m.applyEntry(batch, e); err != nil {
+			return nil, err
+		}
+	}
+	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
+	st.Session = m.core.win.append(nil)
+	if err := batch.Commit(st); err != nil {
+		return nil, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+	}
+	m.view.Store(&st)
+	return results, nil
+}
+
+func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result, error) {
+	reqs, err := decodeEntry(m.reqs[:0], m.id, e.Data)
+	if err != nil {
+		return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+	}
+	out := make([]result, len(reqs))
+	for i := range reqs {
+		res, ch := m.core.step(&reqs[i])
+		out[i] = res
+		switch ch.effect {
+		case effectWrite:
+			err = batch.Write(ch.lba, reqs[i].data)
+		case effectZero:
+			err = batch.Zero(ch.lba, ch.blockN)
+		case effectNone:
+		}
+		if err != nil {
+			return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+		}
+	}
+	clear(reqs) // e.Data is valid during Apply only
+	m.reqs = reqs
+	return out, nil
+}
+
+// Applied implements raftgroup.StateMachine.
+func (m *machine) Applied() (index, term uint64) {
+	st := m.view.Load()
+	return st.AppliedIndex, st.AppliedTerm
+}
+
+// Flush implements raftgroup.StateMachine. The index is read back from what the disk has, not
+// remembered: the log is cut by it (H1).
+func (m *machine) Flush() (uint64, error) {
+	if err := m.eng.Flush(); err != nil {
+		return 0, fmt.Errorf("flush %s: %w", m.id, err)
+	}
+	st, err := m.vol.DurableState()
+	if err != nil {
+		return 0, fmt.Errorf("flush %s: %w", m.id, err)
+	}
+	return st.AppliedIndex, nil
+}
+
+// Image implements raftgroup.StateMachine.
+func (m *machine) Image() (raftgroup.Image, error) {
+	img, err := m.vol.Image()
+	if err != nil {
+		return nil, fmt.Errorf("image of %s: %w", m.id, err)
+	}
+	return img, nil
+}
+
+// Restore implements raftgroup.StateMachine.
+func (m *machine) Restore(r io.Reader) error {
+	before := m.view.Load().Epoch
+	if err := m.vol.Restore(r); err != nil {
+		return fmt.Errorf("restore %s: %w", m.id, err)
+	}
+	if err := m.load(); err != nil {
+		return err
+	}
+	if m.core.epoch < before { // I7: a fence that this replica has seen was committed
+		return fmt.Errorf("restore %s: image has epoch %d, replica has %d: %w", m.id, m.core.epoch, before, trivet.ErrCorrupt)
+	}
+	return nil
+}
+
+// Restoring implements raftgroup.StateMachine.
+func (m *machine) Restoring() bool { return m.vol.Restoring() }
+
+// membersVersion begins the encoding of members in engine.State.Config: version, count, and per member
+// a flag (1 = learner), replica and node, each string after its length in two bytes.
+const membersVersion = 1
+
+func appendMembers(dst []byte, ms []raftgroup.Member) []byte {
+	dst = append(dst, membersVersion)
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(ms)))
+	for _, m := range ms {
+		var flag byte
+		if m.Learner {
+			flag = 1
+		}
+		dst = append(dst, flag)
+		dst = appendString(dst, string(m.Replica))
+		dst = appendString(dst, string(m.Node))
+	}
+	return dst
+}
+
+func appendString(dst []byte, s string) []byte {
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(s)))
+	return append(dst, s...)
+}

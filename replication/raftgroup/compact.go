@@ -1,0 +1,86 @@
+package raftgroup
+
+import (
+	"errors"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	// trailingMin is the least number of entries that stay in the log behind a snapshot.
+	trailingMin = 64
+	// lagFactor times SnapshotBytes of log are kept at most: for followers that lag, and while an
+	// image is being sent.
+	lagFactor = 3
+)
+
+func (g *Group) pokeCompact() {
+	select {
+	case g.wakeCompact <- struct{}{}:
+	default:
+	}
+}
+
+// compact records a snapshot and cuts the log whenever enough was written. The library's own
+// trigger counts entries, and entries differ in size a thousandfold.
+func (g *Group) compact() {
+	base := g.store.appendedBytes() - g.seglog.sizeAfter(g.snaps.record().index)
+	for {
+		select {
+		case <-g.wakeCompact:
+		case <-g.stop:
+			return
+		}
+		limit := g.cfg.SnapshotBytes
+		if g.snaps.pins() > 0 { // the follower will need what follows the image
+			limit *= lagFactor
+		}
+		now := g.store.appendedBytes()
+		if i := g.running(); i != nil && now-base >= limit && g.snapshot(i) {
+			base = now
+		}
+	}
+}
+
+// snapshot makes the library take one; false when it could not.
+func (g *Group) snapshot(i *instance) bool {
+	if !i.enter() {
+		return false
+	}
+	defer i.leave()
+	rc := i.r.ReloadableConfig()
+	rc.TrailingLogs = g.trailing(i)
+	err := i.r.ReloadConfig(rc)
+	if err == nil {
+		err = i.r.Snapshot().Error()
+	}
+	switch {
+	case err == nil:
+		first, last := g.seglog.bounds()
+		g.log.Info("log compacted", "snapshot", g.snaps.record().index, "first", first, "last", last)
+		return true
+	case !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown):
+		g.log.Warn("no snapshot", "err", err)
+	}
+	return false
+}
+
+// trailing returns how many entries to keep behind the snapshot: about SnapshotBytes, and on the
+// leader more where a follower has less than that, as sending it the state costs far more.
+func (g *Group) trailing(i *instance) uint64 {
+	first, last := g.seglog.bounds()
+	if last < first {
+		return trailingMin
+	}
+	each := max(g.seglog.sizeAfter(0)/int64(last-first+1), 1)
+	keep := uint64(g.cfg.SnapshotBytes / each)
+	if i.r.State() == raft.Leader {
+		match := g.lease.matches(i.r.CurrentTerm())
+		for _, m := range g.store.latestConfig().members {
+			if m.Replica != g.cfg.Replica {
+				keep = max(keep, last-min(match[m.Replica], last))
+			}
+		}
+	}
+	return max(min(keep, uint64(lagFactor*g.cfg.SnapshotBytes/each)), trailingMin)
+}

@@ -1,0 +1,69 @@
+package raftgroup
+
+import (
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// What the contract tests need from inside.
+
+// VerifyLeader asks the library whether it leads, which is what reads must not rest on (D3, D4).
+func VerifyLeader(g *Group) error { return g.running().r.VerifyLeader().Error() }
+
+// StartVerify is VerifyLeader in two steps.
+func StartVerify(g *Group) func() error { return g.running().r.VerifyLeader().Error }
+
+// RaftApply proposes past our own check for leadership.
+func RaftApply(g *Group, data []byte) error { return g.running().r.Apply(data, 0).Error() }
+
+// RaftTerm is the library's current term.
+func RaftTerm(g *Group) uint64 { return g.running().r.CurrentTerm() }
+
+// TimeoutNowBody is what g, as leader, would send to a follower now.
+func TimeoutNowBody(g *Group, to trivet.ReplicaID) []byte {
+	return timeoutNow{term: RaftTerm(g), stamp: g.lease.stamp(to)}.encode()
+}
+
+// OldTimeoutNowBody carries a clock reading that is too old.
+func OldTimeoutNowBody(g *Group, to trivet.ReplicaID, age time.Duration) []byte {
+	return timeoutNow{term: RaftTerm(g), stamp: g.lease.stamp(to) - uint64(age)}.encode()
+}
+
+// VoteBody is a RequestVote.
+func VoteBody(term, lastIndex, lastTerm uint64, transfer bool) []byte {
+	return voteRequest{term, lastIndex, lastTerm, transfer}.encode()
+}
+
+// Granted reads the answer to VoteBody.
+func Granted(body []byte) (term uint64, yes bool, err error) {
+	v, err := decodeVerdict(body)
+	return v.term, v.yes, err
+}
+
+// AppendBody is an AppendEntries of one command; IsHeartbeatBody and LogEntries look into one.
+func AppendBody(term, prevIndex, prevTerm uint64, data []byte) []byte {
+	r := &raft.AppendEntriesRequest{Term: term, PrevLogEntry: prevIndex, PrevLogTerm: prevTerm}
+	if data != nil {
+		r.Entries = []*raft.Log{{Index: prevIndex + 1, Term: term, Data: data}}
+	}
+	b, err := encodeAppend(r)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// IsHeartbeatBody reports whether an AppendEntries is a heartbeat.
+func IsHeartbeatBody(body []byte) bool {
+	r, err := decodeAppend(body)
+	return err == nil && isHeartbeat(r)
+}
+
+// LogBounds returns the first and last index of the log.
+func LogBounds(g *Group) (first, last uint64) { return g.seglog.bounds() }
+
+// SnapshotIndex returns the index of the recorded snapshot.
+func SnapshotIndex(g *Group) uint64 { return g.snaps.record().index }

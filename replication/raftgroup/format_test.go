@@ -1,0 +1,287 @@
+package raftgroup
+
+import (
+	"bytes"
+	"encoding/hex"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/raft"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Golden files are written anew by: go test -run Golden -rewrite.
+var rewrite = flag.Bool("rewrite", false, "rewrite golden files")
+
+func testMembers() []Member {
+	return []Member{{Replica: idA, Node: "node-a"}, {Replica: idB, Node: "node-b.example", Learner: true}}
+}
+
+func goldenSnapshot() snapshotRecord {
+	return snapshotRecord{index: 100, term: 7, machine: 98, config: groupConfig{42, testMembers()}}
+}
+
+func goldenAppend() *raft.AppendEntriesRequest {
+	return &raft.AppendEntriesRequest{
+		Term: 9, PrevLogEntry: 41, PrevLogTerm: 8, LeaderCommitIndex: 40,
+		Entries: []*raft.Log{
+			{Index: 42, Term: 8, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(testMembers()))},
+			{Index: 43, Term: 9, Type: raft.LogNoop, Data: []byte{}},
+			{Index: 44, Term: 9, Type: raft.LogCommand, Data: []byte("a block")},
+		},
+	}
+}
+
+// formats are all encodings that reach a disk or the wire, with one value each.
+func formats(t *testing.T) map[string][]byte {
+	t.Helper()
+	app, err := encodeAppend(goldenAppend())
+	require.NoError(t, err)
+	begin := snapshotBegin{term: 9, rec: goldenSnapshot(), sizeBytes: 1 << 40}
+	rec := record{kind: kindEntry, typ: raft.LogCommand, batch: 32, index: 44, term: 9, data: []byte("a block")}
+	return map[string][]byte{
+		"superblock":     superblock{group: 0x0123456789abcdef, replica: idA, members: testMembers()}.encode(),
+		"stable":         stableRecord{term: 9, voteTerm: 8, candidate: string(address(idB, "node-b"))}.encode(),
+		"snapshot":       goldenSnapshot().encode(),
+		"install":        begin.header(),
+		"segment":        segmentInfo{group: 0x0123456789abcdef, seq: 3, prevEnd: 4096, first: 10, last: 43}.encode(),
+		"record":         appendRecord(nil, 0x0123456789abcdef, 3, 4096, rec),
+		"append":         app,
+		"append-reply":   appendReply{9, 44, true, true, 77, time.Second}.encode(),
+		"vote":           voteRequest{10, 44, 9, true}.encode(),
+		"verdict":        verdict{9, true, 5}.encode(),
+		"timeout-now":    timeoutNow{9, 77}.encode(),
+		"snapshot-begin": begin.encode(),
+		"snapshot-chunk": snapshotChunk{5, 1 << 20, []byte("image")}.encode(),
+		"snapshot-end":   snapshotEnd{5, 0xdeadbeef}.encode(),
+	}
+}
+
+// A change of these bytes is a change of a format: it needs a new version, and the old one must
+// stay readable.
+func TestGolden(t *testing.T) {
+	for name, got := range formats(t) {
+		path := filepath.Join("testdata", "v1", name+".hex")
+		if *rewrite {
+			require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+			require.NoError(t, os.WriteFile(path, []byte(hex.Dump(got)), 0o644))
+		}
+		want, err := os.ReadFile(path)
+		require.NoError(t, err)
+		require.Equal(t, string(want), hex.Dump(got), name)
+	}
+}
+
+// roundTrip decodes with the decoder of a format and encodes again.
+func roundTrip(name string, b []byte) ([]byte, error) {
+	switch name {
+	case "superblock":
+		v, err := decodeSuperblock(b)
+		return v.encode(), err
+	case "stable":
+		v, err := decodeStable(b)
+		return v.encode(), err
+	case "snapshot":
+		v, rest, err := decodeSnapshot(b)
+		return append(v.encode(), rest...), err
+	case "install":
+		v, n, err := decodeInstallHeader(b)
+		if err != nil {
+			return nil, err
+		}
+		return append(v.header(), b[n:]...), nil
+	case "segment":
+		v, err := decodeSegmentInfo(b)
+		return v.encode(), err
+	case "record":
+		v, n, err := decodeRecord(b, 0x0123456789abcdef, 3, 4096)
+		if err != nil {
+			return nil, err
+		}
+		return append(appendRecord(nil, 0x0123456789abcdef, 3, 4096, v), b[n:]...), nil
+	case "append":
+		v, err := decodeAppend(b)
+		if err != nil {
+			return nil, err
+		}
+		return encodeAppend(v)
+	case "append-reply":
+		v, err := decodeAppendReply(b)
+		return v.encode(), err
+	case "vote":
+		v, err := decodeVote(b)
+		return v.encode(), err
+	case "verdict":
+		v, err := decodeVerdict(b)
+		return v.encode(), err
+	case "timeout-now":
+		v, err := decodeTimeoutNow(b)
+		return v.encode(), err
+	case "snapshot-begin":
+		v, err := decodeSnapshotBegin(b)
+		return v.encode(), err
+	case "snapshot-chunk":
+		v, err := decodeSnapshotChunk(b)
+		return v.encode(), err
+	case "snapshot-end":
+		v, err := decodeSnapshotEnd(b)
+		return v.encode(), err
+	}
+	return nil, fmt.Errorf("no format %q", name)
+}
+
+// Every format reads back what it wrote, and refuses every cut and every flipped bit.
+func TestFormats(t *testing.T) {
+	for name, b := range formats(t) {
+		again, err := roundTrip(name, b)
+		require.NoError(t, err, name)
+		require.Equal(t, b, again, name)
+		for n := range b {
+			_, err := roundTrip(name, b[:n])
+			require.Error(t, err, "%s cut to %d bytes", name, n)
+		}
+		if name == "stable" {
+			continue // it has its checksum in the slot around it
+		}
+		for at := range b {
+			c := bytes.Clone(b)
+			c[at] ^= 0x08
+			_, err := roundTrip(name, c)
+			require.Error(t, err, "%s with a flipped bit at %d", name, at)
+		}
+	}
+}
+
+// Bytes that pass the checksum but mean nonsense: the library must never see them.
+func TestAppendRefusesNonsense(t *testing.T) {
+	for name, change := range map[string]func(*raft.AppendEntriesRequest){
+		"type":            func(r *raft.AppendEntriesRequest) { r.Entries[1].Type = 9 },
+		"deprecated type": func(r *raft.AppendEntriesRequest) { r.Entries[1].Type = raft.LogAddPeerDeprecated },
+		"configuration":   func(r *raft.AppendEntriesRequest) { r.Entries[0].Data = []byte("junk") },
+		"empty config":    func(r *raft.AppendEntriesRequest) { r.Entries[0].Data = nil },
+		"no voters": func(r *raft.AppendEntriesRequest) {
+			r.Entries[0].Data = raft.EncodeConfiguration(toConfiguration(testMembers()[1:]))
+		},
+		"term falls":   func(r *raft.AppendEntriesRequest) { r.Entries[2].Term = 7 },
+		"term ahead":   func(r *raft.AppendEntriesRequest) { r.Entries[2].Term = 10 },
+		"term zero":    func(r *raft.AppendEntriesRequest) { *r = raft.AppendEntriesRequest{} },
+		"entry size":   func(r *raft.AppendEntriesRequest) { r.Entries[2].Data = make([]byte, EntryBytesMax+1) },
+		"many entries": func(r *raft.AppendEntriesRequest) { r.Entries = manyEntries(appendEntriesMax + 1) },
+	} {
+		r := goldenAppend()
+		change(r)
+		b, err := encodeAppend(r)
+		require.NoError(t, err, name)
+		_, err = decodeAppend(b)
+		require.ErrorIs(t, err, trivet.ErrInvalid, name)
+	}
+	r := goldenAppend()
+	r.Entries[1].Index = 50
+	_, err := encodeAppend(r)
+	require.Error(t, err, "a gap")
+}
+
+func manyEntries(n int) []*raft.Log {
+	var out []*raft.Log
+	for i := range n {
+		out = append(out, &raft.Log{Index: 42 + uint64(i), Term: 9})
+	}
+	return out
+}
+
+func TestBound(t *testing.T) {
+	r := &raft.AppendEntriesRequest{}
+	for i := range 10 {
+		r.Entries = append(r.Entries, &raft.Log{Index: uint64(i + 1), Data: make([]byte, 1<<20)})
+	}
+	bound(r)
+	require.Len(t, r.Entries, 4)
+	r.Entries = []*raft.Log{{Data: make([]byte, appendBytesMax+1)}, {}}
+	bound(r)
+	require.Len(t, r.Entries, 1, "one entry is always sent")
+}
+
+// fuzzFormat checks that a decoder neither panics nor accepts what it would write differently.
+func fuzzFormat(f *testing.F, name string) {
+	t := &testing.T{}
+	f.Add(formats(t)[name])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for _, in := range [][]byte{b, sealBody(bytes.Clone(b))} {
+			again, err := roundTrip(name, in)
+			if err == nil {
+				require.Equal(t, in[:min(len(in), len(again))], again)
+			}
+		}
+	})
+}
+
+func FuzzSuperblock(f *testing.F)    { fuzzFormat(f, "superblock") }
+func FuzzStable(f *testing.F)        { fuzzFormat(f, "stable") }
+func FuzzSnapshot(f *testing.F)      { fuzzFormat(f, "snapshot") }
+func FuzzInstall(f *testing.F)       { fuzzFormat(f, "install") }
+func FuzzSegment(f *testing.F)       { fuzzFormat(f, "segment") }
+func FuzzRecord(f *testing.F)        { fuzzFormat(f, "record") }
+func FuzzAppend(f *testing.F)        { fuzzFormat(f, "append") }
+func FuzzAppendReply(f *testing.F)   { fuzzFormat(f, "append-reply") }
+func FuzzVote(f *testing.F)          { fuzzFormat(f, "vote") }
+func FuzzVerdict(f *testing.F)       { fuzzFormat(f, "verdict") }
+func FuzzTimeoutNow(f *testing.F)    { fuzzFormat(f, "timeout-now") }
+func FuzzSnapshotBegin(f *testing.F) { fuzzFormat(f, "snapshot-begin") }
+func FuzzSnapshotChunk(f *testing.F) { fuzzFormat(f, "snapshot-chunk") }
+func FuzzSnapshotEnd(f *testing.F)   { fuzzFormat(f, "snapshot-end") }
+
+// FuzzConfiguration: the library's decoder panics on some bytes; ours must not.
+func FuzzConfiguration(f *testing.F) {
+	f.Add(raft.EncodeConfiguration(toConfiguration(testMembers())))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if m, err := decodeConfiguration(b); err == nil {
+			require.NoError(t, validateMembers(m))
+		}
+	})
+}
+
+// FuzzSlots reads any bytes as a file of two copies.
+func FuzzSlots(f *testing.F) {
+	one := make([]byte, 2*slotStride)
+	copy(one, sealFrame(magicMark, put64(nil, 1, 2, 3)))
+	copy(one[slotStride:], sealFrame(magicMark, put64(nil, 2, 2, 3)))
+	f.Add(one)
+	f.Fuzz(func(_ *testing.T, b []byte) { _, _, _, _ = decodeSlots(magicMark, b) })
+}
+
+// FuzzLog opens a log whose last segment is any bytes after a valid header: it opens or is refused, and
+// what it then holds can be read.
+func FuzzLog(f *testing.F) {
+	info := segmentInfo{group: logGroup, seq: 1, first: 1}
+	off := int64(segmentHeader)
+	var body []byte
+	for i := range uint64(4) {
+		r := record{kind: kindEntry, index: i + 1, term: 1, data: []byte("data")}
+		body = appendRecord(body, logGroup, 1, off+int64(len(body)), r)
+	}
+	f.Add(body)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		fs := vfs.NewMem()
+		require.NoError(t, makeDir(fs, "/disk/v"))
+		require.NoError(t, createSlots(fs, "/disk/v", fileMark, magicMark, put64(nil, 0, 0)))
+		require.NoError(t, writeFile(fs, "/disk/v", segmentName(1), append(info.encode(), b...)))
+		l, err := openLog(testLogOptions(fs))
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrCorrupt)
+			return
+		}
+		first, last := l.bounds()
+		for i := first; i <= last; i++ {
+			var e raft.Log
+			require.NoError(t, l.read(i, &e))
+		}
+		require.NoError(t, l.close())
+	})
+}

@@ -1,0 +1,157 @@
+package raftgroup
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// fsm is the library's state machine over ours. Its entries are applied on the library's FSM
+// goroutine; images are pinned on others.
+type fsm struct {
+	machine StateMachine
+	fatal   func(error)
+	failed  func() error // of the whole group
+
+	mu     sync.Mutex // held over Apply and Image, so that an image has the index that is read with it
+	config groupConfig
+	dead   bool
+}
+
+var _ raft.BatchingFSM = (*fsm)(nil)
+
+// errDead is the result of entries that were committed but not applied here: the machine failed.
+var errDead = errors.New("state machine failed")
+
+func (f *fsm) setConfig(c groupConfig) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.config = c
+}
+
+// Apply is never called by the library, which prefers ApplyBatch.
+func (f *fsm) Apply(e *raft.Log) any { return f.ApplyBatch([]*raft.Log{e})[0] }
+
+// ApplyBatch hands committed entries on and returns one result for each. After a failure it applies
+// nothing more: a replica that misses one entry has diverged (raft-and-pebble.md, FSM errors).
+func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	results := make([]any, len(logs))
+	if !f.dead && f.failed() == nil {
+		err := f.applyLocked(logs, results)
+		if err == nil {
+			return results
+		}
+		f.dead = true
+		f.fatal(err)
+	}
+	for i := range results {
+		results[i] = errDead
+	}
+	return results
+}
+
+func (f *fsm) applyLocked(logs []*raft.Log, results []any) error {
+	applied, _ := f.machine.Applied()
+	entries := make([]Entry, 0, len(logs))
+	at := make([]int, 0, len(logs))
+	config := f.config
+	for i, e := range logs {
+		if e.Index <= applied { // delivered again after a restart (H3)
+			continue
+		}
+		entry := Entry{Index: e.Index, Term: e.Term, Data: e.Data}
+		if e.Type == raft.LogConfiguration {
+			members, err := decodeConfiguration(e.Data)
+			if err != nil {
+				return fmt.Errorf("apply entry %d: %w", e.Index, err)
+			}
+			entry.Data, entry.Members = nil, members
+			config = groupConfig{e.Index, members}
+		} else if entry.Data == nil {
+			entry.Data = []byte{}
+		}
+		entries = append(entries, entry)
+		at = append(at, i)
+	}
+	if len(entries) == 0 {
+		return nil
+	}
+	out, err := f.machine.Apply(entries)
+	last := entries[len(entries)-1]
+	if err != nil {
+		return fmt.Errorf("apply entries %d to %d: %w", entries[0].Index, last.Index, err)
+	}
+	if now, term := f.machine.Applied(); len(out) != len(entries) || now != last.Index || term != last.Term { // I3
+		return fmt.Errorf("apply entries %d to %d: %d results for %d, applied index %d of term %d: %w",
+			entries[0].Index, last.Index, len(out), len(entries), now, term, trivet.ErrCorrupt)
+	}
+	for i, r := range out {
+		results[at[i]] = r
+	}
+	f.config = config
+	return nil
+}
+
+// Snapshot is called between two batches: everything up to the snapshot's index is applied.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.dead {
+		return nil, errDead
+	}
+	applied, _ := f.machine.Applied()
+	return &fsmSnapshot{fsm: f, applied: applied}, nil
+}
+
+// Restore is never called: a received snapshot is installed while the library is stopped
+// (install.go), and NoSnapshotRestoreOnStart is set.
+func (f *fsm) Restore(io.ReadCloser) error {
+	return fmt.Errorf("restore through the library: %w", trivet.ErrInvalid)
+}
+
+// pin returns an image, the index and term that it stands at, and the configuration of that index.
+func (f *fsm) pin() (img Image, index, term uint64, config groupConfig, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.dead {
+		return nil, 0, 0, groupConfig{}, errDead
+	}
+	img, err = f.machine.Image()
+	if err != nil {
+		return nil, 0, 0, groupConfig{}, fmt.Errorf("pin an image: %w", err)
+	}
+	index, term = f.machine.Applied()
+	return img, index, term, f.config, nil
+}
+
+// fsmSnapshot is a promise that the state machine's own state will do as the snapshot.
+type fsmSnapshot struct {
+	fsm     *fsm
+	applied uint64 // machine's index when the snapshot was taken
+}
+
+// Persist makes the state durable and reads back how far. Only then may the snapshot be recorded
+// and the log be cut (H1).
+func (s *fsmSnapshot) Persist(sink raft.SnapshotSink) error {
+	flushed, err := s.fsm.machine.Flush()
+	if err == nil && flushed < s.applied {
+		err = fmt.Errorf("flush: durable index is %d, %d was applied: %w", flushed, s.applied, trivet.ErrCorrupt)
+	}
+	if err != nil {
+		err = fmt.Errorf("persist snapshot: %w", err)
+		s.fsm.fatal(err)
+		return err
+	}
+	sink.(*snapshotSink).cover(s.applied)
+	return nil
+}
+
+// Release has nothing to release.
+func (s *fsmSnapshot) Release() {}

@@ -1,0 +1,374 @@
+package raftgroup
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Group is one replica of one Raft group. It is safe for concurrent use.
+type Group struct {
+	cfg       Config
+	log       *slog.Logger
+	addr      raft.ServerAddress
+	started   time.Time
+	stampBase uint64
+
+	lock    io.Closer
+	guard   *diskGuard
+	seglog  *segmentLog
+	store   *logStore
+	stable  *stableStore
+	snaps   *snapshotStore
+	fsm     *fsm
+	lease   *leaseTable
+	install installer
+	slots   chan struct{} // one per proposal under way
+
+	wake        chan struct{} // the watcher should look
+	wakeCompact chan struct{} // the compactor should look
+	stop        chan struct{}
+	loops       sync.WaitGroup
+
+	failOnce sync.Once
+	runMu    sync.Mutex // held while the library is started or stopped
+
+	mu      sync.Mutex
+	inst    *instance // nil between two runs, and after Close
+	closed  bool
+	view    view
+	changed chan struct{}
+}
+
+// instance is one run of the library. A received snapshot ends it, and another begins.
+type instance struct {
+	g    *Group
+	r    *raft.Raft
+	t    *peerTransport
+	stop context.CancelCauseFunc // ends what the transport has sent
+
+	stopping   chan struct{} // closed first: no message in, no call accepted
+	quarantine time.Time     // no vote is given before
+	fast       sync.RWMutex  // held for reading by the heartbeat handler
+	fastClosed time.Time     // until when heartbeats take the slow path; under fast
+
+	appliedTerm atomic.Uint64 // highest term of which an entry is applied here as leader
+	loops       sync.WaitGroup
+
+	mu     sync.Mutex
+	calls  int           // under way in the library
+	idle   chan struct{} // closed when calls falls to zero while draining
+	closed bool
+}
+
+// Open starts the replica that Create made. It returns ErrNotFound if it was never created (an
+// empty directory never opens a group: H10), ErrInvalid if the directory is another's (H11),
+// ErrInUse if it runs already, and ErrCorrupt when log, state machine and snapshot contradict each
+// other or an entry is damaged: then nothing has been changed, and the replica must be rebuilt under
+// a new ID.
+func Open(cfg Config) (*Group, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	g := &Group{
+		cfg:     cfg,
+		log:     cfg.Logger.With("component", "raftgroup", "volume", cfg.Group.String(), "replica", string(cfg.Replica)),
+		addr:    address(cfg.Replica, cfg.Network.net.Local()),
+		started: time.Now(), stampBase: randomUint64(), lease: newLeaseTable(),
+		slots: make(chan struct{}, proposalsMax), wake: make(chan struct{}, 1), wakeCompact: make(chan struct{}, 1),
+		stop: make(chan struct{}), changed: make(chan struct{}),
+	}
+	g.guard = &diskGuard{fatal: g.fatal, onStall: g.poke}
+	if err := g.open(); err != nil {
+		err = errors.Join(err, g.release())
+		return nil, fmt.Errorf("open replica %s of group %s: %w", cfg.Replica, cfg.Group, err)
+	}
+	return g, nil
+}
+
+func (g *Group) open() error {
+	s, err := readSuperblock(g.cfg.FS, g.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	if err := checkIdentity(g.cfg, s); err != nil {
+		return err
+	}
+	if g.lock, err = g.cfg.FS.Lock(g.path(fileLock)); err != nil {
+		return fmt.Errorf("lock directory: %v: %w", err, trivet.ErrInUse)
+	}
+	if err := g.openStores(); err != nil {
+		return err
+	}
+	if err := g.finishInstall(); err != nil {
+		return err
+	}
+	if err := g.checkState(); err != nil {
+		return err
+	}
+	if err := g.cfg.Network.add(g); err != nil {
+		return err
+	}
+	if err := g.start(); err != nil {
+		return err
+	}
+	g.loops.Go(g.watch)
+	g.loops.Go(g.compact)
+	g.poke()
+	return nil
+}
+
+func (g *Group) path(name string) string { return g.cfg.FS.PathJoin(g.cfg.Dir, name) }
+
+// openStores opens the files of the group. It changes nothing that counts.
+func (g *Group) openStores() error {
+	if err := removeFile(g.cfg.FS, g.cfg.Dir, fileInstall+tmpSuffix); err != nil {
+		return err
+	}
+	var err error
+	if g.stable, err = openStable(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
+		return err
+	}
+	g.stable.onSet = g.poke
+	g.seglog, err = openLog(logOptions{
+		fs: g.cfg.FS, dir: g.cfg.Dir, group: g.cfg.Group, segmentBytes: g.cfg.SegmentBytes, onError: g.guard.fail,
+	})
+	if err != nil {
+		return err
+	}
+	if g.snaps, err = openSnapshots(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
+		return err
+	}
+	if g.store, err = newLogStore(g.seglog, g.guard, g.snaps.record().config); err != nil {
+		return err
+	}
+	g.store.onAppend = g.pokeCompact
+	applied, _ := g.cfg.Machine.Applied()
+	g.fsm = &fsm{
+		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed,
+		config: g.store.configAt(max(applied, g.snaps.record().index)),
+	}
+	g.snaps.fsm = g.fsm
+	return nil
+}
+
+// checkState returns ErrCorrupt unless log, snapshot, vote and state machine belong together (H4,
+// I1, I2). All entries have been read by now, so the library meets no damage.
+func (g *Group) checkState() error {
+	first, last := g.seglog.bounds()
+	snap := g.snaps.record()
+	applied, appliedTerm := g.cfg.Machine.Applied()
+	lastTerm, _ := g.seglog.term(last)
+	entryTerm, inLog := g.seglog.term(applied)
+	self, member := findMember(g.store.latestConfig().members, g.cfg.Replica)
+	var what string
+	switch {
+	case g.cfg.Machine.Restoring():
+		what = "state is the remains of an interrupted restore, and its image is gone"
+	case applied < snap.machine:
+		what = "state is behind the snapshot"
+	case applied > last && applied > snap.index:
+		what = "state is ahead of the log"
+	case first > snap.index+1:
+		what = "entries between snapshot and log are missing"
+	case last >= first && last < snap.index:
+		what = "log ends before the snapshot"
+	case inLog && entryTerm != appliedTerm:
+		what = fmt.Sprintf("state has applied an entry of term %d where the log has term %d", appliedTerm, entryTerm)
+	case max(lastTerm, snap.term) > g.stable.record().term:
+		what = "current term is behind the log"
+	case member && address(self.Replica, self.Node) != g.addr:
+		return fmt.Errorf("replica belongs to node %s, this is %s: %w",
+			self.Node, g.cfg.Network.net.Local(), trivet.ErrInvalid)
+	default:
+		return nil
+	}
+	return fmt.Errorf("%s: state applied %d of term %d, snapshot at %d (machine %d), log %d to %d, term %d: %w", what,
+		applied, appliedTerm, snap.index, snap.machine, first, last, g.stable.record().term, trivet.ErrCorrupt)
+}
+
+// raftConfig is what the adapters of this package rely on. A test asserts it.
+func raftConfig(cfg Config) *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(cfg.Replica)
+	c.HeartbeatTimeout = cfg.Timing.Heartbeat
+	c.ElectionTimeout = cfg.Timing.Heartbeat
+	c.LeaderLeaseTimeout = cfg.Timing.Heartbeat / 2
+	c.CommitTimeout = commitTimeout
+	c.MaxAppendEntries = appendEntriesMax
+	c.BatchApplyCh = false              // an enqueue timeout must mean "not applied"
+	c.ShutdownOnRemove = false          // we own the lifecycle
+	c.RestoreCommittedLogs = false      // D1, D2
+	c.NoSnapshotRestoreOnStart = true   // the state machine is durable
+	c.PreVoteDisabled = false           //
+	c.SnapshotThreshold = math.MaxInt64 // snapshots are driven by us, on bytes
+	c.SnapshotInterval = 24 * time.Hour
+	c.TrailingLogs = trailingMin
+	c.NoLegacyTelemetry = true
+	c.Logger = newRaftLogger(cfg.Logger.With("component", "raft", "volume", cfg.Group.String()))
+	return c
+}
+
+// start runs the library. REQUIRES: it does not run.
+func (g *Group) start() error {
+	g.runMu.Lock()
+	defer g.runMu.Unlock()
+	return g.startLocked()
+}
+
+func (g *Group) startLocked() error {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	i := &instance{g: g, stop: cancel, stopping: make(chan struct{})}
+	i.t = &peerTransport{g: g, ctx: ctx, rpc: make(chan raft.RPC)}
+	if g.stable.record().term > 1 {
+		// A leader may count on a promise that this replica gave before (lease.go). The first term that
+		// has a leader is 2, so a group that is being born loses no time.
+		i.quarantine = time.Now().Add(g.cfg.Timing.Heartbeat)
+	}
+	r, err := raft.NewRaft(raftConfig(g.cfg), g.fsm, g.store, g.stable, g.snaps, i.t)
+	if err != nil {
+		cancel(err)
+		return fmt.Errorf("start raft: %w", err)
+	}
+	i.r = r
+	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState:
+			g.poke()
+		}
+		return false
+	}))
+	g.mu.Lock()
+	g.inst = i
+	g.mu.Unlock()
+	return nil
+}
+
+// stopLocked ends the current run of the library, if there is one, and waits for it. Calls that are
+// under way in it are answered first: it forgets those that it has handed to the state machine.
+// REQUIRES: runMu.
+func (g *Group) stopLocked() {
+	g.mu.Lock()
+	i := g.inst
+	g.inst = nil
+	g.mu.Unlock()
+	if i == nil {
+		return
+	}
+	close(i.stopping)
+	// Without followers a leader steps down and answers what it cannot commit.
+	i.stop(fmt.Errorf("group %s stops: %w", g.cfg.Group, trivet.ErrClosed))
+	i.drain(4 * g.cfg.Timing.Heartbeat)
+	if err := i.r.Shutdown().Error(); err != nil {
+		g.log.Warn("raft did not stop cleanly", "err", err)
+	}
+	i.loops.Wait()
+	g.poke()
+}
+
+// restart stops the library, calls change, and starts it again (D6). A failure is fatal: the group
+// has no instance any more.
+func (g *Group) restart(change func() (verdict, error)) (verdict, error) {
+	g.runMu.Lock()
+	defer g.runMu.Unlock()
+	g.mu.Lock()
+	closed := g.closed
+	g.mu.Unlock()
+	if closed {
+		return verdict{}, fmt.Errorf("group %s: %w", g.cfg.Group, trivet.ErrClosed)
+	}
+	g.stopLocked()
+	v, err := change()
+	if err == nil {
+		err = g.checkState()
+	}
+	if err == nil {
+		err = g.startLocked()
+	}
+	if err != nil {
+		err = fmt.Errorf("restart group %s: %w", g.cfg.Group, err)
+		g.guard.fail(err)
+		return verdict{}, err
+	}
+	g.poke()
+	return v, nil
+}
+
+// running returns the current run of the library, nil when there is none.
+func (g *Group) running() *instance {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.inst
+}
+
+// fatal reports a failure that ends the process.
+func (g *Group) fatal(err error) {
+	err = fmt.Errorf("replica %s of group %s: %w", g.cfg.Replica, g.cfg.Group, err)
+	g.guard.poison(err)
+	g.failOnce.Do(func() {
+		g.log.Error("replica failed", "err", err)
+		g.poke()
+		g.cfg.Fatal(err)
+	})
+}
+
+// Close stops the replica and waits for it; outstanding calls fail. It is idempotent.
+func (g *Group) Close() error {
+	g.mu.Lock()
+	first := !g.closed
+	g.closed = true
+	g.mu.Unlock()
+	if !first {
+		return nil
+	}
+	g.cfg.Network.remove(g)
+	g.runMu.Lock()
+	g.stopLocked()
+	g.runMu.Unlock()
+	close(g.stop)
+	g.loops.Wait()
+	g.install.mu.Lock()
+	err := g.dropSpoolLocked()
+	g.install.mu.Unlock()
+	g.notify(view{})
+	if err = errors.Join(err, g.release()); err != nil {
+		return fmt.Errorf("close replica %s of group %s: %w", g.cfg.Replica, g.cfg.Group, err)
+	}
+	return nil
+}
+
+// release closes the files and gives up the directory.
+func (g *Group) release() error {
+	g.cfg.Network.remove(g)
+	g.guard.close()
+	var err error
+	if g.seglog != nil {
+		err = g.seglog.close()
+	}
+	if g.stable != nil {
+		err = errors.Join(err, g.stable.close())
+	}
+	if g.lock != nil {
+		err = errors.Join(err, g.lock.Close())
+	}
+	return err
+}
+
+func randomUint64() uint64 {
+	var b [8]byte
+	rand.Read(b[:]) //nolint:errcheck // crypto/rand.Read never fails since Go 1.24
+	return binary.LittleEndian.Uint64(b[:])
+}

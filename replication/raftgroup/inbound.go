@@ -1,0 +1,224 @@
+package raftgroup
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// receive answers one Raft message. from is the node in the sender's certificate.
+func (g *Group) receive(ctx context.Context, from trivet.NodeID, m transport.Message) ([]byte, error) {
+	if err := g.authorise(m.Kind, m.From, from); err != nil {
+		g.log.Warn("raft message refused", "from", string(from), "replica", string(m.From), "kind", int(m.Kind), "err", err)
+		return nil, err
+	}
+	if g.guard.failed() != nil {
+		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
+	}
+	i := g.running()
+	if i == nil {
+		return nil, fmt.Errorf("group is between two runs: %w", trivet.ErrUnavailable)
+	}
+	body, err := g.dispatch(ctx, i, address(m.From, from), m)
+	if g.guard.failed() != nil { // meanwhile: what the library answers may rest on nothing
+		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
+	}
+	return body, err
+}
+
+func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAddress, m transport.Message,
+) ([]byte, error) {
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(m.From), Addr: []byte(sender)}
+	switch m.Kind {
+	case transport.KindAppendEntries:
+		return i.onAppend(ctx, header, m.Body)
+	case transport.KindRequestVote, transport.KindRequestPreVote:
+		return i.onVote(ctx, header, m.Kind == transport.KindRequestPreVote, m.Body)
+	case transport.KindTimeoutNow:
+		return i.onTimeoutNow(ctx, header, m.Body)
+	case transport.KindSnapshotBegin:
+		return g.onSnapshotBegin(sender, m.Body)
+	case transport.KindSnapshotChunk:
+		return g.onSnapshotChunk(sender, m.Body)
+	case transport.KindSnapshotEnd:
+		return g.onSnapshotEnd(sender, m.Body)
+	}
+	return nil, fmt.Errorf("kind %d: %w", m.Kind, trivet.ErrInvalid)
+}
+
+// authorise returns ErrInvalid unless the sender may send such a message (H37). The library takes
+// entries, snapshots and TimeoutNow of any sender with a high enough term, so this is the only
+// thing between a group and any other holder of a valid certificate.
+//
+//   - A replica in the group's configuration must be on the node that the configuration says.
+//   - Another one may send entries and snapshots only, to a replica that waits to be added or lags
+//     behind, and only if the catalogue, where it is asked, knows it as a member on that node.
+//
+// Nothing in a message says who its leader or candidate is: that is made from the sender.
+func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.NodeID) error {
+	if _, _, err := parseAddress(address(id, node)); err != nil {
+		return err
+	}
+	members := g.store.latestConfig().members
+	if m, ok := findMember(members, id); ok {
+		if m.Node != node {
+			return fmt.Errorf("replica %s is on node %s, message comes from %s: %w", id, m.Node, node, trivet.ErrInvalid)
+		}
+		return nil
+	}
+	switch kind {
+	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow:
+		return fmt.Errorf("replica %s on %s is no member: %w", id, node, trivet.ErrInvalid)
+	}
+	if g.cfg.IsMember != nil {
+		if g.cfg.IsMember(id, node) {
+			return nil
+		}
+	} else if len(members) == 0 {
+		return nil
+	}
+	return fmt.Errorf("replica %s on %s is no member: %w", id, node, trivet.ErrInvalid)
+}
+
+// deliver hands a request to the library's main goroutine and waits for its answer.
+func (i *instance) deliver(ctx context.Context, command any) (any, error) {
+	resp := make(chan raft.RPCResponse, 1)
+	select {
+	case i.t.rpc <- raft.RPC{Command: command, RespChan: resp}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", context.Cause(ctx), trivet.ErrUnavailable)
+	case <-i.stopping:
+		return nil, fmt.Errorf("group stops: %w", trivet.ErrUnavailable)
+	}
+	select {
+	case r := <-resp:
+		return r.Response, r.Error
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", context.Cause(ctx), trivet.ErrUnavailable)
+	case <-i.stopping:
+		return nil, fmt.Errorf("group stops: %w", trivet.ErrUnavailable)
+	}
+}
+
+func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []byte) ([]byte, error) {
+	req, err := decodeAppend(body)
+	if err != nil {
+		return nil, err
+	}
+	req.RPCHeader, req.Leader = header, header.Addr
+	var out any
+	answered := false
+	if isHeartbeat(req) {
+		if i.g.guard.stalled() {
+			return nil, fmt.Errorf("disk hangs: %w", trivet.ErrUnavailable) // D8
+		}
+		out, answered = i.fastHeartbeat(req)
+	}
+	if !answered {
+		if out, err = i.deliver(ctx, req); err != nil {
+			return nil, err
+		}
+	}
+	resp, ok := out.(*raft.AppendEntriesResponse)
+	if !ok {
+		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
+	}
+	reply := appendReply{
+		term: resp.Term, lastLog: resp.LastLog, stamp: i.g.stamp(),
+		success: resp.Success, noRetryBackoff: resp.NoRetryBackoff,
+	}
+	if resp.Success {
+		reply.promise = i.g.cfg.Timing.Heartbeat
+	}
+	return reply.encode(), nil
+}
+
+// fastHeartbeat answers a heartbeat beside the library's main goroutine, which may be busy with the
+// disk. That goroutine stamps entries with the current term, so the handler must not change term or
+// state under it: one that does let a deposed leader append under its successor's term (D9). Hence
+// only a follower, in the heartbeat's own term, and one with a fresh contact, which cannot stand
+// for election before the handler is done: its timer leaves it half a Heartbeat, and TimeoutNow
+// closes this path first. All else goes to the main goroutine.
+func (i *instance) fastHeartbeat(req *raft.AppendEntriesRequest) (any, bool) {
+	i.fast.RLock()
+	defer i.fast.RUnlock()
+	if req.Term != i.r.CurrentTerm() || i.r.State() != raft.Follower ||
+		time.Since(i.r.LastContact()) >= i.g.cfg.Timing.Heartbeat/2 || time.Now().Before(i.fastClosed) {
+		return nil, false
+	}
+	resp := make(chan raft.RPCResponse, 1)
+	i.t.heartbeat(raft.RPC{Command: req, RespChan: resp})
+	select {
+	case r := <-resp:
+		return r.Response, r.Error == nil
+	default: // the library shuts down
+		return nil, false
+	}
+}
+
+func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, body []byte) ([]byte, error) {
+	v, err := decodeVote(body)
+	if err != nil {
+		return nil, err
+	}
+	// Before a restart this replica may have promised its leader not to help another one (H8).
+	if time.Now().Before(i.quarantine) {
+		return verdict{term: i.r.CurrentTerm()}.encode(), nil
+	}
+	if pre {
+		out, err := i.deliver(ctx, &raft.RequestPreVoteRequest{
+			RPCHeader: header, Term: v.term, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
+		})
+		if err != nil {
+			return nil, err
+		}
+		if r, ok := out.(*raft.RequestPreVoteResponse); ok {
+			return verdict{term: r.Term, yes: r.Granted}.encode(), nil
+		}
+		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
+	}
+	out, err := i.deliver(ctx, &raft.RequestVoteRequest{
+		RPCHeader: header, Term: v.term, Candidate: header.Addr, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
+		LeadershipTransfer: v.transfer,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if r, ok := out.(*raft.RequestVoteResponse); ok {
+		return verdict{term: r.Term, yes: r.Granted}.encode(), nil
+	}
+	return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
+}
+
+// onTimeoutNow makes this replica stand for election at once, for its own leader only, and only
+// while our clock reading in the message is fresh: the leader counts on its being without effect
+// some time after (transferVoid).
+func (i *instance) onTimeoutNow(ctx context.Context, header raft.RPCHeader, body []byte) ([]byte, error) {
+	req, err := decodeTimeoutNow(body)
+	if err != nil {
+		return nil, err
+	}
+	_, leader := i.r.LeaderWithID()
+	me, _ := findMember(i.g.store.latestConfig().members, i.g.cfg.Replica)
+	age := time.Duration(i.g.stamp() - req.stamp)
+	if string(leader) != string(header.ID) || req.term != i.r.CurrentTerm() || i.r.State() != raft.Follower ||
+		me.Replica == "" || me.Learner || age < 0 || age >= i.g.cfg.Timing.Heartbeat {
+		return nil, fmt.Errorf("leader %s of term %d asks for an election, own leader is %q of term %d, %v ago: %w",
+			header.ID, req.term, string(leader), i.r.CurrentTerm(), age, trivet.ErrInvalid)
+	}
+	i.fast.Lock()
+	i.fastClosed = time.Now().Add(i.g.cfg.Timing.Heartbeat)
+	i.fast.Unlock()
+	if _, err := i.deliver(ctx, &raft.TimeoutNowRequest{RPCHeader: header}); err != nil {
+		return nil, err
+	}
+	return verdict{term: req.term, yes: true}.encode(), nil
+}
+
+// stamp is this replica's clock, from an origin that no other run shares.
+func (g *Group) stamp() uint64 { return g.stampBase + uint64(time.Since(g.started)) }

@@ -1,0 +1,236 @@
+package raftgroup_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// behind starts a group of three in which c has missed so much that only a snapshot helps. c's disk
+// is stopped; each is to reopen it as it likes.
+func behind(t *testing.T, c *cluster) {
+	t.Helper()
+	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+	for _, n := range c.nodes {
+		require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
+		n.mustOpen()
+	}
+	c.mustPut("first", "1")
+	c.converge()
+	c.nodes["c"].die()
+	for k := range 200 {
+		c.mustPut(fmt.Sprint(k), strings.Repeat("v", 100))
+	}
+	c.leader().compacted(50)
+}
+
+// countSnapshots counts the images that were sent whole.
+func countSnapshots(c *cluster) *atomic.Int64 {
+	var n atomic.Int64
+	c.net.Lose(func(e transport.Envelope) bool {
+		if e.Message.Kind == transport.KindSnapshotEnd && !e.Reply {
+			n.Add(1)
+		}
+		return false
+	})
+	return &n
+}
+
+func TestInstallSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		sent := countSnapshots(c)
+		behind(t, c)
+		slow := c.nodes["c"]
+		slow.mustOpen()
+		c.converge()
+		require.Equal(t, int64(1), sent.Load())
+		require.Equal(t, members("a", "b", "c"), slow.group.Status().Members)
+		// What it holds now carries a group on its own terms.
+		slow.die()
+		slow.mustOpen()
+		c.converge()
+		require.NoError(t, c.leader().group.TransferTo(t.Context(), replicaID("c")))
+		c.converge()
+		require.Equal(t, int64(1), sent.Load(), "the log must go on where the snapshot ended")
+	})
+}
+
+// D6: the log of the follower is ahead of the snapshot, with entries that were never committed.
+func TestInstallSnapshotUnderLongerLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		sent := countSnapshots(c)
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		for _, n := range c.nodes {
+			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
+			n.mustOpen()
+		}
+		c.mustPut("first", "1")
+		c.converge()
+		old := c.leader()
+		c.net.Isolate(trivet.NodeID(old.name))
+		var wg sync.WaitGroup
+		for k := range 1000 {
+			wg.Go(func() { _ = old.set(fmt.Sprint("lost", k), "1") })
+		}
+		wg.Wait()
+		_, ahead := raftgroup.LogBounds(old.group)
+		others := c.others(old.name)
+		for k := range 200 {
+			c.eventually("a write", func() bool { return c.leader(others...).set(fmt.Sprint(k), strings.Repeat("v", 100)) == nil })
+		}
+		require.Greater(t, ahead, raftgroup.SnapshotIndex(c.leader(others...).group)+100, "the log is not ahead")
+		c.net.HealAll()
+		c.converge()
+		require.Positive(t, sent.Load(), "no snapshot was sent")
+		for k := range 1000 {
+			require.Empty(t, old.machine.get(fmt.Sprint("lost", k)))
+		}
+		old.die()
+		old.mustOpen()
+		c.converge()
+		_, last := raftgroup.LogBounds(old.group)
+		require.Less(t, last, ahead, "the log in memory outlived the one on disk")
+		require.NoError(t, c.leader().group.TransferTo(t.Context(), replicaID(old.name)))
+		c.converge()
+	})
+}
+
+// H5: a crash before any change of the disk while a snapshot is received and restored. The replica
+// opens, finishes the restore or is sent another image, and ends equal to the others.
+func TestInstallCrash(t *testing.T) {
+	every := 1
+	if testing.Short() {
+		every = 5
+	}
+	for _, percent := range []int{0, 50, 100} {
+		for n, done := 0, false; !done; n += every {
+			synctest.Test(t, func(t *testing.T) { done = !installCrash(t, n, percent) })
+		}
+	}
+}
+
+func installCrash(t *testing.T, n, percent int) bool {
+	c := newCluster(t, "a", "b", "c")
+	behind(t, c)
+	slow := c.nodes["c"]
+	crash := make(chan *vfs.MemFS, 1)
+	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
+	disk := slow.fs
+	var count atomic.Int64
+	watched := errorfs.Wrap(vfs.FS(disk), &onChange{f: func(int) {
+		if count.Add(1) == int64(n)+1 {
+			crash <- disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
+		}
+	}})
+	c.configure = func(cfg *raftgroup.Config) {
+		cfg.SnapshotBytes = 2 << 10
+		if cfg.Replica == replicaID("c") && slow.fs == disk {
+			cfg.FS = watched
+		}
+	}
+	// The machine lives on the same disk: its changes count too.
+	m, err := openKV(watched, "/machine")
+	require.NoError(t, err)
+	slow.machine = m
+	slow.group, err = raftgroup.Open(slow.config())
+	require.NoError(t, err)
+	caught := make(chan struct{})
+	go func() {
+		defer close(caught)
+		want, _ := c.leader("a", "b").machine.Applied()
+		c.eventually("c catches up", func() bool {
+			have, _ := m.Applied()
+			return have >= want || len(crash) > 0
+		})
+	}()
+	<-caught
+	var after *vfs.MemFS
+	select {
+	case after = <-crash:
+	default:
+		return false
+	}
+	slow.die()
+	slow.fs = after
+	slow.mustOpen()
+	c.converge()
+	return true
+}
+
+// An interrupted restore whose image is gone must not open: what is there is half of each.
+func TestInterruptedRestoreWithoutImage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a")
+		c.leader()
+		a := c.nodes["a"]
+		a.stop()
+		require.NoError(t, a.machine.put(kvRestoring, nil))
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
+		require.ErrorContains(t, a.open(), "interrupted restore")
+	})
+}
+
+// While an image is restored the replica neither votes nor answers, and its group goes on.
+func TestGroupServesDuringRestore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		slow := c.nodes["c"]
+		m, err := openKV(slow.fs, "/machine")
+		require.NoError(t, err)
+		m.gate = make(chan struct{})
+		slow.machine = m
+		slow.group, err = raftgroup.Open(slow.config())
+		require.NoError(t, err)
+		l := c.leader("a", "b")
+		for range 50 {
+			pass(heartbeat / 5)
+			require.Equal(t, []string{l.name}, gates(c))
+		}
+		require.Empty(t, slow.group.Status().Leader)
+		require.ErrorIs(t, slow.set("x", "1"), trivet.ErrNotLeader)
+		l.mustSet("x", "1")
+		close(m.gate)
+		c.converge()
+	})
+}
+
+// A transfer that is cut anywhere is begun again.
+func TestInstallSnapshotOverBadNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		c.nodes["c"].mustOpen()
+		var n atomic.Int64
+		stop := c.net.Lose(func(e transport.Envelope) bool {
+			switch e.Message.Kind {
+			case transport.KindSnapshotBegin, transport.KindSnapshotChunk, transport.KindSnapshotEnd:
+				// The chunk, then the answer to the second end: six messages make a transfer.
+				k := n.Add(1)
+				return k == 3 || k == 9
+			}
+			return false
+		})
+		c.converge()
+		c.eventually("the leader hears of it", func() bool {
+			s := c.leader().group.Status()
+			return s.LeaderNode == "c" || s.Match[replicaID("c")] == s.LastIndex
+		})
+		stop()
+		require.Greater(t, n.Load(), int64(9))
+	})
+}

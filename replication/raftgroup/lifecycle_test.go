@@ -1,0 +1,323 @@
+package raftgroup_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+)
+
+// onChange calls f before every change of a filesystem, with its number.
+type onChange struct {
+	n int
+	f func(n int)
+}
+
+func (o *onChange) String() string { return "change" }
+
+func (o *onChange) MaybeError(op errorfs.Op) error {
+	if op.Kind.ReadOrWrite() == errorfs.OpIsWrite {
+		o.f(o.n)
+		o.n++
+	}
+	return nil
+}
+
+// A crash before any change of Create: the directory does not open, or it opens complete; Create
+// again makes it whole in any case.
+func TestCreateCrash(t *testing.T) {
+	for _, percent := range []int{0, 40, 100} {
+		for n, done := 0, false; !done; n++ {
+			synctest.Test(t, func(t *testing.T) { done = !createCrash(t, n, percent) })
+		}
+	}
+}
+
+func createCrash(t *testing.T, n, percent int) bool {
+	c := newCluster(t, "a")
+	a := c.nodes["a"]
+	var after *vfs.MemFS
+	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
+	cfg := a.config()
+	cfg.FS = errorfs.Wrap(a.fs, &onChange{f: func(k int) {
+		if k == n {
+			after = a.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
+		}
+	}})
+	require.NoError(t, raftgroup.Create(cfg, members("a")))
+	if after == nil {
+		return false
+	}
+	a.fs = after
+	there, err := raftgroup.Exists(a.config())
+	require.NoError(t, err)
+	if err := a.open(); there {
+		require.NoError(t, err)
+		a.stop()
+	} else {
+		require.ErrorIs(t, err, trivet.ErrNotFound)
+	}
+	require.NoError(t, raftgroup.Create(a.config(), members("a")))
+	require.NoError(t, raftgroup.Create(a.config(), members("a")))
+	a.mustOpen()
+	c.leader()
+	a.mustSet("x", "1")
+	return true
+}
+
+func TestCreate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a")
+		a := c.nodes["a"]
+		require.ErrorIs(t, raftgroup.Create(a.config(), members("b")), trivet.ErrInvalid)
+		twice := append(members("a"), members("a")...)
+		require.ErrorIs(t, raftgroup.Create(a.config(), twice), trivet.ErrInvalid)
+		learner := members("a")
+		learner[0].Learner = true
+		require.ErrorIs(t, raftgroup.Create(a.config(), learner), trivet.ErrInvalid)
+
+		there, err := raftgroup.Exists(a.config())
+		require.NoError(t, err)
+		require.False(t, there)
+		require.NoError(t, raftgroup.Create(a.config(), members("b", "a")))
+		require.NoError(t, raftgroup.Create(a.config(), members("a", "b")), "the order does not matter")
+		require.ErrorIs(t, raftgroup.Create(a.config(), members("a")), trivet.ErrExists)
+		other := a.config()
+		other.Group++
+		require.ErrorIs(t, raftgroup.Create(other, members("a", "b")), trivet.ErrExists)
+		_, err = raftgroup.Exists(other)
+		require.ErrorIs(t, err, trivet.ErrInvalid)
+		a.mustOpen()
+		_, err = raftgroup.Open(a.config())
+		require.ErrorIs(t, err, trivet.ErrInUse, "I9")
+		require.NoError(t, a.group.Close())
+		require.NoError(t, a.group.Close())
+	})
+}
+
+// H10: a replica that lost its data, or a part of it, does not come back under its old name.
+func TestWipedReplicaDoesNotOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a")
+		a := c.leader()
+		a.mustSet("x", "1")
+		a.stop()
+		dir := a.config().Dir
+		whole := a.fs.CrashClone(vfs.CrashCloneCfg{})
+		names, err := whole.List(dir)
+		require.NoError(t, err)
+		require.Contains(t, names, "stable")
+		for _, name := range names {
+			a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
+			require.NoError(t, a.fs.Remove(dir+"/"+name))
+			err := a.open()
+			if name == "superblock" {
+				require.ErrorIs(t, err, trivet.ErrNotFound)
+				require.ErrorIs(t, raftgroup.Create(a.config(), members("a")), trivet.ErrCorrupt, "it is not ours to wipe")
+				continue
+			}
+			require.ErrorIs(t, err, trivet.ErrCorrupt, "without %s", name)
+		}
+		a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
+		require.NoError(t, a.fs.RemoveAll(dir))
+		require.ErrorIs(t, a.open(), trivet.ErrNotFound)
+		require.NoError(t, a.fs.MkdirAll(dir, 0o755))
+		require.ErrorIs(t, a.open(), trivet.ErrNotFound, "an empty directory")
+	})
+}
+
+// H11: another replica's disk is refused, and so is a disk that was carried to another node.
+func TestForeignDirectory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b")
+		c.leader()
+		a, b := c.nodes["a"], c.nodes["b"]
+		a.stop()
+		b.stop()
+		a.fs, b.fs = b.fs, a.fs
+		require.ErrorIs(t, a.open(), trivet.ErrInvalid)
+		require.ErrorIs(t, raftgroup.Destroy(a.config()), trivet.ErrInvalid)
+		cfg := a.config()
+		cfg.Replica = replicaID("b")
+		_, err := raftgroup.Open(cfg)
+		require.ErrorIs(t, err, trivet.ErrInvalid, "b's disk on node a")
+	})
+}
+
+// H4, I1: a state that does not belong to the log is refused, either way.
+func TestStateAndLogMustAgree(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a")
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 4 << 10 }
+		a := c.nodes["a"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		fresh := a.fs.CrashClone(vfs.CrashCloneCfg{})
+		a.mustOpen()
+		c.leader()
+		for k := range 10 {
+			a.mustSet(fmt.Sprint(k), "1")
+		}
+		a.stop()
+		_, err := a.machine.Flush()
+		require.NoError(t, err)
+		early := a.fs.CrashClone(vfs.CrashCloneCfg{})
+
+		// The log of the beginning under the state of later.
+		a.fs = fresh.CrashClone(vfs.CrashCloneCfg{})
+		copyDir(t, early, a.fs, "/machine")
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
+		require.ErrorContains(t, a.open(), "state is ahead of the log")
+
+		a.fs = early.CrashClone(vfs.CrashCloneCfg{})
+		a.mustOpen()
+		c.leader()
+		for k := range 300 {
+			a.mustSet(fmt.Sprint(k), strings.Repeat("v", 100))
+		}
+		a.compacted(20)
+		a.stop()
+		late := a.fs.CrashClone(vfs.CrashCloneCfg{})
+
+		// The state of the beginning under the log of later.
+		a.fs = late.CrashClone(vfs.CrashCloneCfg{})
+		require.NoError(t, a.fs.RemoveAll("/machine"))
+		require.NoError(t, a.fs.MkdirAll("/machine", 0o755))
+		copyDir(t, early, a.fs, "/machine")
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
+		require.ErrorContains(t, a.open(), "state is behind the snapshot")
+
+		a.fs = late
+		a.mustOpen()
+		c.leader()
+	})
+}
+
+func copyDir(t *testing.T, from, to *vfs.MemFS, dir string) {
+	t.Helper()
+	require.NoError(t, to.MkdirAll(dir, 0o755))
+	names, err := from.List(dir)
+	require.NoError(t, err)
+	for _, name := range names {
+		require.NoError(t, vfs.CopyAcrossFS(from, dir+"/"+name, to, dir+"/"+name))
+	}
+}
+
+// H23 at the level of a group: damage is refused, and never costs the other replicas anything.
+func TestDamagedLogIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		for k := range 20 {
+			c.mustPut(fmt.Sprint(k), "1")
+		}
+		c.converge()
+		b := c.nodes["b"]
+		b.stop()
+		path := b.config().Dir + "/log-0000000000000001"
+		f, err := b.fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		whole, err := io.ReadAll(f)
+		require.NoError(t, err)
+		_, err = f.WriteAt([]byte{whole[len(whole)/2] ^ 1}, int64(len(whole)/2))
+		require.NoError(t, errors.Join(err, f.Close()))
+		require.ErrorIs(t, b.open(), trivet.ErrCorrupt)
+		require.Equal(t, len(whole), fileSize(t, b.fs, path), "a damaged log is not cut")
+		c.mustPut("more", "1")
+		c.converge()
+	})
+}
+
+func fileSize(t *testing.T, fs vfs.FS, path string) int {
+	t.Helper()
+	s, err := fs.Stat(path)
+	require.NoError(t, err)
+	return int(s.Size())
+}
+
+// H1: the log is never cut above what the state machine has made durable. A crash that loses all that
+// was not flushed loses no acknowledged value, and a machine that only claims to flush is found out.
+func TestCompactionNeedsFlush(t *testing.T) {
+	for _, lie := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newCluster(t, "a")
+			c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+			a := c.nodes["a"]
+			require.NoError(t, raftgroup.Create(a.config(), members("a")))
+			a.mustOpen()
+			a.machine.lieOnFlush = lie
+			c.leader()
+			for k := range 300 {
+				a.mustSet(fmt.Sprint(k), "value")
+			}
+			a.compacted(50)
+			a.crash(0, nil)
+			if lie {
+				require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
+				return
+			}
+			a.mustOpen()
+			c.leader()
+			for k := range 300 {
+				require.Equal(t, "value", a.machine.get(fmt.Sprint(k)), "lost %d", k)
+			}
+		})
+	}
+}
+
+func TestDestroyCrash(t *testing.T) {
+	for _, percent := range []int{0, 40, 100} {
+		for n, done := 0, false; !done; n++ {
+			synctest.Test(t, func(t *testing.T) { done = !destroyCrash(t, n, percent) })
+		}
+	}
+}
+
+func destroyCrash(t *testing.T, n, percent int) bool {
+	c := newCluster(t, "a")
+	a := c.nodes["a"]
+	require.NoError(t, raftgroup.Create(a.config(), members("a")))
+	a.mustOpen()
+	c.leader()
+	a.mustSet("x", "1")
+	a.stop()
+	var after *vfs.MemFS
+	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
+	cfg := a.config()
+	cfg.FS = errorfs.Wrap(a.fs, &onChange{f: func(k int) {
+		if k == n {
+			after = a.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
+		}
+	}})
+	require.NoError(t, raftgroup.Destroy(cfg))
+	require.NoError(t, raftgroup.Destroy(cfg))
+	if after == nil {
+		return false
+	}
+	a.fs = after
+	// It opens whole, or not at all.
+	if err := a.open(); err == nil {
+		c.leader()
+		require.Equal(t, "1", a.machine.get("x"))
+		a.stop()
+	} else {
+		require.ErrorIs(t, err, trivet.ErrNotFound)
+	}
+	require.NoError(t, raftgroup.Destroy(a.config()))
+	there, err := raftgroup.Exists(a.config())
+	require.NoError(t, err)
+	require.False(t, there)
+	require.NoError(t, a.fs.RemoveAll("/machine"))
+	require.NoError(t, raftgroup.Create(a.config(), members("a")))
+	a.mustOpen()
+	c.leader()
+	return true
+}

@@ -1,0 +1,228 @@
+package raftgroup_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+func (c *cluster) mustPromote(name string) {
+	c.t.Helper()
+	c.eventually("promote "+name, func() bool { return c.leader().group.Promote(context.Background(), replicaID(name)) == nil })
+}
+
+func TestMembership(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		a := c.nodes["a"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		a.mustOpen()
+		c.leader()
+		for k := range 50 {
+			a.mustSet(fmt.Sprint(k), "v")
+		}
+		for _, name := range []string{"b", "c"} {
+			n := c.nodes[name]
+			require.NoError(t, raftgroup.Create(n.config(), nil))
+			n.mustOpen()
+			require.NoError(t, a.group.AddLearner(t.Context(), member(name)))
+			require.NoError(t, a.group.AddLearner(t.Context(), member(name)), "again")
+			wrong := member(name)
+			wrong.Node = "elsewhere"
+			require.ErrorIs(t, a.group.AddLearner(t.Context(), wrong), trivet.ErrExists)
+			m, _ := memberOf(a, name)
+			require.True(t, m.Learner)
+			c.mustPromote(name)
+			require.NoError(t, c.leader().group.Promote(t.Context(), replicaID(name)), "again")
+			require.NoError(t, c.leader().group.AddLearner(t.Context(), member(name)), "a voter is more than asked for")
+		}
+		c.converge()
+		require.Equal(t, members("a", "b", "c"), c.leader().group.Status().Members)
+		require.Equal(t, members("a", "b", "c"), c.leader().machine.state.Members)
+
+		l := c.leader()
+		gone := c.others(l.name)[0]
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(gone)))
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(gone)), "again")
+		require.ErrorIs(t, l.group.Promote(t.Context(), replicaID(gone)), trivet.ErrNotFound)
+		require.Len(t, l.group.Status().Members, 2)
+		c.nodes[gone].die()
+		require.NoError(t, raftgroup.Destroy(c.nodes[gone].config()))
+		c.converge()
+
+		other := c.others(l.name)[0]
+		require.ErrorIs(t, c.nodes[other].group.AddLearner(t.Context(), member(gone)), trivet.ErrNotLeader)
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(l.name)), "the leader itself")
+		require.Equal(t, other, c.leader(other).name)
+		require.ErrorIs(t, c.leader(other).group.Remove(t.Context(), replicaID(other)), trivet.ErrInvalid, "the last voter")
+	})
+}
+
+func memberOf(n *node, name string) (raftgroup.Member, bool) {
+	for _, m := range n.group.Status().Members {
+		if m.Replica == replicaID(name) {
+			return m, true
+		}
+	}
+	return raftgroup.Member{}, false
+}
+
+// I14: a learner that lags gets no vote, and a new one is filled by a snapshot if need be.
+func TestPromoteRefusesLaggard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b")
+		sent := countSnapshots(c)
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		a, b := c.nodes["a"], c.nodes["b"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		a.mustOpen()
+		c.leader()
+		for k := range 200 {
+			a.mustSet(fmt.Sprint(k), strings.Repeat("v", 100))
+		}
+		require.NoError(t, raftgroup.Create(b.config(), nil))
+		b.mustOpen()
+		c.net.Cut("a", "b")
+		require.NoError(t, a.group.AddLearner(t.Context(), member("b")))
+		require.ErrorIs(t, a.group.Promote(t.Context(), replicaID("b")), trivet.ErrPending)
+		c.net.HealAll()
+		c.mustPromote("b")
+		require.Positive(t, sent.Load())
+		c.converge()
+		require.Equal(t, members("a", "b"), b.group.Status().Members)
+	})
+}
+
+// H33: changes at the same time are made one after the other, each from the newest configuration.
+func TestConcurrentChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c", "d", "e")
+		a := c.nodes["a"]
+		for name, n := range c.nodes {
+			var boot []raftgroup.Member
+			if name == "a" {
+				boot = members("a")
+			}
+			require.NoError(t, raftgroup.Create(n.config(), boot))
+			n.mustOpen()
+		}
+		c.leader()
+		var wg sync.WaitGroup
+		for _, name := range []string{"b", "c", "d", "e"} {
+			wg.Go(func() {
+				for a.group.AddLearner(context.Background(), member(name)) != nil {
+					pass(10 * time.Millisecond)
+				}
+			})
+		}
+		wg.Wait()
+		require.Len(t, a.group.Status().Members, 5)
+		c.converge()
+		for _, name := range []string{"b", "c", "d", "e"} {
+			wg.Go(func() {
+				for a.group.Promote(context.Background(), replicaID(name)) != nil {
+					pass(10 * time.Millisecond)
+				}
+			})
+		}
+		wg.Wait()
+		require.Equal(t, members("a", "b", "c", "d", "e"), a.group.Status().Members)
+		c.converge()
+	})
+}
+
+// H37, S3: only members take part, from their own node, in their own name, and the refused change
+// nothing.
+func TestRogueSenders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		c.converge()
+		l := c.leader()
+		victim := c.nodes[c.others(l.name)[0]]
+		rogue := c.net.Node("rogue")
+		term := raftgroup.RaftTerm(victim.group)
+		first, last := raftgroup.LogBounds(victim.group)
+		high := raftgroup.AppendBody(term+100, last, term, []byte("x=evil"))
+		send := func(from *transport.MemoryNode, as string, kind transport.Kind, body []byte) error {
+			_, err := from.Call(t.Context(), trivet.NodeID(victim.name), transport.Message{
+				Kind: kind, Group: testGroup, From: trivet.ReplicaID(as), To: replicaID(victim.name), Body: body,
+			})
+			return err
+		}
+		stranger := string(replicaID("z"))
+		for name, err := range map[string]error{
+			"entries as the leader":  send(rogue, string(replicaID(l.name)), transport.KindAppendEntries, high),
+			"entries as a stranger":  send(rogue, stranger, transport.KindAppendEntries, high),
+			"entries as nobody":      send(rogue, "", transport.KindAppendEntries, high),
+			"entries as a path":      send(rogue, "../../x", transport.KindAppendEntries, high),
+			"vote as a member":       send(rogue, string(replicaID(l.name)), transport.KindRequestVote, raftgroup.VoteBody(term+100, last, term, true)),
+			"vote as a stranger":     send(rogue, stranger, transport.KindRequestVote, raftgroup.VoteBody(term+100, last, term, true)),
+			"pre-vote as a stranger": send(rogue, stranger, transport.KindRequestPreVote, raftgroup.VoteBody(term+100, last, term, false)),
+			"election as leader":     send(rogue, string(replicaID(l.name)), transport.KindTimeoutNow, raftgroup.TimeoutNowBody(l.group, replicaID(victim.name))),
+			"snapshot":               send(rogue, stranger, transport.KindSnapshotBegin, []byte("x")),
+			"another member's name":  send(l.link, string(replicaID(c.others(l.name)[1])), transport.KindAppendEntries, high),
+			"junk of a member":       send(l.link, string(replicaID(l.name)), transport.KindAppendEntries, []byte("junk")),
+			"election by a follower": send(c.nodes[c.others(l.name, victim.name)[0]].link, string(replicaID(c.others(l.name, victim.name)[0])),
+				transport.KindTimeoutNow, raftgroup.TimeoutNowBody(l.group, replicaID(victim.name))),
+			"election asked long ago": send(l.link, string(replicaID(l.name)), transport.KindTimeoutNow,
+				raftgroup.OldTimeoutNowBody(l.group, replicaID(victim.name), heartbeat)),
+		} {
+			require.Error(t, err, name)
+			require.NotErrorIs(t, err, trivet.ErrUnavailable, name)
+		}
+		_, err := rogue.Call(t.Context(), trivet.NodeID(victim.name), transport.Message{
+			Kind: transport.KindAppendEntries, Group: testGroup + 1, To: replicaID(victim.name), From: replicaID(l.name), Body: high,
+		})
+		require.ErrorIs(t, err, trivet.ErrNotFound, "another group")
+		require.Equal(t, term, raftgroup.RaftTerm(victim.group))
+		f, n := raftgroup.LogBounds(victim.group)
+		require.Equal(t, []uint64{first, last}, []uint64{f, n})
+		require.Equal(t, l, c.leader())
+		require.Equal(t, "1", victim.machine.get("x"))
+	})
+}
+
+// A replica that waits to be added takes entries from whom the catalogue knows, votes for nobody, and
+// one that lags asks the catalogue about a leader that it does not know.
+func TestUnknownLeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b")
+		known := map[trivet.ReplicaID]bool{}
+		var mu sync.Mutex
+		c.configure = func(cfg *raftgroup.Config) {
+			cfg.IsMember = func(id trivet.ReplicaID, node trivet.NodeID) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return known[id] && (node == "a" || node == "b")
+			}
+		}
+		a, b := c.nodes["a"], c.nodes["b"]
+		require.NoError(t, raftgroup.Create(b.config(), nil))
+		b.mustOpen()
+		call := func(kind transport.Kind, body []byte) error {
+			_, err := a.link.Call(t.Context(), "b", transport.Message{
+				Kind: kind, Group: testGroup, From: replicaID("a"), To: replicaID("b"), Body: body,
+			})
+			return err
+		}
+		require.ErrorIs(t, call(transport.KindAppendEntries, raftgroup.AppendBody(2, 0, 0, []byte("x"))), trivet.ErrInvalid)
+		mu.Lock()
+		known[replicaID("a")] = true
+		mu.Unlock()
+		require.ErrorIs(t, call(transport.KindRequestVote, raftgroup.VoteBody(3, 9, 2, false)), trivet.ErrInvalid)
+		require.NoError(t, call(transport.KindAppendEntries, raftgroup.AppendBody(2, 0, 0, []byte("x"))))
+		_, last := raftgroup.LogBounds(b.group)
+		require.Equal(t, uint64(1), last)
+	})
+}

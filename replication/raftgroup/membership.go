@@ -1,0 +1,158 @@
+package raftgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// changeAttempts is how often a change is tried again because another one came in between.
+const changeAttempts = 8
+
+// configCall asks the library for one change of the configuration whose index is prev.
+type configCall func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture
+
+// AddLearner adds a replica without a vote, on the leader. A member of the same ID on the same node,
+// learner or voter, is success; on another node ErrExists. Errors are those of Propose, and
+// ErrPending while another change is under way.
+func (g *Group) AddLearner(ctx context.Context, m Member) error {
+	if _, _, err := parseAddress(address(m.Replica, m.Node)); err != nil {
+		return fmt.Errorf("add learner to %s: %w", g.cfg.Group, err)
+	}
+	return g.change(ctx, "add learner "+string(m.Replica), func(members []Member) (configCall, error) {
+		if old, ok := findMember(members, m.Replica); ok {
+			if old.Node != m.Node {
+				return nil, fmt.Errorf("member is on node %s, not %s: %w", old.Node, m.Node, trivet.ErrExists)
+			}
+			return nil, nil
+		}
+		if len(members) >= MembersMax {
+			return nil, fmt.Errorf("%d members already: %w", len(members), trivet.ErrInvalid)
+		}
+		return func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture {
+			return r.AddNonvoter(raft.ServerID(m.Replica), address(m.Replica, m.Node), prev, wait)
+		}, nil
+	})
+}
+
+// Promote gives a learner its vote, on the leader. A voter is success, no member ErrNotFound. It
+// refuses a learner that lags with ErrPending (I14): the library would make it a voter at once, and
+// a quorum would need it.
+func (g *Group) Promote(ctx context.Context, id trivet.ReplicaID) error {
+	return g.change(ctx, "promote "+string(id), func(members []Member) (configCall, error) {
+		m, ok := findMember(members, id)
+		if !ok {
+			return nil, fmt.Errorf("no such member: %w", trivet.ErrNotFound)
+		}
+		if !m.Learner {
+			return nil, nil
+		}
+		s := g.Status()
+		if match := s.Match[id]; match < s.Commit {
+			return nil, fmt.Errorf("learner has entries to %d, leader has committed %d: %w", match, s.Commit, trivet.ErrPending)
+		}
+		return func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture {
+			return r.AddVoter(raft.ServerID(id), address(m.Replica, m.Node), prev, wait)
+		}, nil
+	})
+}
+
+// Remove takes a replica out of the group, on the leader; no member is success. The last voter
+// cannot go: ErrInvalid. A leader that removes itself steps down.
+func (g *Group) Remove(ctx context.Context, id trivet.ReplicaID) error {
+	return g.change(ctx, "remove "+string(id), func(members []Member) (configCall, error) {
+		m, ok := findMember(members, id)
+		if !ok {
+			return nil, nil
+		}
+		if !m.Learner && voterN(members) == 1 {
+			return nil, fmt.Errorf("it is the last voter: %w", trivet.ErrInvalid)
+		}
+		return func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture {
+			return r.RemoveServer(raft.ServerID(id), prev, wait)
+		}, nil
+	})
+}
+
+// change makes one single-server change. step looks at the newest configuration and returns what to
+// ask for, nil when there is nothing to do. The library does it only if that configuration is
+// still the newest: its own figure for the index is always 0 (api.go, GetConfiguration), so ours
+// comes from the log.
+func (g *Group) change(ctx context.Context, what string, step func([]Member) (configCall, error)) error {
+	fail := func(err error) error { return fmt.Errorf("%s in %s: %w", what, g.cfg.Group, err) }
+	for range changeAttempts {
+		i, err := g.leading()
+		if err != nil {
+			return fail(err)
+		}
+		now := g.store.latestConfig()
+		call, err := step(now.members)
+		if err != nil {
+			return fail(err)
+		}
+		if call == nil {
+			return g.Barrier(ctx) // what is there already must be committed, too
+		}
+		_, err = i.ask(ctx, func() future { return call(i.r, now.index, g.enqueueWait()) })
+		switch {
+		case err == nil:
+			g.log.Info("membership changed", "change", what)
+			return nil
+		case errors.Is(err, raft.ErrEnqueueTimeout):
+			return fail(fmt.Errorf("another change is under way: %w", trivet.ErrPending))
+		case strings.HasPrefix(err.Error(), "configuration changed since"):
+			continue
+		}
+		return fail(outcome(err))
+	}
+	return fail(fmt.Errorf("the configuration keeps changing: %w", trivet.ErrPending))
+}
+
+// transferVoid is how long, in heartbeats, a failed transfer may still make another leader: the
+// target accepts the request for one after it gave us its clock reading, and stands for two at
+// most. One is for clocks that differ.
+const transferVoid = 4
+
+// TransferTo moves leadership to a voter and returns once this replica leads no more. Being the
+// leader is success; without leading, ErrNotLeader; a replica that is no voter, ErrNotFound. The
+// read lease is void from before the attempt; after one that failed (ErrUnavailable) this replica
+// still leads, but serves no reads for four heartbeats.
+func (g *Group) TransferTo(ctx context.Context, id trivet.ReplicaID) error {
+	fail := func(err error) error { return fmt.Errorf("transfer %s to %s: %w", g.cfg.Group, id, err) }
+	i, err := g.leading()
+	if err != nil {
+		return fail(err)
+	}
+	if id == g.cfg.Replica {
+		return nil
+	}
+	m, ok := findMember(g.store.latestConfig().members, id)
+	if !ok || m.Learner {
+		return fail(fmt.Errorf("it is no voter: %w", trivet.ErrNotFound))
+	}
+	_, err = i.ask(ctx, func() future {
+		done := g.lease.void(i.r.CurrentTerm(), transferVoid*g.cfg.Timing.Heartbeat)
+		return then{i.r.LeadershipTransferToServer(raft.ServerID(id), address(m.Replica, m.Node)), done}
+	})
+	if err != nil && !errors.Is(err, raft.ErrLeadershipLost) {
+		return fail(outcome(err))
+	}
+	return nil
+}
+
+// then is a future with something to do once it has come true.
+type then struct {
+	future
+	do func()
+}
+
+func (t then) Error() error {
+	defer t.do()
+	return t.future.Error()
+}

@@ -1,0 +1,72 @@
+package raftgroup
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// Mux hands the Raft messages of one Network to the groups of this node. One per Network: it
+// registers the Raft kinds, and those can be registered only once.
+type Mux struct {
+	net transport.Network
+
+	mu     sync.RWMutex
+	routes map[route]*Group
+}
+
+type route struct {
+	group   trivet.VolumeID
+	replica trivet.ReplicaID
+}
+
+// NewMux registers the Raft kinds on n. REQUIRES: before the first message may arrive.
+func NewMux(n transport.Network) *Mux {
+	m := &Mux{net: n, routes: make(map[route]*Group)}
+	for _, k := range []transport.Kind{
+		transport.KindAppendEntries, transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow,
+		transport.KindSnapshotBegin, transport.KindSnapshotChunk, transport.KindSnapshotEnd,
+	} {
+		n.Handle(k, m.handle)
+	}
+	return m
+}
+
+// handle passes a message to the replica that it is addressed to; ErrNotFound when none runs here.
+func (m *Mux) handle(ctx context.Context, from trivet.NodeID, msg transport.Message) (transport.Message, error) {
+	m.mu.RLock()
+	g := m.routes[route{msg.Group, msg.To}]
+	m.mu.RUnlock()
+	if g == nil {
+		return transport.Message{}, fmt.Errorf("replica %s of group %s on %s: %w",
+			msg.To, msg.Group, m.net.Local(), trivet.ErrNotFound)
+	}
+	body, err := g.receive(ctx, from, msg)
+	if err != nil {
+		return transport.Message{}, fmt.Errorf("replica %s of group %s on %s: %w",
+			msg.To, msg.Group, m.net.Local(), err)
+	}
+	return transport.Message{From: msg.To, To: msg.From, Body: body}, nil
+}
+
+func (m *Mux) add(g *Group) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	key := route{g.cfg.Group, g.cfg.Replica}
+	if m.routes[key] != nil {
+		return fmt.Errorf("replica %s of group %s runs already: %w", key.replica, key.group, trivet.ErrInUse)
+	}
+	m.routes[key] = g
+	return nil
+}
+
+func (m *Mux) remove(g *Group) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if key := (route{g.cfg.Group, g.cfg.Replica}); m.routes[key] == g {
+		delete(m.routes, key)
+	}
+}

@@ -1,0 +1,176 @@
+package raftgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// future is what the library answers a call with.
+type future interface{ Error() error }
+
+// answer is a future that has come true.
+type answer struct {
+	fut future
+	err error
+}
+
+// enter counts a call into the library; false when it stops.
+func (i *instance) enter() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed {
+		return false
+	}
+	i.calls++
+	return true
+}
+
+func (i *instance) leave() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.calls--; i.calls == 0 && i.idle != nil {
+		close(i.idle)
+		i.idle = nil
+	}
+}
+
+// drain refuses new calls and waits for those under way, but no longer than limit.
+func (i *instance) drain(limit time.Duration) {
+	i.mu.Lock()
+	i.closed = true
+	var idle chan struct{}
+	if i.calls > 0 {
+		idle = make(chan struct{})
+		i.idle = idle
+	}
+	i.mu.Unlock()
+	if idle == nil {
+		return
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-idle:
+	case <-timer.C:
+	}
+}
+
+// ask makes one call into the library and waits for its answer, for ctx, or for the end of this
+// replica's leadership, whichever comes first. Only the first of these tells the outcome.
+func (i *instance) ask(ctx context.Context, call func() future) (future, error) {
+	if !i.enter() {
+		return nil, raft.ErrNotLeader
+	}
+	lost := i.g.leadership()
+	done := make(chan answer, 1)
+	go func() { // joined by drain
+		defer i.leave()
+		f := call()
+		done <- answer{f, f.Error()}
+	}()
+	select {
+	case a := <-done:
+		return a.fut, a.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-lost:
+	}
+	// The library answers at once, unless its main goroutine hangs in the disk; and its answer may
+	// well be good, as when a leader has removed itself.
+	grace := time.NewTimer(i.g.cfg.Timing.Heartbeat / 10)
+	defer grace.Stop()
+	select {
+	case a := <-done:
+		return a.fut, a.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-grace.C:
+		return nil, raft.ErrLeadershipLost
+	}
+}
+
+// enqueueWait is how long a proposal may wait for the library's main goroutine.
+func (g *Group) enqueueWait() time.Duration { return 4 * g.cfg.Timing.Heartbeat }
+
+// Propose appends data and returns what Apply returned for it. It returns ErrNotLeader when the
+// entry is definitely not applied, and never will be; ErrUnavailable when its fate is unknown, at
+// once when leadership is lost; ErrInvalid when it is larger than EntryBytesMax; ErrClosed after
+// Close. A context error tells nothing about the outcome either. The group owns data from the call
+// on.
+func (g *Group) Propose(ctx context.Context, data []byte) (any, error) {
+	if len(data) > EntryBytesMax {
+		return nil, fmt.Errorf("propose %d bytes to %s, at most %d are allowed: %w",
+			len(data), g.cfg.Group, EntryBytesMax, trivet.ErrInvalid)
+	}
+	select {
+	case g.slots <- struct{}{}:
+		defer func() { <-g.slots }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, context.Cause(ctx))
+	}
+	i, err := g.leading()
+	if err != nil {
+		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, err)
+	}
+	f, err := i.ask(ctx, func() future { return i.r.Apply(data, g.enqueueWait()) })
+	if err != nil {
+		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, outcome(err))
+	}
+	result := f.(raft.ApplyFuture).Response()
+	if err, ok := result.(error); ok && errors.Is(err, errDead) {
+		return nil, fmt.Errorf("propose to %s: %w: %w", g.cfg.Group, err, trivet.ErrUnavailable)
+	}
+	return result, nil
+}
+
+// Barrier waits until every entry committed before the call is applied here. Errors are those of
+// Propose; it may be repeated after any of them.
+func (g *Group) Barrier(ctx context.Context) error {
+	i, err := g.leading()
+	if err == nil {
+		_, err = i.ask(ctx, func() future { return i.r.Barrier(g.enqueueWait()) })
+		err = outcome(err)
+	}
+	if err != nil {
+		return fmt.Errorf("barrier of %s: %w", g.cfg.Group, err)
+	}
+	return nil
+}
+
+// leading returns the current run, ErrNotLeader when it does not lead.
+func (g *Group) leading() (*instance, error) {
+	g.mu.Lock()
+	i, closed := g.inst, g.closed
+	g.mu.Unlock()
+	switch {
+	case closed:
+		return nil, trivet.ErrClosed
+	case g.guard.failed() != nil:
+		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
+	case i == nil || i.r.State() != raft.Leader:
+		return nil, trivet.ErrNotLeader
+	}
+	return i, nil
+}
+
+// outcome is the one place where an error of the library becomes one of ours. What is not known to
+// be definite is unknown: an entry whose StoreLogs failed may still be committed.
+func outcome(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrEnqueueTimeout),
+		errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		return fmt.Errorf("%v: %w", err, trivet.ErrNotLeader)
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	default:
+		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
+	}
+}

@@ -1,0 +1,186 @@
+// Package raftgroup runs one Raft group per volume: hashicorp/raft behind adapters that we own.
+//
+// It guarantees that every replica applies the same entries in the same order, that an entry whose
+// Propose returned is on the stable storage of a quorum, and that ReadGate is true on one replica
+// at a time at most. The library's known defects (D1 to D9, DESIGN.md) are dealt with in
+// the adapters: its log, its vote, its snapshots, its messages and its reads all pass through code
+// of this package, and nothing here needs a fork.
+//
+//	Create   writes the group's directory, once, on the word of the catalogue
+//	Open     checks that directory, state machine and log agree, and starts the replica
+//	Propose  appends an entry; ReadGate says whether a read may be served here and now
+//	Close    stops it; Destroy removes the directory
+//
+// What it leaves to its caller: where replicas are and who may change that, retries, and what the
+// entries mean (StateMachine). DESIGN.md tells the path of a message and the failure cases.
+package raftgroup
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+)
+
+const (
+	// EntryBytesMax is the largest proposal in bytes.
+	EntryBytesMax = 1 << 20
+
+	// MembersMax is the largest number of members of one group, learners included.
+	MembersMax = 32
+
+	heartbeatDefault     = time.Second
+	snapshotBytesDefault = 64 << 20
+	segmentBytesDefault  = 8 << 20
+	appendEntriesMax     = 32      // entries in one AppendEntries
+	appendBytesMax       = 4 << 20 // bytes of entries in one AppendEntries; one entry may pass it
+	commitTimeout        = time.Second
+	proposalsMax         = 1024 // waiting for an answer, per group
+)
+
+// Member is one replica in a group's configuration.
+type Member struct {
+	Replica trivet.ReplicaID
+	Node    trivet.NodeID
+	Learner bool // no vote yet
+}
+
+// Entry is one committed log entry. Exactly one of Data and Members is set.
+type Entry struct {
+	Index, Term uint64
+	Data        []byte   // a proposal; valid only during Apply, and never to be written to
+	Members     []Member // a configuration change
+}
+
+// StateMachine is what a group replicates. Apply is called by one goroutine at a time; Flush, Image
+// and Applied may be called while it runs; Restore is called while nothing else is.
+type StateMachine interface {
+	// Apply applies entries in order, skipping those at or below Applied, as one atomic step with
+	// the applied index, and returns one result per entry (nil for skipped and configuration entries).
+	// A non-nil error is an I/O error or damage: the group calls Config.Fatal and answers nothing more.
+	Apply(entries []Entry) ([]any, error)
+	// Applied returns index and term of the last applied entry (memory view). 0,0 for a new one.
+	Applied() (index, term uint64)
+	// Flush makes everything applied durable and returns the applied index read back from durable state.
+	Flush() (index uint64, err error)
+	// Image pins a consistent image: the state at the Applied index of this moment.
+	Image() (Image, error)
+	// Restore replaces the state by an image. Durable when it returns. It may be repeated after a
+	// crash; until it has finished, Restoring is true, across restarts too.
+	Restore(r io.Reader) error
+	// Restoring reports an interrupted Restore (H5).
+	Restoring() bool
+}
+
+// Image is a pinned image of a state machine.
+type Image interface {
+	io.ReadCloser
+	Size() int64 // exact, bytes
+}
+
+// Timing holds the periods of a group. They must be the same on all its members.
+type Timing struct {
+	Heartbeat time.Duration // follower gives up on a silent leader after 1..2 of these; 0 = 1 s
+	Lease     time.Duration // read lease from send time; 0 = 0.75 Heartbeat; must be < Heartbeat
+}
+
+func (t Timing) withDefaults() Timing {
+	if t.Heartbeat == 0 {
+		t.Heartbeat = heartbeatDefault
+	}
+	if t.Lease == 0 {
+		t.Lease = t.Heartbeat * 3 / 4
+	}
+	return t
+}
+
+// Config says which replica of which group to run, and on what.
+type Config struct {
+	Group   trivet.VolumeID
+	Replica trivet.ReplicaID
+	FS      vfs.FS // vfs.Default when nil
+	Dir     string // owned by the group: superblock, log, stable store, snapshot
+	Network *Mux
+	Machine StateMachine
+	Timing  Timing
+	// SnapshotBytes of log after which the log is compacted (and a snapshot record written). 0 = 64 MiB.
+	// Up to four times as much is kept for followers that lag.
+	SnapshotBytes int64
+	// SegmentBytes is the size of a log file. 0 = 8 MiB.
+	SegmentBytes int64
+	Logger       *slog.Logger // nil = discard
+	// Fatal is told of an I/O error or a broken invariant and must stop the process. It is called
+	// once, with locks held: it must not call the group. If it returns, as in tests, the group answers
+	// nothing more. Must be set.
+	Fatal func(error)
+	// IsMember answers, from the catalogue, whether a replica that the group's own configuration
+	// does not know is a member on that node: a follower that lags far behind needs it to accept
+	// its leader. nil = the group's own configuration alone decides.
+	IsMember func(trivet.ReplicaID, trivet.NodeID) bool
+	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
+	// kernel's CLOCK_BOOTTIME where there is one.
+	BootTime func() time.Duration
+}
+
+// Validate returns ErrInvalid naming the first field that Open cannot work with.
+func (c Config) Validate() error {
+	if err := c.validateStore(); err != nil {
+		return err
+	}
+	t := c.Timing.withDefaults()
+	var what string
+	switch {
+	case c.Network == nil:
+		what = "network is nil"
+	case c.Machine == nil:
+		what = "machine is nil"
+	case c.Fatal == nil:
+		what = "fatal is nil"
+	case t.Heartbeat < 20*time.Millisecond:
+		what = fmt.Sprintf("heartbeat %v is below 20ms", t.Heartbeat)
+	case t.Lease <= 0 || t.Lease >= t.Heartbeat:
+		what = fmt.Sprintf("lease %v is not below the heartbeat %v", t.Lease, t.Heartbeat)
+	case c.SnapshotBytes < 0 || c.SegmentBytes < 0:
+		what = "snapshot bytes or segment bytes are negative"
+	case c.SegmentBytes > 1<<30:
+		what = fmt.Sprintf("segment of %d bytes is over 1 GiB", c.SegmentBytes)
+	default:
+		return nil
+	}
+	return fmt.Errorf("group %s: %s: %w", c.Group, what, trivet.ErrInvalid)
+}
+
+// validateStore checks the fields that Create, Exists and Destroy use.
+func (c Config) validateStore() error {
+	if c.Dir == "" {
+		return fmt.Errorf("group %s: dir is empty: %w", c.Group, trivet.ErrInvalid)
+	}
+	if err := validateReplicaID(c.Replica); err != nil {
+		return fmt.Errorf("group %s: %w", c.Group, err)
+	}
+	return nil
+}
+
+func (c Config) withDefaults() Config {
+	c.Timing = c.Timing.withDefaults()
+	if c.FS == nil {
+		c.FS = vfs.Default
+	}
+	if c.SnapshotBytes == 0 {
+		c.SnapshotBytes = snapshotBytesDefault
+	}
+	if c.SegmentBytes == 0 {
+		c.SegmentBytes = segmentBytesDefault
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.BootTime == nil {
+		c.BootTime = bootTime
+	}
+	return c
+}

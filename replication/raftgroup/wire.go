@@ -1,0 +1,280 @@
+package raftgroup
+
+import (
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// The bodies of Raft messages. Each begins with a version byte and ends with a CRC32C over all
+// before it: TLS guards the wire, this guards the memory on both sides. Sender and receiver are in
+// the message's header and never in the body, so a body cannot claim to be from someone else.
+// Nothing is allocated for a length before the body is seen to have that many bytes.
+
+const (
+	wireVersion = 1
+	crcBytes    = 4
+)
+
+func sealBody(b []byte) []byte { return put32(b, checksum(b)) }
+
+func openBody(what string, b []byte) (*decoder, error) {
+	if len(b) < 1+crcBytes {
+		return nil, fmt.Errorf("%s: %d bytes: %w", what, len(b), trivet.ErrInvalid)
+	}
+	body, sum := b[:len(b)-crcBytes], binary.LittleEndian.Uint32(b[len(b)-crcBytes:])
+	if got := checksum(body); got != sum {
+		return nil, fmt.Errorf("%s: checksum %08x, sent %08x: %w", what, got, sum, trivet.ErrCorrupt)
+	}
+	if body[0] != wireVersion {
+		return nil, fmt.Errorf("%s: version %d, want %d: %w", what, body[0], wireVersion, trivet.ErrInvalid)
+	}
+	return &decoder{b: body[1:]}, nil
+}
+
+// encodeAppend: term, previous index and term, leader's commit, n u32, then per entry term u64,
+// type u8, length u32, data. Their indexes follow from the previous one.
+func encodeAppend(r *raft.AppendEntriesRequest) ([]byte, error) {
+	size := 64
+	for _, e := range r.Entries {
+		size += 13 + len(e.Data)
+	}
+	b := append(make([]byte, 0, size), wireVersion)
+	b = put64(b, r.Term, r.PrevLogEntry, r.PrevLogTerm, r.LeaderCommitIndex)
+	b = put32(b, uint32(len(r.Entries)))
+	for i, e := range r.Entries {
+		if e.Index != r.PrevLogEntry+1+uint64(i) {
+			return nil, fmt.Errorf("entry %d after %d: %w", e.Index, r.PrevLogEntry+uint64(i), trivet.ErrInvalid)
+		}
+		b = put64(b, e.Term)
+		b = append(b, byte(e.Type))
+		b = put32(b, uint32(len(e.Data)))
+		b = append(b, e.Data...)
+	}
+	return sealBody(b), nil
+}
+
+// decodeAppend checks all that the library would panic on. Entries share the memory of body.
+func decodeAppend(body []byte) (*raft.AppendEntriesRequest, error) {
+	d, err := openBody("append entries", body)
+	if err != nil {
+		return nil, err
+	}
+	r := &raft.AppendEntriesRequest{
+		Term: d.u64(), PrevLogEntry: d.u64(), PrevLogTerm: d.u64(), LeaderCommitIndex: d.u64(),
+	}
+	n := d.u32()
+	if n > appendEntriesMax || r.Term == 0 || r.PrevLogTerm > r.Term || r.PrevLogEntry+uint64(n) < r.PrevLogEntry {
+		return nil, fmt.Errorf("append %d entries after %d of term %d, in term %d: %w",
+			n, r.PrevLogEntry, r.PrevLogTerm, r.Term, trivet.ErrInvalid)
+	}
+	prev := r.PrevLogTerm
+	for i := range uint64(n) {
+		e := &raft.Log{Index: r.PrevLogEntry + 1 + i, Term: d.u64(), Type: raft.LogType(d.u8())}
+		e.Data = d.bytes(int(d.u32()))
+		if d.bad || e.Term < prev || e.Term > r.Term {
+			return nil, fmt.Errorf("append entry %d of term %d, after term %d, in term %d: %w",
+				e.Index, e.Term, prev, r.Term, trivet.ErrInvalid)
+		}
+		if err := checkEntry(e); err != nil {
+			return nil, err
+		}
+		prev = e.Term
+		r.Entries = append(r.Entries, e)
+	}
+	return r, d.finish("append entries")
+}
+
+// checkEntry returns ErrInvalid for an entry that no leader of ours sends.
+func checkEntry(e *raft.Log) error {
+	switch e.Type {
+	case raft.LogCommand, raft.LogNoop, raft.LogBarrier:
+		if len(e.Data) > EntryBytesMax {
+			return fmt.Errorf("entry %d has %d bytes, at most %d are allowed: %w",
+				e.Index, len(e.Data), EntryBytesMax, trivet.ErrInvalid)
+		}
+		return nil
+	case raft.LogConfiguration:
+		if _, err := decodeConfiguration(e.Data); err != nil {
+			return fmt.Errorf("entry %d: %w", e.Index, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("entry %d has type %d: %w", e.Index, e.Type, trivet.ErrInvalid)
+}
+
+// appendReply answers AppendEntries.
+type appendReply struct {
+	term, lastLog  uint64
+	success        bool
+	noRetryBackoff bool
+	stamp          uint64        // the follower's clock, to be returned with TimeoutNow
+	promise        time.Duration // after success: it helps no other leader for so long
+}
+
+func (r appendReply) encode() []byte {
+	b := put64([]byte{wireVersion}, r.term, r.lastLog, r.stamp, uint64(r.promise))
+	return sealBody(append(b, bit(r.success, 1)|bit(r.noRetryBackoff, 2)))
+}
+
+func decodeAppendReply(body []byte) (appendReply, error) {
+	d, err := openBody("append entries reply", body)
+	if err != nil {
+		return appendReply{}, err
+	}
+	r := appendReply{term: d.u64(), lastLog: d.u64(), stamp: d.u64(), promise: time.Duration(d.u64())}
+	flags := d.u8()
+	r.success, r.noRetryBackoff = flags&1 != 0, flags&2 != 0
+	if flags > 3 || r.promise < 0 {
+		return appendReply{}, fmt.Errorf("append entries reply: flags %d, promise %v: %w",
+			flags, r.promise, trivet.ErrInvalid)
+	}
+	return r, d.finish("append entries reply")
+}
+
+// voteRequest is a RequestVote or a RequestPreVote.
+type voteRequest struct {
+	term, lastIndex, lastTerm uint64
+	transfer                  bool
+}
+
+func (r voteRequest) encode() []byte {
+	b := put64([]byte{wireVersion}, r.term, r.lastIndex, r.lastTerm)
+	return sealBody(append(b, bit(r.transfer, 1)))
+}
+
+func decodeVote(body []byte) (voteRequest, error) {
+	d, err := openBody("vote request", body)
+	if err != nil {
+		return voteRequest{}, err
+	}
+	r := voteRequest{term: d.u64(), lastIndex: d.u64(), lastTerm: d.u64()}
+	flags := d.u8()
+	r.transfer = flags == 1
+	if flags > 1 || r.lastTerm >= r.term && !d.bad {
+		return voteRequest{}, fmt.Errorf("vote request in term %d, log ends in term %d, flags %d: %w",
+			r.term, r.lastTerm, flags, trivet.ErrInvalid)
+	}
+	return r, d.finish("vote request")
+}
+
+// verdict answers a vote request, and the parts of an InstallSnapshot.
+type verdict struct {
+	term uint64
+	yes  bool
+	id   uint64 // of a transfer that may go on
+}
+
+func (r verdict) encode() []byte {
+	return sealBody(append(put64([]byte{wireVersion}, r.term, r.id), bit(r.yes, 1)))
+}
+
+func decodeVerdict(body []byte) (verdict, error) {
+	d, err := openBody("verdict", body)
+	if err != nil {
+		return verdict{}, err
+	}
+	r := verdict{term: d.u64(), id: d.u64()}
+	flags := d.u8()
+	r.yes = flags == 1
+	if flags > 1 {
+		return verdict{}, fmt.Errorf("verdict: flags %d: %w", flags, trivet.ErrInvalid)
+	}
+	return r, d.finish("verdict")
+}
+
+// timeoutNow asks a follower to stand for election.
+type timeoutNow struct {
+	term  uint64 // of the leader that asks
+	stamp uint64 // newest appendReply.stamp of the follower
+}
+
+func (r timeoutNow) encode() []byte {
+	return sealBody(put64([]byte{wireVersion}, r.term, r.stamp))
+}
+
+func decodeTimeoutNow(body []byte) (timeoutNow, error) {
+	d, err := openBody("timeout now", body)
+	if err != nil {
+		return timeoutNow{}, err
+	}
+	r := timeoutNow{term: d.u64(), stamp: d.u64()}
+	return r, d.finish("timeout now")
+}
+
+// snapshotBegin announces an image; snapshotChunk carries a part; snapshotEnd asks to restore it.
+type snapshotBegin struct {
+	term      uint64 // of the leader
+	rec       snapshotRecord
+	sizeBytes int64
+}
+
+func (r snapshotBegin) encode() []byte {
+	b := put64([]byte{wireVersion}, r.term, uint64(r.sizeBytes))
+	return sealBody(append(b, r.rec.encode()...))
+}
+
+func decodeSnapshotBegin(body []byte) (snapshotBegin, error) {
+	d, err := openBody("snapshot begin", body)
+	if err != nil {
+		return snapshotBegin{}, err
+	}
+	r := snapshotBegin{term: d.u64(), sizeBytes: int64(d.u64())}
+	rec, rest, err := decodeSnapshot(d.b)
+	if err != nil {
+		return snapshotBegin{}, err
+	}
+	r.rec, d.b = rec, rest
+	if r.sizeBytes < 0 || r.rec.term > r.term {
+		return snapshotBegin{}, fmt.Errorf("snapshot of %d bytes and term %d, in term %d: %w",
+			r.sizeBytes, r.rec.term, r.term, trivet.ErrInvalid)
+	}
+	return r, d.finish("snapshot begin")
+}
+
+type snapshotChunk struct {
+	id     uint64
+	offset int64
+	data   []byte // a part of the body
+}
+
+func (r snapshotChunk) encode() []byte {
+	b := append(make([]byte, 0, 32+len(r.data)), wireVersion)
+	b = put64(b, r.id, uint64(r.offset))
+	return sealBody(append(b, r.data...))
+}
+
+func decodeSnapshotChunk(body []byte) (snapshotChunk, error) {
+	d, err := openBody("snapshot chunk", body)
+	if err != nil {
+		return snapshotChunk{}, err
+	}
+	r := snapshotChunk{id: d.u64(), offset: int64(d.u64())}
+	r.data = d.bytes(len(d.b))
+	if r.offset < 0 || len(r.data) == 0 {
+		return snapshotChunk{}, fmt.Errorf("snapshot chunk of %d bytes at %d: %w", len(r.data), r.offset, trivet.ErrInvalid)
+	}
+	return r, d.finish("snapshot chunk")
+}
+
+type snapshotEnd struct {
+	id  uint64
+	sum uint32 // CRC32C of the whole image
+}
+
+func (r snapshotEnd) encode() []byte {
+	return sealBody(put32(put64([]byte{wireVersion}, r.id), r.sum))
+}
+
+func decodeSnapshotEnd(body []byte) (snapshotEnd, error) {
+	d, err := openBody("snapshot end", body)
+	if err != nil {
+		return snapshotEnd{}, err
+	}
+	r := snapshotEnd{id: d.u64(), sum: d.u32()}
+	return r, d.finish("snapshot end")
+}

@@ -1,0 +1,214 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+)
+
+// Replica is one running copy of a volume: a member of its Raft group, with the state machine and,
+// while it leads, the queue in front of the log. All methods may be called concurrently.
+type Replica struct {
+	spec    ReplicaSpec
+	machine *machine
+	group   *raftgroup.Group
+	batcher *batcher
+	lease   time.Duration // longest read lease of a leader of the group
+	log     *slog.Logger
+
+	cancel context.CancelFunc // ends watch
+	watch  sync.WaitGroup
+
+	closing sync.Once
+	closed  error // of the first close
+}
+
+// ReplicaStatus says how a replica is doing.
+type ReplicaStatus struct {
+	raftgroup.Status
+	Epoch     trivet.Epoch // as applied here: a follower may lag
+	SizeBytes int64        // as applied here
+	UsedBytes int64        // space that the blocks take on this disk; -1 when it could not be read
+}
+
+// startReplica starts the goroutine that tells the batcher who leads.
+func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.Group, lease time.Duration,
+	log *slog.Logger,
+) *Replica {
+	ctx, cancel := context.WithCancel(ctx)
+	r := &Replica{
+		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel,
+		batcher: newBatcher(ctx, s.Volume, g.Propose),
+	}
+	r.watch.Go(func() { r.watchLeader(ctx) })
+	return r
+}
+
+func (r *Replica) watchLeader(ctx context.Context) {
+	var led bool
+	for {
+		changed := r.group.Changed() // before Status, or a change in between is missed
+		st := r.group.Status()
+		r.batcher.setLeader(st.IsLeader, st.Term)
+		if st.IsLeader != led {
+			led = st.IsLeader
+			r.log.Info("leadership changed", "leading", led, "term", st.Term)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// close stops the replica and waits for its goroutines.
+func (r *Replica) close() error {
+	r.closing.Do(func() {
+		r.cancel()
+		r.watch.Wait()
+		r.batcher.close()
+		r.closed = r.group.Close()
+	})
+	return r.closed
+}
+
+// Status returns how the replica is doing now.
+func (r *Replica) Status() ReplicaStatus {
+	v := r.machine.view.Load()
+	used, err := r.machine.vol.UsedBytes()
+	if err != nil {
+		used = -1
+	}
+	return ReplicaStatus{Status: r.group.Status(), Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used}
+}
+
+// write puts a request of a session into the log and returns once it is applied here.
+func (r *Replica) write(ctx context.Context, req *request) (term uint64, err error) {
+	if err := req.check(); err != nil {
+		return 0, err
+	}
+	if !req.op.sessioned() {
+		return 0, fmt.Errorf("%s is not for clients: %w", req.op, trivet.ErrInvalid)
+	}
+	if v := r.machine.view.Load(); req.epoch < v.Epoch { // true for good: spare the log an entry
+		return 0, result{out: outFenced, epoch: v.Epoch}.err(req)
+	}
+	// Only a leader may say so, and only before the log: whether a write applies must not depend on a
+	// replica's disk (H26). Discards and zeroes need no room.
+	if req.op == opWrite && r.batcher.leads() && !r.spec.Disk.Engine.HasRoom(int64(len(req.data))) {
+		return 0, fmt.Errorf("disk %s of the leader is full: %w", r.spec.Disk.ID, trivet.ErrNoSpace)
+	}
+	return r.batcher.submit(ctx, req)
+}
+
+// read fills p from lba. It returns the term in which this replica may answer; a client that has seen
+// a higher one must not use the data.
+func (r *Replica) read(p []byte, lba trivet.LBA, epoch trivet.Epoch) (term uint64, err error) {
+	if err := r.checkReadEpoch(epoch, false); err != nil {
+		return 0, err
+	}
+	term, err = r.group.ReadGate() // before the read: the answer is as new as the gate (I15)
+	if err != nil {
+		return 0, err
+	}
+	if err := r.checkReadEpoch(epoch, true); err != nil {
+		return 0, err
+	}
+	size := r.machine.view.Load().SizeBytes
+	if lba >= lbaMax {
+		return 0, fmt.Errorf("block %d: %w", lba, trivet.ErrOutOfRange)
+	}
+	if err := trivet.CheckRange(int64(lba)*trivet.BlockSize, int64(len(p)), size); err != nil {
+		return 0, err
+	}
+	if err := r.machine.vol.ReadAt(p, lba); err != nil {
+		return 0, err
+	}
+	return term, nil
+}
+
+// checkReadEpoch refuses an epoch below the volume's on any replica. Only one that leads knows that
+// an epoch is too high: others may not have applied its fence yet.
+func (r *Replica) checkReadEpoch(epoch trivet.Epoch, leading bool) error {
+	has := r.machine.view.Load().Epoch
+	switch {
+	case epoch < has:
+		return fmt.Errorf("volume is fenced at epoch %d, request has epoch %d: %w", has, epoch, trivet.ErrFenced)
+	case epoch > has && leading:
+		return fmt.Errorf("volume is at epoch %d, request has epoch %d, which was never fenced in: %w",
+			has, epoch, trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// Fence commits epoch in the volume's group: from then on every replica refuses the writes and reads
+// of lower epochs. It returns only after every read lease that an older leader may hold has run out,
+// so once it is back no request of a lower epoch succeeds anywhere (H12). It is idempotent: the same
+// epoch again gives nil, after the same wait; a lower one ErrFenced. ErrNotLeader: ask the leader;
+// ErrUnavailable and context errors: outcome unknown, ask again.
+func (r *Replica) Fence(ctx context.Context, epoch trivet.Epoch) error {
+	if err := r.command(ctx, &request{op: opFence, epoch: epoch}); err != nil {
+		return fmt.Errorf("fence %s at epoch %d: %w", r.spec.Volume, epoch, err)
+	}
+	// A quarter more than a lease, for clocks that do not run alike.
+	t := time.NewTimer(r.lease + r.lease/4)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("fence %s at epoch %d: wait for leases: %w", r.spec.Volume, epoch, ctx.Err())
+	}
+}
+
+// Wipe makes the whole volume read as zeroes on every replica. epoch must be the volume's: fence in a
+// fresh one first, so that no attachment writes meanwhile. Idempotent. ErrNotLeader: ask the leader;
+// ErrFenced: another attachment came; ErrUnavailable: outcome unknown, ask again.
+func (r *Replica) Wipe(ctx context.Context, epoch trivet.Epoch) error {
+	if err := r.command(ctx, &request{op: opWipe, epoch: epoch}); err != nil {
+		return fmt.Errorf("wipe %s at epoch %d: %w", r.spec.Volume, epoch, err)
+	}
+	return nil
+}
+
+// Resize makes the volume sizeBytes large on every replica. Idempotent. ErrOutOfRange: the volume is
+// larger, and never shrinks; ErrInvalid: not whole blocks or above VolumeSizeMax; ErrNotLeader: ask the
+// leader; ErrUnavailable: outcome unknown, ask again. A Volume learns of it by SetSize.
+func (r *Replica) Resize(ctx context.Context, sizeBytes int64) error {
+	if err := r.command(ctx, &request{op: opResize, arg: uint64(sizeBytes)}); err != nil {
+		return fmt.Errorf("resize %s to %d bytes: %w", r.spec.Volume, sizeBytes, err)
+	}
+	return nil
+}
+
+// command proposes one request without a session as an entry of its own.
+func (r *Replica) command(ctx context.Context, req *request) error {
+	if err := req.check(); err != nil {
+		return err
+	}
+	req.seal(r.spec.Volume)
+	entry := appendEntry(nil, r.spec.Volume, []request{*req})
+	results, err := proposeEntry(ctx, r.group.Propose, entry, 1)
+	if ctx.Err() != nil && err != nil && !errors.Is(err, trivet.ErrNotLeader) {
+		return ctx.Err()
+	}
+	if err != nil {
+		return err
+	}
+	return results[0].err(req)
+}
+
+// TransferTo moves leadership to another replica of the volume. ErrNotLeader: ask the leader.
+func (r *Replica) TransferTo(ctx context.Context, to trivet.ReplicaID) error {
+	if err := r.group.TransferTo(ctx, to); err != nil {
+		return fmt.Errorf("transfer leadership of %s to %s: %w", r.spec.Volume, to, err)
+	}
+	return nil
+}

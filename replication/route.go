@@ -1,0 +1,194 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+)
+
+const (
+	// attemptMin and attemptMax bound one attempt of a request. A node that went silent is left after
+	// the first; one that is only slow gets longer with each attempt. A second copy of a write that is
+	// still on its way in the leader joins the first.
+	attemptMin = time.Second
+	attemptMax = 8 * time.Second
+	// backoffMin and backoffMax bound the pause before an attempt at a node that may not lead either.
+	backoffMin = 5 * time.Millisecond
+	backoffMax = 200 * time.Millisecond
+)
+
+// errIOTimeout is the cause of a call's context when IOTimeout has passed.
+var errIOTimeout = errors.New("i/o timeout")
+
+// route remembers which node led last, and the highest term that any reply carried.
+type route struct {
+	mu     sync.Mutex
+	nodes  []trivet.NodeID // of the members
+	target trivet.NodeID
+	term   uint64
+}
+
+// newRoute begins with the local replica, if there is one: leadership follows the attachment.
+func newRoute(members []raftgroup.Member, local trivet.NodeID) *route {
+	r := &route{}
+	for _, m := range members {
+		r.nodes = append(r.nodes, m.Node)
+		if m.Node == local {
+			r.target = local
+		}
+	}
+	if r.target == "" {
+		r.target = r.nodes[0]
+	}
+	return r
+}
+
+func (r *route) node() trivet.NodeID {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.target
+}
+
+// accept takes note of a reply's term, or refuses it when a higher one was seen: the node was
+// deposed and does not know it (I15).
+func (r *route) accept(term uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if term < r.term {
+		return fmt.Errorf("reply of term %d, term %d was seen: %w", term, r.term, trivet.ErrNotLeader)
+	}
+	r.term = term
+	return nil
+}
+
+// failed moves on from a node: to hint, which the node said leads, or else to the next member.
+// When another call has moved on already, it stays there.
+func (r *route) failed(node, hint trivet.NodeID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.target != node {
+		return
+	}
+	if hint != "" && hint != node {
+		r.target = hint
+		return
+	}
+	for i, n := range r.nodes {
+		if n == node {
+			r.target = r.nodes[(i+1)%len(r.nodes)]
+			return
+		}
+	}
+	r.target = r.nodes[0] // node was a hint from outside the members
+}
+
+// attemptFunc sends a request to a node once. A reply with codeNotLeader is not an error.
+type attemptFunc func(ctx context.Context, node trivet.NodeID) (reply, error)
+
+// callLeader sends a request until a leader answers it. Errors other than ErrNotLeader and
+// ErrUnavailable are answers. When ctx ends it returns the cause together with the last failure.
+// read tells that a reply of a lower term than seen must not be used.
+func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc) error {
+	started := time.Now()
+	for n := 0; ; n++ {
+		node := v.route.node()
+		hint, err := v.try(ctx, n, node, read, attempt)
+		if err == nil || !retryable(err) {
+			if n > 0 {
+				v.stats.pause(time.Since(started))
+			}
+			return err
+		}
+		if ctx.Err() == nil {
+			v.stats.retry()
+			v.route.failed(node, hint)
+			v.log.Debug("request is sent again", "node", node, "hint", hint, "attempt", n+1, "err", err)
+			if hint == "" || hint == node || n > 1 {
+				pause(ctx, backoff(n))
+			}
+		}
+		if ctx.Err() != nil {
+			v.stats.pause(time.Since(started))
+			return giveUp(ctx, v.cfg.IOTimeout, err)
+		}
+	}
+}
+
+func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, read bool, attempt attemptFunc) (
+	hint trivet.NodeID, err error,
+) {
+	actx, cancel := context.WithTimeout(ctx, min(attemptMin<<min(n, 8), attemptMax))
+	defer cancel()
+	out, err := attempt(actx, node)
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled): // ours or the handler's
+		return "", fmt.Errorf("no answer from %s: %w", node, trivet.ErrUnavailable)
+	case err != nil:
+		return "", err
+	case out.code == codeNotLeader:
+		return out.node, fmt.Errorf("node %s: %w", node, trivet.ErrNotLeader)
+	}
+	if err := v.route.accept(out.term); err != nil && read {
+		return "", fmt.Errorf("node %s: %w", node, err)
+	}
+	return "", nil
+}
+
+func retryable(err error) bool {
+	return errors.Is(err, trivet.ErrNotLeader) || errors.Is(err, trivet.ErrUnavailable)
+}
+
+// giveUp says why a call ended without an answer: fenced or closed, out of time, or its caller left.
+func giveUp(ctx context.Context, timeout time.Duration, last error) error {
+	cause := context.Cause(ctx)
+	switch {
+	case errors.Is(cause, errIOTimeout):
+		return fmt.Errorf("no leader answered within %v (last: %v): %w", timeout, last, trivet.ErrUnavailable)
+	case errors.Is(cause, trivet.ErrFenced), errors.Is(cause, trivet.ErrClosed):
+		return cause
+	}
+	return fmt.Errorf("caller left while waiting for a leader (last: %v): %w", last, ctx.Err())
+}
+
+func backoff(n int) time.Duration { return min(backoffMin<<min(n, 8), backoffMax) }
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// stats counts what VolumeStats reports.
+type stats struct {
+	mu      sync.Mutex
+	longest time.Duration
+	retries uint64
+}
+
+func (s *stats) pause(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.longest = max(s.longest, d)
+}
+
+func (s *stats) retry() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.retries++
+}
+
+func (s *stats) take() VolumeStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := VolumeStats{LongestPause: s.longest, Retries: s.retries}
+	s.longest = 0
+	return out
+}
