@@ -1,0 +1,325 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/node/blockdev"
+	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// groupDevice is what the attacher needs of replication.Volume.
+type groupDevice interface {
+	trivet.Device
+	Close() error
+}
+
+// kernelDevice is what the attacher needs of blockdev.Attachment.
+type kernelDevice interface {
+	Path() string
+	Err() error
+	Detach(ctx context.Context) error
+}
+
+// attacher opens volumes for I/O on this node and shows them as kernel devices. Its methods are
+// REQUIRED to be called with the volume's keyLock held, except get, outdated and useNBD.
+type attacher struct {
+	node    trivet.NodeID
+	process string // incarnation that the node registers
+	runDir  string // of package blockdev
+	follow  bool   // leadership follows the attachment
+
+	ioTimeout time.Duration
+
+	cat     Catalogue
+	network transport.Network
+	log     *slog.Logger
+
+	// host of this node, whose leading replicas are called without a detour; may be nil.
+	host *replication.Host
+	// registered waits until the node is registered under process: before that the catalogue grants
+	// it nothing.
+	registered func(context.Context) error
+
+	openGroup func(replication.VolumeConfig) (groupDevice, error)
+	show      func(context.Context, blockdev.Config) (kernelDevice, error)
+
+	mu   sync.Mutex
+	held map[trivet.VolumeID]*attached
+	nbdN map[trivet.VolumeID]int // NBD servers on the volume
+}
+
+// attached is a volume that this process holds at an epoch. The open group outlives the kernel
+// device: the group counts the writes of an epoch from one, so an epoch has exactly one
+// groupDevice, from the first attach until the catalogue has passed on to the next epoch (H39).
+//
+// An attached never changes; a changed copy takes its place.
+type attached struct {
+	epoch  trivet.Epoch  // granted to this process
+	group  groupDevice   // nil while waiting for the fence
+	device trivet.Device // the data path on top of group
+	kernel kernelDevice  // nil while not shown
+}
+
+func newAttacher(cfg *Config) *attacher {
+	return &attacher{
+		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(), follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout, cat: cfg.Catalogue,
+		network: cfg.Network, log: loggerOr(cfg.Logger), held: make(map[trivet.VolumeID]*attached),
+		nbdN:      make(map[trivet.VolumeID]int),
+		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
+		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
+			return blockdev.Attach(ctx, c)
+		},
+	}
+}
+
+// get returns what this process holds of a volume.
+func (a *attacher) get(id trivet.VolumeID) *attached {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.held[id]
+}
+
+func (a *attacher) set(id trivet.VolumeID, at *attached) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if at == nil {
+		delete(a.held, id)
+		return
+	}
+	a.held[id] = at
+}
+
+// holding reads from the catalogue, linearizably, the volume that this node holds. ErrNotFound for
+// an unknown volume, ErrInUse when the node does not hold it.
+func (a *attacher) holding(ctx context.Context, id trivet.VolumeID) (*meta.Volume, error) {
+	st, err := a.cat.Read(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", id, err)
+	}
+	v, ok := st.Volume(id)
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("attach %s: %w", id, trivet.ErrNotFound)
+	case v.Attached == nil:
+		return nil, fmt.Errorf("attach %s: no node holds it, node %s has to be granted it first: %w",
+			id, a.node, trivet.ErrInUse)
+	case v.Attached.Node != a.node:
+		return nil, fmt.Errorf("attach %s: node %s holds it, not %s: %w", id, v.Attached.Node, a.node, trivet.ErrInUse)
+	}
+	return &v, nil
+}
+
+// stale reports whether the epoch of what this process holds is not the current one (H13).
+func (at *attached) stale(v *meta.Volume) bool { return at.epoch != v.Attached.Epoch }
+
+// dead returns why the kernel device is of no use any more, or nil (H31).
+func (at *attached) dead() error {
+	if at == nil || at.kernel == nil {
+		return nil
+	}
+	return at.kernel.Err()
+}
+
+// open returns the volume with its data path open, at an epoch that belongs to this process alone.
+// REQUIRES: v comes from holding, and what is held is not stale.
+func (a *attacher) open(ctx context.Context, v *meta.Volume) (*attached, error) {
+	at := a.get(v.ID)
+	poisoned := a.poisoned(ctx, v.ID, at)
+	if poisoned {
+		a.log.Warn("opening a volume anew, for a write of its last use was lost", "volume", v.ID, "epoch", at.epoch)
+		if err := a.drop(v.ID); err != nil {
+			return nil, err
+		}
+		at = nil
+	}
+	if at == nil {
+		epoch, err := a.takeOver(ctx, v.ID, poisoned)
+		if err != nil {
+			return nil, err
+		}
+		at = &attached{epoch: epoch}
+		a.set(v.ID, at)
+	}
+	if at.group != nil {
+		return at, nil
+	}
+	v, err := a.awaitFence(ctx, v.ID, at.epoch)
+	if err != nil {
+		return nil, err
+	}
+	a.bringLeader(ctx, v)
+	return a.openPath(at.epoch, v)
+}
+
+// poisoned reports whether a group that nothing uses at the moment has lost a write: its Flush then
+// fails for the rest of the epoch (H14), and whoever uses the volume next deserves a new one.
+func (a *attacher) poisoned(ctx context.Context, id trivet.VolumeID, at *attached) bool {
+	if at == nil || at.group == nil || at.kernel != nil || a.usersNBD(id) > 0 {
+		return false
+	}
+	return at.group.Flush(ctx) != nil && ctx.Err() == nil
+}
+
+// takeOver returns an epoch of this process. The catalogue raises it unless it was granted to this
+// process already, so an earlier process of this node is fenced (H31). renew raises it in any case.
+func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool) (trivet.Epoch, error) {
+	if err := a.registered(ctx); err != nil {
+		return 0, fmt.Errorf("attach %s: %w", id, err)
+	}
+	t := &meta.TakeOver{Volume: id, Node: a.node, Incarnation: a.process}
+	if renew {
+		t.Incarnation = "" // a late copy of this would fence us once more, which costs a retry
+	}
+	c := meta.Command{TakeOver: t}
+	res, err := propose(ctx, a.cat, c)
+	if err != nil {
+		return 0, fmt.Errorf("attach %s: %w", id, err)
+	}
+	if res.Volume == nil || res.Volume.Attached == nil {
+		return 0, fmt.Errorf("attach %s: take over granted no epoch: %w", id, trivet.ErrUnavailable)
+	}
+	return res.Volume.Attached.Epoch, nil
+}
+
+func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, error) {
+	group, err := a.openGroup(replication.VolumeConfig{
+		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: epoch, IOTimeout: a.ioTimeout, Members: membersOf(v),
+		Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
+	}
+	device, err := stack(group, v)
+	if err != nil {
+		return nil, errors.Join(err, group.Close())
+	}
+	at := &attached{epoch: epoch, group: group, device: device}
+	a.set(v.ID, at)
+	return at, nil
+}
+
+// awaitFence waits until the volume's group has fenced everything older than epoch (H12).
+func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch trivet.Epoch) (*meta.Volume, error) {
+	for {
+		changed := a.cat.Changed()
+		v, ok := a.cat.Local().Volume(id)
+		switch {
+		case ok && v.Usable(a.node, epoch):
+			return &v, nil
+		case ok && v.Epoch > epoch:
+			a.set(id, nil)
+			return nil, fmt.Errorf("attach %s: epoch %d was overtaken by %d: %w", id, epoch, v.Epoch, trivet.ErrFenced)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("attach %s: the volume's group has not fenced epoch %d yet (has it a quorum?): %w: %w",
+				id, epoch, ctx.Err(), trivet.ErrUnavailable)
+		}
+	}
+}
+
+// bringLeader asks for the group's leadership to come to this node's replica, if it has a ready one
+// and the node is set to do so. Failing that costs a network hop for each I/O and nothing else.
+func (a *attacher) bringLeader(ctx context.Context, v *meta.Volume) {
+	r := v.ReplicaOn(a.node)
+	if !a.follow || r == nil || r.State != meta.ReplicaReady || v.Leader == r.ID || v.WantLeader == r.ID {
+		return
+	}
+	c := meta.Command{WantLeader: &meta.WantLeader{Volume: v.ID, Replica: r.ID}}
+	if _, err := propose(ctx, a.cat, c); err != nil {
+		a.log.Warn("leadership does not follow the attachment", "volume", v.ID, "err", err)
+	}
+}
+
+// showKernel makes the open volume a kernel block device and returns its path.
+func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
+	if at.kernel == nil {
+		k, err := a.show(ctx, blockdev.Config{
+			Name: id.String(), RunDir: a.runDir, Device: at.device, Logger: a.log.With("volume", id),
+		})
+		if err != nil {
+			return "", fmt.Errorf("attach %s: %w", id, err)
+		}
+		at = &attached{epoch: at.epoch, group: at.group, device: at.device, kernel: k}
+		a.set(id, at)
+		a.log.Info("volume attached", "volume", id, "epoch", at.epoch, "device", k.Path())
+	}
+	return at.kernel.Path(), nil
+}
+
+// hide removes the kernel device, flushing it. Not shown is success. ErrInUse while it is open or
+// mounted. The group stays open.
+func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
+	at := a.get(id)
+	if at == nil || at.kernel == nil {
+		return nil
+	}
+	dead := at.dead()
+	if err := at.kernel.Detach(ctx); err != nil {
+		return fmt.Errorf("detach %s: %w", id, err)
+	}
+	a.set(id, &attached{epoch: at.epoch, group: at.group, device: at.device})
+	if dead != nil {
+		// umount and detach succeed on a dead device although they drop its dirty pages.
+		a.log.Error("detached a dead device; writes that were not synced are lost", "volume", id, "err", dead)
+	}
+	a.log.Info("volume detached", "volume", id, "epoch", at.epoch)
+	return nil
+}
+
+// drop closes the group, for good as far as this epoch is concerned. REQUIRES: hidden.
+func (a *attacher) drop(id trivet.VolumeID) error {
+	at := a.get(id)
+	if at == nil {
+		return nil
+	}
+	a.set(id, nil)
+	if at.group == nil {
+		return nil
+	}
+	if err := at.group.Close(); err != nil && !errors.Is(err, trivet.ErrClosed) {
+		return fmt.Errorf("close %s at epoch %d: %w", id, at.epoch, err)
+	}
+	return nil
+}
+
+// outdated lists the volumes that are held at an epoch which the catalogue has left behind, and
+// that nothing uses. Epochs only rise, so the local copy is good enough to tell.
+func (a *attacher) outdated() []trivet.VolumeID {
+	st := a.cat.Local()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var ids []trivet.VolumeID
+	for id, at := range a.held {
+		v, known := st.Volume(id)
+		gone := !known && st.Used(id)
+		if (gone || v.Epoch > at.epoch) && at.kernel == nil && a.nbdN[id] == 0 {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+func (a *attacher) usersNBD(id trivet.VolumeID) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.nbdN[id]
+}
+
+// useNBD counts an NBD server on the volume in (1) or out (-1).
+func (a *attacher) useNBD(id trivet.VolumeID, n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.nbdN[id] += n; a.nbdN[id] == 0 {
+		delete(a.nbdN, id)
+	}
+}

@@ -1,0 +1,106 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/replication"
+)
+
+// Catalogue is the node's way to the catalogue: a local copy to plan by, a linearizable read for
+// what cannot be undone, and commands. It is safe for concurrent use.
+type Catalogue interface {
+	// Local returns this node's copy, which may lag behind. It is never nil and must not be changed.
+	Local() *meta.State
+
+	// Changed returns a channel that is closed at the next change of Local. Take it before reading
+	// Local, or a change in between is missed.
+	Changed() <-chan struct{}
+
+	// Read returns a state at least as new as every command that any node had committed before the
+	// call. ErrUnavailable without a quorum.
+	Read(ctx context.Context) (*meta.State, error)
+
+	// Propose applies a command. The error says that the outcome is unknown or that the command did
+	// not get through; a refusal by the catalogue is in the result.
+	Propose(ctx context.Context, c meta.Command) (meta.Result, error)
+}
+
+// propose is Propose with both kinds of error in one place.
+func propose(ctx context.Context, cat Catalogue, c meta.Command) (meta.Result, error) {
+	res, err := cat.Propose(ctx, c)
+	if err == nil {
+		err = res.Err
+	}
+	return res, err
+}
+
+// Authorizer returns the check of the data path on a leader: it is given the node that a request
+// comes from, as its certificate says, and the epoch that the request carries, and returns ErrFenced
+// if the catalogue knows that the node does not hold that epoch (H12, S4).
+//
+// The state machine of every replica refuses all epochs but the current one; this check adds that
+// nobody uses the epoch of another node. It judges only what the local copy is sure of. An epoch
+// that it has not heard of yet is let through, or a copy that lags would refuse the rightful holder.
+func Authorizer(cat Catalogue) func(from trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error {
+	return func(from trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error {
+		v, ok := cat.Local().Volume(volume)
+		if !ok || epoch > v.Epoch {
+			return nil
+		}
+		held := v.Attached != nil && v.Attached.Epoch == epoch && v.Attached.Node == from
+		if held || (epoch < v.Epoch && epoch >= v.FencedEpoch) {
+			return nil // its own, or about to be fenced: the state machine says when
+		}
+		return fmt.Errorf("%s from %s at epoch %d: node does not hold that epoch: %w", volume, from, epoch, trivet.ErrFenced)
+	}
+}
+
+// replicaHost is what the agent needs of replication.Host.
+type replicaHost interface {
+	CreateReplica(ctx context.Context, s replication.ReplicaSpec) error
+	OpenReplica(ctx context.Context, s replication.ReplicaSpec) error
+	DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error
+	running(id trivet.VolumeID) (runningReplica, bool)
+}
+
+// runningReplica is what the agent needs of replication.Replica. Changed returns a channel that is
+// closed when the replica's leader or term changes, or nil if it cannot tell: then it is asked for
+// its Status now and then.
+type runningReplica interface {
+	Status() replication.ReplicaStatus
+	Changed() <-chan struct{}
+	Fence(ctx context.Context, epoch trivet.Epoch) error
+	Wipe(ctx context.Context, epoch trivet.Epoch) error
+	TransferTo(ctx context.Context, to trivet.ReplicaID) error
+}
+
+// realHost is the Host of package replication behind replicaHost.
+type realHost struct{ *replication.Host }
+
+func (h realHost) running(id trivet.VolumeID) (runningReplica, bool) {
+	r, ok := h.Replica(id)
+	return realReplica{r}, ok
+}
+
+var _ replicaHost = realHost{}
+
+// realReplica is a Replica of package replication behind runningReplica.
+type realReplica struct{ *replication.Replica }
+
+// Changed is that of the Replica, if it has one.
+func (r realReplica) Changed() <-chan struct{} {
+	if c, ok := any(r.Replica).(interface{ Changed() <-chan struct{} }); ok {
+		return c.Changed()
+	}
+	return nil
+}
+
+// isLoss reports whether err says that a replica's data is gone or contradicts itself, as opposed
+// to an attempt that may succeed later.
+func isLoss(err error) bool {
+	return errors.Is(err, trivet.ErrNotFound) || errors.Is(err, trivet.ErrCorrupt) || errors.Is(err, trivet.ErrExists)
+}

@@ -1,0 +1,307 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+)
+
+// fakeCatalogue is the real state machine without a group around it. Its local copy can be made to
+// lag, and it can be cut off.
+type fakeCatalogue struct {
+	mu      sync.Mutex
+	machine *meta.Machine
+	local   *meta.State // what Local shows while lagging
+	lagging bool
+	down    bool
+	changed chan struct{}
+	log     []meta.Command
+}
+
+func newFakeCatalogue() *fakeCatalogue {
+	c := &fakeCatalogue{machine: meta.NewMachine(nil), changed: make(chan struct{})}
+	c.must(meta.Command{InitCluster: &meta.InitCluster{Cluster: testCluster, Time: time.Unix(1e9, 0)}})
+	return c
+}
+
+func (c *fakeCatalogue) Local() *meta.State {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lagging {
+		return c.local
+	}
+	return c.machine.State()
+}
+
+func (c *fakeCatalogue) Changed() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changed
+}
+
+func (c *fakeCatalogue) Read(context.Context) (*meta.State, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.down {
+		return nil, trivet.ErrUnavailable
+	}
+	return c.machine.State(), nil
+}
+
+func (c *fakeCatalogue) Propose(_ context.Context, cmd meta.Command) (meta.Result, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.down {
+		return meta.Result{}, trivet.ErrUnavailable
+	}
+	c.log = append(c.log, cmd)
+	res := c.machine.Apply(cmd)
+	c.notifyLocked()
+	return res, nil
+}
+
+func (c *fakeCatalogue) notifyLocked() {
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// must applies a command on behalf of somebody else.
+func (c *fakeCatalogue) must(cmd meta.Command) meta.Result {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	res := c.machine.Apply(cmd)
+	if res.Err != nil {
+		panic(res.Err)
+	}
+	c.notifyLocked()
+	return res
+}
+
+// freeze makes Local show the present for as long as it is on.
+func (c *fakeCatalogue) freeze(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lagging, c.local = on, c.machine.State()
+	c.notifyLocked()
+}
+
+func (c *fakeCatalogue) setDown(down bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.down = down
+}
+
+func (c *fakeCatalogue) volume(id trivet.VolumeID) meta.Volume {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v, _ := c.machine.State().Volume(id)
+	return v
+}
+
+// count says how many proposals of the agent satisfy is.
+func (c *fakeCatalogue) count(is func(meta.Command) bool) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := 0
+	for _, cmd := range c.log {
+		if is(cmd) {
+			n++
+		}
+	}
+	return n
+}
+
+func testUUID(n int) string { return fmt.Sprintf("%08x-0000-4000-8000-000000000000", n) }
+
+func testReplica(n int) trivet.ReplicaID { return trivet.ReplicaID(testUUID(0x100 + n)) }
+
+func testDisk(n int) trivet.DiskID { return trivet.DiskID(testUUID(0x200 + n)) }
+
+func testNodeID(n int) trivet.NodeID { return trivet.NodeID(fmt.Sprintf("n%d", n)) }
+
+// addNode registers node n with disk n.
+func (c *fakeCatalogue) addNode(n int) {
+	c.must(meta.Command{RegisterNode: &meta.RegisterNode{Node: meta.Node{
+		ID: testNodeID(n), Address: fmt.Sprintf("10.0.0.%d:7000", n), Incarnation: testUUID(0x300 + n),
+		LeaseUntil: time.Unix(2e9, 0), Disks: []meta.Disk{{ID: testDisk(n), Path: "/d", SizeBytes: 1 << 40, FreeBytes: 1 << 40}},
+	}}})
+}
+
+// addVolume creates a volume with a replica on each of nodes 1 to n.
+func (c *fakeCatalogue) addVolume(id trivet.VolumeID, n int, params map[string]string) {
+	v := meta.Volume{
+		ID: id, Name: id.String(), SizeBytes: 64 << 20, Reclaim: meta.ReclaimDelete, Request: "r", Params: params,
+		Created: time.Unix(1e9, 0),
+	}
+	for i := 1; i <= n; i++ {
+		v.Replicas = append(v.Replicas, meta.Replica{
+			ID: testReplica(int(id)<<4 | i), Node: testNodeID(i), Disk: testDisk(i), State: meta.ReplicaCreating,
+		})
+	}
+	c.must(meta.Command{CreateVolume: &meta.CreateVolume{Volume: v}})
+}
+
+func (c *fakeCatalogue) report(id trivet.VolumeID, i int, s meta.ReplicaState) {
+	c.must(meta.Command{ReportReplica: &meta.ReportReplica{
+		Volume: id, Replica: testReplica(int(id)<<4 | i), State: s,
+	}})
+}
+
+// fakeHost keeps replicas in memory.
+type fakeHost struct {
+	mu       sync.Mutex
+	made     map[trivet.VolumeID]trivet.ReplicaID
+	lost     map[trivet.VolumeID]error // what OpenReplica says
+	open     map[trivet.VolumeID]*fakeReplica
+	created  int
+	blockOn  trivet.VolumeID // CreateReplica of it hangs
+	createIn chan struct{}   // closed by the first CreateReplica that hangs
+}
+
+func newFakeHost() *fakeHost {
+	return &fakeHost{
+		made: make(map[trivet.VolumeID]trivet.ReplicaID), lost: make(map[trivet.VolumeID]error),
+		open: make(map[trivet.VolumeID]*fakeReplica), createIn: make(chan struct{}),
+	}
+}
+
+func (h *fakeHost) CreateReplica(ctx context.Context, s replication.ReplicaSpec) error {
+	h.mu.Lock()
+	block := h.blockOn == s.Volume
+	h.mu.Unlock()
+	if block {
+		close(h.createIn)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.made[s.Volume] = s.Replica
+	h.created++
+	return nil
+}
+
+func (h *fakeHost) OpenReplica(_ context.Context, s replication.ReplicaSpec) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.lost[s.Volume]; err != nil {
+		return err
+	}
+	if h.made[s.Volume] != s.Replica {
+		return fmt.Errorf("no replica %s: %w", s.Replica, trivet.ErrNotFound)
+	}
+	if h.open[s.Volume] == nil {
+		h.open[s.Volume] = &fakeReplica{changed: make(chan struct{}), status: replication.ReplicaStatus{
+			Status: raftgroup.Status{Members: s.Members},
+		}}
+	}
+	return nil
+}
+
+func (h *fakeHost) DestroyReplica(_ context.Context, s replication.ReplicaSpec) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.open, s.Volume)
+	delete(h.made, s.Volume)
+	return nil
+}
+
+func (h *fakeHost) running(id trivet.VolumeID) (runningReplica, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r, ok := h.open[id]
+	return r, ok
+}
+
+func (h *fakeHost) replica(id trivet.VolumeID) *fakeReplica {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.open[id]
+}
+
+func (h *fakeHost) has(id trivet.VolumeID) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, ok := h.made[id]
+	return ok
+}
+
+func (h *fakeHost) createdN() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.created
+}
+
+// fakeReplica leads when told to.
+type fakeReplica struct {
+	mu       sync.Mutex
+	status   replication.ReplicaStatus
+	changed  chan struct{}
+	fenced   []trivet.Epoch
+	wiped    []trivet.Epoch
+	fenceErr error
+}
+
+func (r *fakeReplica) lead(on bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.IsLeader = on
+	r.status.Term++
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+func (r *fakeReplica) failFences(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fenceErr = err
+}
+
+func (r *fakeReplica) epochs() (fenced, wiped []trivet.Epoch) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]trivet.Epoch(nil), r.fenced...), append([]trivet.Epoch(nil), r.wiped...)
+}
+
+func (r *fakeReplica) Status() replication.ReplicaStatus {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.status
+}
+
+func (r *fakeReplica) Changed() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.changed
+}
+
+func (r *fakeReplica) Fence(_ context.Context, epoch trivet.Epoch) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.status.IsLeader {
+		return trivet.ErrNotLeader
+	}
+	if r.fenceErr != nil {
+		return r.fenceErr
+	}
+	r.fenced = append(r.fenced, epoch)
+	return nil
+}
+
+func (r *fakeReplica) Wipe(_ context.Context, epoch trivet.Epoch) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.wiped = append(r.wiped, epoch)
+	return nil
+}
+
+func (r *fakeReplica) TransferTo(context.Context, trivet.ReplicaID) error {
+	r.lead(false)
+	return nil
+}

@@ -1,0 +1,144 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/blockdev"
+)
+
+// attach shows a volume without mounting it.
+func (m *mounts) attach(ctx context.Context, id trivet.VolumeID) (string, error) {
+	unlock, err := m.ops.try(id)
+	if err != nil {
+		return "", fmt.Errorf("attach: %w", err)
+	}
+	defer unlock()
+	at, err := m.openHeld(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	return m.attacher.showKernel(ctx, id, at)
+}
+
+// openNBD opens a volume, counts one more NBD server on it, and returns its data path and name.
+func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device, string, error) {
+	unlock, err := m.ops.try(id)
+	if err != nil {
+		return nil, "", fmt.Errorf("serve: %w", err)
+	}
+	defer unlock()
+	at, err := m.openHeld(ctx, id)
+	if err != nil {
+		return nil, "", err
+	}
+	v, _ := m.attacher.cat.Local().Volume(id) // it was waited for
+	m.attacher.useNBD(id, 1)
+	return at.device, v.Name, nil
+}
+
+func (m *mounts) openHeld(ctx context.Context, id trivet.VolumeID) (*attached, error) {
+	v, err := m.attacher.holding(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.discardDead(ctx, v); err != nil {
+		return nil, err
+	}
+	return m.attacher.open(ctx, v)
+}
+
+func (m *mounts) detach(ctx context.Context, id trivet.VolumeID) error {
+	unlock, err := m.ops.try(id)
+	if err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	defer unlock()
+	if rec := m.records.get(id); rec.Staged != nil {
+		return fmt.Errorf("detach %s: staged at %s: %w", id, rec.Staged.Path, trivet.ErrInUse)
+	}
+	return m.attacher.hide(ctx, id)
+}
+
+// sweep closes the groups of attachments that are over. One that is busy is met again at the next
+// change of the catalogue.
+func (m *mounts) sweep() {
+	for _, id := range m.attacher.outdated() {
+		unlock, err := m.ops.try(id)
+		if err != nil {
+			continue
+		}
+		if err := m.attacher.drop(id); err != nil {
+			m.log.Warn("an attachment that is over was not closed cleanly", "volume", id, "err", err)
+		}
+		unlock()
+	}
+}
+
+// cleanUp cleans up after a process that is dead: its kernel devices died with it, so every mount in
+// the records leads nowhere. REQUIRES: the lock of the run directory is held.
+func (m *mounts) cleanUp(ctx context.Context, blockdevDir string) error {
+	for _, id := range m.records.list() {
+		rec := m.records.get(id)
+		m.log.Warn("a volume was in use when the last process ended; its pods have to be restarted",
+			"volume", id, "published", len(rec.Published))
+		if err := m.abandon(&rec); err != nil {
+			return err
+		}
+		if err := m.records.put(rec); err != nil {
+			return err
+		}
+	}
+	cleaned, err := blockdev.Cleanup(ctx, blockdevDir, m.log)
+	if err != nil {
+		return fmt.Errorf("clean up %s: %w", blockdevDir, err)
+	}
+	if len(cleaned) > 0 {
+		m.log.Info("cleaned up after the last process", "volumes", cleaned)
+	}
+	return nil
+}
+
+// close takes every volume off the machine.
+func (m *mounts) close(ctx context.Context) error {
+	m.attacher.mu.Lock()
+	ids := make([]trivet.VolumeID, 0, len(m.attacher.held))
+	for id := range m.attacher.held {
+		ids = append(ids, id)
+	}
+	m.attacher.mu.Unlock()
+	var errs []error
+	for _, id := range ids {
+		errs = append(errs, m.closeVolume(ctx, id))
+	}
+	return errors.Join(errs...)
+}
+
+func (m *mounts) closeVolume(ctx context.Context, id trivet.VolumeID) error {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	unlock, err := m.ops.try(id)
+	if err != nil {
+		return fmt.Errorf("close: %w", err) // the caller was to stop the driver first
+	}
+	defer unlock()
+	rec := m.records.get(id)
+	if n := rec.live(); n > 0 {
+		m.log.Error("stopping while a volume is in use; its pods get I/O errors and have to be restarted",
+			"volume", id, "published", n)
+	}
+	// The bind mounts go first and lazily, each written back; the staging mount then tells whether a
+	// process still holds the filesystem.
+	if err := m.abandon(&rec); err != nil {
+		return err
+	}
+	if err := m.records.put(rec); err != nil {
+		return err
+	}
+	if err := m.attacher.hide(ctx, id); err != nil {
+		m.log.Error("stopping while a process has the device open", "volume", id, "err", err)
+	}
+	return m.attacher.drop(id)
+}

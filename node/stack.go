@@ -1,0 +1,75 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/iothrottle"
+)
+
+// The parameters of a volume that shape its data path. Their values are canonical: decimal numbers,
+// in requests and bytes per second; absent or zero means no limit.
+const (
+	paramIOPSLimit      = "iopsLimit"
+	paramBandwidthLimit = "bandwidthLimit"
+)
+
+// stack builds the data path above the replicated volume; read it from the kernel device on the left
+// to the Raft group on the right.
+func stack(group trivet.Device, v *meta.Volume) (trivet.Device, error) {
+	limits, err := limitsOf(v.Params)
+	if err != nil {
+		return nil, fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	return protect(iothrottle.New(group, limits), v.Attached != nil && v.Attached.ReadOnly), nil
+}
+
+func limitsOf(params map[string]string) (iothrottle.Limits, error) {
+	iops, err := limitOf(params, paramIOPSLimit)
+	if err != nil {
+		return iothrottle.Limits{}, err
+	}
+	bytes, err := limitOf(params, paramBandwidthLimit)
+	return iothrottle.Limits{IOPS: iops, BytesPerSec: bytes}, err
+}
+
+func limitOf(params map[string]string, key string) (int64, error) {
+	s, ok := params[key]
+	if !ok || s == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("parameter %s=%q: want a decimal number: %w", key, s, trivet.ErrInvalid)
+	}
+	return n, nil
+}
+
+// protect returns next, without its writing methods when readOnly is set.
+func protect(next trivet.Device, readOnly bool) trivet.Device {
+	if !readOnly {
+		return next
+	}
+	return &readOnlyDevice{next}
+}
+
+// readOnlyDevice refuses every change of the device below: not one byte of a volume that is attached
+// read-only changes, whatever the filesystem on it would like to do (journal replay included).
+type readOnlyDevice struct{ trivet.Device }
+
+var errReadOnly = fmt.Errorf("volume is attached read-only: %w", trivet.ErrInvalid)
+
+// WriteAt refuses.
+func (d *readOnlyDevice) WriteAt(context.Context, []byte, int64) error { return errReadOnly }
+
+// Discard refuses.
+func (d *readOnlyDevice) Discard(context.Context, int64, int64) error { return errReadOnly }
+
+// WriteZeroes refuses.
+func (d *readOnlyDevice) WriteZeroes(context.Context, int64, int64) error { return errReadOnly }
+
+// Flush has nothing to flush.
+func (d *readOnlyDevice) Flush(context.Context) error { return nil }
