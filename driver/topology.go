@@ -1,0 +1,73 @@
+package driver
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller"
+	"github.com/trivet-csi/trivet/node"
+)
+
+// nodeTopology returns the segment at which a node stands.
+func nodeTopology(i node.Info) *csi.Topology {
+	s := map[string]string{controller.TopologyNode: string(i.Node)}
+	if i.Zone != "" {
+		s[controller.TopologyZone] = i.Zone
+	}
+	return &csi.Topology{Segments: s}
+}
+
+// segmentsOf checks topologies that the orchestrator sent and returns them by our own keys.
+// Segments without any key say nothing and are dropped.
+func segmentsOf(field string, ts []*csi.Topology) ([]map[string]string, error) {
+	var out []map[string]string
+	for _, t := range ts {
+		s, err := segmentOf(field, t)
+		if err != nil {
+			return nil, err
+		}
+		if len(s) > 0 {
+			out = append(out, s)
+		}
+	}
+	return out, nil
+}
+
+// segmentOf is segmentsOf for one. Keys differ by more than their case (spec, message Topology),
+// so they are compared without regard to it.
+func segmentOf(field string, t *csi.Topology) (map[string]string, error) {
+	out := make(map[string]string, len(t.GetSegments()))
+	for k, v := range t.GetSegments() {
+		key := strings.ToLower(k)
+		if key != controller.TopologyNode && key != controller.TopologyZone {
+			return nil, fmt.Errorf("%s: unknown topology key %q: %w", field, k, trivet.ErrInvalid)
+		}
+		if _, twice := out[key]; twice {
+			return nil, fmt.Errorf("%s: topology key %q is given twice: %w", field, key, trivet.ErrInvalid)
+		}
+		if !validSegmentValue(v) {
+			return nil, fmt.Errorf("%s: bad value %q of topology key %q: %w", field, v, k, trivet.ErrInvalid)
+		}
+		out[key] = v
+	}
+	return out, nil
+}
+
+// validSegmentValue reports whether s is 1 to 63 letters, digits, '-', '_' or '.', with a letter
+// or digit at both ends.
+func validSegmentValue(s string) bool {
+	if s == "" || len(s) > segmentMax || !alphanumeric(s[0]) || !alphanumeric(s[len(s)-1]) {
+		return false
+	}
+	return !slices.ContainsFunc([]byte(s), func(b byte) bool {
+		return !alphanumeric(b) && b != '-' && b != '_' && b != '.'
+	})
+}
+
+func alphanumeric(b byte) bool {
+	return b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b >= '0' && b <= '9'
+}
