@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/server"
+)
+
+func newServer(o *options) *cobra.Command {
+	cfg := server.DefaultConfig()
+	var (
+		node     string
+		logLevel string
+		logJSON  bool
+	)
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run a node: its replicas, its attached volumes, its share of the catalogue and CSI",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := newLogger(logLevel, logJSON)
+			if err != nil {
+				return err
+			}
+			cfg.Node, cfg.CertsDir, cfg.Logger, cfg.Version = trivet.NodeID(node), o.certs, log, version
+			cfg.Fatal = func(err error) {
+				log.Error("stopping: going on would risk data", "err", err)
+				os.Exit(1)
+			}
+			return runServer(cmd.Context(), cfg)
+		},
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		host = ""
+	}
+	f := cmd.Flags()
+	f.StringVar(&node, "node", envOr("TRIVET_NODE", host), "name of this node, as in its certificate (TRIVET_NODE)")
+	f.StringVar(&cfg.Zone, "zone", envOr("TRIVET_ZONE", ""), "failure domain of this node (TRIVET_ZONE)")
+	f.StringVar(&cfg.DataDir, "data", "/var/lib/trivet", "directory of the server's own state")
+	f.StringArrayVar(&cfg.Disks, "disk", nil, "directory that keeps replicas; several may be given (default DATA/disk)")
+	f.StringVar(&cfg.Listen, "listen", cfg.Listen, "host:port to listen on")
+	f.StringVar(&cfg.Advertise, "advertise", "", "host:port under which other nodes reach this one (default: --listen)")
+	f.StringArrayVar(&cfg.Seeds, "seed", nil, "host:port of another server; several may be given")
+	f.StringVar(&cfg.CSI, "csi", "", "serve CSI on this endpoint, as unix:///csi/csi.sock")
+	f.StringVar(&cfg.RunDir, "run-dir", "", "directory for FUSE mount points and records (default DATA/run)")
+	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
+	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0, "a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
+	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
+	return cmd
+}
+
+// runServer runs until ctx ends, then stops in good order.
+func runServer(ctx context.Context, cfg server.Config) error {
+	s, err := server.Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	cfg.Logger.Info("serving", "node", string(cfg.Node), "address", s.Address())
+	<-ctx.Done()
+	return s.Close()
+}
+
+func newLogger(level string, asJSON bool) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, usageError{fmt.Errorf("--log-level %q: want debug, info, warn or error", level)}
+	}
+	opts := &slog.HandlerOptions{Level: l}
+	if asJSON {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts)), nil
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
+}

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/trivet-csi/trivet/api"
+)
+
+func newVolume(o *options) *cobra.Command {
+	return group("volume", "Make, attach and remove volumes",
+		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
+		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o),
+		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
+			func(ctx context.Context, c *client, name string) (*api.Volume, error) {
+				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: name})
+			}),
+	)
+}
+
+// showVolume prints one volume: a line about it and a line for each replica.
+func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
+	view := volumeOf(v)
+	out := cmd.OutOrStdout()
+	if o.output == outputJSON {
+		return o.show(out, view, table{})
+	}
+	if err := o.show(out, view, volumeTable([]volumeView{view})); err != nil {
+		return err
+	}
+	if view.Reason != "" {
+		fmt.Fprintf(out, "reason: %s\n", view.Reason)
+	}
+	if view.Device != "" {
+		fmt.Fprintf(out, "device: %s\n", view.Device)
+	}
+	fmt.Fprintln(out)
+	return o.show(out, view, replicaTable(view))
+}
+
+func newVolumeVerb(o *options, use, short string,
+	verb func(ctx context.Context, c *client, name string) (*api.Volume, error),
+) *cobra.Command {
+	return &cobra.Command{
+		Use:   use,
+		Short: short,
+		Args:  exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				v, err := verb(ctx, c, args[0])
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+}
+
+func newVolumeCreate(o *options) *cobra.Command {
+	var (
+		size   string
+		params []string
+	)
+	cmd := &cobra.Command{
+		Use:   "create NAME --size SIZE",
+		Short: "Create a volume; the same command again is success",
+		Example: "  trivet volume create db --size 10Gi\n" +
+			"  trivet volume create scratch --size 1Gi --param replicas=1 --param iopsLimit=500",
+		Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			sizeBytes, err := parseSize(size)
+			if err != nil {
+				return err
+			}
+			parameters := map[string]string{}
+			for _, p := range params {
+				key, value, ok := strings.Cut(p, "=")
+				if !ok || key == "" {
+					return usageError{fmt.Errorf("--param %q: want KEY=VALUE", p)}
+				}
+				parameters[key] = value
+			}
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				v, err := c.CreateVolume(ctx, &api.CreateVolumeRequest{
+					Name: args[0], SizeBytes: sizeBytes, Parameters: parameters,
+				})
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&size, "size", "", "size, as 10Gi or 512Mi")
+	cmd.Flags().StringArrayVar(&params, "param", nil, "StorageClass parameter KEY=VALUE; may be given several times")
+	if err := cmd.MarkFlagRequired("size"); err != nil {
+		panic(err) // the flag is defined two lines above
+	}
+	return cmd
+}
+
+func newVolumeList(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List the volumes",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				resp, err := c.ListVolumes(ctx, &api.ListVolumesRequest{})
+				if err != nil {
+					return err
+				}
+				volumes := []volumeView{}
+				for _, v := range resp.GetVolumes() {
+					volumes = append(volumes, volumeOf(v))
+				}
+				return o.show(cmd.OutOrStdout(), volumes, volumeTable(volumes))
+			})
+		},
+	}
+}
+
+func newVolumeShow(o *options) *cobra.Command {
+	return newVolumeVerb(o, "show NAME", "Show a volume and its replicas",
+		func(ctx context.Context, c *client, name string) (*api.Volume, error) {
+			return c.GetVolume(ctx, &api.VolumeRequest{Name: name})
+		})
+}
+
+func newVolumeAttach(o *options) *cobra.Command {
+	var node string
+	cmd := &cobra.Command{
+		Use:   "attach NAME",
+		Short: "Attach a volume to a node as a block device and print the device",
+		Args:  exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			address, err := o.addressOf(cmd, node)
+			if err != nil {
+				return err
+			}
+			return o.callAt(cmd, address, func(ctx context.Context, c *client) error {
+				resp, err := c.AttachVolume(ctx, &api.VolumeRequest{Name: args[0]})
+				if err != nil {
+					return err
+				}
+				if o.output == outputJSON {
+					return o.show(cmd.OutOrStdout(), volumeOf(resp.GetVolume()), table{})
+				}
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), resp.GetDevice())
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringVar(&node, "node", "", "node to attach to (default: the one in --server)")
+	return cmd
+}
+
+func newVolumeDetach(o *options) *cobra.Command {
+	var (
+		node  string
+		force bool
+	)
+	cmd := &cobra.Command{
+		Use:   "detach NAME",
+		Short: "Detach a volume from a node",
+		Long: "Detach a volume from the node in --server or --node. With --force the node that holds the volume\n" +
+			"is fenced even if it does not answer: what it has not flushed is lost, and it can never write again.",
+		Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			address, err := o.addressOf(cmd, node)
+			if err != nil {
+				return err
+			}
+			return o.callAt(cmd, address, func(ctx context.Context, c *client) error {
+				v, err := c.DetachVolume(ctx, &api.DetachVolumeRequest{Name: args[0], Force: force})
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&node, "node", "", "node to detach from (default: the one in --server)")
+	cmd.Flags().BoolVar(&force, "force", false, "fence whichever node holds it")
+	return cmd
+}
+
+func newVolumeDelete(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "delete NAME",
+		Short: "Delete a volume and its data, whatever its reclaim policy; an absent one is success",
+		Args:  exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				if _, err := c.DeleteVolume(ctx, &api.VolumeRequest{Name: args[0]}); err != nil {
+					return err
+				}
+				return o.show(cmd.OutOrStdout(), map[string]string{"deleted": args[0]},
+					table{rows: [][]string{{"deleted " + args[0]}}})
+			})
+		},
+	}
+}
+
+func newVolumeMoveLeader(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "move-leader NAME NODE",
+		Short: "Move the leadership of a volume to its replica on a node",
+		Args:  exactArgs("NAME", "NODE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				v, err := c.MoveLeader(ctx, &api.MoveLeaderRequest{Name: args[0], Node: args[1]})
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+}
+
+func newVolumeReclaim(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "reclaim NAME delete|recycle",
+		Short: "Delete a released volume, or wipe it and make it available again",
+		Args:  exactArgs("NAME", "POLICY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				v, err := c.ReclaimVolume(ctx, &api.ReclaimVolumeRequest{Name: args[0], Policy: args[1]})
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+}
+
+func newVolumeServe(o *options) *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "serve NAME --socket PATH",
+		Short: "Attach a volume and serve it by NBD on a unix socket of the server until interrupted",
+		Example: "  trivet volume serve db --socket /run/db.sock &\n" +
+			"  fio --ioengine=nbd --uri='nbd+unix:///db?socket=/run/db.sock' --name=t --rw=randwrite --bs=4k --size=64m",
+		Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := o.dial(o.server)
+			if err != nil {
+				return err
+			}
+			defer c.conn.Close()
+			stream, err := c.ServeVolume(cmd.Context(), &api.ServeVolumeRequest{Name: args[0], Socket: socket})
+			if err != nil {
+				return err
+			}
+			for {
+				resp, err := stream.Recv()
+				if errors.Is(err, io.EOF) || cmd.Context().Err() != nil {
+					return nil // interrupted, as intended: the server detaches
+				}
+				if err != nil {
+					return err
+				}
+				err = o.show(cmd.OutOrStdout(), map[string]string{"uri": resp.GetUri()},
+					table{rows: [][]string{{"serving " + resp.GetUri()}}})
+				if err != nil {
+					return err
+				}
+			}
+		},
+	}
+	cmd.Flags().StringVar(&socket, "socket", "", "path of the unix socket, on the server's machine")
+	if err := cmd.MarkFlagRequired("socket"); err != nil {
+		panic(err) // the flag is defined two lines above
+	}
+	return cmd
+}

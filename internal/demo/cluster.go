@@ -1,0 +1,189 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// server is one `trivet server` process and a connection to its CSI socket.
+type server struct {
+	name    string
+	address string
+	cmd     *exec.Cmd
+	exited  chan struct{} // closed once the process is gone
+	conn    *grpc.ClientConn
+}
+
+type demo struct {
+	dir     string
+	binary  string
+	servers []*server
+	step    int
+	volume  *csi.Volume
+	sums    map[string]string // file -> SHA-256 of what was flushed
+}
+
+// say prints a numbered step; the lines that belong to it follow by note.
+func (d *demo) say(format string, args ...any) {
+	d.step++
+	fmt.Printf("%2d.  %s\n", d.step, fmt.Sprintf(format, args...))
+}
+
+func note(format string, args ...any) { fmt.Printf("     %s\n", fmt.Sprintf(format, args...)) }
+
+// trivet runs the trivet command and returns what it printed.
+func (d *demo) trivet(ctx context.Context, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, d.binary, args...)
+	var out, problem bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &problem
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("trivet %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(problem.String()))
+	}
+	return out.Bytes(), nil
+}
+
+// ask runs a trivet command against server s with JSON output and decodes the answer into v.
+func (d *demo) ask(ctx context.Context, s *server, v any, args ...string) error {
+	args = append(args, "--server", s.address, "--certs", filepath.Join(d.dir, "client"), "-o", "json")
+	out, err := d.trivet(ctx, args...)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(out, v)
+}
+
+func (d *demo) makeCerts(ctx context.Context, names []string) error {
+	ca := filepath.Join(d.dir, "ca")
+	commands := [][]string{
+		{"cert", "ca", "--dir", ca},
+		{"cert", "client", "demo", "--ca", ca, "--dir", filepath.Join(d.dir, "client")},
+	}
+	for _, name := range names {
+		commands = append(commands, []string{"cert", "node", name, "--ca", ca, "--dir", filepath.Join(d.dir, name, "certs")})
+	}
+	for _, c := range commands {
+		if _, err := d.trivet(ctx, c...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freeAddress returns a loopback address that nobody listens on just now.
+func freeAddress(ctx context.Context) (string, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// start runs the process of s and connects to its CSI socket.
+func (d *demo) start(s *server) error {
+	home := filepath.Join(d.dir, s.name)
+	logFile, err := os.OpenFile(filepath.Join(d.dir, s.name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer logFile.Close() // the process has its own descriptor
+	args := []string{
+		"server", "--node", s.name, "--data", filepath.Join(home, "data"), "--listen", s.address, "--advertise", s.address,
+		"--certs", filepath.Join(home, "certs"), "--csi", "unix://" + s.socket(d), "--run-dir", filepath.Join(home, "run"),
+	}
+	for _, peer := range d.servers {
+		if peer != s {
+			args = append(args, "--seed", peer.address)
+		}
+	}
+	s.cmd = exec.Command(d.binary, args...) //nolint:noctx // ended by kill and stop, which wait for it
+	s.cmd.Stdout, s.cmd.Stderr = logFile, logFile
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demo, which ends its servers itself
+	if err := s.cmd.Start(); err != nil {
+		return err
+	}
+	s.exited = make(chan struct{})
+	go func(cmd *exec.Cmd, exited chan struct{}) {
+		_ = cmd.Wait() // how it ended is in its log; that it ended is what matters here
+		close(exited)
+	}(s.cmd, s.exited)
+	if s.conn == nil {
+		s.conn, err = grpc.NewClient("unix://"+s.socket(d), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	}
+	return err
+}
+
+func (s *server) socket(d *demo) string { return filepath.Join(d.dir, s.name, "csi.sock") }
+
+func (s *server) running() bool {
+	if s.cmd == nil {
+		return false
+	}
+	select {
+	case <-s.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+// end sends sig and waits until the process is gone, at last by SIGKILL.
+func (s *server) end(sig syscall.Signal) error {
+	if !s.running() {
+		return nil
+	}
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		return err
+	}
+	select {
+	case <-s.exited:
+		return nil
+	case <-time.After(30 * time.Second):
+		_ = s.cmd.Process.Kill()
+		<-s.exited
+		return fmt.Errorf("server %s did not end on %v within 30 s", s.name, sig)
+	}
+}
+
+func (d *demo) server(name string) *server {
+	for _, s := range d.servers {
+		if s.name == name {
+			return s
+		}
+	}
+	return nil
+}
+
+// until polls ask until it reports true; the error of the last try explains a time-out.
+func until(ctx context.Context, what string, ask func() (bool, error)) error {
+	var last error
+	for {
+		done, err := ask()
+		if done {
+			return nil
+		}
+		if err != nil {
+			last = err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(fmt.Errorf("waiting until %s: %w", what, ctx.Err()), last)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,168 @@
+// Package testutil starts real clusters for tests: servers in this process, on loopback, with
+// certificates and directories of their own. It is for tests above package server; those below have
+// the seams named in their packages.
+package testutil
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/server"
+)
+
+// readyTimeout bounds the start of a cluster on a busy machine.
+const readyTimeout = 90 * time.Second
+
+// Cluster is a number of servers in this process.
+type Cluster struct {
+	t       testing.TB
+	dir     string
+	ca      *pki.CA
+	configs []server.Config
+	servers []*server.Server
+	admins  []api.AdminClient
+}
+
+// StartCluster starts n servers, bears the cluster on the first and waits until all are up and up to
+// three of them voters. Everything is stopped at the end of the test. adjust may change a server's
+// configuration before it starts.
+func StartCluster(t testing.TB, n int, adjust func(i int, cfg *server.Config)) *Cluster {
+	t.Helper()
+	// Sockets need short paths, shorter than t.TempDir's of a test with a long name.
+	dir, err := os.MkdirTemp("", "trivet-test-")
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	ca, err := pki.NewCA(trivet.ClusterID(trivet.NewUUID()), pki.For(pki.CAValidity))
+	require.NoError(t, err)
+	c := &Cluster{t: t, dir: dir, ca: ca}
+	c.issue("client", pki.RoleClient, "test")
+	for i := range n {
+		cfg := c.config(i)
+		if adjust != nil {
+			adjust(i, &cfg)
+		}
+		s, err := server.Open(t.Context(), cfg)
+		require.NoError(t, err)
+		cfg.Listen, cfg.Advertise = s.Address(), s.Address() // a restart keeps the address
+		c.configs, c.servers = append(c.configs, cfg), append(c.servers, s)
+		c.admins = append(c.admins, c.dial(s.Address()))
+		t.Cleanup(func() { require.NoError(t, c.servers[i].Close()) })
+	}
+	_, err = c.admins[0].InitCluster(t.Context(), &api.InitClusterRequest{})
+	require.NoError(t, err)
+	c.AwaitUp(n)
+	return c
+}
+
+func (c *Cluster) config(i int) server.Config {
+	name := fmt.Sprintf("node-%d", i)
+	c.issue(filepath.Join(name, "certs"), pki.RoleNode, name)
+	cfg := server.DefaultConfig()
+	cfg.Node, cfg.Listen = trivet.NodeID(name), "127.0.0.1:0"
+	cfg.DataDir, cfg.CertsDir = c.Path(name, "data"), c.Path(name, "certs")
+	cfg.CSI = c.CSI(i)
+	cfg.Logger = slog.New(slog.NewTextHandler(logWriter{c.t}, &slog.HandlerOptions{Level: slog.LevelWarn})).With("node", name)
+	cfg.Fatal = func(err error) { c.t.Errorf("%s would stop: %v", name, err) }
+	for _, s := range c.servers {
+		cfg.Seeds = append(cfg.Seeds, s.Address())
+	}
+	return cfg
+}
+
+func (c *Cluster) issue(dir string, role pki.Role, name string) {
+	c.t.Helper()
+	pair, err := c.ca.Issue(pki.Identity{Cluster: c.ca.Cluster(), Role: role, Name: name}, pki.For(pki.LeafValidity))
+	require.NoError(c.t, err)
+	require.NoError(c.t, pki.Write(c.Path(dir), c.ca.CertPEM(), pair))
+}
+
+func (c *Cluster) dial(address string) api.AdminClient {
+	c.t.Helper()
+	creds, err := pki.Open(c.Path("client"), pki.RoleClient, nil)
+	require.NoError(c.t, err)
+	conn, err := grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
+	require.NoError(c.t, err)
+	c.t.Cleanup(func() { conn.Close() })
+	return api.NewAdminClient(conn)
+}
+
+// Path returns a path below the cluster's folder.
+func (c *Cluster) Path(names ...string) string {
+	return filepath.Join(append([]string{c.dir}, names...)...)
+}
+
+// CSI returns the CSI endpoint of server i.
+func (c *Cluster) CSI(i int) string { return "unix://" + c.Path(fmt.Sprintf("csi-%d.sock", i)) }
+
+// Admin returns a client of server i's administration API.
+func (c *Cluster) Admin(i int) api.AdminClient { return c.admins[i] }
+
+// Config returns the configuration that server i was started with.
+func (c *Cluster) Config(i int) server.Config { return c.configs[i] }
+
+// Stop closes server i.
+func (c *Cluster) Stop(i int) {
+	c.t.Helper()
+	require.NoError(c.t, c.servers[i].Close())
+}
+
+// Start starts server i again, at its old address.
+func (c *Cluster) Start(i int) {
+	c.t.Helper()
+	s, err := server.Open(c.t.Context(), c.configs[i])
+	require.NoError(c.t, err)
+	c.servers[i] = s
+}
+
+// AwaitUp waits until n nodes are up and min(n, 3) of them vote.
+func (c *Cluster) AwaitUp(n int) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), readyTimeout)
+	defer cancel()
+	last := ""
+	for {
+		resp, err := c.admins[0].ListNodes(ctx, &api.ListNodesRequest{})
+		up, voters := 0, 0
+		for _, node := range resp.GetNodes() {
+			if node.GetState() == "Up" && len(node.GetDisks()) > 0 {
+				up++
+			}
+			if node.GetRole() != "Learner" {
+				voters++
+			}
+		}
+		if err == nil && up == n && voters == min(n, 3) {
+			return
+		}
+		if err != nil {
+			last = err.Error()
+		}
+		select {
+		case <-ctx.Done():
+			require.FailNow(c.t, "cluster not ready", "%d of %d nodes up, %d vote; last error: %s", up, n, voters, last)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// logWriter writes a server's log lines to the test's log.
+type logWriter struct{ t testing.TB }
+
+// Write implements io.Writer.
+func (w logWriter) Write(p []byte) (int, error) {
+	w.t.Log(string(p[:len(p)-1])) //nolint:forbidigo // a log line, without its newline
+	return len(p), nil
+}

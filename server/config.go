@@ -1,0 +1,94 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// Config is what a server is told. DefaultConfig fills in what has a default.
+type Config struct {
+	Node      trivet.NodeID // name of this machine; must be the one in its certificate
+	Zone      string        // failure domain, optional
+	DataDir   string        // the server's own state: identity, catalogue, addresses
+	Disks     []string      // directories that keep replicas; default DataDir/disk
+	Listen    string        // host:port of the one TCP port; port 0 picks one (tests)
+	Advertise string        // host:port under which the other nodes reach it; default: Listen's
+	CertsDir  string        // folder with ca.crt, node.crt and node.key
+	Seeds     []string      // host:port of other servers, to find the cluster by
+	CSI       string        // unix:// endpoint of the CSI services; empty = none
+	Version   string        // of the binary, as CSI reports it
+	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
+
+	// Timing of every Raft group. The zero value takes raftgroup's defaults.
+	Timing raftgroup.Timing
+	// IOTimeout bounds how long one request waits for a leader; 0 = 60 s.
+	IOTimeout time.Duration
+
+	// Network replaces the TLS connections between nodes, in tests of three servers in one process.
+	// The administration port stays as it is. Nil = TLS.
+	Network transport.Network
+	Logger  *slog.Logger // nil = silent
+	// Fatal is called when going on would risk data: an I/O error of a disk, a broken invariant. It
+	// should end the process. Required.
+	Fatal func(error)
+}
+
+// DefaultConfig returns a Config with every default that does not depend on another field.
+func DefaultConfig() Config {
+	return Config{Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler)}
+}
+
+// Validate fills in the defaults that depend on other fields and returns ErrInvalid, naming the
+// field, when something is missing or malformed.
+func (c *Config) Validate() error {
+	if err := trivet.ValidateNodeID(string(c.Node)); err != nil {
+		return fmt.Errorf("node: %w", err)
+	}
+	if c.DataDir == "" {
+		return fmt.Errorf("data directory is missing: %w", trivet.ErrInvalid)
+	}
+	if c.CertsDir == "" {
+		return fmt.Errorf("certificate folder is missing: %w", trivet.ErrInvalid)
+	}
+	if c.Fatal == nil {
+		return fmt.Errorf("fatal: %w", errors.Join(errors.New("function is missing"), trivet.ErrInvalid))
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if len(c.Disks) == 0 {
+		c.Disks = []string{filepath.Join(c.DataDir, "disk")}
+	}
+	if c.RunDir == "" {
+		c.RunDir = filepath.Join(c.DataDir, "run")
+	}
+	if c.Advertise == "" {
+		c.Advertise = c.Listen
+	}
+	if c.CSI != "" && !strings.HasPrefix(c.CSI, "unix://") {
+		return fmt.Errorf("csi endpoint %q: want unix:///path: %w", c.CSI, trivet.ErrInvalid)
+	}
+	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			return fmt.Errorf("address %q: want host:port: %w", addr, trivet.ErrInvalid)
+		}
+	}
+	host, _, err := net.SplitHostPort(c.Advertise)
+	if err != nil {
+		return err
+	}
+	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
+		return fmt.Errorf("advertised address %q: other nodes cannot reach it; set --advertise: %w", c.Advertise,
+			trivet.ErrInvalid)
+	}
+	return nil
+}
