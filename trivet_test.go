@@ -35,7 +35,8 @@ func TestParseVolumeIDRefuses(t *testing.T) {
 func TestUUID(t *testing.T) {
 	t.Parallel()
 	require.NoError(t, trivet.ValidateUUID(trivet.NewUUID()))
-	assert.NotEqual(t, trivet.NewUUID(), trivet.NewUUID())
+	first, second := trivet.NewUUID(), trivet.NewUUID()
+	assert.NotEqual(t, first, second)
 	for _, s := range []string{
 		"", "x", strings.Repeat("0", 36), "0000000g-0000-0000-0000-000000000000", "../../../../../../../../etc/passwd-12",
 		"AAAAAAAA-0000-0000-0000-000000000000",

@@ -15,20 +15,21 @@ import (
 // here, and "." (the vocabulary) always. A package that is missing here fails the test, so that a
 // newcomer decides where it stands.
 var mayImport = map[string][]string{
-	".":                     {},
-	"engine":                {},
-	"iothrottle":            {},
-	"node/blockdev":         {},
-	"controller/meta":       {},
-	"replication/transport": {},
-	"internal/pki":          {},
-	"internal/lint":         {},
-	"internal/faultdev":     {},
-	"internal/testutil":     {},
-	"api":                   {},
-	"replication/raftgroup": {"replication/transport"},
-	"replication":           {"engine", "replication/raftgroup", "replication/transport"},
-	"controller":            {"controller/meta", "replication/raftgroup", "replication/transport"},
+	".":                         {},
+	"engine":                    {},
+	"iothrottle":                {},
+	"node/blockdev":             {},
+	"controller/meta":           {},
+	"replication/transport":     {},
+	"internal/pki":              {},
+	"internal/lint":             {},
+	"internal/faultdev":         {},
+	"internal/faultdev/devtest": {"internal/faultdev"},
+	"internal/testutil":         {"api", "internal/pki", "server"},
+	"api":                       {},
+	"replication/raftgroup":     {"replication/transport"},
+	"replication":               {"engine", "replication/raftgroup", "replication/transport"},
+	"controller":                {"controller/meta", "replication/raftgroup", "replication/transport"},
 	"node": {
 		"controller/meta", "engine", "iothrottle", "node/blockdev", "replication", "replication/raftgroup",
 		"replication/transport",
@@ -54,20 +55,24 @@ var homes = []struct {
 	dirs   []string
 }{
 	{"github.com/hashicorp/", []string{"replication/raftgroup"}},
-	{"github.com/cockroachdb/pebble/v2/vfs", []string{"controller", "engine", "internal/sim", "node", "replication",
-		"replication/raftgroup", "server"}},
+	{"github.com/cockroachdb/pebble/v2/vfs", []string{
+		"controller", "engine", "internal/sim", "node", "replication",
+		"replication/raftgroup", "server",
+	}},
 	{"github.com/cockroachdb/pebble", []string{"engine"}},
 	{"github.com/container-storage-interface/", []string{"driver", "internal/demo"}},
 	{"github.com/kubernetes-csi/csi-lib-utils", []string{"driver"}},
 	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},
-	{"google.golang.org/grpc", []string{"api", "cmd/trivet", "driver", "internal/demo", "server"}},
+	{"google.golang.org/grpc", []string{"api", "cmd/trivet", "driver", "internal/demo", "internal/testutil", "server"}},
 	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
-	{"golang.org/x/sys/unix", []string{"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
-		"replication/transport"}},
+	{"golang.org/x/sys/unix", []string{
+		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
+		"replication/transport",
+	}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
-	{"github.com/stretchr/testify", []string{"internal/faultdev", "internal/testutil", "sanity"}},
+	{"github.com/stretchr/testify", []string{"internal/faultdev/devtest", "internal/testutil", "sanity"}},
 }
 
 func load(t *testing.T) []lint.File {

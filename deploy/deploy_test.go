@@ -1,0 +1,443 @@
+// Package deploy_test reads the manifests as Kubernetes would, field by field, and checks that they
+// agree with each other and with the program.
+package deploy_test
+
+import (
+	"bytes"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/yaml"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller"
+)
+
+const namespace = "trivet-system"
+
+// kinds are the types that the manifests may use, by apiVersion and kind.
+var kinds = map[string]func() metav1.Object{
+	"v1/Namespace":                             func() metav1.Object { return new(corev1.Namespace) },
+	"v1/ServiceAccount":                        func() metav1.Object { return new(corev1.ServiceAccount) },
+	"v1/Service":                               func() metav1.Object { return new(corev1.Service) },
+	"v1/PersistentVolumeClaim":                 func() metav1.Object { return new(corev1.PersistentVolumeClaim) },
+	"v1/Pod":                                   func() metav1.Object { return new(corev1.Pod) },
+	"apps/v1/DaemonSet":                        func() metav1.Object { return new(appsv1.DaemonSet) },
+	"apps/v1/Deployment":                       func() metav1.Object { return new(appsv1.Deployment) },
+	"policy/v1/PodDisruptionBudget":            func() metav1.Object { return new(policyv1.PodDisruptionBudget) },
+	"rbac.authorization.k8s.io/v1/ClusterRole": func() metav1.Object { return new(rbacv1.ClusterRole) },
+	"rbac.authorization.k8s.io/v1/ClusterRoleBinding": func() metav1.Object { return new(rbacv1.ClusterRoleBinding) },
+	"rbac.authorization.k8s.io/v1/Role":               func() metav1.Object { return new(rbacv1.Role) },
+	"rbac.authorization.k8s.io/v1/RoleBinding":        func() metav1.Object { return new(rbacv1.RoleBinding) },
+	"storage.k8s.io/v1/CSIDriver":                     func() metav1.Object { return new(storagev1.CSIDriver) },
+	"storage.k8s.io/v1/StorageClass":                  func() metav1.Object { return new(storagev1.StorageClass) },
+}
+
+// manifests returns every document of every file, decoded without tolerance: an unknown field, a
+// field given twice and a kind that is not in the table fail the test.
+func manifests(t *testing.T) map[string][]metav1.Object {
+	t.Helper()
+	var paths []string
+	for _, pattern := range []string{"*.yaml", "examples/*.yaml"} {
+		found, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		paths = append(paths, found...)
+	}
+	out := make(map[string][]metav1.Object)
+	for _, path := range paths {
+		if path == "kustomization.yaml" {
+			continue
+		}
+		text, err := os.ReadFile(path)
+		require.NoError(t, err)
+		for _, doc := range regexp.MustCompile(`(?m)^---$`).Split(string(text), -1) {
+			out[path] = append(out[path], decode(t, path, []byte(doc)))
+		}
+	}
+	require.GreaterOrEqual(t, len(out), 7, "files are missing")
+	return out
+}
+
+func decode(t *testing.T, path string, doc []byte) metav1.Object {
+	t.Helper()
+	var meta metav1.TypeMeta
+	require.NoError(t, yaml.Unmarshal(doc, &meta), path)
+	key := meta.APIVersion + "/" + meta.Kind
+	require.Contains(t, kinds, key, path)
+	obj := kinds[key]()
+	require.NoError(t, yaml.UnmarshalStrict(doc, obj), "%s: %s", path, key)
+	return obj
+}
+
+// all returns every object of a type.
+func all[T metav1.Object](t *testing.T) []T {
+	t.Helper()
+	var out []T
+	for _, objects := range manifests(t) {
+		for _, o := range objects {
+			if typed, ok := o.(T); ok {
+				out = append(out, typed)
+			}
+		}
+	}
+	require.NotEmpty(t, out)
+	return out
+}
+
+// one returns the only object of a type.
+func one[T metav1.Object](t *testing.T) T {
+	t.Helper()
+	found := all[T](t)
+	require.Len(t, found, 1)
+	return found[0]
+}
+
+func container(t *testing.T, spec corev1.PodSpec, name string) corev1.Container {
+	t.Helper()
+	i := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
+	require.GreaterOrEqual(t, i, 0, "container %s", name)
+	return spec.Containers[i]
+}
+
+// flag returns the value of the flag in the container's arguments.
+func flag(t *testing.T, c corev1.Container, name string) string {
+	t.Helper()
+	for _, a := range c.Args {
+		if v, ok := strings.CutPrefix(a, "--"+name+"="); ok {
+			return v
+		}
+	}
+	t.Fatalf("container %s has no flag --%s", c.Name, name)
+	return ""
+}
+
+// onHost returns what a path in the container is called on the host, and its mount.
+func onHost(t *testing.T, spec corev1.PodSpec, c corev1.Container, path string) (string, corev1.VolumeMount) {
+	t.Helper()
+	var best corev1.VolumeMount
+	for _, m := range c.VolumeMounts {
+		inside := path == m.MountPath || strings.HasPrefix(path, m.MountPath+"/")
+		if inside && len(m.MountPath) > len(best.MountPath) {
+			best = m
+		}
+	}
+	require.NotEmpty(t, best.Name, "%s of container %s is in no volume", path, c.Name)
+	for _, v := range spec.Volumes {
+		if v.Name == best.Name && v.HostPath != nil {
+			return v.HostPath.Path + strings.TrimPrefix(path, best.MountPath), best
+		}
+	}
+	t.Fatalf("%s of container %s is not on the host", path, c.Name)
+	return "", best
+}
+
+func TestNamesAgree(t *testing.T) {
+	t.Parallel()
+	assert.Equal(t, trivet.DriverName, one[*storagev1.CSIDriver](t).Name)
+	assert.Equal(t, namespace, one[*corev1.Namespace](t).Name)
+	class := one[*storagev1.StorageClass](t)
+	assert.Equal(t, trivet.DriverName, class.Provisioner)
+	_, err := controller.ParseParams(class.Parameters)
+	require.NoError(t, err)
+	assert.Nil(t, class.AllowVolumeExpansion, "not in this version")
+	claim := one[*corev1.PersistentVolumeClaim](t)
+	assert.Equal(t, class.Name, *claim.Spec.StorageClassName)
+	assert.Equal(t, claim.Name, one[*corev1.Pod](t).Spec.Volumes[0].PersistentVolumeClaim.ClaimName)
+
+	seen := make(map[string]bool)
+	for path, objects := range manifests(t) {
+		for _, o := range objects {
+			id := strings.Join([]string{path, o.GetNamespace(), o.GetName()}, " ")
+			switch o.(type) {
+			case *corev1.Namespace, *storagev1.CSIDriver, *storagev1.StorageClass, *rbacv1.ClusterRole,
+				*rbacv1.ClusterRoleBinding, *corev1.PersistentVolumeClaim, *corev1.Pod:
+				assert.Empty(t, o.GetNamespace(), id)
+			default:
+				assert.Equal(t, namespace, o.GetNamespace(), id)
+			}
+			key := fmt.Sprintf("%T %s %s", o, o.GetNamespace(), o.GetName())
+			assert.False(t, seen[key], "%s stands twice", key)
+			seen[key] = true
+		}
+	}
+}
+
+func TestServiceAccounts(t *testing.T) {
+	t.Parallel()
+	accounts := make(map[string]*corev1.ServiceAccount)
+	for _, a := range all[*corev1.ServiceAccount](t) {
+		accounts[a.Name] = a
+	}
+	used := []string{
+		one[*appsv1.DaemonSet](t).Spec.Template.Spec.ServiceAccountName,
+		one[*appsv1.Deployment](t).Spec.Template.Spec.ServiceAccountName,
+	}
+	for _, name := range used {
+		assert.Contains(t, accounts, name)
+	}
+	assert.Len(t, accounts, len(used), "an account that nobody uses")
+	node := accounts[used[0]]
+	assert.False(t, *node.AutomountServiceAccountToken, "the node pods need nothing of the API")
+
+	roles, bound := make(map[string]bool), make(map[string]bool)
+	for _, r := range all[*rbacv1.ClusterRole](t) {
+		roles["ClusterRole "+r.Name] = true
+		assertNoWildcard(t, r.Rules)
+	}
+	for _, r := range all[*rbacv1.Role](t) {
+		roles["Role "+r.Name] = true
+		assertNoWildcard(t, r.Rules)
+	}
+	check := func(ref rbacv1.RoleRef, subjects []rbacv1.Subject) {
+		bound[ref.Kind+" "+ref.Name] = true
+		require.Len(t, subjects, 1)
+		assert.Equal(t, namespace, subjects[0].Namespace)
+		assert.Equal(t, used[1], subjects[0].Name, "only the sidecars talk to the API")
+	}
+	for _, b := range all[*rbacv1.ClusterRoleBinding](t) {
+		check(b.RoleRef, b.Subjects)
+	}
+	for _, b := range all[*rbacv1.RoleBinding](t) {
+		check(b.RoleRef, b.Subjects)
+	}
+	assert.Equal(t, roles, bound, "roles there are, and roles that are bound")
+}
+
+func assertNoWildcard(t *testing.T, rules []rbacv1.PolicyRule) {
+	t.Helper()
+	for _, r := range rules {
+		assert.NotContains(t, slices.Concat(r.APIGroups, r.Resources, r.Verbs), "*")
+		assert.NotContains(t, r.Resources, "secrets")
+	}
+}
+
+func TestSocketsAgree(t *testing.T) {
+	t.Parallel()
+	node := one[*appsv1.DaemonSet](t).Spec.Template.Spec
+	server := container(t, node, "trivet")
+	path, ok := strings.CutPrefix(flag(t, server, "csi"), "unix://")
+	require.True(t, ok)
+	host, _ := onHost(t, node, server, path)
+	assert.Equal(t, "/var/lib/kubelet/plugins/"+trivet.DriverName+"/csi.sock", host)
+	assert.Less(t, len(host), 108, "sun_path, unix(7)")
+
+	registrar := container(t, node, "node-driver-registrar")
+	assert.Equal(t, host, flag(t, registrar, "kubelet-registration-path"))
+	atRegistrar, _ := onHost(t, node, registrar, flag(t, registrar, "csi-address"))
+	assert.Equal(t, host, atRegistrar)
+	registration, _ := onHost(t, node, registrar, "/registration")
+	assert.Equal(t, "/var/lib/kubelet/plugins_registry", registration)
+
+	sidecars := one[*appsv1.Deployment](t).Spec.Template.Spec
+	for _, c := range sidecars.Containers {
+		got, _ := onHost(t, sidecars, c, flag(t, c, "csi-address"))
+		assert.Equal(t, host, got, c.Name)
+		assert.Equal(t, int64(0), *c.SecurityContext.RunAsUser, "%s: the socket has mode 0600", c.Name)
+	}
+}
+
+func TestServerPaths(t *testing.T) {
+	t.Parallel()
+	spec := one[*appsv1.DaemonSet](t).Spec.Template.Spec
+	server := container(t, spec, "trivet")
+	assert.True(t, *server.SecurityContext.Privileged)
+	for _, name := range []string{"data", "disk", "certs", "run-dir"} {
+		path := flag(t, server, name)
+		host, mount := onHost(t, spec, server, path)
+		assert.Equal(t, path, host, "--%s: the same inside and outside, so that messages can be followed", name)
+		assert.Equal(t, name == "certs", mount.ReadOnly, "--%s", name)
+	}
+	// What the server mounts must be seen outside, at the path that kubelet named.
+	for _, path := range []string{"/var/lib/kubelet/pods", flag(t, server, "run-dir")} {
+		host, mount := onHost(t, spec, server, path)
+		assert.Equal(t, path, host)
+		require.NotNil(t, mount.MountPropagation, path)
+		assert.Equal(t, corev1.MountPropagationBidirectional, *mount.MountPropagation, path)
+	}
+	host, _ := onHost(t, spec, server, "/dev")
+	assert.Equal(t, "/dev", host)
+}
+
+func TestSeedIsTheService(t *testing.T) {
+	t.Parallel()
+	set := one[*appsv1.DaemonSet](t)
+	service := one[*corev1.Service](t)
+	server := container(t, set.Spec.Template.Spec, "trivet")
+	host, port, err := net.SplitHostPort(flag(t, server, "seed"))
+	require.NoError(t, err)
+	assert.Equal(t, service.Name+"."+service.Namespace+".svc", host)
+	assert.Equal(t, corev1.ClusterIPNone, service.Spec.ClusterIP)
+	assert.True(t, service.Spec.PublishNotReadyAddresses)
+	assertSelects(t, labels.SelectorFromSet(service.Spec.Selector), set.Spec.Template.Labels)
+	_, listen, err := net.SplitHostPort(flag(t, server, "listen"))
+	require.NoError(t, err)
+	_, advertised, err := net.SplitHostPort(flag(t, server, "advertise"))
+	require.NoError(t, err)
+	require.Len(t, service.Spec.Ports, 1)
+	require.Len(t, server.Ports, 1)
+	assert.Equal(t, service.Spec.Ports[0].TargetPort.String(), server.Ports[0].Name)
+	for _, p := range []string{listen, advertised, strconv.Itoa(int(service.Spec.Ports[0].Port))} {
+		assert.Equal(t, port, p)
+	}
+	assert.Equal(t, port, strconv.Itoa(int(server.Ports[0].ContainerPort)))
+}
+
+func TestSelectors(t *testing.T) {
+	t.Parallel()
+	set, deployment := one[*appsv1.DaemonSet](t), one[*appsv1.Deployment](t)
+	budget := one[*policyv1.PodDisruptionBudget](t)
+	affinity := deployment.Spec.Template.Spec.Affinity
+	nodePods, sidecarPods := set.Spec.Template.Labels, deployment.Spec.Template.Labels
+	for name, tt := range map[string]struct {
+		selector    *metav1.LabelSelector
+		want, other map[string]string
+	}{
+		"daemon set": {set.Spec.Selector, nodePods, sidecarPods},
+		"deployment": {deployment.Spec.Selector, sidecarPods, nodePods},
+		"budget":     {budget.Spec.Selector, sidecarPods, nodePods},
+		"apart": {
+			affinity.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution[0].LabelSelector, sidecarPods, nodePods,
+		},
+		"beside a server": {
+			affinity.PodAffinity.RequiredDuringSchedulingIgnoredDuringExecution[0].LabelSelector, nodePods, sidecarPods,
+		},
+	} {
+		s, err := metav1.LabelSelectorAsSelector(tt.selector)
+		require.NoError(t, err, name)
+		assertSelects(t, s, tt.want)
+		assert.False(t, s.Matches(labels.Set(tt.other)), name)
+	}
+}
+
+func assertSelects(t *testing.T, s labels.Selector, set map[string]string) {
+	t.Helper()
+	assert.False(t, s.Empty())
+	assert.True(t, s.Matches(labels.Set(set)), "%s does not select %v", s, set)
+}
+
+// TestPodSpecs: mounts and volumes belong together, and $(NAME) in an argument is an environment
+// variable that is set; Kubernetes leaves a misspelt one as it stands.
+func TestPodSpecs(t *testing.T) {
+	t.Parallel()
+	variable := regexp.MustCompile(`\$\((\w+)\)`)
+	for _, spec := range []corev1.PodSpec{
+		one[*appsv1.DaemonSet](t).Spec.Template.Spec, one[*appsv1.Deployment](t).Spec.Template.Spec,
+	} {
+		volumes, mounted := make(map[string]bool), make(map[string]bool)
+		for _, v := range spec.Volumes {
+			volumes[v.Name] = true
+		}
+		for _, c := range spec.Containers {
+			env := make(map[string]bool)
+			for _, e := range c.Env {
+				env[e.Name] = true
+			}
+			for _, m := range c.VolumeMounts {
+				mounted[m.Name] = true
+			}
+			for _, a := range c.Args {
+				for _, m := range variable.FindAllStringSubmatch(a, -1) {
+					assert.True(t, env[m[1]], "%s: %s is not set", c.Name, m[1])
+				}
+			}
+			assert.NotEmpty(t, c.Resources.Requests, c.Name)
+		}
+		assert.Equal(t, volumes, mounted)
+	}
+	provisioner := container(t, one[*appsv1.Deployment](t).Spec.Template.Spec, "csi-provisioner")
+	var env []string
+	for _, e := range provisioner.Env {
+		env = append(env, e.Name)
+	}
+	assert.Subset(t, env, []string{"NAMESPACE", "POD_NAME"}, "it finds the owner of the capacity objects through them")
+}
+
+// TestFlagsExist: every flag in the manifests and the README is one that the program has.
+func TestFlagsExist(t *testing.T) {
+	t.Parallel()
+	known := programFlags(t)
+	server := container(t, one[*appsv1.DaemonSet](t).Spec.Template.Spec, "trivet")
+	require.Equal(t, "server", server.Args[0])
+	for _, a := range server.Args[1:] {
+		name, _, _ := strings.Cut(strings.TrimPrefix(a, "--"), "=")
+		assert.Contains(t, known, name)
+	}
+	text, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	commands := regexp.MustCompile(`(?m)^\s*trivet .*$`).FindAll(text, -1)
+	require.NotEmpty(t, commands)
+	for _, line := range commands {
+		for _, m := range regexp.MustCompile(`--([a-z-]+)`).FindAllSubmatch(line, -1) {
+			assert.Contains(t, known, string(m[1]), "README.md: %s", bytes.TrimSpace(line))
+		}
+	}
+}
+
+// programFlags reads the names of the flags from the source of the program.
+func programFlags(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob("../cmd/trivet/*.go")
+	require.NoError(t, err)
+	defines := regexp.MustCompile(`^(String|StringArray|StringSlice|StringToString|Bool|Int|Int64|Duration)VarP?$`)
+	var names []string
+	for _, path := range files {
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		require.NoError(t, err)
+		ast.Inspect(file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || len(call.Args) < 2 {
+				return true
+			}
+			sel, ok := call.Fun.(*ast.SelectorExpr)
+			lit, isLit := call.Args[1].(*ast.BasicLit)
+			if !ok || !isLit || !defines.MatchString(sel.Sel.Name) {
+				return true
+			}
+			name, err := strconv.Unquote(lit.Value)
+			require.NoError(t, err)
+			names = append(names, name)
+			return true
+		})
+	}
+	require.Contains(t, names, "csi", "the search finds nothing")
+	return names
+}
+
+func TestKustomization(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("kustomization.yaml")
+	require.NoError(t, err)
+	var k struct {
+		metav1.TypeMeta `json:",inline"`
+
+		Resources []string `json:"resources"`
+	}
+	require.NoError(t, yaml.UnmarshalStrict(text, &k))
+	var want []string
+	for path := range manifests(t) {
+		if filepath.Dir(path) == "." {
+			want = append(want, path)
+		}
+	}
+	assert.ElementsMatch(t, want, k.Resources)
+	assert.Equal(t, "namespace.yaml", k.Resources[0], "the others need it")
+}

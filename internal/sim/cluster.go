@@ -1,0 +1,244 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+const (
+	pollEvery = 20 * time.Millisecond
+	volumeID  = trivet.VolumeID(0x5157)
+)
+
+// ClusterConfig says what a Cluster is made of.
+type ClusterConfig struct {
+	Seed          uint64
+	Replicas      int // 1, 3 or 5; nodes are called n1, n2, ...
+	SizeBytes     int64
+	SnapshotBytes int64 // small, so that logs are compacted and snapshots installed
+	Heartbeat     time.Duration
+	// WrapMachine, when set, stands between each group and its state machine.
+	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
+	// LyingDisks claim to have synced Raft's files and have not, once the cluster is made.
+	LyingDisks bool
+	// Authorize, when set, is every Host's.
+	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
+	Logger    *slog.Logger // may be nil
+}
+
+// Cluster is a volume on machines that can crash, and a client that has no replica. Its methods may be
+// called concurrently, but those that start or stop one machine must not run together.
+type Cluster struct {
+	Net *transport.Memory
+
+	cfg     ClusterConfig
+	timing  raftgroup.Timing
+	nodes   []*Node
+	members []raftgroup.Member
+
+	mu       sync.Mutex
+	failures []error // Fatal of machines that ran
+}
+
+// ClientNode is the machine without a replica.
+const ClientNode = trivet.NodeID("client")
+
+// NewCluster makes the machines and the volume's replicas, and starts them.
+func NewCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	c := &Cluster{
+		Net: transport.NewMemory(cfg.Seed), cfg: cfg,
+		timing: raftgroup.Timing{Heartbeat: cfg.Heartbeat, Lease: cfg.Heartbeat * 3 / 4},
+	}
+	for i := range cfg.Replicas {
+		n := &Node{c: c, id: trivet.NodeID(fmt.Sprintf("n%d", i+1)), mem: vfs.NewCrashableMem()}
+		n.replica = trivet.ReplicaID(fmt.Sprintf("00000000-0000-4000-8000-%012d", i+1))
+		c.nodes = append(c.nodes, n)
+		c.members = append(c.members, raftgroup.Member{Replica: n.replica, Node: n.id})
+	}
+	for _, n := range c.nodes {
+		if err := n.birth(ctx); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+	}
+	return c, nil
+}
+
+// Volume returns the ID of the cluster's volume.
+func (c *Cluster) Volume() trivet.VolumeID { return volumeID }
+
+// Nodes returns the machines with a replica.
+func (c *Cluster) Nodes() []*Node { return c.nodes }
+
+// Node returns a machine by its name.
+func (c *Cluster) Node(id trivet.NodeID) *Node {
+	for _, n := range c.nodes {
+		if n.id == id {
+			return n
+		}
+	}
+	return nil
+}
+
+// Members returns the volume's replicas.
+func (c *Cluster) Members() []raftgroup.Member { return c.members }
+
+// fatal is what a machine calls instead of stopping its process.
+func (c *Cluster) fatal(n *Node, l *life) func(error) {
+	return func(err error) {
+		if l.isDead() {
+			return
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.failures = append(c.failures, fmt.Errorf("fatal on %s: %w", n.id, err))
+	}
+}
+
+// Failures returns what made machines give up, other than being crashed.
+func (c *Cluster) Failures() []error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]error(nil), c.failures...)
+}
+
+// Leader waits for a replica that leads.
+func (c *Cluster) Leader(ctx context.Context) (*Node, *replication.Replica, error) {
+	for {
+		var best *Node
+		var replica *replication.Replica
+		var term uint64
+		for _, n := range c.nodes { // a deposed leader may not know it yet
+			r, ok := n.Replica()
+			if !ok {
+				continue
+			}
+			if st := r.Status(); st.IsLeader && st.Term >= term {
+				best, replica, term = n, r, st.Term
+			}
+		}
+		if best != nil {
+			return best, replica, nil
+		}
+		if err := Sleep(ctx, pollEvery); err != nil {
+			return nil, nil, fmt.Errorf("wait for a leader: %w", err)
+		}
+	}
+}
+
+// Fence commits an epoch through whoever leads, asking again until it is done.
+func (c *Cluster) Fence(ctx context.Context, epoch trivet.Epoch) error {
+	return c.lead(ctx, func(r *replication.Replica) error { return r.Fence(ctx, epoch) })
+}
+
+// lead calls f with the leader until it gives an answer that is not "ask again".
+func (c *Cluster) lead(ctx context.Context, f func(*replication.Replica) error) error {
+	for {
+		_, r, err := c.Leader(ctx)
+		if err != nil {
+			return err
+		}
+		err = f(r)
+		if !errors.Is(err, trivet.ErrNotLeader) && !errors.Is(err, trivet.ErrUnavailable) {
+			return err
+		}
+		if err := Sleep(ctx, pollEvery); err != nil {
+			return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
+		}
+	}
+}
+
+// OpenVolume opens the volume on a machine; on ClientNode without a local replica.
+func (c *Cluster) OpenVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration) (
+	*replication.Volume, error,
+) {
+	cfg := replication.VolumeConfig{
+		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: c.members,
+		IOTimeout: ioTimeout, Network: c.Net.Node(node), Logger: c.cfg.Logger.With("node", node),
+	}
+	if n := c.Node(node); n != nil {
+		if l := n.current(); l != nil {
+			cfg.Host, cfg.Network = l.host, l.net
+		}
+	}
+	return replication.OpenVolume(cfg)
+}
+
+// Converge waits until every replica has applied what the leader has.
+func (c *Cluster) Converge(ctx context.Context) error {
+	for {
+		indexes := map[uint64]bool{}
+		for _, n := range c.nodes {
+			if l := n.current(); l != nil {
+				if vol, err := l.eng.OpenVolume(volumeID); err == nil && !vol.Restoring() {
+					indexes[vol.State().AppliedIndex] = true
+					continue
+				}
+			}
+			indexes[^uint64(0)] = true
+		}
+		if len(indexes) == 1 && !indexes[^uint64(0)] {
+			return nil
+		}
+		if err := Sleep(ctx, pollEvery); err != nil {
+			return fmt.Errorf("replicas are at indexes %v: %w", indexes, err)
+		}
+	}
+}
+
+// Digests returns the digest of each running replica's blocks and state.
+func (c *Cluster) Digests() (map[trivet.NodeID][32]byte, error) {
+	out := map[trivet.NodeID][32]byte{}
+	for _, n := range c.nodes {
+		l := n.current()
+		if l == nil {
+			continue
+		}
+		vol, err := l.eng.OpenVolume(volumeID)
+		if err != nil {
+			return nil, err
+		}
+		if out[n.id], err = vol.Digest(); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// Close stops everything and waits for it.
+func (c *Cluster) Close() error {
+	var errs []error
+	for _, n := range c.nodes {
+		errs = append(errs, n.Stop())
+	}
+	errs = append(errs, c.Net.Close())
+	return errors.Join(errs...)
+}
+
+// Sleep waits for d or the end of ctx, whose error it returns.
+func Sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func newRand(seed, stream uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, stream)) }

@@ -1,0 +1,167 @@
+package sim
+
+import (
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// disk is the filesystem of one life of a machine. Everything that changes it is counted, so that the
+// machine can be crashed between a write and its sync: those take no time in a bubble, and a crash
+// between two of them would never be drawn by the clock.
+type disk struct {
+	vfs.FS
+	mem *vfs.MemFS
+	lie atomic.Bool // files of Raft opened from now on are not synced, whatever is asked for
+
+	mu      sync.Mutex
+	crashIn int // operations until crash is called; 0 = never
+	crash   func()
+}
+
+func newDisk(mem *vfs.MemFS) *disk { return &disk{FS: mem, mem: mem} }
+
+// arm makes crash run just before the n-th operation from now, once.
+func (d *disk) arm(n int, crash func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.crashIn, d.crash = n, crash
+}
+
+// step is called before each operation that changes the disk.
+func (d *disk) step() {
+	d.mu.Lock()
+	var crash func()
+	if d.crashIn > 0 {
+		if d.crashIn--; d.crashIn == 0 {
+			crash = d.crash
+		}
+	}
+	d.mu.Unlock()
+	if crash != nil {
+		crash()
+	}
+}
+
+// afterCrash returns what the disk holds if power fails now: all that was synced, and each unsynced
+// write with the given probability in per cent.
+func (d *disk) afterCrash(rnd *rand.Rand, unsyncedPercent int) *vfs.MemFS {
+	return d.mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsyncedPercent, RNG: rnd})
+}
+
+func (d *disk) wrap(name string, f vfs.File, err error) (vfs.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	return &file{File: f, disk: d, lie: d.lie.Load() && strings.Contains(name, "/groups/")}, nil
+}
+
+// Create implements vfs.FS.
+func (d *disk) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	d.step()
+	f, err := d.FS.Create(name, c)
+	return d.wrap(name, f, err)
+}
+
+// OpenReadWrite implements vfs.FS.
+func (d *disk) OpenReadWrite(name string, c vfs.DiskWriteCategory, opts ...vfs.OpenOption) (vfs.File, error) {
+	d.step()
+	f, err := d.FS.OpenReadWrite(name, c, opts...)
+	return d.wrap(name, f, err)
+}
+
+// ReuseForWrite implements vfs.FS.
+func (d *disk) ReuseForWrite(oldname, newname string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	d.step()
+	f, err := d.FS.ReuseForWrite(oldname, newname, c)
+	return d.wrap(newname, f, err)
+}
+
+// OpenDir implements vfs.FS.
+func (d *disk) OpenDir(name string) (vfs.File, error) {
+	f, err := d.FS.OpenDir(name)
+	return d.wrap(name, f, err)
+}
+
+// Link implements vfs.FS.
+func (d *disk) Link(oldname, newname string) error {
+	d.step()
+	return d.FS.Link(oldname, newname)
+}
+
+// Remove implements vfs.FS.
+func (d *disk) Remove(name string) error {
+	d.step()
+	return d.FS.Remove(name)
+}
+
+// RemoveAll implements vfs.FS.
+func (d *disk) RemoveAll(name string) error {
+	d.step()
+	return d.FS.RemoveAll(name)
+}
+
+// Rename implements vfs.FS.
+func (d *disk) Rename(oldname, newname string) error {
+	d.step()
+	return d.FS.Rename(oldname, newname)
+}
+
+// MkdirAll implements vfs.FS.
+func (d *disk) MkdirAll(dir string, perm os.FileMode) error {
+	d.step()
+	return d.FS.MkdirAll(dir, perm)
+}
+
+// Unwrap implements vfs.FS.
+func (d *disk) Unwrap() vfs.FS { return d.FS }
+
+// file counts the operations on one file.
+type file struct {
+	vfs.File
+	disk *disk
+	lie  bool
+}
+
+// Write implements vfs.File.
+func (f *file) Write(p []byte) (int, error) {
+	f.disk.step()
+	return f.File.Write(p)
+}
+
+// WriteAt implements vfs.File.
+func (f *file) WriteAt(p []byte, off int64) (int, error) {
+	f.disk.step()
+	return f.File.WriteAt(p, off)
+}
+
+// Sync implements vfs.File.
+func (f *file) Sync() error {
+	f.disk.step()
+	if f.lie {
+		return nil
+	}
+	return f.File.Sync()
+}
+
+// SyncData implements vfs.File.
+func (f *file) SyncData() error {
+	f.disk.step()
+	if f.lie {
+		return nil
+	}
+	return f.File.SyncData()
+}
+
+// SyncTo implements vfs.File.
+func (f *file) SyncTo(length int64) (bool, error) {
+	f.disk.step()
+	if f.lie {
+		return true, nil
+	}
+	return f.File.SyncTo(length)
+}

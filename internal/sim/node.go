@@ -1,0 +1,264 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+const diskDir = "/disk"
+
+// Node is a machine with a replica. It lives from boot to crash, again and again, on what its disk kept.
+type Node struct {
+	c       *Cluster
+	id      trivet.NodeID
+	replica trivet.ReplicaID
+
+	mu   sync.Mutex
+	mem  *vfs.MemFS // as the last crash left it
+	life *life      // nil while down
+}
+
+// life is what a machine runs between boot and crash.
+type life struct {
+	disk *disk
+	net  *transport.MemoryNode
+	mux  *raftgroup.Mux
+	eng  *engine.Engine
+	host *replication.Host
+
+	mu   sync.Mutex
+	dead bool
+}
+
+func (l *life) isDead() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.dead
+}
+
+// die marks the life as over and reports whether it was alive.
+func (l *life) die() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := !l.dead
+	l.dead = true
+	return was
+}
+
+// ID returns the machine's name.
+func (n *Node) ID() trivet.NodeID { return n.id }
+
+// ReplicaID returns the name of its replica.
+func (n *Node) ReplicaID() trivet.ReplicaID { return n.replica }
+
+// Up reports whether the machine runs.
+func (n *Node) Up() bool { return n.current() != nil }
+
+// current returns the machine's life, or nil while it is down.
+func (n *Node) current() *life {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.life == nil || n.life.isDead() {
+		return nil
+	}
+	return n.life
+}
+
+// Host returns the machine's Host, or nil while it is down.
+func (n *Node) Host() *replication.Host {
+	if l := n.current(); l != nil {
+		return l.host
+	}
+	return nil
+}
+
+// Replica returns the running replica.
+func (n *Node) Replica() (*replication.Replica, bool) {
+	l := n.current()
+	if l == nil {
+		return nil, false
+	}
+	return l.host.Replica(volumeID)
+}
+
+// Blocks returns the engine's handle of the volume; it is valid until the machine stops.
+func (n *Node) Blocks() (*engine.Volume, error) {
+	l := n.current()
+	if l == nil {
+		return nil, fmt.Errorf("node %s is down: %w", n.id, trivet.ErrUnavailable)
+	}
+	return l.eng.OpenVolume(volumeID)
+}
+
+// SetDiskUsage makes the disk say how full it is; it cannot tell before. A crash forgets it.
+func (n *Node) SetDiskUsage(u vfs.DiskUsage) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.mem.TestingSetDiskUsage(u)
+}
+
+// Spec names the machine's replica, on its present disk.
+func (n *Node) Spec() replication.ReplicaSpec {
+	s := replication.ReplicaSpec{
+		Volume: volumeID, Replica: n.replica, SizeBytes: n.c.cfg.SizeBytes, Members: n.c.members,
+	}
+	if l := n.current(); l != nil {
+		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng}
+	}
+	return s
+}
+
+// birth formats the machine's disk, creates the replica and starts it.
+func (n *Node) birth(ctx context.Context) error {
+	if err := n.format(); err != nil {
+		return err
+	}
+	if err := n.Boot(); err != nil {
+		return err
+	}
+	disk, host := n.life.disk, n.life.host
+	disk.lie.Store(false)
+	if err := host.CreateReplica(ctx, n.Spec()); err != nil {
+		return err
+	}
+	disk.lie.Store(n.c.cfg.LyingDisks)
+	return host.OpenReplica(ctx, n.Spec())
+}
+
+// format makes the disk's directory durable.
+func (n *Node) format() error {
+	if err := n.mem.MkdirAll(diskDir, 0o700); err != nil {
+		return err
+	}
+	root, err := n.mem.OpenDir("/")
+	if err != nil {
+		return err
+	}
+	return errors.Join(root.Sync(), root.Close())
+}
+
+// Boot starts the machine without its replica. A machine that runs is left alone.
+func (n *Node) Boot() error {
+	if n.Up() {
+		return nil
+	}
+	l := &life{disk: newDisk(n.mem), net: n.c.Net.Node(n.id)}
+	l.disk.lie.Store(n.c.cfg.LyingDisks)
+	fatal := n.c.fatal(n, l)
+	var err error
+	l.eng, err = engine.Open(engine.Config{
+		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20,
+		Fatal: fatal, Logger: n.c.cfg.Logger.With("node", n.id),
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
+	}
+	l.mux = raftgroup.NewMux(l.net)
+	l.host, err = replication.NewHost(replication.HostConfig{
+		Network: l.net, Mux: l.mux, Timing: n.c.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
+		WrapMachine: n.c.cfg.WrapMachine, Authorize: n.c.cfg.Authorize, Fatal: fatal,
+		Logger: n.c.cfg.Logger.With("node", n.id),
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.eng.Close(), l.net.Close())
+	}
+	n.mu.Lock()
+	n.life = l
+	n.mu.Unlock()
+	return nil
+}
+
+// Start boots the machine and opens its replica. A machine that runs is left alone.
+func (n *Node) Start(ctx context.Context) error {
+	if n.Up() {
+		return nil
+	}
+	if err := n.Boot(); err != nil {
+		return err
+	}
+	if err := n.life.host.OpenReplica(ctx, n.Spec()); err != nil {
+		return fmt.Errorf("start %s: %w", n.id, err)
+	}
+	return nil
+}
+
+// Stop ends the machine in an orderly way. A machine that is down is left alone.
+func (n *Node) Stop() error {
+	n.mu.Lock()
+	l := n.life
+	n.life = nil
+	n.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	return l.close()
+}
+
+func (l *life) close() error {
+	err := l.host.Close()
+	return errors.Join(err, l.eng.Close(), l.net.Close())
+}
+
+// CrashOptions say how a machine loses power.
+type CrashOptions struct {
+	Rand            *rand.Rand
+	UnsyncedPercent int // of the unsynced writes that reach the disk all the same, 0 to 100
+	// Ops, when positive, lets the machine run on until just before that operation on its disk, but
+	// no longer than Wait.
+	Ops  int
+	Wait time.Duration
+}
+
+// Crash takes the power from the machine: its messages stop, its disk keeps what was synced and a share
+// of the rest, and nothing that it does afterwards counts. It returns once the dead process is cleared
+// away. A machine that is down is left alone.
+func (n *Node) Crash(ctx context.Context, o CrashOptions) error {
+	n.mu.Lock()
+	l := n.life
+	n.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	crashed := make(chan struct{})
+	crash := func() {
+		if !l.die() {
+			return
+		}
+		n.c.Net.Down(n.id)
+		after := l.disk.afterCrash(o.Rand, o.UnsyncedPercent)
+		n.mu.Lock()
+		n.mem, n.life = after, nil
+		n.mu.Unlock()
+		close(crashed)
+	}
+	if o.Ops > 0 {
+		l.disk.arm(o.Ops, crash)
+		t := time.NewTimer(o.Wait)
+		defer t.Stop()
+		select {
+		case <-crashed:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+	}
+	crash()
+	<-crashed
+	// The dead process talks to a disk and a network that nobody looks at any more: what its shutdown
+	// says does not matter, only that it ends.
+	if err := l.close(); err != nil {
+		n.c.cfg.Logger.Debug("remains of a crash", "node", n.id, "err", err)
+	}
+	return nil
+}

@@ -1,0 +1,198 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication"
+)
+
+const thinkMean = 60 * time.Millisecond
+
+// seat is one attachment of the volume.
+type seat struct {
+	volume *replication.Volume
+	epoch  trivet.Epoch
+	node   trivet.NodeID
+}
+
+// takeOver fences in the next epoch, opens the volume on a node and leaves the old holder alive, as a
+// machine that does not know yet that it was replaced (H12).
+func (s *sim) takeOver(ctx context.Context, node trivet.NodeID) error {
+	s.mu.Lock()
+	old := s.seat
+	s.mu.Unlock()
+	next := &seat{epoch: 1, node: node}
+	if old != nil {
+		next.epoch = old.epoch + 1
+	}
+	if err := s.cluster.Fence(ctx, next.epoch); err != nil {
+		return fmt.Errorf("fence in epoch %d: %w", next.epoch, err)
+	}
+	var err error
+	if next.volume, err = s.cluster.OpenVolume(node, next.epoch, ioTimeout); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.seat = next
+	s.mu.Unlock()
+	s.log.Debug("volume taken over", "epoch", next.epoch, "on", node)
+	if old == nil {
+		return nil
+	}
+	s.zombie(ctx, old)
+	s.count(func(r *Report) { r.LongestGap = max(r.LongestGap, old.volume.Stats().LongestPause) })
+	return old.volume.Close()
+}
+
+// zombie lets the old holder try: after the fence, nothing of what it asks may succeed.
+func (s *sim) zombie(ctx context.Context, old *seat) {
+	ctx, cancel := context.WithTimeout(ctx, ioTimeout/2)
+	defer cancel()
+	p := make([]byte, trivet.BlockSize)
+	stamp(p, 0, old.epoch, 1<<30) // a version that nobody issued: it is found wherever it lands
+	if err := old.volume.ReadAt(ctx, make([]byte, trivet.BlockSize), 0); err == nil {
+		s.violate(fmt.Errorf("read of fenced epoch %d succeeded", old.epoch))
+	}
+	if err := old.volume.WriteAt(ctx, p, 0); err == nil {
+		s.violate(fmt.Errorf("write of fenced epoch %d succeeded", old.epoch))
+	}
+	if err := old.volume.Discard(ctx, 0, trivet.BlockSize); err == nil {
+		s.violate(fmt.Errorf("discard of fenced epoch %d succeeded", old.epoch))
+	}
+}
+
+// worker uses the volume, one call after the other.
+type worker struct {
+	sim *sim
+	rnd *rand.Rand
+}
+
+func (w *worker) run(ctx context.Context) {
+	for {
+		think := time.Duration(w.rnd.ExpFloat64() * float64(thinkMean))
+		if Sleep(ctx, think) != nil {
+			return
+		}
+		w.sim.mu.Lock()
+		seat := w.sim.seat
+		w.sim.mu.Unlock()
+		lba, n := w.extent()
+		var err error
+		var busy bool
+		switch k := w.rnd.IntN(100); {
+		case k < 55:
+			busy, err = w.write(ctx, seat, lba, n)
+		case k < 80:
+			err = w.read(ctx, seat, lba, n)
+		case k < 90:
+			busy, err = w.zero(ctx, seat, lba, n, seat.volume.Discard)
+		case k < 95:
+			busy, err = w.zero(ctx, seat, lba, n, seat.volume.WriteZeroes)
+		default:
+			if err = seat.volume.Flush(ctx); errors.Is(err, trivet.ErrUnavailable) {
+				err = nil // sticky after a write that was given up, as promised
+			}
+		}
+		if ctx.Err() != nil || busy {
+			continue
+		}
+		if errors.Is(err, trivet.ErrFenced) || errors.Is(err, trivet.ErrClosed) {
+			// The seat is gone: fenced, or its machine crashed. Nothing to learn until it is taken again.
+			if Sleep(ctx, 10*pollEvery) != nil {
+				return
+			}
+			continue
+		}
+		w.sim.count(func(r *Report) {
+			r.Calls++
+			if err == nil {
+				r.Succeeded++
+			}
+		})
+	}
+}
+
+// extent draws a range: mostly short, at times longer than an atomic write, and mostly in a hot corner,
+// so that blocks are written again and again.
+func (w *worker) extent() (trivet.LBA, int) {
+	n := 1 + w.rnd.IntN(4)
+	if w.rnd.IntN(16) == 0 {
+		n = 1 + w.rnd.IntN(40)
+	}
+	span := w.sim.opts.BlockN
+	if w.rnd.IntN(2) == 0 {
+		span = min(span, 8)
+	}
+	n = min(n, span)
+	return trivet.LBA(w.rnd.IntN(span - n + 1)), n
+}
+
+func (w *worker) write(ctx context.Context, seat *seat, lba trivet.LBA, n int) (busy bool, err error) {
+	o := w.sim.oracle
+	versions, ok := o.begin(lba, n, write{epoch: seat.epoch})
+	if !ok {
+		return true, nil
+	}
+	p := make([]byte, n*trivet.BlockSize)
+	for i, v := range versions {
+		stamp(p[i*trivet.BlockSize:(i+1)*trivet.BlockSize], lba+trivet.LBA(i), seat.epoch, v)
+	}
+	err = seat.volume.WriteAt(ctx, p, int64(lba)*trivet.BlockSize)
+	for at := 0; at < len(p); at += trivet.BlockSize {
+		p[at]++ // ours again: whoever still reads it is found out (H25)
+	}
+	o.end(lba, n, err == nil)
+	return false, w.changed(err)
+}
+
+func (w *worker) zero(ctx context.Context, seat *seat, lba trivet.LBA, n int,
+	do func(ctx context.Context, off, n int64) error,
+) (busy bool, err error) {
+	o := w.sim.oracle
+	if _, ok := o.begin(lba, n, write{zero: true, epoch: seat.epoch}); !ok {
+		return true, nil
+	}
+	err = do(ctx, int64(lba)*trivet.BlockSize, int64(n)*trivet.BlockSize)
+	o.end(lba, n, err == nil)
+	return false, w.changed(err)
+}
+
+func (w *worker) changed(err error) error {
+	if err == nil {
+		w.sim.count(func(r *Report) { r.Writes++ })
+	}
+	return w.expected(err)
+}
+
+func (w *worker) read(ctx context.Context, seat *seat, lba trivet.LBA, n int) error {
+	floors := w.sim.oracle.floors(lba, n)
+	p := make([]byte, n*trivet.BlockSize)
+	if err := seat.volume.ReadAt(ctx, p, int64(lba)*trivet.BlockSize); err != nil {
+		return w.expected(err)
+	}
+	w.sim.count(func(r *Report) { r.Reads++ })
+	if err := w.sim.oracle.check(lba, p, floors); err != nil {
+		w.sim.violate(fmt.Errorf("read at epoch %d on %s: %w", seat.epoch, seat.node, err))
+	}
+	return nil
+}
+
+// expected passes on an error that faults may cause, and reports any other.
+func (w *worker) expected(err error) error {
+	for _, ok := range []error{
+		trivet.ErrUnavailable, trivet.ErrFenced, trivet.ErrClosed, context.Canceled, context.DeadlineExceeded,
+	} {
+		if errors.Is(err, ok) {
+			return err
+		}
+	}
+	if err != nil {
+		w.sim.violate(fmt.Errorf("unexpected answer: %w", err))
+	}
+	return err
+}
