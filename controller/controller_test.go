@@ -196,7 +196,7 @@ func TestCreateGivesUpWhereNothingIsLeft(t *testing.T) {
 		b := newBench(t, 3)
 		b.agents.set(t, func() { b.agents.faulty["n2"] = true })
 		_, err := b.CreateVolume(soon(t), controller.CreateRequest{Name: "x"})
-		require.ErrorIs(t, err, trivet.ErrNoSpace)
+		require.ErrorIs(t, err, trivet.ErrUnavailable, "n2 may be well again tomorrow")
 		synctest.Wait()
 		assert.Empty(t, b.store.Local().Volumes())
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -183,6 +184,11 @@ func (w *creation) place(s *meta.State) ([]meta.Replica, error) {
 		SizeBytes: w.bytes, Replicas: w.params.Replicas, Spread: w.params.Spread,
 		Requisite: w.Requisite, Preferred: w.Preferred, Load: LoadOf(s.Volumes()),
 	}, time.Now())
+	if err != nil && len(w.avoid) > 0 {
+		// The nodes that failed may only have been slow: not the caller's fault, nor for ever.
+		return nil, fmt.Errorf("nodes %v did not bring up their replicas, and without them: %v: %w",
+			slices.Sorted(maps.Keys(w.avoid)), err, trivet.ErrUnavailable)
+	}
 	if err != nil {
 		return nil, err
 	}

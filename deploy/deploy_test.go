@@ -364,7 +364,7 @@ func TestPodSpecs(t *testing.T) {
 		assert.Equal(t, volumes, mounted)
 	}
 	provisioner := container(t, one[*appsv1.Deployment](t).Spec.Template.Spec, "csi-provisioner")
-	var env []string
+	env := make([]string, 0, len(provisioner.Env))
 	for _, e := range provisioner.Env {
 		env = append(env, e.Name)
 	}

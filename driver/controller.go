@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -91,6 +92,9 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if r.RequiredBytes, r.LimitBytes, err = capacityRange(req.GetCapacityRange()); err != nil {
 		return r, err
 	}
+	if err = raiseForXFS(&r, req.GetVolumeCapabilities()); err != nil {
+		return r, err
+	}
 	top := req.GetAccessibilityRequirements()
 	if r.Requisite, err = segmentsOf("requisite", top.GetRequisite()); err != nil {
 		return r, err
@@ -99,6 +103,23 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 		return r, err
 	}
 	return r, nil
+}
+
+// xfsBytesMin is the smallest filesystem that mkfs.xfs makes (xfsprogs 5.19 and later: 300 MB).
+const xfsBytesMin = 300 << 20
+
+// raiseForXFS raises the required size to what xfs needs; ErrOutOfRange when the limit is below.
+func raiseForXFS(r *controller.CreateRequest, caps []*csi.VolumeCapability) error {
+	isXFS := func(c *csi.VolumeCapability) bool { return c.GetMount().GetFsType() == "xfs" }
+	if r.RequiredBytes >= xfsBytesMin || !slices.ContainsFunc(caps, isXFS) {
+		return nil
+	}
+	if r.LimitBytes > 0 && r.LimitBytes < xfsBytesMin {
+		return fmt.Errorf("capacity_range: limit of %d bytes: xfs needs at least %d; ask for more, or for ext4: %w",
+			r.LimitBytes, xfsBytesMin, trivet.ErrOutOfRange)
+	}
+	r.RequiredBytes = xfsBytesMin
+	return nil
 }
 
 // capacityRange returns the bounds of a volume's size in bytes; zero means unbounded.
@@ -149,32 +170,42 @@ func (s *controllerServer) ValidateVolumeCapabilities(ctx context.Context,
 	if err := checkVolumeID(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	// A malformed capability is an invalid argument; one that is merely not supported is an answer.
-	var refused error
-	for _, c := range req.GetVolumeCapabilities() {
-		if _, err := capabilityOf(c); errors.Is(err, errCapability) {
-			refused = err
-		} else if err != nil {
-			return nil, err
-		}
-	}
 	if len(req.GetVolumeCapabilities()) == 0 {
 		return nil, fmt.Errorf("volume_capabilities are missing: %w", trivet.ErrInvalid)
+	}
+	refusal, err := refusalOf(req.GetVolumeCapabilities())
+	if err != nil {
+		return nil, err
+	}
+	if refusal == "" && len(req.GetMutableParameters()) > 0 {
+		refusal = "mutable_parameters: not supported yet"
 	}
 	if _, err := s.volume(ctx, req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	switch {
-	case refused != nil:
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: refused.Error()}, nil
-	case len(req.GetMutableParameters()) > 0:
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: "mutable_parameters: not supported yet"}, nil
+	if refusal != "" {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: refusal}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{
 		Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 			VolumeCapabilities: req.GetVolumeCapabilities(),
 		},
 	}, nil
+}
+
+// refusalOf says which of the capabilities no volume can have, if any. One that is malformed is an
+// error instead.
+func refusalOf(cs []*csi.VolumeCapability) (refusal string, err error) {
+	for _, c := range cs {
+		_, err := capabilityOf(c)
+		switch {
+		case errors.Is(err, errCapability):
+			refusal = err.Error()
+		case err != nil:
+			return "", err
+		}
+	}
+	return refusal, nil
 }
 
 // volume returns the volume that a handle names. ErrNotFound also when the orchestrator has deleted
@@ -208,12 +239,12 @@ func visible(p meta.Phase) bool {
 // GetCapacity says how much room there is for new volumes with these parameters.
 func (s *controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest,
 ) (*csi.GetCapacityResponse, error) {
-	for _, c := range req.GetVolumeCapabilities() {
-		if _, err := capabilityOf(c); errors.Is(err, errCapability) {
-			return &csi.GetCapacityResponse{}, nil // there is no room for what cannot be made
-		} else if err != nil {
-			return nil, err
-		}
+	refusal, err := refusalOf(req.GetVolumeCapabilities())
+	switch {
+	case err != nil:
+		return nil, err
+	case refusal != "":
+		return &csi.GetCapacityResponse{}, nil // there is no room for what cannot be made
 	}
 	segment, err := segmentOf("accessible_topology", req.GetAccessibleTopology())
 	if err != nil {

@@ -62,7 +62,6 @@ type Controller interface {
 	Volume(ctx context.Context, id trivet.VolumeID) (meta.Volume, error)
 	// Volumes is linearizable: the attacher takes its answer for the truth about attachments.
 	Volumes(ctx context.Context) ([]meta.Volume, error)
-	Nodes(ctx context.Context) ([]meta.Node, error)
 	Attach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID, mode meta.AccessMode,
 		readOnly bool) (meta.Volume, error)
 	// Detach ends the attachment of node, or of whichever node holds the volume when it is empty.
@@ -82,7 +81,10 @@ type Node interface {
 	Stats(ctx context.Context, id trivet.VolumeID, path string) (node.VolumeStats, error)
 }
 
-var _ Node = (*node.Node)(nil)
+var (
+	_ Controller = (*controller.Controller)(nil)
+	_ Node       = (*node.Node)(nil)
+)
 
 // Config says what to serve and where.
 type Config struct {

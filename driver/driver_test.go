@@ -31,7 +31,7 @@ func TestIdentity(t *testing.T) {
 
 	caps, err := h.GetPluginCapabilities(t.Context(), &csi.GetPluginCapabilitiesRequest{})
 	require.NoError(t, err)
-	var got []string
+	got := make([]string, 0, len(caps.GetCapabilities()))
 	for _, c := range caps.GetCapabilities() {
 		got = append(got, c.GetService().GetType().String())
 	}
@@ -51,14 +51,14 @@ func TestCapabilities(t *testing.T) {
 	h := open(t, nil)
 	cc, err := h.ControllerGetCapabilities(t.Context(), &csi.ControllerGetCapabilitiesRequest{})
 	require.NoError(t, err)
-	var ctrl []int32
+	ctrl := make([]int32, 0, len(cc.GetCapabilities()))
 	for _, c := range cc.GetCapabilities() {
 		ctrl = append(ctrl, int32(c.GetRpc().GetType()))
 	}
 	assert.Equal(t, []int32{1, 2, 3, 4, 8, 10, 12, 13}, ctrl)
 	nc, err := h.NodeGetCapabilities(t.Context(), &csi.NodeGetCapabilitiesRequest{})
 	require.NoError(t, err)
-	var nodes []int32
+	nodes := make([]int32, 0, len(nc.GetCapabilities()))
 	for _, c := range nc.GetCapabilities() {
 		nodes = append(nodes, int32(c.GetRpc().GetType()))
 	}
@@ -220,11 +220,13 @@ func TestPublishContext(t *testing.T) {
 		{"rwop", snsw, false, attachArgs{mode: meta.SingleNodeSingleWriter}, map[string]string{"epoch": "1"}},
 		{"old", snw, false, attachArgs{mode: meta.SingleNodeSingleWriter}, map[string]string{"epoch": "1"}},
 		{
-			"read-only", snmw, true, attachArgs{mode: meta.SingleNodeMultiWriter, readOnly: true},
+			"read-only", snmw, true,
+			attachArgs{mode: meta.SingleNodeMultiWriter, readOnly: true},
 			map[string]string{"epoch": "1", "readOnly": "true"},
 		},
 		{
-			"reader", snro, false, attachArgs{mode: meta.SingleNodeReader, readOnly: true},
+			"reader", snro, false,
+			attachArgs{mode: meta.SingleNodeReader, readOnly: true},
 			map[string]string{"epoch": "1", "readOnly": "true"},
 		},
 	} {

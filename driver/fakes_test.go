@@ -131,13 +131,6 @@ func (c *fakeController) Volumes(ctx context.Context) ([]meta.Volume, error) {
 	return out, nil
 }
 
-func (c *fakeController) Nodes(ctx context.Context) ([]meta.Node, error) {
-	if err := c.run(ctx, "Nodes", nil); err != nil {
-		return nil, err
-	}
-	return []meta.Node{{ID: thisNode, Zone: thisZone}, {ID: otherNode, Zone: thisZone}}, nil
-}
-
 // attachArgs is what a hook on Attach sees.
 type attachArgs struct {
 	volume   trivet.VolumeID

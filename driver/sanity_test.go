@@ -28,7 +28,7 @@ func TestSanity(t *testing.T) {
 		c.TestNodeVolumeAttachLimit = true
 		ginkgo.Describe(access, func() {
 			sc := sanity.GinkgoTest(&c)
-			ginkgo.AfterAll(sc.Finalize)
+			ginkgo.AfterAll(sc.Finalize) //nolint:misspell // its name
 		}, ginkgo.Ordered)
 	}
 	ginkgo.ReportAfterSuite("every advertised capability is tried", func(r ginkgo.Report) {

@@ -220,7 +220,7 @@ func TestDeleteVolumeCodes(t *testing.T) {
 
 // hostileRows calls with every hostile handle.
 func hostileRows(call func(context.Context, *harness, string) error) []row {
-	var rows []row
+	rows := make([]row, 0, len(hostile))
 	for _, handle := range hostile {
 		rows = append(rows, row{
 			fmt.Sprintf("hostile handle %.20q", handle),
@@ -418,10 +418,11 @@ func TestNodeStageCodes(t *testing.T) {
 
 // pathRows are the refusals of a path by form.
 func pathRows(field string, with func(string) func(context.Context, *testing.T, *harness) error) []row {
-	var rows []row
-	for _, p := range []string{
+	paths := []string{
 		"", "relative/path", "/", "//", "/a/../../etc", "/a/..", "/nul\x00", "/" + strings.Repeat("p", 4096),
-	} {
+	}
+	rows := make([]row, 0, len(paths))
+	for _, p := range paths {
 		rows = append(rows, row{fmt.Sprintf("path %.20q", p), with(p), codes.InvalidArgument, field})
 	}
 	return rows

@@ -172,6 +172,33 @@ func TestBatchRules(t *testing.T) {
 	require.NoError(t, commit(v), "the volume is still usable")
 }
 
+// Zero hits its blocks and no neighbour, whether it takes points, a range or tombstones (H18).
+func TestZeroBoundaries(t *testing.T) {
+	const blockN = 300
+	for gen := range trivet.Generation(2) {
+		e := mustOpen(t, vfs.NewMem())
+		v := filled(t, e, vol1, blockN, 1)
+		st := v.State()
+		st.Generation = gen
+		require.NoError(t, commitState(v, st))
+		want := bytes32(blockN, 1)
+		for i, n := range []int64{1, 2, 63, 64, 65, 250, blockN} {
+			lba := min(int64(20-i), blockN-n)
+			mustCommit(t, v, op{trivet.LBA(lba), n, 0})
+			clear(want[lba : lba+n])
+			require.NoError(t, checkStamps(v, want), "generation %d: %d blocks at %d", gen, n, lba)
+			mustCommit(t, v, op{0, blockN, uint32(i) + 2})
+			want = bytes32(blockN, uint32(i)+2)
+			// All-zero data is Zero by another name.
+			b := v.NewBatch()
+			require.NoError(t, b.Write(trivet.LBA(lba), make([]byte, n*bs)))
+			require.NoError(t, b.Commit(v.State()))
+			clear(want[lba : lba+n])
+			require.NoError(t, checkStamps(v, want), "generation %d: %d zero blocks at %d", gen, n, lba)
+		}
+	}
+}
+
 // A discard of a huge volume is one tombstone, however much it hides.
 func TestHugeDiscardIsCheap(t *testing.T) {
 	e := mustOpen(t, vfs.NewMem())

@@ -163,7 +163,8 @@ func TestGoldenImage(t *testing.T) {
 
 // The data path does not allocate per block.
 func TestAllocations(t *testing.T) {
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	race := debug.BuildSetting{Key: "-race", Value: "true"}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, race) {
 		t.Skip("under the race detector Pebble copies what it returns")
 	}
 	cfg := damageConfig(vfs.NewMem())

@@ -70,9 +70,10 @@ type attached struct {
 
 func newAttacher(cfg *Config) *attacher {
 	return &attacher{
-		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(), follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout, cat: cfg.Catalogue,
-		network: cfg.Network, log: loggerOr(cfg.Logger), held: make(map[trivet.VolumeID]*attached),
-		nbdN:      make(map[trivet.VolumeID]int),
+		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(),
+		follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
+		cat: cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
+		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
 			return blockdev.Attach(ctx, c)

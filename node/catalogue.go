@@ -83,21 +83,10 @@ type realHost struct{ *replication.Host }
 
 func (h realHost) running(id trivet.VolumeID) (runningReplica, bool) {
 	r, ok := h.Replica(id)
-	return realReplica{r}, ok
+	return r, ok
 }
 
 var _ replicaHost = realHost{}
-
-// realReplica is a Replica of package replication behind runningReplica.
-type realReplica struct{ *replication.Replica }
-
-// Changed is that of the Replica, if it has one.
-func (r realReplica) Changed() <-chan struct{} {
-	if c, ok := any(r.Replica).(interface{ Changed() <-chan struct{} }); ok {
-		return c.Changed()
-	}
-	return nil
-}
 
 // isLoss reports whether err says that a replica's data is gone or contradicts itself, as opposed
 // to an attempt that may succeed later.

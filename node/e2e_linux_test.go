@@ -78,7 +78,7 @@ func (c *cluster) path(i int, elem string) string {
 }
 
 func (c *cluster) logger(i int) *slog.Logger {
-	return slog.New(slog.NewTextHandler(c.t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", testNodeID(i))
+	return slog.New(slog.NewTextHandler(c.t.Output(), nil)).With("on", testNodeID(i))
 }
 
 func (c *cluster) fatal(i int) func(error) {

@@ -129,7 +129,8 @@ func testNodeID(n int) trivet.NodeID { return trivet.NodeID(fmt.Sprintf("n%d", n
 func (c *fakeCatalogue) addNode(n int) {
 	c.must(meta.Command{RegisterNode: &meta.RegisterNode{Node: meta.Node{
 		ID: testNodeID(n), Address: fmt.Sprintf("10.0.0.%d:7000", n), Incarnation: testUUID(0x300 + n),
-		LeaseUntil: time.Unix(2e9, 0), Disks: []meta.Disk{{ID: testDisk(n), Path: "/d", SizeBytes: 1 << 40, FreeBytes: 1 << 40}},
+		LeaseUntil: time.Unix(2e9, 0),
+		Disks:      []meta.Disk{{ID: testDisk(n), Path: "/d", SizeBytes: 1 << 40, FreeBytes: 1 << 40}},
 	}}})
 }
 

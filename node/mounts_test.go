@@ -164,7 +164,8 @@ func TestPublishErrors(t *testing.T) {
 		{"target outside", nil, func(r *PublishRequest) { r.TargetPath = "/a/../../etc" }, trivet.ErrInvalid},
 		{"target is the root", nil, func(r *PublishRequest) { r.TargetPath = "/" }, trivet.ErrInvalid},
 		{"option", nil, func(r *PublishRequest) { r.MountFlags = []string{"dev"} }, ErrUnsupported},
-		{"same target, other options", nil, func(r *PublishRequest) { r.TargetPath, r.ReadOnly = targetA, true }, trivet.ErrExists},
+		{"same target, other options", nil, func(r *PublishRequest) { r.TargetPath, r.ReadOnly = targetA, true },
+			trivet.ErrExists},
 		{"second target of a volume for one", nil, func(r *PublishRequest) { r.Mode = meta.SingleNodeSingleWriter },
 			trivet.ErrInUse},
 		{"something else is mounted there", func(_ *testing.T, b *mountBench) {
@@ -402,7 +403,8 @@ func TestLeaderFollowsTheAttachment(t *testing.T) {
 	for _, follow := range []bool{true, false} {
 		b := newMountBench(t)
 		b.mounts.attacher.follow = follow
-		b.cat.must(meta.Command{ReportLeader: &meta.ReportLeader{Volume: vol, Replica: testReplica(int(vol)<<4 | 2), Term: 1}})
+		other := testReplica(int(vol)<<4 | 2)
+		b.cat.must(meta.Command{ReportLeader: &meta.ReportLeader{Volume: vol, Replica: other, Term: 1}})
 		b.grant("n1", meta.SingleNodeMultiWriter, false)
 		_, err := b.mounts.attach(t.Context(), vol)
 		require.NoError(t, err)

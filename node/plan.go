@@ -134,8 +134,10 @@ func planLeader(v *meta.Volume, r *meta.Replica, st replication.ReplicaStatus) [
 
 // canLead reports whether id is a ready replica and a voter of the group.
 func canLead(v *meta.Volume, st replication.ReplicaStatus, id trivet.ReplicaID) bool {
-	r := v.Replica(id)
-	return r != nil && r.State == meta.ReplicaReady && slices.ContainsFunc(st.Members, func(m raftgroup.Member) bool { return m.Replica == id && !m.Learner })
+	if r := v.Replica(id); r == nil || r.State != meta.ReplicaReady {
+		return false
+	}
+	return slices.ContainsFunc(st.Members, func(m raftgroup.Member) bool { return m.Replica == id && !m.Learner })
 }
 
 // membersOf returns the group's initial configuration: every replica in the catalogue's order, which

@@ -113,9 +113,10 @@ func (m *mounts) sourceOf(id trivet.VolumeID, rec *record, stagingPath string, w
 	return stagingPath, err
 }
 
-// checkSingle refuses a second target of a volume that is for one consumer (ReadWriteOncePod).
+// checkSingle refuses a second target of a volume that is for one consumer: every mode but
+// SingleNodeMultiWriter (CSI, NodePublishVolume, "Non MULTI_NODE volume capability").
 func checkSingle(rec *record, want *publication) error {
-	single := func(p *publication) bool { return p.Mode == meta.SingleNodeSingleWriter }
+	single := func(p *publication) bool { return p.Mode != meta.SingleNodeMultiWriter }
 	for i := range rec.Published {
 		p := &rec.Published[i]
 		if p.Path != want.Path && !p.Lost && (single(p) || single(want)) {

@@ -79,6 +79,9 @@ func (r *Replica) close() error {
 	return r.closed
 }
 
+// Changed returns a channel that is closed at the next change of leader or term.
+func (r *Replica) Changed() <-chan struct{} { return r.group.Changed() }
+
 // Status returns how the replica is doing now.
 func (r *Replica) Status() ReplicaStatus {
 	v := r.machine.view.Load()

@@ -23,6 +23,9 @@ import (
 	"github.com/onsi/gomega"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet/internal/testutil"
+	"github.com/trivet-csi/trivet/server"
 )
 
 // Access types of the volumes under test.
@@ -52,9 +55,19 @@ func Run(t *testing.T, access string) {
 
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	sc := sanity.GinkgoTest(&c)
-	defer sc.Finalize()
+	defer sc.Finalize() //nolint:misspell // its name
 	ginkgo.ReportAfterSuite("every advertised capability is tried", checkReport)
 	ginkgo.RunSpecs(t, "csi-sanity, "+access)
+}
+
+// startCluster starts three servers in this process, each in a zone of its own, and returns the CSI
+// endpoint of the first. They are closed at the end of the test; what they left mounted then keeps
+// their folder from being removed, which fails the test.
+func startCluster(t *testing.T) (endpoint string) {
+	t.Helper()
+	const nodesN = 3
+	c := testutil.StartCluster(t, nodesN, func(i int, cfg *server.Config) { cfg.Zone = fmt.Sprintf("zone-%d", i) })
+	return c.CSI(0)
 }
 
 // requireMachine skips the test unless this machine can attach and mount volumes.
@@ -80,7 +93,9 @@ func requireMachine(t *testing.T) {
 func usePaths(t *testing.T, c *sanity.TestConfig, dir string) {
 	t.Helper()
 	c.TargetPath, c.StagingPath = filepath.Join(dir, "target"), filepath.Join(dir, "staging")
-	make1 := func(path string) (string, error) { return os.MkdirTemp(dir, filepath.Base(path)+"-*") }
+	make1 := func(path string) (string, error) {
+		return os.MkdirTemp(dir, filepath.Base(path)+"-*") //nolint:usetesting // one a spec, removed by it
+	}
 	remove := func(path string) error {
 		err := os.Remove(path)
 		assert.NoError(t, err, "a spec left something behind") // csi-sanity ignores what we return

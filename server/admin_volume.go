@@ -49,9 +49,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Epoch: uint64(v.Epoch),
 		Created: v.Created.Format(time.RFC3339),
 	}
-	if v.Attached != nil {
-		out.AttachedNode = string(v.Attached.Node)
-	}
+	out.AttachedNode = string(v.Holder())
 	if n, err := a.s.node(); err == nil {
 		out.Device = n.Device(v.ID)
 	}
@@ -89,6 +87,10 @@ func (a *admin) replicaStatus(ctx context.Context, id trivet.VolumeID, node triv
 
 // CreateVolume implements api.AdminServer.
 func (a *admin) CreateVolume(ctx context.Context, r *api.CreateVolumeRequest) (*api.Volume, error) {
+	if r.GetSizeBytes() <= 0 {
+		return nil, fmt.Errorf("create volume %q: size of %d bytes: want more than zero: %w", r.GetName(), r.GetSizeBytes(),
+			trivet.ErrInvalid)
+	}
 	v, err := a.s.controller.CreateVolume(ctx, controller.CreateRequest{
 		Name: r.GetName(), RequiredBytes: r.GetSizeBytes(), Params: r.GetParameters(),
 	})
@@ -258,7 +260,7 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
-	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: url.Values{"socket": {r.GetSocket()}}.Encode()}
+	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: "socket=" + (&url.URL{Path: r.GetSocket()}).EscapedPath()}
 	serveErr := n.ServeNBD(ctx, v.ID, r.GetSocket(), func() error {
 		return stream.Send(&api.ServeVolumeResponse{Uri: uri.String()})
 	})

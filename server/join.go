@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"time"
 
@@ -17,6 +18,9 @@ import (
 
 // joinTimeout bounds one call to a seed; a seed that adds a member waits for a commit.
 const joinTimeout = 10 * time.Second
+
+// resolveTimeout bounds the look-up of one seed's name.
+const resolveTimeout = 2 * time.Second
 
 // initCluster gives birth to a cluster on this server.
 func (s *Server) initCluster(ctx context.Context) error {
@@ -37,7 +41,7 @@ func (s *Server) initCluster(ctx context.Context) error {
 
 // clusterAtSeeds returns the first seed that is a member of the cluster: a second birth would split it.
 func (s *Server) clusterAtSeeds(ctx context.Context) string {
-	for _, seed := range s.cfg.Seeds {
+	for _, seed := range s.seeds(ctx) {
 		if resp, err := s.askSeed(ctx, seed, ""); err == nil && resp.GetJoined() {
 			return seed
 		}
@@ -58,7 +62,7 @@ func (s *Server) stayJoined(ctx context.Context) {
 			return
 		case <-time.After(pause):
 		}
-		for _, seed := range s.seeds() {
+		for _, seed := range s.seeds(ctx) {
 			if err := s.meet(ctx, seed); err != nil && ctx.Err() == nil {
 				s.log.Debug("seed did not help", "seed", seed, "err", err)
 			}
@@ -66,11 +70,33 @@ func (s *Server) stayJoined(ctx context.Context) {
 	}
 }
 
-// seeds returns the configured seeds and every address known from earlier.
-func (s *Server) seeds() []string {
-	all := append(slices.Clone(s.cfg.Seeds), slices.Collect(maps.Values(s.book.all()))...)
+// seeds returns the addresses of the configured seeds and every address known from earlier. A seed may
+// be a name with many addresses, as that of a headless Service, this server's own among them.
+func (s *Server) seeds(ctx context.Context) []string {
+	all := slices.Collect(maps.Values(s.book.all()))
+	for _, seed := range s.cfg.Seeds {
+		all = append(all, resolve(ctx, seed)...)
+	}
 	slices.Sort(all)
 	return slices.DeleteFunc(slices.Compact(all), func(addr string) bool { return addr == s.cfg.Advertise })
+}
+
+// resolve returns every address of a seed, or the seed as it is when its name is not known now.
+func resolve(ctx context.Context, seed string) []string {
+	host, port, err := net.SplitHostPort(seed)
+	if err != nil {
+		return []string{seed}
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	ips, err := net.DefaultResolver.LookupHost(ctx, host)
+	if err != nil {
+		return []string{seed}
+	}
+	for i, ip := range ips {
+		ips[i] = net.JoinHostPort(ip, port)
+	}
+	return ips
 }
 
 // meet exchanges addresses with one seed and, if it is a member of the cluster and this server is
@@ -141,6 +167,9 @@ func (s *Server) askSeed(ctx context.Context, seed string, replica trivet.Replic
 // admit answers a Join: it learns the caller's address and adds its replica to the meta group.
 func (s *Server) admit(ctx context.Context, r *api.JoinRequest) (*api.JoinResponse, error) {
 	node := trivet.NodeID(r.GetNode())
+	if _, _, err := net.SplitHostPort(r.GetAddress()); err != nil {
+		return nil, fmt.Errorf("admit %s: address %q: want host:port: %w", node, r.GetAddress(), trivet.ErrInvalid)
+	}
 	if err := s.book.learn(map[trivet.NodeID]string{node: r.GetAddress()}); err != nil {
 		return nil, err
 	}

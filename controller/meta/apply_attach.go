@@ -110,6 +110,9 @@ func (t *Detach) apply(d *draft) error {
 	}
 	v.Epoch++
 	v.Attached, v.Detaching = nil, held.Node
+	if r := v.ReplicaOn(held.Node); r != nil && r.ID == v.WantLeader {
+		v.WantLeader = "" // leadership was to follow the attachment; that node may be dead by now
+	}
 	d.put(v)
 	return nil
 }

@@ -363,4 +363,16 @@ func TestLeader(t *testing.T) {
 	require.ErrorIs(t, want(9).Err, trivet.ErrNotFound)
 	want(3)
 	assert.Empty(t, want(2).Volume.WantLeader, "withdrawn")
+
+	// Leadership was to follow an attachment that is over: its node may be dead by now, and a leader
+	// that keeps trying to hand over to it would serve nobody.
+	for n := 1; n <= 3; n++ {
+		mustApply(t, m, meta.Command{ReportReplica: &meta.ReportReplica{
+			Volume: 1, Replica: replicaID(10 + n), State: meta.ReplicaReady,
+		}})
+	}
+	mustApply(t, m, attach(3, false, 0))
+	want(3)
+	res = mustApply(t, m, meta.Command{Detach: &meta.Detach{Volume: 1}})
+	assert.Empty(t, res.Volume.WantLeader)
 }

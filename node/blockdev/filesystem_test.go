@@ -149,6 +149,6 @@ func TestFioVerifies(t *testing.T) {
 	a := attach(t, 32<<20)
 	run(t, "fio", "--name=x", "--filename="+a.Path(), "--ioengine=libaio", "--direct=1", "--rw=randrw",
 		"--bsrange=4k-1m", "--bs_unaligned=0", "--blockalign=4k", "--iodepth=32", "--size=32m", "--fsync=16",
-		"--verify=crc32c", "--verify_fatal=1", "--loops=3", "--allow_file_create=0")
+		"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--loops=3", "--allow_file_create=0")
 	require.Positive(t, a.dev.Count(faultdev.Flush))
 }

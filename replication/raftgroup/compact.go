@@ -9,8 +9,8 @@ import (
 const (
 	// trailingMin is the least number of entries that stay in the log behind a snapshot.
 	trailingMin = 64
-	// lagFactor times SnapshotBytes of log are kept at most: for followers that lag, and while an
-	// image is being sent.
+	// lagFactor times SnapshotBytes of log are kept at most behind a snapshot, for followers that lag or
+	// to which an image is being sent.
 	lagFactor = 3
 )
 
@@ -31,12 +31,8 @@ func (g *Group) compact() {
 		case <-g.stop:
 			return
 		}
-		limit := g.cfg.SnapshotBytes
-		if g.snaps.pins() > 0 { // the follower will need what follows the image
-			limit *= lagFactor
-		}
 		now := g.store.appendedBytes()
-		if i := g.running(); i != nil && now-base >= limit && g.snapshot(i) {
+		if i := g.running(); i != nil && now-base >= g.cfg.SnapshotBytes && g.snapshot(i) {
 			base = now
 		}
 	}
@@ -74,11 +70,11 @@ func (g *Group) trailing(i *instance) uint64 {
 	}
 	each := max(g.seglog.sizeAfter(0)/int64(last-first+1), 1)
 	keep := uint64(g.cfg.SnapshotBytes / each)
-	if i.r.State() == raft.Leader {
+	if i.r.State() == raft.Leader { // some more: the entry before is needed too, and the log grows meanwhile
 		match := g.lease.matches(i.r.CurrentTerm())
 		for _, m := range g.store.latestConfig().members {
 			if m.Replica != g.cfg.Replica {
-				keep = max(keep, last-min(match[m.Replica], last))
+				keep = max(keep, last-min(match[m.Replica], last)+trailingMin)
 			}
 		}
 	}

@@ -80,8 +80,18 @@ func beginCreate(fs vfs.FS, dir string) error {
 	if err := writeFile(fs, dir, fileIncomplete, nil); err != nil {
 		return err
 	}
+	return removeContent(fs, dir)
+}
+
+// removeContent removes all but the marker, durably. The marker goes last, so that what a crash
+// leaves is known to be remains.
+func removeContent(fs vfs.FS, dir string) error {
+	names, err := fs.List(dir)
+	if err != nil {
+		return err
+	}
 	for _, name := range names {
-		if name == fileIncomplete || name == fileIncomplete+tmpSuffix {
+		if name == fileIncomplete {
 			continue
 		}
 		if err := fs.RemoveAll(fs.PathJoin(dir, name)); err != nil {
@@ -165,6 +175,12 @@ func destroy(cfg Config) error {
 	}
 	// First the superblock: a directory that lost its log but kept its identity could vote (H10).
 	if err := writeFile(cfg.FS, cfg.Dir, fileIncomplete, nil); err != nil {
+		return err
+	}
+	if err := removeFile(cfg.FS, cfg.Dir, fileSuper); err != nil {
+		return err
+	}
+	if err := removeContent(cfg.FS, cfg.Dir); err != nil {
 		return err
 	}
 	if err := cfg.FS.RemoveAll(cfg.Dir); err != nil {

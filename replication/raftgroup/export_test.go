@@ -62,6 +62,21 @@ func IsHeartbeatBody(body []byte) bool {
 	return err == nil && isHeartbeat(r)
 }
 
+// SnapshotBeginBody offers the leader's state as it would be at the end of its log.
+func SnapshotBeginBody(g *Group) []byte {
+	_, last := g.seglog.bounds()
+	term, _ := g.seglog.term(last)
+	b := snapshotBegin{term: RaftTerm(g), sizeBytes: 1}
+	b.rec = snapshotRecord{index: last, term: term, machine: last, config: g.store.latestConfig()}
+	return b.encode()
+}
+
+// Transfer reads the answer to SnapshotBeginBody.
+func Transfer(body []byte) (id uint64, yes bool, err error) {
+	v, err := decodeVerdict(body)
+	return v.id, v.yes, err
+}
+
 // LogBounds returns the first and last index of the log.
 func LogBounds(g *Group) (first, last uint64) { return g.seglog.bounds() }
 

@@ -2,7 +2,9 @@ package raftgroup
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -157,6 +159,32 @@ func TestFormats(t *testing.T) {
 			require.Error(t, err, "%s with a flipped bit at %d", name, at)
 		}
 	}
+}
+
+// H24: a record is good in its own place only.
+func TestRecordKnowsItsPlace(t *testing.T) {
+	b := appendRecord(nil, logGroup, 3, 4096, record{kind: kindEntry, index: 1, term: 1, data: []byte("x")})
+	_, _, err := decodeRecord(b, logGroup, 3, 4096)
+	require.NoError(t, err)
+	_, _, err = decodeRecord(b, logGroup+1, 3, 4096)
+	require.ErrorIs(t, err, trivet.ErrCorrupt, "another group")
+	_, _, err = decodeRecord(b, logGroup, 4, 4096)
+	require.ErrorIs(t, err, trivet.ErrCorrupt, "another segment")
+	_, _, err = decodeRecord(b, logGroup, 3, 4104)
+	require.ErrorIs(t, err, trivet.ErrCorrupt, "another offset")
+}
+
+func TestOutcome(t *testing.T) {
+	require.NoError(t, outcome(nil))
+	for _, definite := range []error{raft.ErrNotLeader, raft.ErrEnqueueTimeout, raft.ErrLeadershipTransferInProgress} {
+		require.ErrorIs(t, outcome(definite), trivet.ErrNotLeader)
+		require.NotErrorIs(t, outcome(definite), trivet.ErrUnavailable)
+	}
+	for _, unknown := range []error{raft.ErrLeadershipLost, raft.ErrRaftShutdown, errors.New("store entries: bad")} {
+		require.ErrorIs(t, outcome(unknown), trivet.ErrUnavailable)
+		require.NotErrorIs(t, outcome(unknown), trivet.ErrNotLeader)
+	}
+	require.ErrorIs(t, outcome(context.Canceled), context.Canceled)
 }
 
 // Bytes that pass the checksum but mean nonsense: the library must never see them.

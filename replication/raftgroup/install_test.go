@@ -209,10 +209,67 @@ func TestGroupServesDuringRestore(t *testing.T) {
 	})
 }
 
+// A follower that lags no further than the log is kept for is not sent an image.
+func TestLaggardIsServedFromTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		sent := countSnapshots(c)
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 16 << 10 }
+		for _, n := range c.nodes {
+			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
+			n.mustOpen()
+		}
+		c.mustPut("first", "1")
+		c.converge()
+		slow := c.nodes[c.others(c.leader().name)[0]]
+		slow.die()
+		for k := range 250 {
+			c.mustPut(fmt.Sprint(k), strings.Repeat("v", 100))
+		}
+		l := c.leader()
+		c.eventually("a snapshot", func() bool { return raftgroup.SnapshotIndex(l.group) > 200 })
+		slow.mustOpen()
+		c.converge()
+		require.Zero(t, sent.Load())
+	})
+}
+
+// A snapshot whose last entry the log holds is not wanted: the log may hold entries beyond it that
+// this replica has acknowledged, and a quorum may rest on them.
+func TestSnapshotNeverCostsEntries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		c.converge()
+		l := c.leader()
+		f := c.nodes[c.others(l.name)[0]]
+		l.mustSet("x", "2")
+		_, want := raftgroup.LogBounds(l.group)
+		c.eventually("the entry is in the follower's log", func() bool {
+			_, last := raftgroup.LogBounds(f.group)
+			return last == want
+		})
+		have, _ := f.machine.Applied()
+		require.Less(t, have, want, "the follower does not know yet that it is committed")
+		reply, err := l.link.Call(t.Context(), trivet.NodeID(f.name), transport.Message{
+			Kind: transport.KindSnapshotBegin, Group: testGroup, From: replicaID(l.name), To: replicaID(f.name),
+			Body: raftgroup.SnapshotBeginBody(l.group),
+		})
+		require.NoError(t, err)
+		id, yes, err := raftgroup.Transfer(reply.Body)
+		require.NoError(t, err)
+		require.True(t, yes)
+		require.Zero(t, id)
+		_, last := raftgroup.LogBounds(f.group)
+		require.Equal(t, want, last)
+	})
+}
+
 // A transfer that is cut anywhere is begun again.
 func TestInstallSnapshotOverBadNetwork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
+		sent := countSnapshots(c)
 		behind(t, c)
 		c.nodes["c"].mustOpen()
 		var n atomic.Int64
@@ -232,5 +289,6 @@ func TestInstallSnapshotOverBadNetwork(t *testing.T) {
 		})
 		stop()
 		require.Greater(t, n.Load(), int64(9))
+		require.Equal(t, int64(1), sent.Load(), "what is restored already must not be sent again")
 	})
 }

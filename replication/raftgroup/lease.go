@@ -110,6 +110,14 @@ func (t *leaseTable) matches(term uint64) map[trivet.ReplicaID]uint64 {
 	return out
 }
 
+// answered reports whether a follower's newest success in term was asked for less than age ago.
+func (t *leaseTable) answered(term uint64, id trivet.ReplicaID, age time.Duration, now instant) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a, ok := t.acks[id]
+	return ok && t.term == term && now.since(a.sent) < age
+}
+
 // void voids the lease of a term until the returned function is called, and for a while after it.
 func (t *leaseTable) void(term uint64, after time.Duration) (done func()) {
 	t.mu.Lock()

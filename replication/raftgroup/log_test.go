@@ -259,16 +259,17 @@ func diskOf(t *testing.T, files map[string][]byte) *vfs.MemFS {
 func TestLogRot(t *testing.T) {
 	mem := vfs.NewCrashableMem()
 	l := newTestLog(t, mem)
-	for i := range uint64(20) {
+	for i := range uint64(16) {
 		require.NoError(t, l.append([]*raft.Log{{Index: i + 1, Term: 1, Data: make([]byte, 150)}}))
 	}
 	lastBatch := recordSize(150)
+	unmarked := diskBytes(t, mem)
 	require.NoError(t, l.writeMark())
 	marked := diskBytes(t, mem)
-	require.NoError(t, l.append([]*raft.Log{{Index: 21, Term: 1, Data: make([]byte, 150)}}))
-	unmarked := diskBytes(t, mem)
 	tail := segmentName(l.tail.seq)
 	end := int64(len(unmarked[tail]))
+	require.Greater(t, end, segmentHeader+3*lastBatch, "the last segment must hold several batches")
+	require.Greater(t, l.tail.seq, uint64(1))
 	require.NoError(t, l.close())
 
 	flip := func(files map[string][]byte, name string, at int) (*vfs.MemFS, map[string][]byte) {
@@ -290,7 +291,7 @@ func TestLogRot(t *testing.T) {
 			if name == tail && int64(at) >= end-lastBatch {
 				require.NoError(t, err, "rot at %d of %s looks like a torn batch", at, name)
 				_, last := l.bounds()
-				require.Equal(t, uint64(20), last)
+				require.Equal(t, uint64(15), last)
 				require.NoError(t, l.close())
 				continue
 			}
@@ -325,6 +326,58 @@ func TestLogLostFile(t *testing.T) {
 		}
 		_, err := openLog(testLogOptions(diskOf(t, rest)))
 		require.ErrorIs(t, err, trivet.ErrCorrupt, "without %s", name)
+	}
+}
+
+// After a torn batch nothing is appended in its place: what was left of it must not come to life
+// behind a new entry.
+func TestLogTornBatchStaysDead(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	l := newTestLog(t, mem)
+	require.NoError(t, l.append([]*raft.Log{{Index: 1, Term: 1, Data: make([]byte, 40)}}))
+	at := l.tail.end
+	require.NoError(t, l.append([]*raft.Log{
+		{Index: 2, Term: 1, Data: make([]byte, 40)}, {Index: 3, Term: 1, Data: make([]byte, 40)},
+	}))
+	files := diskBytes(t, mem)
+	require.NoError(t, l.close())
+	files[segmentName(1)][at+recordHeader] ^= 1 // the first record of the batch did not reach the disk
+	fs := diskOf(t, files)
+	l, err := openLog(testLogOptions(fs))
+	require.NoError(t, err)
+	_, last := l.bounds()
+	require.Equal(t, uint64(1), last)
+	require.NoError(t, l.append([]*raft.Log{{Index: 2, Term: 1, Data: bytes.Repeat([]byte{9}, 40)}}))
+	require.NoError(t, l.close())
+	l, err = openLog(testLogOptions(fs))
+	require.NoError(t, err)
+	_, last = l.bounds()
+	require.Equal(t, uint64(2), last)
+	require.NoError(t, l.close())
+}
+
+// A crash between the new segment's name and its header leaves a file that counts for nothing; the
+// same file before another one, or before the mark, is damage.
+func TestLogSegmentWithoutHeader(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	l := newTestLog(t, mem)
+	for i := range uint64(20) {
+		require.NoError(t, l.append([]*raft.Log{{Index: i + 1, Term: 1, Data: make([]byte, 150)}}))
+	}
+	seq := l.tail.seq
+	require.NoError(t, l.close())
+	files := diskBytes(t, mem)
+	files[segmentName(seq+1)] = make([]byte, 30)
+	l, err := openLog(testLogOptions(diskOf(t, files)))
+	require.NoError(t, err)
+	_, last := l.bounds()
+	require.Equal(t, uint64(20), last)
+	require.NoError(t, l.close())
+	for _, lost := range []uint64{seq, 1} {
+		files := diskBytes(t, mem)
+		files[segmentName(lost)] = make([]byte, 30)
+		_, err = openLog(testLogOptions(diskOf(t, files)))
+		require.ErrorIs(t, err, trivet.ErrCorrupt, "segment %d of %d", lost, seq)
 	}
 }
 

@@ -28,7 +28,8 @@ type kv struct {
 	history map[uint64]string // index to "term data" of every entry seen in this life
 	failure error             // of the next Apply
 	gate    chan struct{}     // not nil: Restore waits for it
-	applies int
+	// applyGate, when not nil, holds every Apply.
+	applyGate chan struct{}
 }
 
 type kvState struct {
@@ -74,11 +75,16 @@ func syncDir(fs vfs.FS, dir string) error {
 
 func (m *kv) Apply(entries []raftgroup.Entry) ([]any, error) {
 	m.mu.Lock()
+	hold := m.applyGate
+	m.mu.Unlock()
+	if hold != nil {
+		<-hold
+	}
+	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.failure != nil {
 		return nil, m.failure
 	}
-	m.applies++
 	out := make([]any, len(entries))
 	for i, e := range entries {
 		if e.Index <= m.state.Index {
@@ -141,7 +147,7 @@ type kvImage struct {
 	size int64
 }
 
-func (i kvImage) Size() int64 { return i.size }
+func (i kvImage) Size() int64  { return i.size }
 func (i kvImage) Close() error { return nil }
 
 func (m *kv) Image() (raftgroup.Image, error) {
@@ -203,6 +209,12 @@ func (m *kv) seen() map[uint64]string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return maps.Clone(m.history)
+}
+
+func (m *kv) holdApply(gate chan struct{}) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.applyGate = gate
 }
 
 func (m *kv) fail(err error) {

@@ -11,7 +11,7 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-const configBytesMax = 64 << 10 // of an encoded configuration, ours or the library's
+const configBytesMax = 16 << 10 // of an encoded configuration, ours or the library's
 
 // address returns the Raft address of a replica. It names the node, never a network address, so a
 // vote recorded under it stays true when the node moves (H9).

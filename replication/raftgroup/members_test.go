@@ -141,6 +141,32 @@ func TestConcurrentChanges(t *testing.T) {
 	})
 }
 
+// A change is decided on one configuration and made on the same: a replica that is removed meanwhile
+// does not come back by its promotion.
+func TestPromoteDoesNotUndoRemove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b")
+		a, b := c.nodes["a"], c.nodes["b"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		require.NoError(t, raftgroup.Create(b.config(), nil))
+		a.mustOpen()
+		b.mustOpen()
+		c.leader()
+		for range 100 {
+			require.NoError(t, a.group.AddLearner(t.Context(), member("b")))
+			c.eventually("b follows", func() bool {
+				s := a.group.Status()
+				return s.Match[replicaID("b")] >= s.Commit
+			})
+			var wg sync.WaitGroup
+			wg.Go(func() { _ = a.group.Promote(context.Background(), replicaID("b")) })
+			wg.Go(func() { require.NoError(t, a.group.Remove(context.Background(), replicaID("b"))) })
+			wg.Wait()
+			require.Equal(t, members("a"), a.group.Status().Members)
+		}
+	})
+}
+
 // H37, S3: only members take part, from their own node, in their own name, and the refused change
 // nothing.
 func TestRogueSenders(t *testing.T) {

@@ -120,7 +120,9 @@ func (g *Group) change(ctx context.Context, what string, step func([]Member) (co
 const transferVoid = 4
 
 // TransferTo moves leadership to a voter and returns once this replica leads no more. Being the
-// leader is success; without leading, ErrNotLeader; a replica that is no voter, ErrNotFound. The
+// leader is success; without leading, ErrNotLeader; a replica that is no voter, ErrNotFound; one that
+// is silent, ErrUnavailable, and then nothing was tried: Raft takes no proposals during an attempt,
+// so one repeated towards a dead node would hold up all I/O. The
 // read lease is void from before the attempt; after one that failed (ErrUnavailable) this replica
 // still leads, but serves no reads for four heartbeats.
 func (g *Group) TransferTo(ctx context.Context, id trivet.ReplicaID) error {
@@ -135,6 +137,9 @@ func (g *Group) TransferTo(ctx context.Context, id trivet.ReplicaID) error {
 	m, ok := findMember(g.store.latestConfig().members, id)
 	if !ok || m.Learner {
 		return fail(fmt.Errorf("it is no voter: %w", trivet.ErrNotFound))
+	}
+	if !g.lease.answered(i.r.CurrentTerm(), id, g.cfg.Timing.Heartbeat, g.now()) {
+		return fail(fmt.Errorf("it has not answered for %s: %w", g.cfg.Timing.Heartbeat, trivet.ErrUnavailable))
 	}
 	_, err = i.ask(ctx, func() future {
 		done := g.lease.void(i.r.CurrentTerm(), transferVoid*g.cfg.Timing.Heartbeat)

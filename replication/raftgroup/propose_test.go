@@ -79,6 +79,30 @@ func TestCloseAnswersProposals(t *testing.T) {
 	})
 }
 
+// Entries that are committed when the replica is closed, and not yet applied, are answered too.
+func TestCloseWaitsForApply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a")
+		a := c.leader()
+		gate := make(chan struct{})
+		a.machine.holdApply(gate)
+		var wg sync.WaitGroup
+		for k := range 20 {
+			wg.Go(func() {
+				_, err := a.group.Propose(context.Background(), fmt.Appendf(nil, "%d=1", k))
+				require.NoError(t, err)
+			})
+			synctest.Wait() // one entry a batch
+		}
+		closed := make(chan error)
+		go func() { closed <- a.group.Close() }()
+		pass(heartbeat)
+		close(gate)
+		wg.Wait()
+		require.NoError(t, <-closed)
+	})
+}
+
 // Entries far beyond what fits in one message reach a follower that comes late.
 func TestLargeEntries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

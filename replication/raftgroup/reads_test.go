@@ -200,6 +200,23 @@ func TestTransfer(t *testing.T) {
 	})
 }
 
+// Raft takes no proposals and serves no reads during a transfer, so one towards a dead replica, tried
+// again and again, would stop a group that has a quorum.
+func TestTransferToASilentReplicaTriesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		l := c.leader()
+		target := c.others(l.name)[0]
+		c.net.Isolate(trivet.NodeID(target))
+		pass(heartbeat)
+		for range 10 {
+			require.ErrorIs(t, l.group.TransferTo(t.Context(), replicaID(target)), trivet.ErrUnavailable)
+			require.Equal(t, []string{l.name}, gates(c))
+			c.mustPut("x", "1")
+		}
+	})
+}
+
 // D9: a deposed leader must not append under its successor's term.
 func TestHeartbeatOfSuccessorDeposesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

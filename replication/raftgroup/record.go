@@ -74,7 +74,7 @@ func decodeSegmentInfo(b []byte) (segmentInfo, error) {
 	}
 	d := decoder{b: b[8:]}
 	s := segmentInfo{group: trivet.VolumeID(d.u64()), seq: d.u64(), prevEnd: int64(d.u64()), first: d.u64(), last: d.u64()}
-	if s.first == 0 || s.last+1 < s.first || s.prevEnd < 0 {
+	if s.first == 0 || s.last+1 < s.first || s.prevEnd < 0 || string(s.encode()) != string(b) {
 		return segmentInfo{}, fmt.Errorf("segment header: entries %d to %d: %w", s.first, s.last, trivet.ErrCorrupt)
 	}
 	return s, nil

@@ -75,9 +75,8 @@ type snapshotStore struct {
 	guard *diskGuard
 	fsm   *fsm
 
-	mu     sync.Mutex
-	rec    snapshotRecord // zero: none
-	pinned int            // images that are open
+	mu  sync.Mutex
+	rec snapshotRecord // zero: none
 }
 
 var _ raft.SnapshotStore = (*snapshotStore)(nil)
@@ -152,9 +151,7 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	if err != nil {
 		return nil, nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	rec := s.rec
+	rec := s.record()
 	if rec.index == 0 {
 		return nil, nil, errors.Join(fmt.Errorf("open snapshot %s: %w", id, trivet.ErrNotFound), img.Close())
 	}
@@ -164,34 +161,20 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	if err := rec.check(); err != nil {
 		return nil, nil, errors.Join(err, img.Close())
 	}
-	s.pinned++
-	return rec.meta(img.Size()), &imageReader{Image: img, store: s, rec: rec}, nil
-}
-
-// pins returns the number of images that are being sent.
-func (s *snapshotStore) pins() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.pinned
+	return rec.meta(img.Size()), &imageReader{Image: img, rec: rec}, nil
 }
 
 // imageReader is an image on its way to a follower, with what the follower must know of it.
 type imageReader struct {
 	Image
-	store *snapshotStore
-	rec   snapshotRecord
-	once  sync.Once
+	rec  snapshotRecord
+	once sync.Once
 }
 
 // Close lets the image go. It is idempotent.
 func (r *imageReader) Close() error {
 	var err error
-	r.once.Do(func() {
-		r.store.mu.Lock()
-		r.store.pinned--
-		r.store.mu.Unlock()
-		err = r.Image.Close()
-	})
+	r.once.Do(func() { err = r.Image.Close() })
 	return err
 }
 

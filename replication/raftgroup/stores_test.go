@@ -318,11 +318,10 @@ func TestOpenPinsTheMachine(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, uint64(14), meta2.Index)
 	require.Equal(t, uint64(14), r2.(*imageReader).rec.machine)
-	require.Equal(t, 2, s.pins())
+	require.Equal(t, 2, m.images)
 	require.NoError(t, r.Close())
 	require.NoError(t, r.Close())
 	require.NoError(t, r2.Close())
-	require.Zero(t, s.pins())
 	require.Zero(t, m.images)
 }
 
