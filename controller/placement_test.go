@@ -1,7 +1,6 @@
 package controller_test
 
 import (
-	"fmt"
 	"math/rand"
 	"testing"
 	"time"
@@ -202,6 +201,6 @@ func TestPlaceBalances(t *testing.T) {
 		volumes = append(volumes, meta.Volume{ID: trivet.VolumeID(i + 1), SizeBytes: gib, Replicas: got})
 	}
 	for disk, load := range controller.LoadOf(volumes) {
-		assert.InDelta(t, 180, load.Replicas, 2, fmt.Sprintf("disk %s", disk))
+		assert.InDelta(t, 180, load.Replicas, 2, "disk %s", disk)
 	}
 }

@@ -96,9 +96,7 @@ func (c *Catalogue) AddMember(ctx context.Context, node trivet.NodeID, replica t
 	if err := add.validate(); err != nil {
 		return err
 	}
-	return c.atLeader(ctx, add.String(), func(ctx context.Context, g *raftgroup.Group) error {
-		return add.to(ctx, g)
-	}, func(ctx context.Context, leader trivet.NodeID) error {
+	return c.atLeader(ctx, add.String(), add.to, func(ctx context.Context, leader trivet.NodeID) error {
 		body, err := add.encode()
 		if err == nil {
 			_, err = c.call(ctx, leader, transport.KindMetaPropose, request{op: opAddMember, body: body}.encode())
@@ -114,7 +112,7 @@ func (c *Catalogue) call(ctx context.Context, to trivet.NodeID, kind transport.K
 	if err == nil || errors.Is(err, trivet.ErrInvalid) {
 		return reply.Body, err
 	}
-	return nil, fmt.Errorf("ask leader %s: %v: %w", to, err, trivet.ErrUnavailable)
+	return nil, fmt.Errorf("ask leader %s: %w: %w", to, err, trivet.ErrUnavailable)
 }
 
 // atLeader runs here when this node leads, or remote at the leader, until one of them gets through
@@ -141,7 +139,7 @@ func (c *Catalogue) atLeader(ctx context.Context, what string,
 			}
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("%s: no answer (%v), last: %v: %w", what, context.Cause(ctx), last, trivet.ErrUnavailable)
+			return fmt.Errorf("%s: no answer (%w), last: %w: %w", what, context.Cause(ctx), last, trivet.ErrUnavailable)
 		}
 		if errors.Is(err, trivet.ErrClosed) {
 			return fmt.Errorf("%s: %w", what, err)
@@ -165,7 +163,7 @@ func (c *Catalogue) try(ctx context.Context, g *raftgroup.Group,
 		err = remote(ctx, st.LeaderNode)
 	}
 	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
+		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
 	}
 	return err
 }

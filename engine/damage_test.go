@@ -288,8 +288,10 @@ func (f *failing) String() string { return "failing " + f.part }
 // TestWriteErrors: whichever write of a table fails, Fatal is called once, nothing is acknowledged
 // afterwards, and reads and the disk are those of whole batches (H28).
 func TestWriteErrors(t *testing.T) {
-	kinds := []errorfs.OpKind{errorfs.OpCreate, errorfs.OpFileWrite, errorfs.OpFileSync, errorfs.OpFileSyncData,
-		errorfs.OpFileSyncTo, errorfs.OpFileClose}
+	kinds := []errorfs.OpKind{
+		errorfs.OpCreate, errorfs.OpFileWrite, errorfs.OpFileSync, errorfs.OpFileSyncData,
+		errorfs.OpFileSyncTo, errorfs.OpFileClose,
+	}
 	hits := 0
 	for nth := int32(0); nth < 40; nth += 3 {
 		f := &failing{part: ".sst", kinds: kinds, nth: nth}

@@ -284,7 +284,9 @@ func (v *Volume) setRecord(next *record) {
 	session, config := v.rec.state.Session[:0], v.rec.state.Config[:0]
 	if next != &v.rec {
 		v.rec = *next
+		//nolint:gocritic // the buffers of the old state are used again
 		v.rec.state.Session = append(session, next.state.Session...)
+		//nolint:gocritic // as above
 		v.rec.state.Config = append(config, next.state.Config...)
 	}
 	v.size.Store(v.rec.state.SizeBytes)

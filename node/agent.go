@@ -182,7 +182,7 @@ func (a *Agent) keepLease(ctx context.Context) error {
 		wait := renewEvery
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // the end of the agent is not a failure
 		case err == nil:
 			retry = retryMin
 		case errors.Is(err, trivet.ErrFenced) || errors.Is(err, trivet.ErrInUse) || errors.Is(err, errNotOurs):

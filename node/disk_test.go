@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -120,7 +121,7 @@ func TestCopiedDiskIsRefused(t *testing.T) {
 			dir, _ := mustFormat(t)
 			require.NoError(t, mustOpenDisk(t, dir).Close())
 			dup := dir + "-copy"
-			args := append(tt.args[1:], dir, dup)
+			args := slices.Concat(tt.args[1:], []string{dir, dup})
 			out, err := exec.CommandContext(t.Context(), tt.args[0], args...).CombinedOutput()
 			require.NoError(t, err, "%s", out)
 			_, err = OpenDisk(diskConfig(t, dup))

@@ -117,7 +117,7 @@ func (c *cluster) stop(i int) {
 	c.t.Helper()
 	n := c.nodes[i]
 	delete(c.nodes, i)
-	assert.NoError(c.t, n.Node.Close())
+	assert.NoError(c.t, n.Close())
 	assert.NoError(c.t, n.net.Close())
 	assert.NoError(c.t, n.disk.Close())
 }

@@ -80,8 +80,13 @@ func (m *linuxMounter) checkMounted(device, target string) error {
 // requireTools returns ErrUnsupported naming the package that is missing.
 func requireTools(fsType string) error {
 	for _, t := range []struct{ tool, pkg string }{
-		{"mkfs." + fsType, filesystems[fsType].tools}, {"blkid", "util-linux"}, {"fsck", "util-linux"},
-		{"mount", "util-linux"}, {"umount", "util-linux"}, {"dd", "coreutils"}, {"sync", "coreutils"},
+		{"mkfs." + fsType, filesystems[fsType].tools},
+		{"blkid", "util-linux"},
+		{"fsck", "util-linux"},
+		{"mount", "util-linux"},
+		{"umount", "util-linux"},
+		{"dd", "coreutils"},
+		{"sync", "coreutils"},
 	} {
 		if _, err := exec.LookPath(t.tool); err != nil {
 			return fmt.Errorf("%s is not installed on this node, install package %s: %w", t.tool, t.pkg, ErrUnsupported)

@@ -164,10 +164,14 @@ func TestPublishErrors(t *testing.T) {
 		{"target outside", nil, func(r *PublishRequest) { r.TargetPath = "/a/../../etc" }, trivet.ErrInvalid},
 		{"target is the root", nil, func(r *PublishRequest) { r.TargetPath = "/" }, trivet.ErrInvalid},
 		{"option", nil, func(r *PublishRequest) { r.MountFlags = []string{"dev"} }, ErrUnsupported},
-		{"same target, other options", nil, func(r *PublishRequest) { r.TargetPath, r.ReadOnly = targetA, true },
-			trivet.ErrExists},
-		{"second target of a volume for one", nil, func(r *PublishRequest) { r.Mode = meta.SingleNodeSingleWriter },
-			trivet.ErrInUse},
+		{
+			"same target, other options", nil, func(r *PublishRequest) { r.TargetPath, r.ReadOnly = targetA, true },
+			trivet.ErrExists,
+		},
+		{
+			"second target of a volume for one", nil, func(r *PublishRequest) { r.Mode = meta.SingleNodeSingleWriter },
+			trivet.ErrInUse,
+		},
 		{"something else is mounted there", func(_ *testing.T, b *mountBench) {
 			b.mounter.table[targetB] = []uint64{5}
 		}, nil, trivet.ErrInUse},

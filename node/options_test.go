@@ -58,8 +58,12 @@ func TestLimits(t *testing.T) {
 		err    error
 	}{
 		{"none", nil, iothrottle.Limits{}, nil},
-		{"both", map[string]string{"iopsLimit": "100", "bandwidthLimit": "1048576"},
-			iothrottle.Limits{IOPS: 100, BytesPerSec: 1 << 20}, nil},
+		{
+			"both",
+			map[string]string{"iopsLimit": "100", "bandwidthLimit": "1048576"},
+			iothrottle.Limits{IOPS: 100, BytesPerSec: 1 << 20},
+			nil,
+		},
 		{"negative", map[string]string{"iopsLimit": "-1"}, iothrottle.Limits{}, trivet.ErrInvalid},
 		{"not canonical", map[string]string{"bandwidthLimit": "1Mi"}, iothrottle.Limits{}, trivet.ErrInvalid},
 	} {

@@ -58,7 +58,7 @@ func TestEntryRoundTrip(t *testing.T) {
 	t.Parallel()
 	want := everyKind()
 	b := appendEntry(nil, testVolume, want)
-	assert.Equal(t, entrySize(want), len(b))
+	assert.Len(t, b, entrySize(want))
 	got, err := decodeEntry(nil, testVolume, b)
 	require.NoError(t, err)
 	require.Len(t, got, len(want))

@@ -33,7 +33,9 @@ func TestWindow(t *testing.T) {
 		{"the highest in the window", []op{{windowN, 1, seqUnseen, true}, {1, 1, seqUnseen, true}}},
 		{"above the window", []op{{windowN + 1, 1, seqUnseen, false}}},
 		{"the mark jumps over all", []op{
-			{2, 1, seqUnseen, true}, {windowN * 3, windowN * 3, seqUnseen, true}, {2, 1, seqUnseen, false},
+			{2, 1, seqUnseen, true},
+			{windowN * 3, windowN * 3, seqUnseen, true},
+			{2, 1, seqUnseen, false},
 			{windowN*3 + 2, 1, seqUnseen, true},
 		}},
 		{"states do not survive a lap", []op{

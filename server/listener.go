@@ -111,7 +111,7 @@ func (p *port) dispatch(raw net.Conn, shaken func()) {
 // close stops accepting, ends the connections between nodes and waits for them.
 func (p *port) close() {
 	p.listener.Close()
-	p.admin.Close()
+	p.admin.Close() //nolint:errcheck // returns nil
 	p.mu.Lock()
 	p.ended = true
 	for conn := range p.conns {
@@ -182,5 +182,5 @@ func (s shaken) Clone() credentials.TransportCredentials { return s }
 
 // Info implements credentials.TransportCredentials.
 func (shaken) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }

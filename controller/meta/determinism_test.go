@@ -2,7 +2,6 @@ package meta_test
 
 import (
 	"encoding/binary"
-	"errors"
 	"hash/crc32"
 	"math/rand"
 	"testing"
@@ -192,7 +191,7 @@ func FuzzImage(f *testing.F) {
 		}
 		s, err := meta.DecodeImage(b)
 		if err != nil {
-			require.True(t, errors.Is(err, trivet.ErrCorrupt))
+			require.ErrorIs(t, err, trivet.ErrCorrupt)
 			return
 		}
 		once := mustImage(t, s)

@@ -90,7 +90,7 @@ func freeAddress(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer l.Close()
+	defer l.Close() //nolint:errcheck // it was only to find a free port
 	return l.Addr().String(), nil
 }
 

@@ -77,8 +77,11 @@ func TestIssueRefuses(t *testing.T) {
 		{"unknown role", pki.Identity{Cluster: clusterA, Role: "root", Name: "n1"}, pki.For(time.Hour)},
 		{"bad name", pki.Identity{Cluster: clusterA, Role: pki.RoleNode, Name: "a/b"}, pki.For(time.Hour)},
 		{"outlives ca", pki.Identity{Cluster: clusterA, Role: pki.RoleNode, Name: "n1"}, pki.For(2 * pki.CAValidity)},
-		{"ends before it begins", pki.Identity{Cluster: clusterA, Role: pki.RoleNode, Name: "n1"},
-			pki.Validity{From: now, Until: now.Add(-time.Second)}},
+		{
+			"ends before it begins",
+			pki.Identity{Cluster: clusterA, Role: pki.RoleNode, Name: "n1"},
+			pki.Validity{From: now, Until: now.Add(-time.Second)},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := ca.Issue(tt.id, tt.v)

@@ -156,14 +156,18 @@ func TestServerRefuses(t *testing.T) {
 		{"tls 1.2", dialTLS(t, tls12), "unsupported versions"},
 		{"no certificate", dialTLS(t, rogue(nil, protoPeer)), "didn't provide a certificate"},
 		{"wrong ca", dialTLS(t, rogue(pair(impostor, pki.RoleNode, pki.For(time.Hour)), protoPeer)), "unknown authority"},
-		{"other cluster", dialTLS(t, rogue(pair(caB, pki.RoleNode, pki.For(time.Hour)), protoPeer)),
-			"is of cluster " + string(clusterB) + ", want " + string(clusterA)},
+		{
+			"other cluster", dialTLS(t, rogue(pair(caB, pki.RoleNode, pki.For(time.Hour)), protoPeer)),
+			"is of cluster " + string(clusterB) + ", want " + string(clusterA),
+		},
 		{"expired", dialTLS(t, rogue(pair(caA, pki.RoleNode,
 			pki.Validity{From: now.Add(-2 * time.Hour), Until: now.Add(-time.Hour)}), protoPeer)), "expired: at"},
 		{"not yet valid", dialTLS(t, rogue(pair(caA, pki.RoleNode,
 			pki.Validity{From: now.Add(time.Hour), Until: now.Add(2 * time.Hour)}), protoPeer)), "not yet valid: from"},
-		{"client on peer port", dialTLS(t, rogue(pair(caA, pki.RoleClient, pki.For(time.Hour)), protoPeer)),
-			"has role client, want one of [node]"},
+		{
+			"client on peer port", dialTLS(t, rogue(pair(caA, pki.RoleClient, pki.For(time.Hour)), protoPeer)),
+			"has role client, want one of [node]",
+		},
 		{"self-signed with a real name", dialTLS(t, rogue(&self, protoPeer)), "unknown authority"},
 		{"no identity", dialTLS(t, rogue(&noURI, protoPeer)), "want trivet://"},
 		{"no protocol", dialTLS(t, rogue(pair(caA, pki.RoleNode, pki.For(time.Hour)))), `negotiated protocol ""`},
@@ -214,11 +218,15 @@ func TestClientRefuses(t *testing.T) {
 		{"other cluster", node(caB, "n1", pki.For(time.Hour)), "is of cluster " + string(clusterB)},
 		{"other node", node(caA, "n3", pki.For(time.Hour)), "server is node n3, want n1"},
 		{"expired", node(caA, "n1", pki.Validity{From: now.Add(-2 * time.Hour), Until: now.Add(-time.Hour)}), "expired: at"},
-		{"not yet valid", node(caA, "n1", pki.Validity{From: now.Add(time.Hour), Until: now.Add(2 * time.Hour)}),
-			"not yet valid: from"},
+		{
+			"not yet valid", node(caA, "n1", pki.Validity{From: now.Add(time.Hour), Until: now.Add(2 * time.Hour)}),
+			"not yet valid: from",
+		},
 		{"self-signed", server(selfSigned(t, "trivet://"+string(clusterA)+"/node/n1")), "unknown authority"},
-		{"client as server", server(keyPair(t, issue(t, caA, pki.RoleClient, "n1", pki.For(time.Hour)))),
-			"incompatible key usage"},
+		{
+			"client as server", server(keyPair(t, issue(t, caA, pki.RoleClient, "n1", pki.For(time.Hour)))),
+			"incompatible key usage",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			out := connect(t, tt.server, dialTLS(t, client.ClientConfig("n1", protoPeer)))

@@ -27,7 +27,7 @@ const readyTimeout = 90 * time.Second
 
 // Cluster is a number of servers in this process.
 type Cluster struct {
-	t       testing.TB
+	tb      testing.TB
 	dir     string
 	ca      *pki.CA
 	configs []server.Config
@@ -38,30 +38,30 @@ type Cluster struct {
 // StartCluster starts n servers, bears the cluster on the first and waits until all are up and up to
 // three of them voters. Everything is stopped at the end of the test. adjust may change a server's
 // configuration before it starts.
-func StartCluster(t testing.TB, n int, adjust func(i int, cfg *server.Config)) *Cluster {
-	t.Helper()
+func StartCluster(tb testing.TB, n int, adjust func(i int, cfg *server.Config)) *Cluster {
+	tb.Helper()
 	// Sockets need short paths, shorter than t.TempDir's of a test with a long name.
 	dir, err := os.MkdirTemp("", "trivet-test-")
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	require.NoError(tb, err)
+	tb.Cleanup(func() { require.NoError(tb, os.RemoveAll(dir)) })
 	ca, err := pki.NewCA(trivet.ClusterID(trivet.NewUUID()), pki.For(pki.CAValidity))
-	require.NoError(t, err)
-	c := &Cluster{t: t, dir: dir, ca: ca}
+	require.NoError(tb, err)
+	c := &Cluster{tb: tb, dir: dir, ca: ca}
 	c.issue("client", pki.RoleClient, "test")
 	for i := range n {
 		cfg := c.config(i)
 		if adjust != nil {
 			adjust(i, &cfg)
 		}
-		s, err := server.Open(t.Context(), cfg)
-		require.NoError(t, err)
+		s, err := server.Open(tb.Context(), cfg)
+		require.NoError(tb, err)
 		cfg.Listen, cfg.Advertise = s.Address(), s.Address() // a restart keeps the address
 		c.configs, c.servers = append(c.configs, cfg), append(c.servers, s)
 		c.admins = append(c.admins, c.dial(s.Address()))
-		t.Cleanup(func() { require.NoError(t, c.servers[i].Close()) })
+		tb.Cleanup(func() { require.NoError(tb, c.servers[i].Close()) })
 	}
-	_, err = c.admins[0].InitCluster(t.Context(), &api.InitClusterRequest{})
-	require.NoError(t, err)
+	_, err = c.admins[0].InitCluster(tb.Context(), &api.InitClusterRequest{})
+	require.NoError(tb, err)
 	c.AwaitUp(n)
 	return c
 }
@@ -73,8 +73,8 @@ func (c *Cluster) config(i int) server.Config {
 	cfg.Node, cfg.Listen = trivet.NodeID(name), "127.0.0.1:0"
 	cfg.DataDir, cfg.CertsDir = c.Path(name, "data"), c.Path(name, "certs")
 	cfg.CSI = c.CSI(i)
-	cfg.Logger = slog.New(slog.NewTextHandler(logWriter{c.t}, &slog.HandlerOptions{Level: slog.LevelWarn})).With("node", name)
-	cfg.Fatal = func(err error) { c.t.Errorf("%s would stop: %v", name, err) }
+	cfg.Logger = slog.New(slog.NewTextHandler(logWriter{c.tb}, &slog.HandlerOptions{Level: slog.LevelWarn})).With("node", name)
+	cfg.Fatal = func(err error) { c.tb.Errorf("%s would stop: %v", name, err) }
 	for _, s := range c.servers {
 		cfg.Seeds = append(cfg.Seeds, s.Address())
 	}
@@ -82,20 +82,20 @@ func (c *Cluster) config(i int) server.Config {
 }
 
 func (c *Cluster) issue(dir string, role pki.Role, name string) {
-	c.t.Helper()
+	c.tb.Helper()
 	pair, err := c.ca.Issue(pki.Identity{Cluster: c.ca.Cluster(), Role: role, Name: name}, pki.For(pki.LeafValidity))
-	require.NoError(c.t, err)
-	require.NoError(c.t, pki.Write(c.Path(dir), c.ca.CertPEM(), pair))
+	require.NoError(c.tb, err)
+	require.NoError(c.tb, pki.Write(c.Path(dir), c.ca.CertPEM(), pair))
 }
 
 func (c *Cluster) dial(address string) api.AdminClient {
-	c.t.Helper()
+	c.tb.Helper()
 	creds, err := pki.Open(c.Path("client"), pki.RoleClient, nil)
-	require.NoError(c.t, err)
+	require.NoError(c.tb, err)
 	conn, err := grpc.NewClient("passthrough:///"+address,
 		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
-	require.NoError(c.t, err)
-	c.t.Cleanup(func() { conn.Close() })
+	require.NoError(c.tb, err)
+	c.tb.Cleanup(func() { conn.Close() })
 	return api.NewAdminClient(conn)
 }
 
@@ -115,22 +115,22 @@ func (c *Cluster) Config(i int) server.Config { return c.configs[i] }
 
 // Stop closes server i.
 func (c *Cluster) Stop(i int) {
-	c.t.Helper()
-	require.NoError(c.t, c.servers[i].Close())
+	c.tb.Helper()
+	require.NoError(c.tb, c.servers[i].Close())
 }
 
 // Start starts server i again, at its old address.
 func (c *Cluster) Start(i int) {
-	c.t.Helper()
-	s, err := server.Open(c.t.Context(), c.configs[i])
-	require.NoError(c.t, err)
+	c.tb.Helper()
+	s, err := server.Open(c.tb.Context(), c.configs[i])
+	require.NoError(c.tb, err)
 	c.servers[i] = s
 }
 
 // AwaitUp waits until n nodes are up and min(n, 3) of them vote.
 func (c *Cluster) AwaitUp(n int) {
-	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), readyTimeout)
+	c.tb.Helper()
+	ctx, cancel := context.WithTimeout(c.tb.Context(), readyTimeout)
 	defer cancel()
 	last := ""
 	for {
@@ -152,17 +152,17 @@ func (c *Cluster) AwaitUp(n int) {
 		}
 		select {
 		case <-ctx.Done():
-			require.FailNow(c.t, "cluster not ready", "%d of %d nodes up, %d vote; last error: %s", up, n, voters, last)
+			require.FailNow(c.tb, "cluster not ready", "%d of %d nodes up, %d vote; last error: %s", up, n, voters, last)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
 // logWriter writes a server's log lines to the test's log.
-type logWriter struct{ t testing.TB }
+type logWriter struct{ tb testing.TB }
 
 // Write implements io.Writer.
 func (w logWriter) Write(p []byte) (int, error) {
-	w.t.Log(string(p[:len(p)-1])) //nolint:forbidigo // a log line, without its newline
+	w.tb.Log(string(p[:len(p)-1])) //nolint:forbidigo // a log line, without its newline
 	return len(p), nil
 }

@@ -133,9 +133,10 @@ func TestFsyncIsFlush(t *testing.T) {
 	// A flush never starts before the writes it covers have returned.
 	writesN := 0
 	for _, op := range a.dev.Ops() {
-		if op.Kind == faultdev.Write {
+		switch op.Kind {
+		case faultdev.Write:
 			writesN++
-		} else if op.Kind == faultdev.Flush {
+		case faultdev.Flush:
 			require.Positive(t, writesN)
 			writesN = 0
 		}

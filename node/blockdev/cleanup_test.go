@@ -217,7 +217,7 @@ func TestCleanupTouchesNothingElse(t *testing.T) {
 	h := startHelper(t)
 	h.kill(t)
 	record := filepath.Join(h.runDir, "vol-dead", "record.json")
-	planted := strings.Replace(readFile(t, record), "vol-dead", "vol-other", -1)
+	planted := strings.ReplaceAll(readFile(t, record), "vol-dead", "vol-other")
 	other := filepath.Join(h.runDir, "vol-other")
 	require.NoError(t, os.Mkdir(other, 0o700))
 	require.NoError(t, os.WriteFile(filepath.Join(other, "lock"), nil, 0o600))

@@ -190,13 +190,14 @@ func (s *fuseServer) handOver(ctx context.Context, req fuseRequest, buf *buffer)
 	t.req.data = nil
 	if req.op == opWrite {
 		other, err := s.pool.get(ctx, req.lenBytes)
-		if err == nil && other.small {
+		switch {
+		case err != nil:
+			return buf, err
+		case other.small:
 			copy(other.payload(req.lenBytes), req.data)
 			t.buf = other
-		} else if err == nil {
+		default:
 			t.buf, next = buf, other
-		} else {
-			return buf, err
 		}
 	}
 	s.queue <- t // workers only end after the reader

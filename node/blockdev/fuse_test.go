@@ -47,7 +47,7 @@ func TestToErrno(t *testing.T) {
 
 // fuseMessage builds a request as the kernel does.
 func fuseMessage(op uint32, unique uint64, args ...any) []byte {
-	b := make([]byte, fuseHeadBytes)
+	b := append([]byte(nil), make([]byte, fuseHeadBytes)...)
 	for _, a := range args {
 		switch a := a.(type) {
 		case uint32:
@@ -275,7 +275,7 @@ func TestFuseEchoesTheResendBit(t *testing.T) {
 	k.send(fuseMessage(opRead, 1<<63|3, ioArgs(0, 4096)...))
 	unique, errno, _ := k.receive()
 	require.Zero(t, errno)
-	require.EqualValues(t, uint64(1<<63|3), unique)
+	require.Equal(t, uint64(1<<63|3), unique)
 }
 
 // TestFuseBlockedWorkers fills the workers with requests that wait; the reader goes on.

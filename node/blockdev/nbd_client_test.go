@@ -98,7 +98,7 @@ func readOptionReply(t *testing.T, r io.Reader, option uint32) (kind uint32, dat
 	head := make([]byte, 20)
 	_, err := io.ReadFull(r, head)
 	require.NoError(t, err)
-	require.EqualValues(t, uint64(nbdReplyMagic), binary.BigEndian.Uint64(head))
+	require.Equal(t, uint64(nbdReplyMagic), binary.BigEndian.Uint64(head))
 	require.Equal(t, option, binary.BigEndian.Uint32(head[8:]))
 	data = make([]byte, binary.BigEndian.Uint32(head[16:]))
 	_, err = io.ReadFull(r, data)

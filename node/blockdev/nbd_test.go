@@ -343,10 +343,14 @@ func TestNBDRealClients(t *testing.T) {
 		{"qemu-img", []string{"info", "URI"}},
 		{"qemu-img", []string{"convert", "-n", "-f", "raw", "-O", "raw", "IMAGE", "URI"}},
 		{"qemu-img", []string{"compare", "-f", "raw", "-F", "raw", "IMAGE", "URI"}},
-		{"qemu-io", []string{"-f", "raw", "-c", "write -P 7 -f 0 64k", "-c", "discard 64k 64k", "-c", "write -z 128k 64k",
-			"-c", "flush", "-c", "read -P 7 0 64k", "-c", "read -P 0 64k 128k", "URI"}},
-		{"fio", []string{"--name=x", "--ioengine=nbd", "--uri=URI", "--rw=randrw", "--bs=4k", "--iodepth=16", "--size=4m",
-			"--verify=crc32c", "--fsync=32", "--fdatasync=0", "--do_verify=1", "--loops=2"}},
+		{"qemu-io", []string{
+			"-f", "raw", "-c", "write -P 7 -f 0 64k", "-c", "discard 64k 64k", "-c", "write -z 128k 64k",
+			"-c", "flush", "-c", "read -P 7 0 64k", "-c", "read -P 0 64k 128k", "URI",
+		}},
+		{"fio", []string{
+			"--name=x", "--ioengine=nbd", "--uri=URI", "--rw=randrw", "--bs=4k", "--iodepth=16", "--size=4m",
+			"--verify=crc32c", "--fsync=32", "--fdatasync=0", "--do_verify=1", "--loops=2",
+		}},
 	} {
 		t.Run(c.program+" "+c.args[0], func(t *testing.T) {
 			path, err := exec.LookPath(c.program)

@@ -110,7 +110,7 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 	if err != nil {
 		return nil, err
 	}
-	req.RPCHeader, req.Leader = header, header.Addr
+	req.RPCHeader, req.Leader = header, header.Addr //nolint:staticcheck // the library still reads Leader
 	var out any
 	answered := false
 	if isHeartbeat(req) {
@@ -183,7 +183,8 @@ func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, 
 		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
 	}
 	out, err := i.deliver(ctx, &raft.RequestVoteRequest{
-		RPCHeader: header, Term: v.term, Candidate: header.Addr, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
+		Candidate: header.Addr, //nolint:staticcheck // the library still reads it
+		RPCHeader: header, Term: v.term, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
 		LeadershipTransfer: v.transfer,
 	})
 	if err != nil {

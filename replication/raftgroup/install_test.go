@@ -90,7 +90,9 @@ func TestInstallSnapshotUnderLongerLog(t *testing.T) {
 		_, ahead := raftgroup.LogBounds(old.group)
 		others := c.others(old.name)
 		for k := range 200 {
-			c.eventually("a write", func() bool { return c.leader(others...).set(fmt.Sprint(k), strings.Repeat("v", 100)) == nil })
+			c.eventually("a write", func() bool {
+				return c.leader(others...).set(fmt.Sprint(k), strings.Repeat("v", 100)) == nil
+			})
 		}
 		require.Greater(t, ahead, raftgroup.SnapshotIndex(c.leader(others...).group)+100, "the log is not ahead")
 		c.net.HealAll()

@@ -36,11 +36,11 @@ type logOptions struct {
 type segmentLog struct {
 	opts logOptions
 
-	wmu  sync.Mutex // held by the one writer, over its disk I/O
-	tail *segmentFile
-	buf  []byte
+	wmu sync.Mutex // held by the one writer, over its disk I/O; what mu guards is changed under both
+	buf []byte
 
 	mu       sync.RWMutex // readers hold it over their disk read, so that no file is closed under them
+	tail     *segmentFile // the last of segments
 	segments []*segmentFile
 	first    uint64 // of the log, or the next index when it is empty
 	refs     []ref  // of first, first+1, …
@@ -313,9 +313,10 @@ func (l *segmentLog) roll() error {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	l.tail = &segmentFile{f: f, seq: info.seq, end: segmentHeader}
+	tail := &segmentFile{f: f, seq: info.seq, end: segmentHeader}
 	l.mu.Lock()
-	l.segments = append(l.segments, l.tail)
+	l.tail = tail
+	l.segments = append(l.segments, tail)
 	l.mu.Unlock()
 	return nil
 }

@@ -424,7 +424,9 @@ func TestLogStore(t *testing.T) {
 		for _, n := range names {
 			m = append(m, Member{Replica: trivet.ReplicaID(strings.Repeat(n, 8) + "-0000-4000-8000-000000000000"), Node: "n"})
 		}
-		return &raft.Log{Index: index, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(m))}
+		return &raft.Log{
+			Index: index, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(m)),
+		}
 	}
 	require.NoError(t, s.StoreLogs([]*raft.Log{conf(1, "a"), {Index: 2, Term: 1, Data: []byte("two")}, conf(3, "a", "b")}))
 	require.Len(t, s.latestConfig().members, 2)
@@ -460,8 +462,6 @@ func TestLogStore(t *testing.T) {
 // The cache never holds more than its bound, and never an entry that is not in the log.
 func TestLogStoreCache(t *testing.T) {
 	mem := vfs.NewMem()
-	opts := testLogOptions(mem)
-	opts.segmentBytes = 8 << 20
 	s, err := newLogStore(newTestLog(t, mem), &diskGuard{}, groupConfig{})
 	require.NoError(t, err)
 	for i := range uint64(80) {

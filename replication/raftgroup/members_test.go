@@ -18,7 +18,9 @@ import (
 
 func (c *cluster) mustPromote(name string) {
 	c.t.Helper()
-	c.eventually("promote "+name, func() bool { return c.leader().group.Promote(context.Background(), replicaID(name)) == nil })
+	c.eventually("promote "+name, func() bool {
+		return c.leader().group.Promote(context.Background(), replicaID(name)) == nil
+	})
 }
 
 func TestMembership(t *testing.T) {
@@ -186,29 +188,33 @@ func TestRogueSenders(t *testing.T) {
 			})
 			return err
 		}
-		stranger := string(replicaID("z"))
+		third := c.nodes[c.others(l.name, victim.name)[0]]
+		stranger, leader := string(replicaID("z")), string(replicaID(l.name))
+		follower := string(replicaID(third.name))
+		vote := raftgroup.VoteBody(term+100, last, term, true)
+		election := raftgroup.TimeoutNowBody(l.group, replicaID(victim.name))
+		oldElection := raftgroup.OldTimeoutNowBody(l.group, replicaID(victim.name), heartbeat)
 		for name, err := range map[string]error{
-			"entries as the leader":  send(rogue, string(replicaID(l.name)), transport.KindAppendEntries, high),
-			"entries as a stranger":  send(rogue, stranger, transport.KindAppendEntries, high),
-			"entries as nobody":      send(rogue, "", transport.KindAppendEntries, high),
-			"entries as a path":      send(rogue, "../../x", transport.KindAppendEntries, high),
-			"vote as a member":       send(rogue, string(replicaID(l.name)), transport.KindRequestVote, raftgroup.VoteBody(term+100, last, term, true)),
-			"vote as a stranger":     send(rogue, stranger, transport.KindRequestVote, raftgroup.VoteBody(term+100, last, term, true)),
-			"pre-vote as a stranger": send(rogue, stranger, transport.KindRequestPreVote, raftgroup.VoteBody(term+100, last, term, false)),
-			"election as leader":     send(rogue, string(replicaID(l.name)), transport.KindTimeoutNow, raftgroup.TimeoutNowBody(l.group, replicaID(victim.name))),
-			"snapshot":               send(rogue, stranger, transport.KindSnapshotBegin, []byte("x")),
-			"another member's name":  send(l.link, string(replicaID(c.others(l.name)[1])), transport.KindAppendEntries, high),
-			"junk of a member":       send(l.link, string(replicaID(l.name)), transport.KindAppendEntries, []byte("junk")),
-			"election by a follower": send(c.nodes[c.others(l.name, victim.name)[0]].link, string(replicaID(c.others(l.name, victim.name)[0])),
-				transport.KindTimeoutNow, raftgroup.TimeoutNowBody(l.group, replicaID(victim.name))),
-			"election asked long ago": send(l.link, string(replicaID(l.name)), transport.KindTimeoutNow,
-				raftgroup.OldTimeoutNowBody(l.group, replicaID(victim.name), heartbeat)),
+			"entries as the leader":   send(rogue, leader, transport.KindAppendEntries, high),
+			"entries as a stranger":   send(rogue, stranger, transport.KindAppendEntries, high),
+			"entries as nobody":       send(rogue, "", transport.KindAppendEntries, high),
+			"entries as a path":       send(rogue, "../../x", transport.KindAppendEntries, high),
+			"vote as a member":        send(rogue, leader, transport.KindRequestVote, vote),
+			"vote as a stranger":      send(rogue, stranger, transport.KindRequestVote, vote),
+			"pre-vote as a stranger":  send(rogue, stranger, transport.KindRequestPreVote, vote),
+			"election as leader":      send(rogue, leader, transport.KindTimeoutNow, election),
+			"snapshot":                send(rogue, stranger, transport.KindSnapshotBegin, []byte("x")),
+			"another member's name":   send(l.link, follower, transport.KindAppendEntries, high),
+			"junk of a member":        send(l.link, leader, transport.KindAppendEntries, []byte("junk")),
+			"election by a follower":  send(third.link, follower, transport.KindTimeoutNow, election),
+			"election asked long ago": send(l.link, leader, transport.KindTimeoutNow, oldElection),
 		} {
 			require.Error(t, err, name)
 			require.NotErrorIs(t, err, trivet.ErrUnavailable, name)
 		}
 		_, err := rogue.Call(t.Context(), trivet.NodeID(victim.name), transport.Message{
-			Kind: transport.KindAppendEntries, Group: testGroup + 1, To: replicaID(victim.name), From: replicaID(l.name), Body: high,
+			Kind: transport.KindAppendEntries, Group: testGroup + 1, To: replicaID(victim.name), From: replicaID(l.name),
+			Body: high,
 		})
 		require.ErrorIs(t, err, trivet.ErrNotFound, "another group")
 		require.Equal(t, term, raftgroup.RaftTerm(victim.group))

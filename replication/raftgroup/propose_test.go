@@ -131,6 +131,8 @@ func TestLargeEntries(t *testing.T) {
 		})
 		late.mustOpen()
 		c.converge()
+		mu.Lock()
+		defer mu.Unlock()
 		require.Greater(t, most, 3<<20)
 		require.Less(t, most, transport.MessageBytesMax)
 	})

@@ -41,7 +41,7 @@ func (r *raftLogger) Log(level hclog.Level, msg string, args ...any) {
 			}
 		}
 	}
-	r.l.Log(context.Background(), at, msg, args...)
+	r.l.Log(context.Background(), at, msg, args...) //nolint:sloglint // the message is the library's
 }
 
 func (r *raftLogger) Trace(msg string, args ...any) { r.Log(hclog.Trace, msg, args...) }

@@ -108,7 +108,7 @@ func TestRestartedVoterKeepsItsPromise(t *testing.T) {
 			voter, rival := c.nodes[others[0]], c.nodes[others[1]]
 			c.net.Cut(trivet.NodeID(l.name), trivet.NodeID(rival.name))
 			c.net.Cut(trivet.NodeID(rival.name), trivet.NodeID(l.name))
-			pass(after * time.Millisecond)
+			pass(after * time.Millisecond) //nolint:durationcheck // a number of milliseconds
 			for range 6 {
 				voter.die()
 				voter.mustOpen()
@@ -155,6 +155,7 @@ func TestQuarantine(t *testing.T) {
 func TestTransferVoidsLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := startCluster(t, "a", "b", "c")
+		c.converge() // all have answered
 		l := c.leader()
 		target := c.nodes[c.others(l.name)[0]]
 		term := raftgroup.RaftTerm(l.group)
@@ -163,7 +164,14 @@ func TestTransferVoidsLease(t *testing.T) {
 		failed := make(chan error, 1)
 		go func() { failed <- l.group.TransferTo(context.Background(), replicaID(target.name)) }()
 		synctest.Wait()
-		c.eventually("the request is under way", func() bool { return c.net.Held() > 0 })
+		c.eventually("the request is under way", func() bool {
+			select {
+			case err := <-failed:
+				require.FailNow(t, "it came back at once", "%v", err)
+			default:
+			}
+			return c.net.Held() > 0
+		})
 		require.Empty(t, gates(c), "reads during the transfer")
 		require.ErrorIs(t, <-failed, trivet.ErrUnavailable)
 		for range 30 {
@@ -183,14 +191,16 @@ func TestTransferVoidsLease(t *testing.T) {
 func TestTransfer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		c.converge()
 		l := c.leader()
 		target := c.nodes[c.others(l.name)[1]]
-		c.mustPut("x", "1")
 		require.NoError(t, l.group.TransferTo(t.Context(), replicaID(l.name)))
 		require.NoError(t, l.group.TransferTo(t.Context(), replicaID(target.name)))
 		require.Equal(t, target, c.leader())
 		require.Equal(t, "1", target.machine.get("x"))
 		require.ErrorIs(t, l.group.TransferTo(t.Context(), replicaID("c")), trivet.ErrNotLeader)
+		c.converge()
 		start := time.Now()
 		require.NoError(t, target.group.TransferTo(t.Context(), replicaID(l.name)))
 		require.Equal(t, l, c.leader())

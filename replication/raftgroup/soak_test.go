@@ -96,7 +96,8 @@ func soak(t *testing.T, seed uint64) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	c := newCluster(t, "a", "b", "c")
 	c.net.SetDefaultFaults(transport.Faults{
-		Drop: rng.Float64() * 0.05, Duplicate: rng.Float64() * 0.2, Delay: transport.Exponential(5*time.Millisecond, time.Second),
+		Drop: rng.Float64() * 0.05, Duplicate: rng.Float64() * 0.2,
+		Delay: transport.Exponential(5*time.Millisecond, time.Second),
 	})
 	snapshotBytes := int64(2<<10 + rng.IntN(16<<10))
 	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = snapshotBytes }

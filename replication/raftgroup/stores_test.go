@@ -2,6 +2,7 @@ package raftgroup
 
 import (
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,9 +145,8 @@ func TestSlotsRot(t *testing.T) {
 
 func TestGuard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var fatal []error
-		stalls := 0
-		d := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }, onStall: func() { stalls++ }}
+		var fatal, stalls atomic.Int32
+		d := &diskGuard{fatal: func(error) { fatal.Add(1) }, onStall: func() { stalls.Add(1) }}
 		require.NoError(t, d.run("quick", func() error { return nil }))
 		elapse(time.Minute)
 		require.False(t, d.stalled())
@@ -162,38 +162,38 @@ func TestGuard(t *testing.T) {
 			require.False(t, d.stalled())
 			d.end(b)
 		}
-		require.Zero(t, stalls)
+		require.Zero(t, stalls.Load())
 		hung, err := d.begin()
 		require.NoError(t, err)
 		elapse(stallQuiet)
 		synctest.Wait()
 		require.True(t, d.stalled())
-		require.Equal(t, 1, stalls)
+		require.Equal(t, int32(1), stalls.Load())
 		d.end(hung)
 		require.False(t, d.stalled())
-		require.Equal(t, 2, stalls)
-		require.Empty(t, fatal)
+		require.Equal(t, int32(2), stalls.Load())
+		require.Zero(t, fatal.Load())
 		bad := errors.New("bad")
 		require.ErrorIs(t, d.run("fails", func() error { return bad }), bad)
-		require.Len(t, fatal, 1)
+		require.Equal(t, int32(1), fatal.Load())
 		ran := false
 		require.ErrorIs(t, d.run("later", func() error { ran = true; return nil }), bad)
 		require.False(t, ran, "nothing is written after a failure")
-		require.Len(t, fatal, 1)
+		require.Equal(t, int32(1), fatal.Load())
 	})
 }
 
 func TestGuardFatal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var fatal []error
-		d := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
+		var fatal atomic.Int32
+		d := &diskGuard{fatal: func(error) { fatal.Add(1) }}
 		_, err := d.begin()
 		require.NoError(t, err)
 		elapse(stallFatal - time.Millisecond)
-		require.Empty(t, fatal)
+		require.Zero(t, fatal.Load())
 		elapse(time.Millisecond)
 		synctest.Wait()
-		require.Len(t, fatal, 1)
+		require.Equal(t, int32(1), fatal.Load())
 		d.close()
 		_, err = d.begin()
 		require.Error(t, err)

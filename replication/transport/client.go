@@ -100,7 +100,7 @@ func (c *client) result(m Message, f frame) (Message, error) {
 	if f.typ == frameError {
 		remote, err := decodeError(c.node, f.msg.Body)
 		if err != nil {
-			err = fmt.Errorf("answer of %s: %s: %w", c.node, err, trivet.ErrUnavailable)
+			err = fmt.Errorf("answer of %s: %w: %w", c.node, err, trivet.ErrUnavailable)
 			c.fail(err)
 			return Message{}, err
 		}

@@ -79,7 +79,7 @@ func (p *Peers) connect(node trivet.NodeID, address string, r *route, a *attempt
 	c, err := p.dial(node, address)
 	if err != nil {
 		p.stats.dialFailures.Add(1)
-		a.err = fmt.Errorf("dial %s at %s: %s: %w", node, address, err, trivet.ErrUnavailable)
+		a.err = fmt.Errorf("dial %s at %s: %w: %w", node, address, err, trivet.ErrUnavailable)
 		if p.lifetime.Err() != nil {
 			a.err = p.errClosed()
 		}

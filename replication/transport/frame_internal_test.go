@@ -222,7 +222,7 @@ func TestWireSentinelsAreComplete(t *testing.T) {
 		}
 		return true
 	})
-	assert.Equal(t, n+2, len(wireSentinels), "the sentinels of errors.go and two of context")
+	assert.Len(t, wireSentinels, n+2, "the sentinels of errors.go and two of context")
 }
 
 func newTestQueue() *sendQueue { return newSendQueue(&bufferPool{}, 1<<20) }

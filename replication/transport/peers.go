@@ -222,7 +222,7 @@ func (p *Peers) addAccepted(s *stream) bool {
 	if p.closed {
 		return false
 	}
-	conns := append(p.accepted[s.node], s)
+	conns := append(p.accepted[s.node], s) //nolint:gocritic // put back under the same key below
 	if len(conns) > acceptedPerNodeMax {
 		conns[0].fail(fmt.Errorf("connection with %s: displaced by a newer one: %w", s.node, trivet.ErrUnavailable))
 		conns = slices.Delete(conns, 0, 1)

@@ -52,7 +52,7 @@ func (c wireConn) Write(b []byte) (int, error) {
 func (c wireConn) Close() error {
 	c.closed.Store(true)
 	if c.wire.hole.Load() {
-		return c.Conn.SetDeadline(time.Now())
+		return c.SetDeadline(time.Now())
 	}
 	return c.Conn.Close()
 }

@@ -65,11 +65,11 @@ func (s *stream) broken(err error) error {
 	case errors.Is(err, trivet.ErrCorrupt):
 		s.peers.stats.badFrames.Add(1)
 		// The frame is what is corrupt, not what was asked for: hence not ErrCorrupt.
-		return fmt.Errorf("connection with %s: %s: %w", s.node, err, trivet.ErrUnavailable)
+		return fmt.Errorf("connection with %s: %w: %w", s.node, err, trivet.ErrUnavailable)
 	case errors.Is(err, io.EOF):
 		return fmt.Errorf("connection with %s: %w: %w", s.node, errHungUp, trivet.ErrUnavailable)
 	default:
-		return fmt.Errorf("connection with %s: %s: %w", s.node, err, trivet.ErrUnavailable)
+		return fmt.Errorf("connection with %s: %w: %w", s.node, err, trivet.ErrUnavailable)
 	}
 }
 
@@ -147,7 +147,7 @@ func (s *stream) recheck() error {
 	}
 	if err != nil {
 		s.peers.stats.refused.Add(1)
-		return fmt.Errorf("connection with %s: no longer allowed: %s: %w", s.node, err, trivet.ErrUnavailable)
+		return fmt.Errorf("connection with %s: no longer allowed: %w: %w", s.node, err, trivet.ErrUnavailable)
 	}
 	return nil
 }

@@ -114,9 +114,13 @@ func (m *model) check(t *testing.T, off, n int64, msg string) {
 	requireSame(t, m.mem[off:off+n], got, off, msg)
 }
 
-func (m *model) fresh(t *testing.T) { m.check(t, 0, m.opts.RequestBytesMax, "fresh") }
+func (m *model) fresh(t *testing.T) {
+	t.Helper()
+	m.check(t, 0, m.opts.RequestBytesMax, "fresh")
+}
 
 func (m *model) bounds(t *testing.T) {
+	t.Helper()
 	const bs = trivet.BlockSize
 	ctx, size := t.Context(), m.dev.Size()
 	for _, c := range []struct {
@@ -145,6 +149,7 @@ func (m *model) bounds(t *testing.T) {
 }
 
 func (m *model) lastBlock(t *testing.T) {
+	t.Helper()
 	off := m.dev.Size() - trivet.BlockSize
 	want := pattern(trivet.BlockSize, 7)
 	require.NoError(t, m.dev.WriteAt(t.Context(), want, off))
@@ -158,10 +163,19 @@ func (m *model) lastBlock(t *testing.T) {
 
 // discardInwards is H18: a discard never touches a block that it does not cover whole.
 func (m *model) discardInwards(t *testing.T) {
+	t.Helper()
 	const bs = trivet.BlockSize
 	for _, c := range []struct{ off, n int64 }{
-		{bs, 2 * bs}, {bs + 1, 2 * bs}, {bs - 1, 2 * bs}, {bs, bs - 1}, {bs + 512, 3 * bs},
-		{2*bs - 1, 2}, {0, 1}, {3, 4*bs - 3}, {bs, 0}, {5*bs - 1, bs + 1},
+		{bs, 2 * bs},
+		{bs + 1, 2 * bs},
+		{bs - 1, 2 * bs},
+		{bs, bs - 1},
+		{bs + 512, 3 * bs},
+		{2*bs - 1, 2},
+		{0, 1},
+		{3, 4*bs - 3},
+		{bs, 0},
+		{5*bs - 1, bs + 1},
 	} {
 		m.write(t, pattern(8*bs, byte(c.off)), 0)
 		require.NoError(t, m.dev.Discard(t.Context(), c.off, c.n), "discard %d bytes at %d", c.n, c.off)
@@ -173,6 +187,7 @@ func (m *model) discardInwards(t *testing.T) {
 
 // buffers is H25: a device must not keep, or write to, what it was given.
 func (m *model) buffers(t *testing.T) {
+	t.Helper()
 	const n = 16 * trivet.BlockSize
 	p := pattern(n, 3)
 	m.write(t, p, 0)
@@ -193,6 +208,7 @@ func (m *model) buffers(t *testing.T) {
 
 // writeTrimWrite is H19: trims keep their place between writes to the same blocks.
 func (m *model) writeTrimWrite(t *testing.T) {
+	t.Helper()
 	const n = 4 * trivet.BlockSize
 	for i := range 32 {
 		m.write(t, pattern(n, byte(i)), 0)
@@ -212,6 +228,7 @@ func (m *model) writeTrimWrite(t *testing.T) {
 }
 
 func (m *model) random(t *testing.T) {
+	t.Helper()
 	t.Logf("seed %d", m.opts.Seed)
 	rng := rand.New(rand.NewPCG(m.opts.Seed, 0))
 	for i := range m.opts.OpsN {
@@ -242,6 +259,7 @@ func (m *model) random(t *testing.T) {
 
 // disjoint runs requests side by side, each worker on its own blocks, with flushes among them.
 func (m *model) disjoint(t *testing.T) {
+	t.Helper()
 	const workersN = 8
 	share := m.opts.SpanBytes / workersN / trivet.BlockSize * trivet.BlockSize
 	var wg sync.WaitGroup
@@ -284,6 +302,7 @@ func (m *model) worker(ctx context.Context, w int, base, share int64) error {
 
 // overlapping lets writers fight over the same blocks: each block must hold one write whole.
 func (m *model) overlapping(t *testing.T) {
+	t.Helper()
 	const workersN, blocksN = 8, 16
 	var wg sync.WaitGroup
 	errs := make([]error, workersN)
@@ -314,6 +333,7 @@ func (m *model) overlapping(t *testing.T) {
 // endedContext: a call with an ended context may fail, but then with that error, and a read must
 // never claim success with the wrong bytes.
 func (m *model) endedContext(t *testing.T) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	got := garbage(trivet.BlockSize)
