@@ -163,7 +163,7 @@ func (c *Controller) await(ctx context.Context, what string, since meta.Revision
 		case <-tick.C:
 		case <-ctx.Done():
 			// Not the context's own error: "deadline exceeded" must not be taken for "not done".
-			return fmt.Errorf("%s: still waiting (%s): %w", what, context.Cause(ctx).Error(), trivet.ErrUnavailable)
+			return fmt.Errorf("%s: still waiting (%v): %w", what, context.Cause(ctx), trivet.ErrUnavailable)
 		}
 	}
 }

@@ -155,7 +155,7 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 	res, err := c.store.Propose(ctx, meta.Command{CreateVolume: &meta.CreateVolume{Volume: want, Claim: !w.Unclaimed}})
 	switch {
 	case errors.Is(err, trivet.ErrNotFound): // a disk went away since the placement
-		return meta.Volume{}, fmt.Errorf("%s: %w", err.Error(), trivet.ErrUnavailable)
+		return meta.Volume{}, fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
 	case err != nil:
 		return meta.Volume{}, err
 	case res.Volume == nil:
@@ -186,8 +186,8 @@ func (w *creation) place(s *meta.State) ([]meta.Replica, error) {
 	}, time.Now())
 	if err != nil && len(w.avoid) > 0 {
 		// The nodes that failed may only have been slow: not the caller's fault, nor for ever.
-		return nil, fmt.Errorf("nodes %v did not bring up their replicas, and without them: %s: %w",
-			slices.Sorted(maps.Keys(w.avoid)), err.Error(), trivet.ErrUnavailable)
+		return nil, fmt.Errorf("nodes %v did not bring up their replicas, and without them: %v: %w",
+			slices.Sorted(maps.Keys(w.avoid)), err, trivet.ErrUnavailable)
 	}
 	if err != nil {
 		return nil, err

@@ -105,7 +105,7 @@ func (m *machine) waitIndex(ctx context.Context, index uint64) (*meta.State, err
 		select {
 		case <-moved:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("local copy is at index %d, not %d (%w): %w",
+			return nil, fmt.Errorf("local copy is at index %d, not %d (%v): %w",
 				now.index, index, context.Cause(ctx), trivet.ErrUnavailable)
 		}
 	}

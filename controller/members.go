@@ -37,9 +37,9 @@ func (a addMember) to(ctx context.Context, g *raftgroup.Group) error {
 	err := g.AddLearner(ctx, raftgroup.Member{Replica: a.Replica, Node: a.Node, Learner: true})
 	switch {
 	case errors.Is(err, trivet.ErrExists): // on another node: it will not go away by trying again
-		return fmt.Errorf("%s: %w: %w", a, err, trivet.ErrInvalid)
+		return fmt.Errorf("%s: %v: %w", a, err, trivet.ErrInvalid)
 	case errors.Is(err, trivet.ErrPending): // another change is under way
-		return fmt.Errorf("%s: %w: %w", a, err, trivet.ErrUnavailable)
+		return fmt.Errorf("%s: %v: %w", a, err, trivet.ErrUnavailable)
 	}
 	return err
 }

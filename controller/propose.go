@@ -112,7 +112,7 @@ func (c *Catalogue) call(ctx context.Context, to trivet.NodeID, kind transport.K
 	if err == nil || errors.Is(err, trivet.ErrInvalid) {
 		return reply.Body, err
 	}
-	return nil, fmt.Errorf("ask leader %s: %w: %w", to, err, trivet.ErrUnavailable)
+	return nil, fmt.Errorf("ask leader %s: %v: %w", to, err, trivet.ErrUnavailable)
 }
 
 // atLeader runs here when this node leads, or remote at the leader, until one of them gets through
@@ -139,7 +139,7 @@ func (c *Catalogue) atLeader(ctx context.Context, what string,
 			}
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("%s: no answer (%w), last: %w: %w", what, context.Cause(ctx), last, trivet.ErrUnavailable)
+			return fmt.Errorf("%s: no answer (%v), last: %v: %w", what, context.Cause(ctx), last, trivet.ErrUnavailable)
 		}
 		if errors.Is(err, trivet.ErrClosed) {
 			return fmt.Errorf("%s: %w", what, err)
@@ -163,7 +163,7 @@ func (c *Catalogue) try(ctx context.Context, g *raftgroup.Group,
 		err = remote(ctx, st.LeaderNode)
 	}
 	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
+		return fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
 	}
 	return err
 }

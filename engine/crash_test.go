@@ -37,7 +37,7 @@ func checkPrefix(e *engine.Engine, id trivet.VolumeID, h *history, atLeast, atMo
 		return fmt.Errorf("%s is at index %d after the crash, want %d to %d", id, applied, atLeast, atMost)
 	}
 	if durable, err := v.DurableState(); err != nil || durable.AppliedIndex != applied {
-		return fmt.Errorf("%s: durable index %d (%w) right after opening, want %d", id, durable.AppliedIndex, err, applied)
+		return fmt.Errorf("%s: durable index %d (%v) right after opening, want %d", id, durable.AppliedIndex, err, applied)
 	}
 	return h.check(v)
 }

@@ -105,7 +105,7 @@ func open(cfg Config) (*Engine, error) {
 	}
 	lock, err := pebble.LockDirectory(cfg.Dir, cfg.FS)
 	if err != nil {
-		return nil, fmt.Errorf("lock: %w: %w", err, trivet.ErrInUse)
+		return nil, fmt.Errorf("lock: %v: %w", err, trivet.ErrInUse)
 	}
 	h := newHealth(cfg)
 	opts := options(cfg, h)
@@ -147,7 +147,7 @@ func openPebble(dir string, opts *pebble.Options) (db *pebble.DB, err error) {
 // toErr adds ErrCorrupt to Pebble's own error of that meaning.
 func toErr(err error) error {
 	if err != nil && pebble.IsCorruptionError(err) && !errors.Is(err, trivet.ErrCorrupt) {
-		return fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
+		return fmt.Errorf("%v: %w", err, trivet.ErrCorrupt)
 	}
 	return err
 }

@@ -76,7 +76,7 @@ func (h *health) fail(err error) (first bool) {
 // corrupt reports damage. Reads that meet it return ErrCorrupt; the engine goes on, so that the
 // replica can be repaired and the other volumes of the disk do not suffer (H38).
 func (h *health) corrupt(err error) {
-	err = fmt.Errorf("engine table: %w: %w", err, trivet.ErrCorrupt)
+	err = fmt.Errorf("engine table: %v: %w", err, trivet.ErrCorrupt)
 	h.log.Error("engine found damage", "err", err)
 	if h.onCorrupt != nil {
 		h.onCorrupt(err)

@@ -232,7 +232,7 @@ func proposeEntry(ctx context.Context, propose proposeFunc, entry []byte, reques
 	case errors.Is(err, trivet.ErrNotLeader), errors.Is(err, trivet.ErrUnavailable):
 		return nil, err
 	case err != nil:
-		return nil, fmt.Errorf("propose: %w: %w", err, trivet.ErrUnavailable)
+		return nil, fmt.Errorf("propose: %v: %w", err, trivet.ErrUnavailable)
 	}
 	results, ok := out.([]result)
 	if !ok || len(results) != requestN {

@@ -259,7 +259,7 @@ func decodeEntry(dst []request, id trivet.VolumeID, b []byte) ([]request, error)
 			return nil, err
 		}
 		if err := r.check(); err != nil {
-			return nil, fmt.Errorf("request %d of an entry of %s: %w: %w", i, id, err, trivet.ErrCorrupt)
+			return nil, fmt.Errorf("request %d of an entry of %s: %v: %w", i, id, err, trivet.ErrCorrupt)
 		}
 		dst = append(dst, r)
 	}

@@ -85,7 +85,7 @@ func lostLog(s *ReplicaSpec, dir string, vol *engine.Volume) error {
 // groupError explains that the group's directory belongs to another replica or is damaged.
 func groupError(s *ReplicaSpec, err error) error {
 	if errors.Is(err, trivet.ErrInvalid) || errors.Is(err, trivet.ErrExists) {
-		return fmt.Errorf("disk %s holds another group; check that the right disk is mounted: %w: %w",
+		return fmt.Errorf("disk %s holds another group; check that the right disk is mounted: %v: %w",
 			s.Disk.ID, err, trivet.ErrCorrupt)
 	}
 	return err
@@ -138,7 +138,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 		return nil, fmt.Errorf("disk %s holds replica %s of the volume; check that the right disk is mounted: %w",
 			s.Disk.ID, vol.Replica(), trivet.ErrCorrupt)
 	case !exists && hasHistory(vol):
-		return nil, fmt.Errorf("%w: %w", lostLog(s, cfg.Dir, vol), trivet.ErrNotFound)
+		return nil, fmt.Errorf("%v: %w", lostLog(s, cfg.Dir, vol), trivet.ErrNotFound)
 	case !exists:
 		return nil, fmt.Errorf("its creation on disk %s was not completed; create it again: %w",
 			s.Disk.ID, trivet.ErrNotFound)

@@ -148,11 +148,11 @@ func giveUp(ctx context.Context, timeout time.Duration, last error) error {
 	cause := context.Cause(ctx)
 	switch {
 	case errors.Is(cause, errIOTimeout):
-		return fmt.Errorf("no leader answered within %v (last: %w): %w", timeout, last, trivet.ErrUnavailable)
+		return fmt.Errorf("no leader answered within %v (last: %v): %w", timeout, last, trivet.ErrUnavailable)
 	case errors.Is(cause, trivet.ErrFenced), errors.Is(cause, trivet.ErrClosed):
 		return cause
 	}
-	return fmt.Errorf("caller left while waiting for a leader (last: %w): %w", last, ctx.Err())
+	return fmt.Errorf("caller left while waiting for a leader (last: %v): %w", last, ctx.Err())
 }
 
 func backoff(n int) time.Duration { return min(backoffMin<<min(n, 8), backoffMax) }

@@ -56,7 +56,7 @@ func decodeWrite(b []byte) (request, error) {
 	var r request
 	n, err := r.readHeader(b[8:])
 	if err != nil {
-		return request{}, fmt.Errorf("write message: %w: %w", err, trivet.ErrInvalid)
+		return request{}, fmt.Errorf("write message: %v: %w", err, trivet.ErrInvalid)
 	}
 	if len(b) != writeHeaderBytes+n {
 		return request{}, fmt.Errorf("write message has %d bytes of data, want %d: %w",

@@ -109,25 +109,37 @@ func (s *Server) meet(ctx context.Context, seed string) error {
 	if err := s.learnFrom(resp); err != nil {
 		return err
 	}
-	s.joinMu.Lock()
-	defer s.joinMu.Unlock()
-	if !resp.GetJoined() || s.started() {
+	if !resp.GetJoined() {
 		return nil
 	}
-	replica, err := s.catalogue.Prepare(ctx)
-	if err != nil {
-		return err
+	s.joinMu.Lock()
+	defer s.joinMu.Unlock()
+	return s.joinAt(ctx, seed)
+}
+
+// joinAt makes this server a member through the seed, unless it is one. Every step may be repeated: a
+// server that died between making its empty replica and being added goes on from there.
+func (s *Server) joinAt(ctx context.Context, seed string) error {
+	if _, listed := s.catalogue.Roles()[s.cfg.Node]; !listed {
+		replica, err := s.catalogue.Prepare(ctx)
+		if err != nil {
+			return err
+		}
+		if err := s.catalogue.Open(ctx); err != nil {
+			return err
+		}
+		resp, err := s.askSeed(ctx, seed, replica)
+		if err != nil {
+			return err
+		}
+		if err := s.learnFrom(resp); err != nil {
+			return err
+		}
+		s.log.Info("joined the cluster", "cluster", string(s.cluster), "seed", seed)
 	}
-	if err := s.catalogue.Open(ctx); err != nil {
-		return err
+	if s.started() {
+		return nil
 	}
-	if resp, err = s.askSeed(ctx, seed, replica); err != nil {
-		return err
-	}
-	if err := s.learnFrom(resp); err != nil {
-		return err
-	}
-	s.log.Info("joined the cluster", "cluster", string(s.cluster), "seed", seed)
 	return s.becomeMember(ctx)
 }
 

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -16,7 +17,10 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
 	"github.com/trivet-csi/trivet/server"
 )
 
@@ -197,4 +201,37 @@ func withVersion(cfg *tls.Config, v uint16) *tls.Config {
 	cfg = cfg.Clone()
 	cfg.MinVersion, cfg.MaxVersion = v, v
 	return cfg
+}
+
+// TestJoinGoesOnAfterACrash: a server died after it had made its empty replica of the meta group and
+// before the cluster had added it. Its next start must ask again.
+func TestJoinGoesOnAfterACrash(t *testing.T) {
+	t.Parallel()
+	c := newCerts(t)
+	first := open(t, c.config("node-1"))
+	creds, err := pki.Open(c.dir(pki.RoleClient, "ops"), pki.RoleClient, nil)
+	require.NoError(t, err)
+	client := dialWith(t, first.Address(), creds.ClientConfig("", "h2"))
+	_, err = client.InitCluster(t.Context(), &api.InitClusterRequest{})
+	require.NoError(t, err)
+
+	cfg := c.config("node-2")
+	cfg.Seeds = []string{first.Address()}
+	hub := transport.NewMemory(1)
+	network := hub.Node("node-2")
+	cat, err := controller.NewCatalogue(controller.CatalogueConfig{
+		Node: "node-2", Cluster: c.ca.Cluster(), Dir: filepath.Join(cfg.DataDir, "meta"), Network: network,
+		Mux: raftgroup.NewMux(network), Fatal: cfg.Fatal,
+	})
+	require.NoError(t, err)
+	_, err = cat.Prepare(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, cat.Close())
+	require.NoError(t, hub.Close())
+
+	open(t, cfg)
+	require.Eventually(t, func() bool {
+		resp, err := client.ListNodes(t.Context(), &api.ListNodesRequest{})
+		return err == nil && len(resp.GetNodes()) == 2 && resp.GetNodes()[1].GetState() == "Up"
+	}, time.Minute, 50*time.Millisecond)
 }

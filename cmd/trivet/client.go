@@ -5,14 +5,20 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/internal/pki"
 )
+
+// retryEvery is the pause before a call is repeated that met another operation on the same volume.
+const retryEvery = 200 * time.Millisecond
 
 // client is a connection to one server.
 type client struct {
@@ -47,7 +53,18 @@ func (o *options) callAt(cmd *cobra.Command, address string, fn func(ctx context
 	defer c.conn.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
 	defer cancel()
-	return fn(ctx, c)
+	for {
+		err := fn(ctx, c)
+		if status.Code(err) != codes.Aborted {
+			return err
+		}
+		// Another operation works on the same volume; every call may be repeated.
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryEvery):
+		}
+	}
 }
 
 // addressOf returns where a node's server listens; an empty node is the server in --server.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -103,11 +102,9 @@ func group(use, short string, children ...*cobra.Command) *cobra.Command {
 
 // explain turns an error into what an operator should read: what went wrong and the next step.
 func explain(err error) string {
-	st, ok := status.FromError(errors.Unwrap(err))
+	st, ok := status.FromError(err)
 	if !ok {
-		if st, ok = status.FromError(err); !ok {
-			return err.Error()
-		}
+		return err.Error()
 	}
 	switch st.Code() {
 	case codes.Unavailable:

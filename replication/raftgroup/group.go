@@ -108,7 +108,7 @@ func (g *Group) open() error {
 		return err
 	}
 	if g.lock, err = g.cfg.FS.Lock(g.path(fileLock)); err != nil {
-		return fmt.Errorf("lock directory: %w: %w", err, trivet.ErrInUse)
+		return fmt.Errorf("lock directory: %v: %w", err, trivet.ErrInUse)
 	}
 	if err := g.openStores(); err != nil {
 		return err

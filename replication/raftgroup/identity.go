@@ -43,7 +43,7 @@ func decodeSuperblock(b []byte) (superblock, error) {
 		return superblock{}, err
 	}
 	if err := validateReplicaID(s.replica); err != nil {
-		return superblock{}, fmt.Errorf("superblock: %w: %w", err, trivet.ErrCorrupt)
+		return superblock{}, fmt.Errorf("superblock: %v: %w", err, trivet.ErrCorrupt)
 	}
 	return s, nil
 }

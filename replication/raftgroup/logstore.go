@@ -57,7 +57,7 @@ func newLogStore(log *segmentLog, guard *diskGuard, base groupConfig) (*logStore
 		}
 		members, err := decodeConfiguration(e.Data)
 		if err != nil {
-			return nil, fmt.Errorf("entry %d of %s: %w: %w", index, log.opts.group, err, trivet.ErrCorrupt)
+			return nil, fmt.Errorf("entry %d of %s: %v: %w", index, log.opts.group, err, trivet.ErrCorrupt)
 		}
 		s.configs = append(s.configs, groupConfig{index, members})
 	}

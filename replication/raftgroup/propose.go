@@ -167,7 +167,7 @@ func outcome(err error) error {
 		return nil
 	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrEnqueueTimeout),
 		errors.Is(err, raft.ErrLeadershipTransferInProgress):
-		return fmt.Errorf("%w: %w", err, trivet.ErrNotLeader)
+		return fmt.Errorf("%v: %w", err, trivet.ErrNotLeader)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	default:

@@ -53,7 +53,7 @@ func (r snapshotRecord) check() error {
 		err = fmt.Errorf("impossible order")
 	}
 	if err != nil {
-		return fmt.Errorf("snapshot of entry %d, term %d, machine %d, configuration %d: %w: %w",
+		return fmt.Errorf("snapshot of entry %d, term %d, machine %d, configuration %d: %v: %w",
 			r.index, r.term, r.machine, r.config.index, err, trivet.ErrCorrupt)
 	}
 	return nil
