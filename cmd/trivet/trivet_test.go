@@ -76,10 +76,17 @@ func TestEveryCommandExplainsItself(t *testing.T) {
 func TestWrongUsage(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{
-		{"volume", "creat"}, {"volume", "create"}, {"volume", "create", "a", "b", "--size", "1Gi"},
-		{"volume", "create", "a", "--size", "0"}, {"volume", "create", "a", "--size", "1Gi", "--param", "replicas"},
-		{"volume", "list", "--no-such-flag"}, {"volume", "list", "-o", "yaml"}, {"cluster", "status", "extra"},
-		{"volume", "move-leader", "a"}, {"server", "--log-level", "loud"}, {"cert", "ca", "--cluster", "x"},
+		{"volume", "creat"},
+		{"volume", "create"},
+		{"volume", "create", "a", "b", "--size", "1Gi"},
+		{"volume", "create", "a", "--size", "0"},
+		{"volume", "create", "a", "--size", "1Gi", "--param", "replicas"},
+		{"volume", "list", "--no-such-flag"},
+		{"volume", "list", "-o", "yaml"},
+		{"cluster", "status", "extra"},
+		{"volume", "move-leader", "a"},
+		{"server", "--log-level", "loud"},
+		{"cert", "ca", "--cluster", "x"},
 	} {
 		_, err := run(t, args...)
 		var usage usageError
