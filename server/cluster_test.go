@@ -294,3 +294,13 @@ func TestBadInput(t *testing.T) {
 	_, err = c.Admin(0).InitCluster(t.Context(), &api.InitClusterRequest{})
 	require.Equal(t, codes.AlreadyExists, status.Code(err))
 }
+
+// eventuallyTimeout bounds what happens in the background of real servers.
+const eventuallyTimeout = time.Minute
+
+func pauseFor(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(50 * time.Millisecond):
+	}
+}

@@ -1,0 +1,69 @@
+package engine_test
+
+import (
+	"math/rand/v2"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+)
+
+const benchBlocksN = 1 << 14 // 64 MiB
+
+func benchVolume(b *testing.B) (*engine.Engine, *engine.Volume) {
+	b.Helper()
+	e, err := engine.Open(engine.Config{Dir: b.TempDir(), Fatal: func(err error) { b.Error(err) }})
+	require.NoError(b, err)
+	b.Cleanup(func() { require.NoError(b, e.Close()) })
+	require.NoError(b, e.CreateVolume(1, "00000000-0000-4000-8000-000000000001", benchBlocksN*trivet.BlockSize))
+	v, err := e.OpenVolume(1)
+	require.NoError(b, err)
+	return e, v
+}
+
+// BenchmarkCommit applies entries of 16 blocks each at random places, as a follower does.
+func BenchmarkCommit(b *testing.B) {
+	_, v := benchVolume(b)
+	r := rand.New(rand.NewPCG(1, 2))
+	data := make([]byte, 16*trivet.BlockSize)
+	for i := range data {
+		data[i] = byte(r.Uint32())
+	}
+	b.SetBytes(int64(len(data)))
+	b.ReportAllocs()
+	for b.Loop() {
+		st := v.State()
+		st.AppliedIndex++
+		st.AppliedTerm = 1
+		batch := v.NewBatch()
+		require.NoError(b, batch.Write(trivet.LBA(r.IntN(benchBlocksN-16)), data))
+		require.NoError(b, batch.Commit(st))
+	}
+}
+
+// BenchmarkRead reads single blocks at random places of a filled volume.
+func BenchmarkRead(b *testing.B) {
+	e, v := benchVolume(b)
+	data := make([]byte, 16*trivet.BlockSize)
+	for i := range data {
+		data[i] = byte(i*7 + 1)
+	}
+	for lba := trivet.LBA(0); lba < benchBlocksN; lba += 16 {
+		st := v.State()
+		st.AppliedIndex++
+		st.AppliedTerm = 1
+		batch := v.NewBatch()
+		require.NoError(b, batch.Write(lba, data))
+		require.NoError(b, batch.Commit(st))
+	}
+	require.NoError(b, e.Flush())
+	r := rand.New(rand.NewPCG(3, 4))
+	block := make([]byte, trivet.BlockSize)
+	b.SetBytes(trivet.BlockSize)
+	b.ReportAllocs()
+	for b.Loop() {
+		require.NoError(b, v.ReadAt(block, trivet.LBA(r.IntN(benchBlocksN))))
+	}
+}
