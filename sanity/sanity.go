@@ -41,6 +41,9 @@ const volumeBytes = 64 << 20
 // for another reason, or when a mount is left behind. It may be called once a process.
 func Run(t *testing.T, access string) {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("formats and mounts for half a minute; not with -short")
+	}
 	requireMachine(t)
 	endpoint := startCluster(t)
 	dir := t.TempDir()

@@ -34,7 +34,7 @@ func smallDisk(t *testing.T, n int64) string {
 	return dir
 }
 
-// TestFullDisk fills the disks below a thin volume that promises more than they have: writes get
+// TestFullDisk fills the disks below a volume that, with its log, needs more than they have: writes get
 // "no space" before any disk is full, what was flushed stays readable, no server dies, and deleting
 // the volume makes room again without a restart (H26).
 func TestFullDisk(t *testing.T) {
@@ -46,14 +46,14 @@ func TestFullDisk(t *testing.T) {
 	}
 	disks := []string{smallDisk(t, 1<<30), smallDisk(t, 1<<30), smallDisk(t, 1<<30)}
 	c := testutil.StartCluster(t, 3, func(i int, cfg *server.Config) { cfg.Disks = []string{disks[i]} })
-	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "full", SizeBytes: 900 << 20})
+	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "full", SizeBytes: 850 << 20})
 	require.NoError(t, err)
 	client, stop := serveNBD(t, c, 0, "full")
 	mustWrite(t, client, 0, 'k')
 
 	const chunk = 1 << 20
 	data, filled := make([]byte, chunk), int64(0)
-	for ; filled < 899; filled++ {
+	for ; filled < 849; filled++ {
 		for i := range data {
 			data[i] = byte(int64(i)*filled + filled + 1) // no two blocks alike
 		}
