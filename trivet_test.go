@@ -51,7 +51,8 @@ func TestValidateName(t *testing.T) {
 		assert.NoError(t, trivet.ValidateName(s), "%q", s)
 	}
 	for _, s := range []string{
-		"", ".", "..", "a/b", `a\b`, "a\x00b", "a\nb", "a\u0085b", "-rf", strings.Repeat("x", 129), strings.Repeat("x", 300), "a\xff",
+		"", ".", "..", "a/b", `a\b`, "a\x00b", "a\nb", "a\u0085b", "-rf", strings.Repeat("x", 129), strings.Repeat("x", 300),
+		"a\xff",
 	} {
 		assert.ErrorIs(t, trivet.ValidateName(s), trivet.ErrInvalid, "%q", s)
 	}

@@ -53,7 +53,8 @@ func authorize(ctx context.Context, method string) error {
 		want = pki.RoleNode
 	}
 	if id.Role != want {
-		return status.Errorf(codes.PermissionDenied, "%s needs a %s certificate; %s %q called", method, want, id.Role, id.Name)
+		return status.Errorf(codes.PermissionDenied, "%s needs a %s certificate; %s %q called", method, want, id.Role,
+			id.Name)
 	}
 	return nil
 }

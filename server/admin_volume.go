@@ -79,7 +79,8 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 // statusTimeout bounds the question to a node how its replica is; a dead node must not hold up `show`.
 const statusTimeout = time.Second
 
-func (a *admin) replicaStatus(ctx context.Context, id trivet.VolumeID, node trivet.NodeID) (replication.RemoteStatus, error) {
+func (a *admin) replicaStatus(ctx context.Context, id trivet.VolumeID, node trivet.NodeID,
+) (replication.RemoteStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	return replication.QueryStatus(ctx, a.s.network, node, id)
@@ -247,7 +248,8 @@ func (a *admin) DetachVolume(ctx context.Context, r *api.DetachVolumeRequest) (*
 const detachTimeout = time.Minute
 
 // ServeVolume implements api.AdminServer.
-func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreamingServer[api.ServeVolumeResponse]) error {
+func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreamingServer[api.ServeVolumeResponse],
+) error {
 	ctx := stream.Context()
 	if !filepath.IsAbs(r.GetSocket()) {
 		return fmt.Errorf("socket %q: want an absolute path: %w", r.GetSocket(), trivet.ErrInvalid)
@@ -260,7 +262,8 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
-	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: "socket=" + (&url.URL{Path: r.GetSocket()}).EscapedPath()}
+	socket := url.URL{Path: r.GetSocket()} // escaped as a path: slashes stay readable
+	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: "socket=" + socket.EscapedPath()}
 	serveErr := n.ServeNBD(ctx, v.ID, r.GetSocket(), func() error {
 		return stream.Send(&api.ServeVolumeResponse{Uri: uri.String()})
 	})

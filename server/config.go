@@ -44,7 +44,9 @@ type Config struct {
 
 // DefaultConfig returns a Config with every default that does not depend on another field.
 func DefaultConfig() Config {
-	return Config{Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler)}
+	return Config{
+		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
+	}
 }
 
 // Validate fills in the defaults that depend on other fields and returns ErrInvalid, naming the

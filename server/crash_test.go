@@ -103,7 +103,8 @@ func tail(text []byte, n int) []byte { return text[max(0, len(text)-n):] }
 
 func (f *fleet) start(p *process) {
 	f.t.Helper()
-	logFile, err := os.OpenFile(filepath.Join(f.dir, string(p.cfg.Node)+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	logPath := filepath.Join(f.dir, string(p.cfg.Node)+".log")
+	logFile, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	require.NoError(f.t, err)
 	defer logFile.Close()
 	p.cmd = exec.Command(os.Args[0])

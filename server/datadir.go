@@ -59,8 +59,9 @@ func openDataDir(path string, want owner) (_ *dataDir, err error) {
 		return nil, fmt.Errorf("data directory %s: %s is damaged (%w): %w", path, ownerFile, err, trivet.ErrCorrupt)
 	}
 	if got != want {
-		return nil, fmt.Errorf("data directory %s belongs to node %s of cluster %s; the certificate is of node %s of cluster %s; "+
-			"give the right --data or --certs: %w", path, got.Node, got.Cluster, want.Node, want.Cluster, trivet.ErrInvalid)
+		return nil, fmt.Errorf("data directory %s belongs to node %s of cluster %s; the certificate is of node %s of "+
+			"cluster %s; give the right --data or --certs: %w",
+			path, got.Node, got.Cluster, want.Node, want.Cluster, trivet.ErrInvalid)
 	}
 	return &dataDir{path: path, lock: lock}, nil
 }

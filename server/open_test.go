@@ -87,7 +87,10 @@ func TestOpenRefuses(t *testing.T) {
 		{"another cluster's certificate", func(cfg *server.Config) {
 			cfg.CertsDir = newCerts(t).dir(pki.RoleNode, "node-1")
 		}, trivet.ErrInvalid, "belongs to node node-1 of cluster " + string(c.ca.Cluster())},
-		{"advertise nothing reachable", func(cfg *server.Config) { cfg.Advertise = "0.0.0.0:7400" }, trivet.ErrInvalid, "--advertise"},
+		{
+			"advertise nothing reachable", func(cfg *server.Config) { cfg.Advertise = "0.0.0.0:7400" }, trivet.ErrInvalid,
+			"--advertise",
+		},
 		{"seed without a port", func(cfg *server.Config) { cfg.Seeds = []string{"host"} }, trivet.ErrInvalid, "host:port"},
 		{"csi endpoint over tcp", func(cfg *server.Config) { cfg.CSI = "tcp://:1" }, trivet.ErrInvalid, "unix://"},
 	}

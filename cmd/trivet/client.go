@@ -32,7 +32,8 @@ func (o *options) dial(address string) (*client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w\n  --certs (or TRIVET_CERTS) names the folder with ca.crt, client.crt and client.key", err)
 	}
-	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
+	conn, err := grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", address, err)
 	}

@@ -51,7 +51,8 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&cfg.CSI, "csi", "", "serve CSI on this endpoint, as unix:///csi/csi.sock")
 	f.StringVar(&cfg.RunDir, "run-dir", "", "directory for FUSE mount points and records (default DATA/run)")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
-	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0, "a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
+	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
+		"a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
 	return cmd

@@ -41,7 +41,8 @@ func TestParseSize(t *testing.T) {
 		assert.Equal(t, want, got, text)
 	}
 	for _, text := range []string{
-		"", "0", "0Gi", "-1", "+1", "1.5Gi", "Gi", "1gi", "1 Gi", "ten", "0x10", "9999999999999999999", "9999999Ti", "1Gi\x00",
+		"", "0", "0Gi", "-1", "+1", "1.5Gi", "Gi", "1gi", "1 Gi", "ten", "0x10", "9999999999999999999", "9999999Ti",
+		"1Gi\x00",
 	} {
 		_, err := parseSize(text)
 		var usage usageError

@@ -264,7 +264,8 @@ func (d *demo) leaveNothing() error {
 			errs = append(errs, fmt.Errorf("left a mount: %s", strings.TrimSpace(line)))
 		}
 	}
-	loops, err := exec.Command("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").Output() //nolint:noctx // instant
+	//nolint:noctx // instant
+	loops, err := exec.Command("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").Output()
 	if err != nil {
 		errs = append(errs, fmt.Errorf("losetup: %w", err))
 	}

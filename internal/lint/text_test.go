@@ -2,14 +2,20 @@ package lint_test
 
 import (
 	"go/ast"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
+
+	"github.com/stretchr/testify/require"
 )
 
 const (
 	fileLinesMax     = 500
 	testFileLinesMax = 1000
 	funcLinesMax     = 100
+	columnsMax       = 120
 )
 
 func TestEveryPackageHasAComment(t *testing.T) {
@@ -28,6 +34,23 @@ func TestEveryPackageHasAComment(t *testing.T) {
 	for dir, text := range said {
 		if len(strings.Fields(text)) < 10 {
 			t.Errorf("package %s: its comment must say what it is and guarantees; it says %q", dir, text)
+		}
+	}
+}
+
+func TestColumns(t *testing.T) {
+	for _, f := range load(t) {
+		if f.Generated {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join("../..", f.Path))
+		require.NoError(t, err)
+		n := 0
+		for line := range strings.Lines(string(text)) {
+			n++
+			if columns := utf8.RuneCountInString(strings.TrimRight(line, "\n")); columns > columnsMax {
+				t.Errorf("%s:%d has %d columns, at most %d", f.Path, n, columns, columnsMax)
+			}
 		}
 	}
 }

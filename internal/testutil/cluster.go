@@ -73,7 +73,8 @@ func (c *Cluster) config(i int) server.Config {
 	cfg.Node, cfg.Listen = trivet.NodeID(name), "127.0.0.1:0"
 	cfg.DataDir, cfg.CertsDir = c.Path(name, "data"), c.Path(name, "certs")
 	cfg.CSI = c.CSI(i)
-	cfg.Logger = slog.New(slog.NewTextHandler(logWriter{c.tb}, &slog.HandlerOptions{Level: slog.LevelWarn})).With("node", name)
+	log := slog.NewTextHandler(logWriter{c.tb}, &slog.HandlerOptions{Level: slog.LevelWarn})
+	cfg.Logger = slog.New(log)
 	cfg.Fatal = func(err error) { c.tb.Errorf("%s would stop: %v", name, err) }
 	for _, s := range c.servers {
 		cfg.Seeds = append(cfg.Seeds, s.Address())

@@ -97,12 +97,12 @@ func (p *Peers) connect(node trivet.NodeID, address string, r *route, a *attempt
 	p.mu.Unlock()
 	close(a.done)
 	if c == nil {
-		p.log.Debug("dial failed", "node", node, "address", address, "err", a.err)
+		p.log.Debug("dial failed", "peer", node, "address", address, "err", a.err)
 		return
 	}
-	p.log.Info("connected to peer", "node", node, "address", address)
+	p.log.Info("connected to peer", "peer", node, "address", address)
 	c.run()
-	p.log.Info("disconnected from peer", "node", node, "address", address, "err", c.cause())
+	p.log.Info("disconnected from peer", "peer", node, "address", address, "err", c.cause())
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.lostLocked(r, c)

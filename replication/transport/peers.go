@@ -170,9 +170,9 @@ func (p *Peers) ServeConn(conn *tls.Conn) error {
 		return fmt.Errorf("serve connection of %s: %w", node, err)
 	}
 	p.stats.accepted.Add(1)
-	p.log.Info("peer connected", "node", node, "address", conn.RemoteAddr())
+	p.log.Info("peer connected", "peer", node, "address", conn.RemoteAddr())
 	s.run()
-	p.log.Info("peer disconnected", "node", node, "err", s.cause())
+	p.log.Info("peer disconnected", "peer", node, "err", s.cause())
 	if errors.Is(s.cause(), errHungUp) || errors.Is(s.cause(), trivet.ErrClosed) {
 		return nil
 	}
