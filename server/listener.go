@@ -58,13 +58,15 @@ func (p *port) serve() {
 			return
 		}
 		slots <- struct{}{}
-		p.wg.Go(func() {
+		go func() {
+			defer p.wg.Done()
 			p.dispatch(conn, func() { <-slots })
-		})
+		}()
 	}
 }
 
-// track remembers a connection for close; it reports false once close has begun.
+// track remembers a connection for close, which waits for its goroutine; it reports false once close
+// has begun.
 func (p *port) track(conn net.Conn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -72,6 +74,7 @@ func (p *port) track(conn net.Conn) bool {
 		return false
 	}
 	p.conns[conn] = struct{}{}
+	p.wg.Add(1) // under mu, so never after close waits
 	return true
 }
 
