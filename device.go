@@ -10,7 +10,8 @@ import (
 //
 // Contract:
 //   - Offsets and lengths are in bytes and multiples of BlockSize, else ErrInvalid; a range must lie
-//     within Size, else ErrOutOfRange. Discard alone accepts any range and aligns it inwards.
+//     within Size, else ErrOutOfRange. Discard alone need not be aligned: it drops the whole blocks
+//     within the range.
 //   - ReadAt fills all of p or fails. A block never written, discarded or zeroed reads as zeroes.
 //   - WriteAt returns once the write is visible to every later ReadAt. It need not be durable:
 //     the Device is a disk with a volatile cache. A write of at most AtomicWriteBytes is applied

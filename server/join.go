@@ -26,6 +26,9 @@ const resolveTimeout = 2 * time.Second
 func (s *Server) initCluster(ctx context.Context) error {
 	s.joinMu.Lock()
 	defer s.joinMu.Unlock()
+	if s.catalogue.Joined() && !s.started() {
+		return s.becomeMember(ctx) // an earlier try got as far as the birth
+	}
 	if s.catalogue.Joined() {
 		return fmt.Errorf("node %s is a member of cluster %s already: %w", s.cfg.Node, s.cluster, trivet.ErrExists)
 	}
