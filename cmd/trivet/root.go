@@ -32,7 +32,8 @@ func newRoot() *cobra.Command {
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		Args:          cobra.ArbitraryArgs, // RunE refuses them by name
+		RunE:          onlyHolds,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if o.output != outputTable && o.output != outputJSON {
 				return usageError{fmt.Errorf("--output %q: want %s or %s", o.output, outputTable, outputJSON)}
@@ -86,18 +87,17 @@ func exactArgs(names ...string) cobra.PositionalArgs {
 // group makes a command that only holds others: called alone it prints its help, and an unknown
 // word below it is an error rather than silence.
 func group(use, short string, children ...*cobra.Command) *cobra.Command {
-	c := &cobra.Command{
-		Use:   use,
-		Short: short,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageError{fmt.Errorf("unknown command %q (see `%s --help`)", args[0], cmd.CommandPath())}
-			}
-			return cmd.Help()
-		},
-	}
+	c := &cobra.Command{Use: use, Short: short, RunE: onlyHolds}
 	c.AddCommand(children...)
 	return c
+}
+
+// onlyHolds runs a command that only holds others.
+func onlyHolds(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usageError{fmt.Errorf("unknown command %q (see `%s --help`)", args[0], cmd.CommandPath())}
+	}
+	return cmd.Help()
 }
 
 // explain turns an error into what an operator should read: what went wrong and the next step.

@@ -77,6 +77,7 @@ func TestEveryCommandExplainsItself(t *testing.T) {
 func TestWrongUsage(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{
+		{"volum"},
 		{"volume", "creat"},
 		{"volume", "create"},
 		{"volume", "create", "a", "b", "--size", "1Gi"},

@@ -17,8 +17,8 @@ func newVolume(o *options) *cobra.Command {
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
-			func(ctx context.Context, c *client, name string) (*api.Volume, error) {
-				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: name})
+			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
+				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
 			}),
 	)
 }
@@ -43,16 +43,18 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	return o.show(out, view, replicaTable(view))
 }
 
+// newVolumeVerb makes a command whose arguments are the words of use after the first, and which shows
+// the volume that verb returns.
 func newVolumeVerb(o *options, use, short string,
-	verb func(ctx context.Context, c *client, name string) (*api.Volume, error),
+	verb func(ctx context.Context, c *client, args []string) (*api.Volume, error),
 ) *cobra.Command {
 	return &cobra.Command{
 		Use:   use,
 		Short: short,
-		Args:  exactArgs("NAME"),
+		Args:  exactArgs(strings.Fields(use)[1:]...),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				v, err := verb(ctx, c, args[0])
+				v, err := verb(ctx, c, args)
 				if err != nil {
 					return err
 				}
@@ -128,8 +130,8 @@ func newVolumeList(o *options) *cobra.Command {
 
 func newVolumeShow(o *options) *cobra.Command {
 	return newVolumeVerb(o, "show NAME", "Show a volume and its replicas",
-		func(ctx context.Context, c *client, name string) (*api.Volume, error) {
-			return c.GetVolume(ctx, &api.VolumeRequest{Name: name})
+		func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
+			return c.GetVolume(ctx, &api.VolumeRequest{Name: args[0]})
 		})
 }
 
@@ -209,37 +211,18 @@ func newVolumeDelete(o *options) *cobra.Command {
 }
 
 func newVolumeMoveLeader(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "move-leader NAME NODE",
-		Short: "Move the leadership of a volume to its replica on a node",
-		Args:  exactArgs("NAME", "NODE"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return o.call(cmd, func(ctx context.Context, c *client) error {
-				v, err := c.MoveLeader(ctx, &api.MoveLeaderRequest{Name: args[0], Node: args[1]})
-				if err != nil {
-					return err
-				}
-				return o.showVolume(cmd, v)
-			})
-		},
-	}
+	return newVolumeVerb(o, "move-leader NAME NODE", "Move the leadership of a volume to its replica on a node",
+		func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
+			return c.MoveLeader(ctx, &api.MoveLeaderRequest{Name: args[0], Node: args[1]})
+		})
 }
 
 func newVolumeReclaim(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "reclaim NAME delete|recycle",
-		Short: "Delete a released volume, or wipe it and make it available again",
-		Args:  exactArgs("NAME", "POLICY"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return o.call(cmd, func(ctx context.Context, c *client) error {
-				v, err := c.ReclaimVolume(ctx, &api.ReclaimVolumeRequest{Name: args[0], Policy: args[1]})
-				if err != nil {
-					return err
-				}
-				return o.showVolume(cmd, v)
-			})
-		},
-	}
+	return newVolumeVerb(o, "reclaim NAME delete|recycle",
+		"Delete a released volume, or wipe it and make it available again",
+		func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
+			return c.ReclaimVolume(ctx, &api.ReclaimVolumeRequest{Name: args[0], Policy: args[1]})
+		})
 }
 
 func newVolumeServe(o *options) *cobra.Command {
