@@ -5,6 +5,11 @@
 // the cluster) or the Node (what happens on this machine), and translates results and errors;
 // errors.go alone knows gRPC codes. An RPC method reads: validate, call, translate.
 //
+// There are three ways in. A node's Server offers all three services on its socket and registers them
+// with the kubelet. RegisterController adds the controller service to a gRPC server that is reached
+// over mutual TLS. A Proxy offers that one on a socket far from any node, for the sidecars of
+// Kubernetes: each call goes to a server of the cluster.
+//
 // What it guarantees to the container orchestrator:
 //   - A malformed request is INVALID_ARGUMENT before anything is looked up.
 //   - The same request twice gives the same answer; removing what is absent succeeds.
@@ -45,8 +50,8 @@ const (
 	schemeUnix = "unix://"
 
 	// socketPathMax is the longest path, in bytes, of a socket: sun_path of unix(7) less its NUL,
-	// less the suffix of the name under which it is made.
-	socketPathMax = 107 - len(socketNewSuffix)
+	// less what is added to the name under which it is made.
+	socketPathMax = 107 - len(socketNewPrefix) - len(socketNewSuffix)
 
 	// segmentMax is the longest value of a topology segment in bytes (spec, message Topology).
 	segmentMax = 63
@@ -102,6 +107,11 @@ type Config struct {
 	// Version is the vendor version that GetPluginInfo reports. Required.
 	Version string
 
+	// RegisterDir is the directory, absolute, in which kubelet looks for plugins to register:
+	// /var/lib/kubelet/plugins_registry, unless the kubelet lives elsewhere. Kubelet must see the
+	// socket of Endpoint under the same path. Empty: no registration.
+	RegisterDir string
+
 	// StopTimeout bounds how long Close waits for running calls before it cuts them off.
 	// Zero means 30 s.
 	StopTimeout time.Duration
@@ -126,6 +136,11 @@ func (c *Config) Validate() error {
 	}
 	if _, err := socketPath(c.Endpoint); err != nil {
 		return fmt.Errorf("config: %w", err)
+	}
+	if c.RegisterDir != "" {
+		if _, err := socketPath(registrationEndpoint(c.RegisterDir)); err != nil {
+			return fmt.Errorf("config: RegisterDir: %w", err)
+		}
 	}
 	return validateInfo(c.Node.Info())
 }

@@ -14,7 +14,7 @@ type identityServer struct {
 	csi.UnimplementedIdentityServer
 
 	version string
-	ready   func() bool
+	ready   func(context.Context) bool
 }
 
 // GetPluginInfo names the driver.
@@ -39,6 +39,6 @@ func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCa
 }
 
 // Probe answers "not ready" until the catalogue is joined: the sidecars then wait.
-func (s *identityServer) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(s.ready())}, nil
+func (s *identityServer) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(s.ready(ctx))}, nil
 }

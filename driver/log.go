@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -41,15 +42,27 @@ const (
 // errPanic is what the orchestrator hears of a panic; the log has the rest.
 var errPanic = errors.New("internal error: see the log of the driver")
 
-// intercept stands around every call: it checks size limits, turns panics and errors into statuses
-// and logs request, answer and failure without anything secret.
-func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo,
-	handler grpc.UnaryHandler,
-) (any, error) {
-	log := s.log.With(keyCall, s.calls.Add(1), keyMethod, info.FullMethod)
+// servicePrefix begins the full method names of every CSI service.
+const servicePrefix = "/csi.v1."
+
+// Intercept returns what must stand around every CSI call of a gRPC server: it checks size limits,
+// turns panics and errors into statuses and logs request, answer and failure without anything
+// secret. Calls of other services pass it untouched. A nil logger discards.
+func Intercept(log *slog.Logger) grpc.UnaryServerInterceptor {
+	log = orDiscard(log)
+	calls := new(atomic.Uint64)
+	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+		if !strings.HasPrefix(info.FullMethod, servicePrefix) {
+			return next(ctx, req)
+		}
+		return intercept(ctx, log.With(keyCall, calls.Add(1), keyMethod, info.FullMethod), req, next)
+	}
+}
+
+func intercept(ctx context.Context, log *slog.Logger, req any, next grpc.UnaryHandler) (any, error) {
 	log.DebugContext(ctx, "csi request", "request", loggable{req})
 	began := time.Now()
-	resp, err := s.call(ctx, log, req, handler)
+	resp, err := call(ctx, log, req, next)
 	took := time.Since(began)
 	if err == nil {
 		log.DebugContext(ctx, "csi answer", "answer", loggable{resp}, keyTook, took)
@@ -61,7 +74,7 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	return nil, status.Error(st.Code(), text)
 }
 
-func (s *Server) call(ctx context.Context, log *slog.Logger, req any, handler grpc.UnaryHandler) (resp any, err error) {
+func call(ctx context.Context, log *slog.Logger, req any, next grpc.UnaryHandler) (resp any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			log.ErrorContext(ctx, "panic in csi call", "panic", scrub(fmt.Sprint(p), req), "stack", string(debug.Stack()))
@@ -73,7 +86,7 @@ func (s *Server) call(ctx context.Context, log *slog.Logger, req any, handler gr
 			return nil, err
 		}
 	}
-	return handler(ctx, req)
+	return next(ctx, req)
 }
 
 // levelOf says who must know of a failure: an operator of what is broken here; of the rest, which

@@ -8,8 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -20,11 +20,17 @@ import (
 )
 
 const (
-	// socketNewSuffix makes the name under which the socket is bound before it is given its mode.
+	// socketNewPrefix and socketNewSuffix make the name under which a socket is bound before it is
+	// given its mode. The dot keeps kubelet, which watches the directory of the registration socket,
+	// from taking the name for a plugin (pluginwatcher/plugin_watcher.go, handleCreateEvent).
+	socketNewPrefix = "."
 	socketNewSuffix = ".new"
 
 	// socketMode lets root only connect: kubelet and the sidecars run as root.
 	socketMode = 0o600
+
+	// pluginDirMode is that of kubelet's own folders.
+	pluginDirMode = 0o750
 
 	// streamsMax bounds the calls that one connection may have under way.
 	streamsMax = 256
@@ -33,18 +39,12 @@ const (
 	dialTimeout = time.Second
 )
 
-// Server serves the three services on a socket from Open until Close.
+// Server serves the three services on a socket from Open until Close, and registers them with the
+// kubelet when it is told to.
 type Server struct {
-	cfg  Config
-	path string
-	log  *slog.Logger
-	grpc *grpc.Server
-	done chan struct{} // closed when serving has ended
-
-	calls atomic.Uint64
-
-	closeOnce sync.Once
-	serveErr  error // set before done is closed
+	log       *slog.Logger
+	main      *socket
+	registrar *socket // nil without Config.RegisterDir
 }
 
 // Open makes the socket and serves on it. A socket left behind by a dead process is replaced;
@@ -54,60 +54,121 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open csi server: %w", err)
 	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
-	}
-	if cfg.StopTimeout == 0 {
-		cfg.StopTimeout = stopTimeoutDefault
-	}
-	path, err := socketPath(cfg.Endpoint)
+	cfg.Logger = orDiscard(cfg.Logger)
+	g := grpc.NewServer(grpc.UnaryInterceptor(Intercept(cfg.Logger)), grpc.MaxConcurrentStreams(streamsMax))
+	RegisterController(g, cfg.Controller, cfg.Ready, cfg.Version, cfg.Node.Info().MaxVolumes)
+	csi.RegisterNodeServer(g, newNodeServer(cfg.Node))
+	s := &Server{log: cfg.Logger}
+	err := makeFolder(&cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open csi server: %w", err)
 	}
-	s := &Server{cfg: cfg, path: path, log: cfg.Logger, done: make(chan struct{})}
-	s.grpc = grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.MaxConcurrentStreams(streamsMax))
-	csi.RegisterIdentityServer(s.grpc, &identityServer{version: cfg.Version, ready: cfg.Ready})
-	csi.RegisterControllerServer(s.grpc, newControllerServer(cfg.Controller, cfg.Node.Info().MaxVolumes))
-	csi.RegisterNodeServer(s.grpc, newNodeServer(cfg.Node))
-	l, err := listen(ctx, path)
-	if err != nil {
+	if s.main, err = serveSocket(ctx, g, cfg.Endpoint, cfg.StopTimeout, cfg.Logger); err != nil {
 		return nil, fmt.Errorf("open csi server: %w", err)
 	}
-	go func() {
-		defer close(s.done)
-		// ErrServerStopped: Close was faster than this goroutine; the listener is closed all the same.
-		if err := s.grpc.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
-			s.serveErr = err
-		}
-	}()
 	s.log.InfoContext(ctx, "csi server listens", "endpoint", cfg.Endpoint)
+	if cfg.RegisterDir == "" {
+		return s, nil
+	}
+	if s.registrar, err = register(ctx, &cfg); err != nil {
+		return nil, errors.Join(fmt.Errorf("open csi server: %w", err), s.main.close())
+	}
 	return s, nil
 }
 
+// makeFolder makes the folder of the socket below kubelet's plugins, which is the driver's to make. A
+// folder anywhere else must be there.
+func makeFolder(cfg *Config) error {
+	path, err := socketPath(cfg.Endpoint)
+	if err != nil || cfg.RegisterDir == "" {
+		return err
+	}
+	return os.MkdirAll(filepath.Dir(path), pluginDirMode)
+}
+
+// RegisterController adds the Identity and Controller services to a gRPC server that has Intercept
+// among its interceptors: that is how a server of the cluster answers a Proxy. ready and version are
+// as in Config; maxVolumes bounds the volumes attached to one node, 0 = no bound.
+func RegisterController(r grpc.ServiceRegistrar, c Controller, ready func() bool, version string, maxVolumes int64) {
+	csi.RegisterIdentityServer(r, &identityServer{
+		version: version, ready: func(context.Context) bool { return ready() },
+	})
+	csi.RegisterControllerServer(r, newControllerServer(c, maxVolumes))
+}
+
 // Done is closed when the server has stopped serving, asked to or not.
-func (s *Server) Done() <-chan struct{} { return s.done }
+func (s *Server) Done() <-chan struct{} { return s.main.done }
 
 // Close stops accepting calls, waits up to StopTimeout for those under way, cuts off the rest and
-// removes the socket. It returns what made the server stop by itself, if anything did.
+// removes the sockets. It returns what made the server stop by itself, if anything did.
 func (s *Server) Close() error {
+	var err error
+	if s.registrar != nil {
+		err = s.registrar.close() // first: kubelet then sends no new call
+	}
+	return errors.Join(err, s.main.close())
+}
+
+// socket is a gRPC server on a unix socket.
+type socket struct {
+	path        string
+	log         *slog.Logger
+	grpc        *grpc.Server
+	stopTimeout time.Duration
+	done        chan struct{} // closed when serving has ended
+
+	closeOnce sync.Once
+	serveErr  error // set before done is closed
+}
+
+// serveSocket serves g on an endpoint until close.
+func serveSocket(ctx context.Context, g *grpc.Server, endpoint string, stopTimeout time.Duration, log *slog.Logger,
+) (*socket, error) {
+	path, err := socketPath(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	l, err := listen(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	s := &socket{path: path, log: log, grpc: g, stopTimeout: stopTimeout, done: make(chan struct{})}
+	if s.stopTimeout == 0 {
+		s.stopTimeout = stopTimeoutDefault
+	}
+	go func() {
+		defer close(s.done)
+		// ErrServerStopped: close was faster than this goroutine; the listener is closed all the same.
+		if err := g.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+			s.serveErr = err
+		}
+	}()
+	return s, nil
+}
+
+// close stops serving, as Server.Close says.
+func (s *socket) close() error {
 	s.closeOnce.Do(func() {
-		timer := time.AfterFunc(s.cfg.StopTimeout, s.grpc.Stop)
+		timer := time.AfterFunc(s.stopTimeout, s.grpc.Stop)
 		defer timer.Stop()
 		s.grpc.GracefulStop()
 		<-s.done
-		s.removeSocket()
+		// A failure is of no consequence: the next listen replaces it.
+		if err := os.Remove(s.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.log.Warn("remove csi socket", "path", s.path, keyErr, err)
+		}
 	})
 	if s.serveErr != nil {
-		return fmt.Errorf("serve csi on %s: %w", s.path, s.serveErr)
+		return fmt.Errorf("serve on %s: %w", s.path, s.serveErr)
 	}
 	return nil
 }
 
-// removeSocket leaves nothing behind. A failure is of no consequence: the next Open replaces it.
-func (s *Server) removeSocket() {
-	if err := os.Remove(s.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.log.Warn("remove csi socket", keyErr, err)
+func orDiscard(log *slog.Logger) *slog.Logger {
+	if log == nil {
+		return slog.New(slog.DiscardHandler)
 	}
+	return log
 }
 
 // listen binds a socket of mode 0600 at path. It is bound under another name and renamed, so that
@@ -116,7 +177,7 @@ func listen(ctx context.Context, path string) (net.Listener, error) {
 	if err := checkStale(ctx, path); err != nil {
 		return nil, err
 	}
-	name := path + socketNewSuffix
+	name := filepath.Join(filepath.Dir(path), socketNewPrefix+filepath.Base(path)+socketNewSuffix)
 	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove left-over socket: %w", err)
 	}

@@ -71,17 +71,23 @@ func TestConfigValidate(t *testing.T) {
 	}
 }
 
+// leaveStaleSocket makes a socket on which nobody listens.
+func leaveStaleSocket(t *testing.T, path string) {
+	t.Helper()
+	l, err := net.Listen("unix", path) //nolint:noctx // a fixture
+	require.NoError(t, err)
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	require.NoError(t, l.Close())
+}
+
 func TestSocket(t *testing.T) {
 	t.Parallel()
 	cfg := config(t)
 	path := strings.TrimPrefix(cfg.Endpoint, "unix://")
 
 	// What a crashed process leaves behind: a socket nobody listens on, under both names.
-	for _, p := range []string{path, path + ".new"} {
-		l, err := net.Listen("unix", p) //nolint:noctx // a fixture
-		require.NoError(t, err)
-		l.(*net.UnixListener).SetUnlinkOnClose(false)
-		require.NoError(t, l.Close())
+	for _, p := range []string{path, filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")} {
+		leaveStaleSocket(t, p)
 	}
 	s, err := driver.Open(t.Context(), cfg)
 	require.NoError(t, err)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs csi-sanity twice over: in this module's tests, on three servers in one process, and as the
-# released program against the socket of three real processes. Needs root. Usage:
+# released program against three real processes: node calls go to the socket of one of them, controller
+# calls to a `trivet csi-controller`, as on Kubernetes. Needs root. Usage:
 #
 #     sanity/run.sh CSI_SANITY [TRIVET]
 #
@@ -70,10 +71,15 @@ done
 all_up() { [ "$("$trivet" node list --server "$seed" --certs "$dir/client" | grep -c ' Up ')" -eq 3 ]; }
 await "three nodes up" all_up
 await "socket of a" test -S "$dir/a.sock"
+"$trivet" csi-controller --csi "unix://$dir/controller.sock" --server "$seed" --certs "$dir/client" \
+	>"$dir/controller.log" 2>&1 &
+pids="$pids $!"
+await "socket of the controller" test -S "$dir/controller.sock"
 
 printf 'replicas: "3"\n' >"$dir/parameters.yaml"
 for access in mount block; do
-	if ! "$sanity" --csi.endpoint="unix://$dir/a.sock" --csi.mountdir="$dir/target-$access" \
+	if ! "$sanity" --csi.endpoint="unix://$dir/a.sock" --csi.controllerendpoint="unix://$dir/controller.sock" \
+		--csi.mountdir="$dir/target-$access" \
 		--csi.stagingdir="$dir/staging-$access" --csi.testvolumeaccesstype="$access" \
 		--csi.testvolumesize=67108864 --csi.testvolumeparameters="$dir/parameters.yaml" \
 		--ginkgo.no-color >"$dir/$access.out" 2>&1; then

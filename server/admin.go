@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -68,6 +69,18 @@ func authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ne
 		return nil, driver.ToStatus(err)
 	}
 	return resp, nil
+}
+
+// membersOnly refuses CSI calls at once while the server is no member of a cluster: whoever asks can
+// then ask another server, instead of waiting here for a catalogue.
+func (s *Server) membersOnly(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler,
+) (any, error) {
+	if strings.HasPrefix(info.FullMethod, driver.ControllerPrefix) {
+		if _, err := s.node(); err != nil {
+			return nil, driver.ToStatus(err)
+		}
+	}
+	return next(ctx, req)
 }
 
 func authorizeStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {

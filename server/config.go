@@ -25,6 +25,7 @@ type Config struct {
 	CertsDir  string        // folder with ca.crt, node.crt and node.key
 	Seeds     []string      // host:port of other servers, to find the cluster by
 	CSI       string        // unix:// endpoint of the CSI services; empty = none
+	Register  string        // kubelet's plugins_registry, to register CSI there; empty = no registration
 	Version   string        // of the binary, as CSI reports it
 	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
 
@@ -78,6 +79,10 @@ func (c *Config) Validate() error {
 	}
 	if c.CSI != "" && !strings.HasPrefix(c.CSI, "unix://") {
 		return fmt.Errorf("csi endpoint %q: want unix:///path: %w", c.CSI, trivet.ErrInvalid)
+	}
+	if c.Register != "" && c.CSI == "" {
+		return fmt.Errorf("kubelet's plugin directory %q is given, but no csi endpoint to register: %w", c.Register,
+			trivet.ErrInvalid)
 	}
 	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
 		if _, _, err := net.SplitHostPort(addr); err != nil {

@@ -16,9 +16,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
@@ -32,6 +34,9 @@ import (
 
 // adminStreamsMax bounds the calls that one administration connection may have under way.
 const adminStreamsMax = 64
+
+// pingMin is the shortest pause between the keepalive pings of a client; faster ones are cut off.
+const pingMin = 5 * time.Second
 
 // Server is one running `trivet server`.
 type Server struct {
@@ -163,7 +168,9 @@ func (s *Server) openPort(ctx context.Context) error {
 		}),
 	}
 	s.grpc = grpc.NewServer(grpc.Creds(shaken{}), grpc.MaxConcurrentStreams(adminStreamsMax),
-		grpc.UnaryInterceptor(authorizeUnary), grpc.StreamInterceptor(authorizeStream))
+		grpc.ChainUnaryInterceptor(authorizeUnary, driver.Intercept(s.log), s.membersOnly),
+		grpc.StreamInterceptor(authorizeStream),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingMin, PermitWithoutStream: true}))
 	api.RegisterAdminServer(s.grpc, &admin{s: s})
 	if s.network = s.cfg.Network; s.network == nil {
 		if err := s.openPeers(); err != nil {
@@ -185,11 +192,15 @@ func (s *Server) openCatalogue(ctx context.Context) error {
 		return err
 	}
 	s.catalogue, s.controller = cat, controller.New(cat)
+	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, 0)
 	if !cat.Joined() {
 		return nil
 	}
 	return cat.Open(ctx)
 }
+
+// ready reports whether CSI calls can be served.
+func (s *Server) ready() bool { return s.started() && s.catalogue.Leader() != "" }
 
 // becomeMember starts what only a member of a cluster runs. REQUIRES: the catalogue is open.
 func (s *Server) becomeMember(ctx context.Context) error {
@@ -208,8 +219,8 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	}
 	if s.cfg.CSI != "" {
 		m.csi, err = driver.Open(ctx, driver.Config{
-			Endpoint: s.cfg.CSI, Controller: s.controller, Node: m.node, Version: s.cfg.Version, Logger: s.log,
-			Ready: func() bool { return s.catalogue.Leader() != "" },
+			Endpoint: s.cfg.CSI, RegisterDir: s.cfg.Register, Controller: s.controller, Node: m.node,
+			Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
 		})
 		if err != nil {
 			return errors.Join(err, m.node.Close())

@@ -49,6 +49,8 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&cfg.Advertise, "advertise", "", "host:port under which other nodes reach this one (default: --listen)")
 	f.StringArrayVar(&cfg.Seeds, "seed", nil, "host:port of another server; several may be given")
 	f.StringVar(&cfg.CSI, "csi", "", "serve CSI on this endpoint, as unix:///csi/csi.sock")
+	f.StringVar(&cfg.Register, "register", "",
+		"register the --csi endpoint with the kubelet in this directory, as /var/lib/kubelet/plugins_registry")
 	f.StringVar(&cfg.RunDir, "run-dir", "", "directory for FUSE mount points and records (default DATA/run)")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,

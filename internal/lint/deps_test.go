@@ -39,7 +39,7 @@ var mayImport = map[string][]string{
 		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
-	"cmd/trivet":    {"api", "controller/meta", "internal/pki", "server"},
+	"cmd/trivet":    {"api", "controller/meta", "driver", "internal/pki", "server"},
 	"internal/sim":  {"engine", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo": {"api", "internal/pki"},
 	"deploy":        {},
@@ -65,6 +65,7 @@ var homes = []struct {
 	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},
 	{"google.golang.org/grpc", []string{"api", "cmd/trivet", "driver", "internal/demo", "internal/testutil", "server"}},
 	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
+	{"k8s.io/kubelet", []string{"driver"}},
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{

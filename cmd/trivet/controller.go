@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/trivet-csi/trivet/driver"
+	"github.com/trivet-csi/trivet/internal/pki"
+)
+
+// How soon a server that went silent is noticed, so that the next call goes to another.
+const (
+	pingEvery   = 10 * time.Second
+	pingTimeout = 5 * time.Second
+)
+
+// anyServer spreads calls over every address of --server, so that a server which is up but cut off
+// from the cluster fails one call and not all.
+const anyServer = `{"loadBalancingConfig": [{"round_robin": {}}]}`
+
+func newController(o *options) *cobra.Command {
+	var (
+		endpoint, logLevel string
+		logJSON            bool
+	)
+	cmd := &cobra.Command{
+		Use:   "csi-controller --csi unix:///csi/csi.sock",
+		Short: "Serve the CSI controller service to sidecars, through any server of the cluster; keeps no state",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := newLogger(logLevel, logJSON)
+			if err != nil {
+				return err
+			}
+			return o.runController(cmd.Context(), endpoint, log)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&endpoint, "csi", "unix:///csi/csi.sock", "serve CSI on this endpoint")
+	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
+	return cmd
+}
+
+// runController serves until ctx ends, then stops in good order.
+func (o *options) runController(ctx context.Context, endpoint string, log *slog.Logger) error {
+	creds, err := pki.Open(o.certs, pki.RoleClient, log)
+	if err != nil {
+		return fmt.Errorf("%w\n  --certs (or TRIVET_CERTS) names the folder with ca.crt, client.crt and client.key", err)
+	}
+	conn, err := grpc.NewClient("dns:///"+o.server,
+		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))),
+		grpc.WithDefaultServiceConfig(anyServer),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: pingEvery, Timeout: pingTimeout, PermitWithoutStream: true,
+		}))
+	if err != nil {
+		return fmt.Errorf("servers at %q: %w", o.server, err)
+	}
+	p, err := driver.OpenProxy(ctx, driver.ProxyConfig{Endpoint: endpoint, Upstream: conn, Version: version, Logger: log})
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	log.Info("serving", "endpoint", endpoint, "servers", o.server)
+	select {
+	case <-ctx.Done():
+	case <-p.Done():
+	}
+	return errors.Join(p.Close(), conn.Close())
+}

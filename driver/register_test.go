@@ -1,0 +1,84 @@
+package driver_test
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/stretchr/testify/require"
+	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/driver"
+)
+
+// TestRegistration does what kubelet's plugin watcher does with a socket that appears.
+func TestRegistration(t *testing.T) {
+	t.Parallel()
+	var out buffer
+	dir := t.TempDir()
+	cfg := config(t)
+	cfg.Endpoint = "unix://" + filepath.Join(t.TempDir(), trivet.DriverName, "csi.sock") // its folder is ours to make
+	cfg.RegisterDir, cfg.Logger = dir, slog.New(slog.NewTextHandler(&out, nil))
+	s, err := driver.Open(t.Context(), cfg)
+	require.NoError(t, err)
+
+	// Every socket in the directory is a plugin to kubelet, unless its name begins with a dot.
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Len(t, entries, 1)
+	kubelet := registration.NewRegistrationClient(dial(t, "unix://"+filepath.Join(dir, entries[0].Name())))
+	info, err := kubelet.GetInfo(t.Context(), &registration.InfoRequest{})
+	require.NoError(t, err)
+	require.Equal(t, registration.CSIPlugin, info.GetType())
+	require.Equal(t, trivet.DriverName, info.GetName())
+	require.Equal(t, []string{"1.0.0"}, info.GetSupportedVersions())
+
+	node := csi.NewNodeClient(dial(t, "unix://"+info.GetEndpoint()))
+	_, err = node.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})
+	require.NoError(t, err, "the endpoint in GetInfo is the driver's")
+
+	_, err = kubelet.NotifyRegistrationStatus(t.Context(), &registration.RegistrationStatus{Error: "no such node"})
+	require.NoError(t, err)
+	require.Contains(t, out.String(), "no such node")
+	require.Contains(t, out.String(), "level=ERROR")
+
+	require.NoError(t, s.Close())
+	entries, err = os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Empty(t, entries, "kubelet forgets the driver when its socket goes")
+}
+
+// TestRegistrationAfterCrash: a killed process leaves its socket behind, and kubelet must see the new
+// one appear.
+func TestRegistrationAfterCrash(t *testing.T) {
+	t.Parallel()
+	cfg := config(t)
+	cfg.RegisterDir = t.TempDir()
+	path := filepath.Join(cfg.RegisterDir, trivet.DriverName+"-reg.sock")
+	leaveStaleSocket(t, path)
+	before, err := os.Stat(path)
+	require.NoError(t, err)
+	s, err := driver.Open(t.Context(), cfg)
+	require.NoError(t, err)
+	after, err := os.Stat(path)
+	require.NoError(t, err)
+	require.False(t, os.SameFile(before, after))
+	require.NoError(t, s.Close())
+}
+
+func TestRegistrationImpossible(t *testing.T) {
+	t.Parallel()
+	cfg := config(t)
+	cfg.RegisterDir = filepath.Join(t.TempDir(), "missing")
+	_, err := driver.Open(t.Context(), cfg)
+	require.ErrorContains(t, err, "register with kubelet")
+	require.NoFileExists(t, cfg.Endpoint[len("unix://"):], "nothing is left behind")
+
+	cfg.RegisterDir = "relative"
+	_, err = driver.Open(t.Context(), cfg)
+	require.ErrorIs(t, err, trivet.ErrInvalid)
+	require.ErrorContains(t, err, "RegisterDir")
+}
