@@ -14,13 +14,14 @@ export GOFLAGS := -mod=readonly
 .PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim image tools deps clean
 
 help: ## print this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/trivet, the one binary (static)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/trivet ./cmd/trivet
 
 test: build ## run every test (root and /dev/fuse give the ones on real devices too)
 	$(GO) test -timeout 20m $(PKGS)
+	cd tools && GOFLAGS= $(GO) test ./image
 
 race: ## run the unit tests under the race detector (-short)
 	$(GO) test -race -short -timeout 25m $(PKGS)
@@ -28,6 +29,7 @@ race: ## run the unit tests under the race detector (-short)
 check: ## format, vet, lint, tidy and generated code: all clean (what CI runs first)
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet $(PKGS)
+	cd tools && GOFLAGS= $(GO) vet ./image
 	$(GO) mod tidy -diff
 	$(MAKE) --no-print-directory lint
 
@@ -61,9 +63,8 @@ fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 sim: ## run the simulator: make sim SEED=7 SEEDS=100
 	$(GO) test ./internal/sim -count=1 -timeout 60m -v -seed $(SEED) -seeds $(SEEDS)
 
-image: build ## build the container image with docker or podman, whichever is there
-	@tool=$$(command -v docker || command -v podman) || { echo "image: neither docker nor podman is installed"; exit 1; }; \
-	"$$tool" build -t trivet:$(VERSION) -f deploy/Dockerfile .
+image: build ## write bin/trivet-image.tar, the container image as an OCI archive (Debian; IMAGE=name:tag)
+	GO='$(GO)' IMAGE='$(IMAGE)' VERSION='$(VERSION)' deploy/image.sh $(BIN)
 
 tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## build the pinned tools
 
