@@ -22,7 +22,7 @@ func issue(ca *pki.CA, dir string, role pki.Role, name string, validity time.Dur
 
 func newCert(o *options) *cobra.Command {
 	return group("cert", "Make the certificates of a cluster", newCertCA(o), newCertLeaf(o, pki.RoleNode),
-		newCertLeaf(o, pki.RoleClient))
+		newCertLeaf(o, pki.RoleClient), newCertEnroll(), newCertShow(o))
 }
 
 func newCertCA(o *options) *cobra.Command {

@@ -51,7 +51,8 @@ func newRoot() *cobra.Command {
 		"folder with ca.crt and the command's certificate and key (TRIVET_CERTS)")
 	f.StringVarP(&o.output, "output", "o", outputTable, "output format: table or json")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "give up after this long")
-	root.AddCommand(newServer(o), newController(o), newDev(o), newCert(o), newCluster(o), newNode(o), newVolume(o))
+	root.AddCommand(newServer(o), newController(o), newDev(o), newCert(o), newCluster(o), newNode(o), newVolume(o),
+		newKube(o))
 	return root
 }
 

@@ -10,6 +10,10 @@
 //	node.crt, node.key       of a node
 //	client.crt, client.key   of a client
 //
+// Where no key may travel, NewRequest makes one with a request for a certificate, Sign answers it, and
+// Install keeps the result; IssuerServerConfig and IssuerClientConfig are the two ends of the
+// connection that carries them.
+//
 // Open reads such a directory back, follows later changes of the files, and hands out tls.Config
 // values. The checks are: the chain leads to a CA of the own cluster, the certificate names the same
 // cluster and is valid now, its role is allowed for the negotiated protocol, and, when dialling, it
@@ -94,33 +98,31 @@ func (ca *CA) Cluster() trivet.ClusterID { return ca.identity.Cluster }
 // CertPEM returns the CA's certificate.
 func (ca *CA) CertPEM() []byte { return encodeCert(ca.cert) }
 
+// KeyPEM returns the CA's key, PKCS #8. Whoever has it is the cluster's master.
+func (ca *CA) KeyPEM() ([]byte, error) {
+	b, err := encodeKey(ca.key)
+	if err != nil {
+		return nil, fmt.Errorf("encode key of the ca of cluster %s: %w", ca.Cluster(), err)
+	}
+	return b, nil
+}
+
+// Within returns v, ended early where it would outlive the CA.
+func (ca *CA) Within(v Validity) Validity {
+	if v.Until.After(ca.cert.NotAfter) {
+		v.Until = ca.cert.NotAfter
+	}
+	return v
+}
+
 // Issue makes a certificate with a new key. It returns ErrInvalid when the identity is malformed, of
 // another cluster or a CA's, or when the certificate would outlive the CA.
 func (ca *CA) Issue(id Identity, v Validity) (*Pair, error) {
-	if id.Cluster != ca.identity.Cluster {
-		return nil, fmt.Errorf("issue %s: ca is of cluster %s: %w", id, ca.identity.Cluster, trivet.ErrInvalid)
-	}
-	if id.Role == RoleCA {
-		return nil, fmt.Errorf("issue %s: a ca signs no other: %w", id, trivet.ErrInvalid)
-	}
-	if v.Until.After(ca.cert.NotAfter) {
-		return nil, fmt.Errorf("issue %s: valid until %s, ca until %s: %w",
-			id, stamp(v.Until), stamp(ca.cert.NotAfter), trivet.ErrInvalid)
-	}
-	template, err := newTemplate(id, v)
-	if err != nil {
-		return nil, fmt.Errorf("issue certificate: %w", err)
-	}
-	template.KeyUsage = x509.KeyUsageDigitalSignature
-	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-	if id.Role == RoleNode {
-		template.ExtKeyUsage = append(template.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
-	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("issue %s: make key: %w", id, err)
 	}
-	cert, err := sign(template, ca.cert, key.Public(), ca.key)
+	cert, err := ca.certify(id, v, key.Public())
 	if err != nil {
 		return nil, fmt.Errorf("issue %s: %w", id, err)
 	}
@@ -131,19 +133,56 @@ func (ca *CA) Issue(id Identity, v Validity) (*Pair, error) {
 	return &Pair{Identity: id, CertPEM: encodeCert(cert), KeyPEM: keyPEM}, nil
 }
 
-// parseCA returns the CA of a certificate and key in PEM. A bundle's first certificate counts.
-func parseCA(certPEM, keyPEM []byte) (*CA, error) {
-	pair, err := tls.X509KeyPair(certPEM, keyPEM)
-	if err != nil {
-		return nil, fmt.Errorf("parse: %w: %w", err, trivet.ErrInvalid)
+// certify signs that the holder of a key is id. It returns ErrInvalid as Issue does.
+func (ca *CA) certify(id Identity, v Validity, key crypto.PublicKey) (*x509.Certificate, error) {
+	if id.Cluster != ca.identity.Cluster {
+		return nil, fmt.Errorf("ca is of cluster %s: %w", ca.identity.Cluster, trivet.ErrInvalid)
 	}
-	id, err := identityIn(pair.Leaf)
+	if id.Role == RoleCA {
+		return nil, fmt.Errorf("a ca signs no other: %w", trivet.ErrInvalid)
+	}
+	if v.Until.After(ca.cert.NotAfter) {
+		return nil, fmt.Errorf("valid until %s, ca until %s: %w",
+			stamp(v.Until), stamp(ca.cert.NotAfter), trivet.ErrInvalid)
+	}
+	template, err := newTemplate(id, v)
 	if err != nil {
 		return nil, err
 	}
+	template.KeyUsage = x509.KeyUsageDigitalSignature
+	template.ExtKeyUsage = usages(id.Role)
+	return sign(template, ca.cert, key, ca.key)
+}
+
+// usages returns what the certificates of a role may be used for: nodes call and serve, clients only
+// call, an issuer only serves.
+func usages(role Role) []x509.ExtKeyUsage {
+	switch role {
+	case RoleNode:
+		return []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}
+	case RoleClient:
+		return []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	case RoleIssuer:
+		return []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	case RoleCA:
+	}
+	return nil
+}
+
+// ParseCA returns the CA of a certificate and key in PEM; of a bundle the first certificate counts. It
+// returns ErrInvalid when they are no CA's or do not fit together.
+func ParseCA(certPEM, keyPEM []byte) (*CA, error) {
+	pair, err := tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		return nil, fmt.Errorf("parse ca: %w: %w", err, trivet.ErrInvalid)
+	}
+	id, err := identityIn(pair.Leaf)
+	if err != nil {
+		return nil, fmt.Errorf("parse ca: %w", err)
+	}
 	key, ok := pair.PrivateKey.(crypto.Signer)
 	if !ok || id.Role != RoleCA || !pair.Leaf.IsCA {
-		return nil, fmt.Errorf("certificate of %s is no ca's: %w", id, trivet.ErrInvalid)
+		return nil, fmt.Errorf("parse ca: certificate of %s is no ca's: %w", id, trivet.ErrInvalid)
 	}
 	return &CA{identity: id, cert: pair.Leaf, key: key}, nil
 }

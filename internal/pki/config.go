@@ -42,15 +42,30 @@ func (c *Credentials) ServerConfig(protocols Protocols) *tls.Config {
 // ClientConfig returns the configuration to dial a node, whatever its address: the handshake fails
 // unless the far end proves to be that node of the own cluster. An empty node means any node.
 func (c *Credentials) ClientConfig(node trivet.NodeID, protocols ...string) *tls.Config {
+	return clientConfig(c.use, c.identity.Cluster, node, protocols)
+}
+
+// ClientConfig is Credentials.ClientConfig for a pair in memory and the CAs in caPEM. It returns
+// ErrInvalid when they do not fit together.
+func (p *Pair) ClientConfig(caPEM []byte, node trivet.NodeID, protocols ...string) (*tls.Config, error) {
+	m, _, err := newMaterial(pems{caPEM, p.CertPEM, p.KeyPEM}, inMemory)
+	if err != nil {
+		return nil, fmt.Errorf("use certificate of %s: %w", p.Identity, err)
+	}
+	return clientConfig(func() *material { return m }, p.Identity.Cluster, node, protocols), nil
+}
+
+// clientConfig returns a ClientConfig with the material that use returns at each handshake.
+func clientConfig(use func() *material, cluster trivet.ClusterID, node trivet.NodeID, protocols []string) *tls.Config {
 	cfg := baseConfig()
 	cfg.NextProtos = slices.Clone(protocols)
 	// No name in a certificate is a host name, so crypto/tls cannot do the check.
 	cfg.InsecureSkipVerify = true
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		return &c.use().pair, nil
+		return &use().pair, nil
 	}
 	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
-		id, err := c.verify(cs, x509.ExtKeyUsageServerAuth, []Role{RoleNode})
+		id, err := trust{cluster, use().roots}.verify(cs, x509.ExtKeyUsageServerAuth, []Role{RoleNode})
 		if err != nil {
 			return err
 		}
@@ -82,8 +97,19 @@ func baseConfig() *tls.Config {
 	}
 }
 
-// verify checks the far end's certificate and returns its identity. All failures are ErrInvalid.
+// verify checks the far end's certificate against the own cluster and the CAs of this moment.
 func (c *Credentials) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage, roles []Role) (Identity, error) {
+	return trust{c.identity.Cluster, c.use().roots}.verify(cs, usage, roles)
+}
+
+// trust is whose certificates are accepted.
+type trust struct {
+	cluster trivet.ClusterID
+	roots   *x509.CertPool
+}
+
+// verify checks the far end's certificate and returns its identity. All failures are ErrInvalid.
+func (t trust) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage, roles []Role) (Identity, error) {
 	id, err := IdentityOf(cs)
 	if err != nil {
 		return Identity{}, err
@@ -92,11 +118,11 @@ func (c *Credentials) verify(cs tls.ConnectionState, usage x509.ExtKeyUsage, rol
 		return Identity{}, fmt.Errorf("peer %s speaks %s, want TLS 1.3: %w",
 			id, tls.VersionName(cs.Version), trivet.ErrInvalid)
 	}
-	if id.Cluster != c.identity.Cluster {
+	if id.Cluster != t.cluster {
 		return Identity{}, fmt.Errorf("peer %s is of cluster %s, want %s: %w",
-			id, id.Cluster, c.identity.Cluster, trivet.ErrInvalid)
+			id, id.Cluster, t.cluster, trivet.ErrInvalid)
 	}
-	if err := verifyChain(cs.PeerCertificates[0], c.use().roots, usage, time.Now()); err != nil {
+	if err := verifyChain(cs.PeerCertificates[0], t.roots, usage, time.Now()); err != nil {
 		return Identity{}, fmt.Errorf("peer that calls itself %s: %w: %w", id, err, trivet.ErrInvalid)
 	}
 	if !slices.Contains(roles, id.Role) {

@@ -111,32 +111,51 @@ func sameFiles(a, b [3]fileState) bool {
 	return true
 }
 
-// read reads the files and checks that they fit together.
+// read reads the files and checks that they fit together and are of the role.
 func (c *Credentials) read() (*material, Identity, error) {
 	certName, keyName := leafFiles(c.identity.Role)
-	var pems [3][]byte
+	var (
+		files pems
+		paths [3]string
+	)
 	for i, name := range []string{caCertFile, certName, keyName} {
 		b, err := readFile(c.dir, name)
 		if err != nil {
 			return nil, Identity{}, err
 		}
-		pems[i] = b
+		files[i], paths[i] = b, filepath.Join(c.dir, name)
 	}
-	roots, cluster, err := parseBundle(pems[0])
-	if err != nil {
-		return nil, Identity{}, fmt.Errorf("%s: %w", filepath.Join(c.dir, caCertFile), err)
+	m, id, err := newMaterial(files, paths)
+	if err == nil && id.Role != c.identity.Role {
+		err = fmt.Errorf("%s is of %s, want role %s: %w", paths[1], id, c.identity.Role, trivet.ErrInvalid)
 	}
-	pair, err := tls.X509KeyPair(pems[1], pems[2])
+	return m, id, err
+}
+
+// pems are a CA bundle, a certificate and its key.
+type pems [3][]byte
+
+// inMemory is how errors name pems that are not files.
+var inMemory = [3]string{"ca bundle", "certificate", "key"}
+
+// newMaterial checks that a bundle, a certificate and a key fit together, and returns whose they are.
+// Errors name them as names does.
+func newMaterial(p pems, names [3]string) (*material, Identity, error) {
+	roots, cluster, err := parseBundle(p[0])
 	if err != nil {
-		return nil, Identity{}, fmt.Errorf("%s: %w: %w", filepath.Join(c.dir, certName), err, trivet.ErrInvalid)
+		return nil, Identity{}, fmt.Errorf("%s: %w", names[0], err)
+	}
+	pair, err := tls.X509KeyPair(p[1], p[2])
+	if err != nil {
+		return nil, Identity{}, fmt.Errorf("%s: %w: %w", names[1], err, trivet.ErrInvalid)
 	}
 	id, err := identityIn(pair.Leaf)
 	if err != nil {
-		return nil, Identity{}, fmt.Errorf("%s: %w", filepath.Join(c.dir, certName), err)
+		return nil, Identity{}, fmt.Errorf("%s: %w", names[1], err)
 	}
-	if id.Cluster != cluster || id.Role != c.identity.Role {
-		return nil, Identity{}, fmt.Errorf("%s is of %s, want role %s and the ca's cluster %s: %w",
-			filepath.Join(c.dir, certName), id, c.identity.Role, cluster, trivet.ErrInvalid)
+	if id.Cluster != cluster {
+		return nil, Identity{}, fmt.Errorf("%s is of %s, the ca of cluster %s: %w", names[1], id, cluster,
+			trivet.ErrInvalid)
 	}
 	return &material{pair: pair, roots: roots}, id, nil
 }

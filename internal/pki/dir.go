@@ -33,9 +33,9 @@ func leafFiles(role Role) (certName, keyName string) {
 // changes nothing, when either is there already: a second CA would cut off every certificate of the
 // first.
 func WriteCA(dir string, ca *CA) error {
-	keyPEM, err := encodeKey(ca.key)
+	keyPEM, err := ca.KeyPEM()
 	if err != nil {
-		return fmt.Errorf("write ca of cluster %s: encode key: %w", ca.Cluster(), err)
+		return err
 	}
 	err = writeNew(dir, []file{{caKeyFile, keyPEM, keyMode}, {caCertFile, ca.CertPEM(), certMode}})
 	if err != nil {
@@ -55,7 +55,7 @@ func LoadCA(dir string) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load ca: %w", err)
 	}
-	ca, err := parseCA(certPEM, keyPEM)
+	ca, err := ParseCA(certPEM, keyPEM)
 	if err != nil {
 		return nil, fmt.Errorf("load ca from %s: %w", dir, err)
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/trivet-csi/trivet"
@@ -17,8 +18,12 @@ type Role string
 const (
 	RoleNode   Role = "node"   // a `trivet server`; may serve and may call other nodes
 	RoleClient Role = "client" // an operator or a tool; may call, never serve
+	RoleIssuer Role = "issuer" // hands out certificates to nodes; serves them and nobody else, never calls
 	RoleCA     Role = "ca"     // signs the others; never a party to a connection
 )
+
+// leafRoles are the roles of those who make connections.
+var leafRoles = []Role{RoleNode, RoleClient, RoleIssuer}
 
 // uriScheme is the scheme of the URI in every certificate of ours.
 const uriScheme = "trivet"
@@ -28,7 +33,7 @@ const uriScheme = "trivet"
 type Identity struct {
 	Cluster trivet.ClusterID
 	Role    Role
-	Name    string // of a node its NodeID; of a client or CA any name of that form
+	Name    string // of a node its NodeID; of the others any name of that form
 }
 
 // String returns the URI.
@@ -42,9 +47,9 @@ func (id Identity) Validate() error {
 	if err := trivet.ValidateUUID(string(id.Cluster)); err != nil {
 		return fmt.Errorf("identity %s: cluster: %w", id, err)
 	}
-	if id.Role != RoleNode && id.Role != RoleClient && id.Role != RoleCA {
-		return fmt.Errorf("identity %s: role %q, want %s, %s or %s: %w",
-			id, id.Role, RoleNode, RoleClient, RoleCA, trivet.ErrInvalid)
+	if id.Role != RoleCA && !slices.Contains(leafRoles, id.Role) {
+		return fmt.Errorf("identity %s: role %q, want one of %s or %s: %w",
+			id, id.Role, leafRoles, RoleCA, trivet.ErrInvalid)
 	}
 	if err := trivet.ValidateNodeID(id.Name); err != nil {
 		return fmt.Errorf("identity %s: name: %w", id, err)
