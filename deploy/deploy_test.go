@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -43,6 +44,8 @@ var kinds = map[string]func() metav1.Object{
 	"v1/Pod":                                   func() metav1.Object { return new(corev1.Pod) },
 	"apps/v1/DaemonSet":                        func() metav1.Object { return new(appsv1.DaemonSet) },
 	"apps/v1/Deployment":                       func() metav1.Object { return new(appsv1.Deployment) },
+	"apps/v1/StatefulSet":                      func() metav1.Object { return new(appsv1.StatefulSet) },
+	"batch/v1/Job":                             func() metav1.Object { return new(batchv1.Job) },
 	"policy/v1/PodDisruptionBudget":            func() metav1.Object { return new(policyv1.PodDisruptionBudget) },
 	"rbac.authorization.k8s.io/v1/ClusterRole": func() metav1.Object { return new(rbacv1.ClusterRole) },
 	"rbac.authorization.k8s.io/v1/ClusterRoleBinding": func() metav1.Object { return new(rbacv1.ClusterRoleBinding) },
@@ -73,7 +76,7 @@ func manifests(t *testing.T) map[string][]metav1.Object {
 			out[path] = append(out[path], decode(t, path, []byte(doc)))
 		}
 	}
-	require.GreaterOrEqual(t, len(out), 7, "files are missing")
+	require.GreaterOrEqual(t, len(out), 9, "files are missing")
 	return out
 }
 
@@ -111,11 +114,27 @@ func one[T metav1.Object](t *testing.T) T {
 	return found[0]
 }
 
+// podSpecs returns the templates of what stands in the namespace, by component.
+func podSpecs(t *testing.T) map[string]corev1.PodSpec {
+	t.Helper()
+	return map[string]corev1.PodSpec{
+		"node":       one[*appsv1.DaemonSet](t).Spec.Template.Spec,
+		"controller": one[*appsv1.Deployment](t).Spec.Template.Spec,
+		"init":       one[*batchv1.Job](t).Spec.Template.Spec,
+	}
+}
+
+// containers returns all of them, those that start first in front.
+func containers(spec corev1.PodSpec) []corev1.Container {
+	return slices.Concat(spec.InitContainers, spec.Containers)
+}
+
 func container(t *testing.T, spec corev1.PodSpec, name string) corev1.Container {
 	t.Helper()
-	i := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == name })
+	found := containers(spec)
+	i := slices.IndexFunc(found, func(c corev1.Container) bool { return c.Name == name })
 	require.GreaterOrEqual(t, i, 0, "container %s", name)
-	return spec.Containers[i]
+	return found[i]
 }
 
 // flag returns the value of the flag in the container's arguments.
@@ -154,14 +173,20 @@ func TestNamesAgree(t *testing.T) {
 	t.Parallel()
 	assert.Equal(t, trivet.DriverName, one[*storagev1.CSIDriver](t).Name)
 	assert.Equal(t, namespace, one[*corev1.Namespace](t).Name)
-	class := one[*storagev1.StorageClass](t)
-	assert.Equal(t, trivet.DriverName, class.Provisioner)
-	_, err := controller.ParseParams(class.Parameters)
-	require.NoError(t, err)
-	assert.Nil(t, class.AllowVolumeExpansion, "not in this version")
+	classes := make(map[string]bool)
+	for _, class := range all[*storagev1.StorageClass](t) {
+		classes[class.Name] = true
+		assert.Equal(t, trivet.DriverName, class.Provisioner)
+		_, err := controller.ParseParams(class.Parameters)
+		require.NoError(t, err)
+		assert.Equal(t, storagev1.VolumeBindingWaitForFirstConsumer, *class.VolumeBindingMode)
+		assert.True(t, *class.AllowVolumeExpansion)
+		assert.Empty(t, class.Annotations, "no default class")
+	}
 	claim := one[*corev1.PersistentVolumeClaim](t)
-	assert.Equal(t, class.Name, *claim.Spec.StorageClassName)
+	assert.Contains(t, classes, *claim.Spec.StorageClassName)
 	assert.Equal(t, claim.Name, one[*corev1.Pod](t).Spec.Volumes[0].PersistentVolumeClaim.ClaimName)
+	assert.Contains(t, classes, *one[*appsv1.StatefulSet](t).Spec.VolumeClaimTemplates[0].Spec.StorageClassName)
 
 	seen := make(map[string]bool)
 	for path, objects := range manifests(t) {
@@ -169,10 +194,14 @@ func TestNamesAgree(t *testing.T) {
 			id := strings.Join([]string{path, o.GetNamespace(), o.GetName()}, " ")
 			switch o.(type) {
 			case *corev1.Namespace, *storagev1.CSIDriver, *storagev1.StorageClass, *rbacv1.ClusterRole,
-				*rbacv1.ClusterRoleBinding, *corev1.PersistentVolumeClaim, *corev1.Pod:
+				*rbacv1.ClusterRoleBinding:
 				assert.Empty(t, o.GetNamespace(), id)
 			default:
-				assert.Equal(t, namespace, o.GetNamespace(), id)
+				want := namespace
+				if filepath.Dir(path) == "examples" {
+					want = "" // wherever the user is
+				}
+				assert.Equal(t, want, o.GetNamespace(), id)
 			}
 			key := fmt.Sprintf("%T %s %s", o, o.GetNamespace(), o.GetName())
 			assert.False(t, seen[key], "%s stands twice", key)
@@ -187,31 +216,37 @@ func TestServiceAccounts(t *testing.T) {
 	for _, a := range all[*corev1.ServiceAccount](t) {
 		accounts[a.Name] = a
 	}
-	used := []string{
-		one[*appsv1.DaemonSet](t).Spec.Template.Spec.ServiceAccountName,
-		one[*appsv1.Deployment](t).Spec.Template.Spec.ServiceAccountName,
-	}
-	for _, name := range used {
-		assert.Contains(t, accounts, name)
+	used := make(map[string]bool)
+	for component, spec := range podSpecs(t) {
+		used[spec.ServiceAccountName] = true
+		assert.Equal(t, "trivet-"+component, spec.ServiceAccountName)
+		assert.Contains(t, accounts, spec.ServiceAccountName)
 	}
 	assert.Len(t, accounts, len(used), "an account that nobody uses")
-	node := accounts[used[0]]
-	assert.False(t, *node.AutomountServiceAccountToken, "the node pods need nothing of the API")
+	assert.False(t, *accounts["trivet-node"].AutomountServiceAccountToken, "the node pods need nothing of the API")
 
 	roles, bound := make(map[string]bool), make(map[string]bool)
 	for _, r := range all[*rbacv1.ClusterRole](t) {
 		roles["ClusterRole "+r.Name] = true
 		assertNoWildcard(t, r.Rules)
+		for _, rule := range r.Rules {
+			assert.NotContains(t, rule.Resources, "secrets", r.Name)
+		}
 	}
 	for _, r := range all[*rbacv1.Role](t) {
 		roles["Role "+r.Name] = true
 		assertNoWildcard(t, r.Rules)
+		for _, rule := range r.Rules {
+			if slices.Contains(rule.Resources, "secrets") && !slices.Contains(rule.Verbs, "create") {
+				assert.Equal(t, []string{"trivet-ca"}, rule.ResourceNames, r.Name)
+			}
+		}
 	}
 	check := func(ref rbacv1.RoleRef, subjects []rbacv1.Subject) {
 		bound[ref.Kind+" "+ref.Name] = true
 		require.Len(t, subjects, 1)
 		assert.Equal(t, namespace, subjects[0].Namespace)
-		assert.Equal(t, used[1], subjects[0].Name, "only the sidecars talk to the API")
+		assert.Contains(t, []string{"trivet-controller", "trivet-init"}, subjects[0].Name, "nodes may do nothing")
 	}
 	for _, b := range all[*rbacv1.ClusterRoleBinding](t) {
 		check(b.RoleRef, b.Subjects)
@@ -226,7 +261,6 @@ func assertNoWildcard(t *testing.T, rules []rbacv1.PolicyRule) {
 	t.Helper()
 	for _, r := range rules {
 		assert.NotContains(t, slices.Concat(r.APIGroups, r.Resources, r.Verbs), "*")
-		assert.NotContains(t, r.Resources, "secrets")
 	}
 }
 
@@ -240,18 +274,89 @@ func TestSocketsAgree(t *testing.T) {
 	assert.Equal(t, "/var/lib/kubelet/plugins/"+trivet.DriverName+"/csi.sock", host)
 	assert.Less(t, len(host), 108, "sun_path, unix(7)")
 
-	registrar := container(t, node, "node-driver-registrar")
-	assert.Equal(t, host, flag(t, registrar, "kubelet-registration-path"))
-	atRegistrar, _ := onHost(t, node, registrar, flag(t, registrar, "csi-address"))
-	assert.Equal(t, host, atRegistrar)
-	registration, _ := onHost(t, node, registrar, "/registration")
+	assert.Equal(t, host, path, "kubelet and server must call the socket alike")
+	registration, _ := onHost(t, node, server, flag(t, server, "register"))
 	assert.Equal(t, "/var/lib/kubelet/plugins_registry", registration)
+	assert.Equal(t, registration, flag(t, server, "register"))
 
 	sidecars := one[*appsv1.Deployment](t).Spec.Template.Spec
+	served := strings.TrimPrefix(flag(t, container(t, sidecars, "csi-controller"), "csi"), "unix://")
 	for _, c := range sidecars.Containers {
-		got, _ := onHost(t, sidecars, c, flag(t, c, "csi-address"))
-		assert.Equal(t, host, got, c.Name)
-		assert.Equal(t, int64(0), *c.SecurityContext.RunAsUser, "%s: the socket has mode 0600", c.Name)
+		assert.Contains(t, mountPaths(c), filepath.Dir(served), c.Name)
+		if c.Name != "csi-controller" {
+			assert.Equal(t, served, flag(t, c, "csi-address"), c.Name)
+		}
+	}
+}
+
+func mountPaths(c corev1.Container) []string {
+	var paths []string
+	for _, m := range c.VolumeMounts {
+		paths = append(paths, m.MountPath)
+	}
+	return paths
+}
+
+// TestUsers: all containers of the controller share a socket and files that only their owner may
+// read, and none of them is root or may become it.
+func TestUsers(t *testing.T) {
+	t.Parallel()
+	for _, component := range []string{"controller", "init"} {
+		spec := podSpecs(t)[component]
+		assert.True(t, *spec.SecurityContext.RunAsNonRoot, component)
+		for _, c := range containers(spec) {
+			assert.Nil(t, c.SecurityContext.RunAsUser, c.Name)
+		}
+	}
+	for component, spec := range podSpecs(t) {
+		for _, c := range containers(spec) {
+			assert.True(t, *c.SecurityContext.ReadOnlyRootFilesystem, "%s %s", component, c.Name)
+			if component == "node" && c.Name == "trivet" {
+				continue // privileged
+			}
+			assert.False(t, *c.SecurityContext.AllowPrivilegeEscalation, "%s %s", component, c.Name)
+			assert.Equal(t, []corev1.Capability{"ALL"}, c.SecurityContext.Capabilities.Drop, "%s %s", component, c.Name)
+		}
+	}
+}
+
+// TestCertificates: who issues, who asks and who uses agree on names, files and addresses.
+func TestCertificates(t *testing.T) {
+	t.Parallel()
+	specs := podSpecs(t)
+	issuer, enroll := container(t, specs["controller"], "issuer"), container(t, specs["node"], "certificate")
+	server, ctrl := container(t, specs["node"], "trivet"), container(t, specs["controller"], "csi-controller")
+
+	assert.Equal(t, "system:serviceaccount:"+namespace+":"+specs["node"].ServiceAccountName,
+		flag(t, issuer, "node-account"))
+	service := service(t, "trivet-issuer")
+	_, port, err := net.SplitHostPort(flag(t, issuer, "listen"))
+	require.NoError(t, err)
+	assert.Equal(t, fmt.Sprintf("https://%s.%s.svc:%s", service.Name, namespace, port), flag(t, enroll, "issuer"))
+	assert.Equal(t, port, strconv.Itoa(int(service.Spec.Ports[0].Port)))
+	assert.Equal(t, service.Spec.Ports[0].TargetPort.String(), issuer.Ports[0].Name)
+	assert.Equal(t, port, strconv.Itoa(int(issuer.Ports[0].ContainerPort)))
+	assertSelects(t, labels.SelectorFromSet(service.Spec.Selector), one[*appsv1.Deployment](t).Spec.Template.Labels)
+	assert.True(t, service.Spec.PublishNotReadyAddresses, "nodes must find it before the cluster is born")
+
+	assert.Equal(t, flag(t, enroll, "dir"), flag(t, server, "certs"))
+	assert.Equal(t, flag(t, issuer, "client-dir"), flag(t, ctrl, "certs"))
+	assert.Contains(t, mountPaths(ctrl), flag(t, issuer, "client-dir"))
+	assert.Contains(t, mountPaths(issuer), flag(t, issuer, "ca"))
+	for _, path := range []string{flag(t, enroll, "ca"), flag(t, enroll, "token")} {
+		assert.Contains(t, mountPaths(enroll), filepath.Dir(path))
+	}
+	for c, dir := range map[*corev1.Container]string{
+		&issuer: flag(t, issuer, "client-dir"), &enroll: flag(t, enroll, "dir"),
+	} {
+		assert.Equal(t, corev1.ContainerRestartPolicyAlways, *c.RestartPolicy, c.Name)
+		assert.Equal(t, []string{"trivet", "cert", "show", "--dir=" + dir}, c.StartupProbe.Exec.Command, c.Name)
+	}
+	for _, v := range specs["node"].Volumes {
+		assert.Nil(t, v.Secret, "volume %s: no key of the cluster's goes to a node", v.Name)
+		if v.Projected != nil {
+			assert.Equal(t, trivet.DriverName, v.Projected.Sources[0].ServiceAccountToken.Audience)
+		}
 	}
 }
 
@@ -277,12 +382,26 @@ func TestServerPaths(t *testing.T) {
 	assert.Equal(t, "/dev", host)
 }
 
+func service(t *testing.T, name string) *corev1.Service {
+	t.Helper()
+	for _, s := range all[*corev1.Service](t) {
+		if s.Name == name {
+			return s
+		}
+	}
+	t.Fatalf("no Service %s", name)
+	return nil
+}
+
 func TestSeedIsTheService(t *testing.T) {
 	t.Parallel()
 	set := one[*appsv1.DaemonSet](t)
-	service := one[*corev1.Service](t)
+	service := service(t, "trivet")
 	server := container(t, set.Spec.Template.Spec, "trivet")
-	host, port, err := net.SplitHostPort(flag(t, server, "seed"))
+	seed := flag(t, server, "seed")
+	assert.Equal(t, seed, flag(t, container(t, podSpecs(t)["init"], "init"), "server"))
+	assert.Equal(t, seed, flag(t, container(t, podSpecs(t)["controller"], "csi-controller"), "server"))
+	host, port, err := net.SplitHostPort(seed)
 	require.NoError(t, err)
 	assert.Equal(t, service.Name+"."+service.Namespace+".svc", host)
 	assert.Equal(t, corev1.ClusterIPNone, service.Spec.ClusterIP)
@@ -315,10 +434,8 @@ func TestSelectors(t *testing.T) {
 		"deployment": {deployment.Spec.Selector, sidecarPods, nodePods},
 		"budget":     {budget.Spec.Selector, sidecarPods, nodePods},
 		"apart": {
-			affinity.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution[0].LabelSelector, sidecarPods, nodePods,
-		},
-		"beside a server": {
-			affinity.PodAffinity.RequiredDuringSchedulingIgnoredDuringExecution[0].LabelSelector, nodePods, sidecarPods,
+			affinity.PodAntiAffinity.PreferredDuringSchedulingIgnoredDuringExecution[0].PodAffinityTerm.LabelSelector,
+			sidecarPods, nodePods,
 		},
 	} {
 		s, err := metav1.LabelSelectorAsSelector(tt.selector)
@@ -339,14 +456,12 @@ func assertSelects(t *testing.T, s labels.Selector, set map[string]string) {
 func TestPodSpecs(t *testing.T) {
 	t.Parallel()
 	variable := regexp.MustCompile(`\$\((\w+)\)`)
-	for _, spec := range []corev1.PodSpec{
-		one[*appsv1.DaemonSet](t).Spec.Template.Spec, one[*appsv1.Deployment](t).Spec.Template.Spec,
-	} {
+	for _, spec := range podSpecs(t) {
 		volumes, mounted := make(map[string]bool), make(map[string]bool)
 		for _, v := range spec.Volumes {
 			volumes[v.Name] = true
 		}
-		for _, c := range spec.Containers {
+		for _, c := range containers(spec) {
 			env := make(map[string]bool)
 			for _, e := range c.Env {
 				env[e.Name] = true
@@ -375,15 +490,21 @@ func TestPodSpecs(t *testing.T) {
 func TestFlagsExist(t *testing.T) {
 	t.Parallel()
 	known := programFlags(t)
-	server := container(t, one[*appsv1.DaemonSet](t).Spec.Template.Spec, "trivet")
-	require.Equal(t, "server", server.Args[0])
-	for _, a := range server.Args[1:] {
-		name, _, _ := strings.Cut(strings.TrimPrefix(a, "--"), "=")
-		assert.Contains(t, known, name)
+	for _, spec := range podSpecs(t) {
+		for _, c := range containers(spec) {
+			if c.Image != "trivet:latest" {
+				continue
+			}
+			for _, a := range c.Args {
+				if name, _, _ := strings.Cut(a, "="); strings.HasPrefix(name, "--") {
+					assert.Contains(t, known, strings.TrimPrefix(name, "--"), c.Name)
+				}
+			}
+		}
 	}
 	text, err := os.ReadFile("README.md")
 	require.NoError(t, err)
-	commands := regexp.MustCompile(`(?m)^\s*trivet .*$`).FindAll(text, -1)
+	commands := regexp.MustCompile(`(?m)(^\s*|-- )trivet .*$`).FindAll(text, -1)
 	require.NotEmpty(t, commands)
 	for _, line := range commands {
 		for _, m := range regexp.MustCompile(`--([a-z-]+)`).FindAllSubmatch(line, -1) {
@@ -434,10 +555,36 @@ func TestKustomization(t *testing.T) {
 	require.NoError(t, yaml.UnmarshalStrict(text, &k))
 	var want []string
 	for path := range manifests(t) {
-		if filepath.Dir(path) == "." {
+		if filepath.Dir(path) == "." { // neither examples nor the optional component
 			want = append(want, path)
 		}
 	}
 	assert.ElementsMatch(t, want, k.Resources)
 	assert.Equal(t, "namespace.yaml", k.Resources[0], "the others need it")
+}
+
+// TestRegistrarComponent: the patch takes away the flag that it tests for, and the sidecar looks for
+// the socket where the server makes it.
+func TestRegistrarComponent(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("registrar/patch.yaml")
+	require.NoError(t, err)
+	var ops []struct {
+		Op    string `json:"op"`
+		Path  string `json:"path"`
+		Value any    `json:"value"`
+	}
+	require.NoError(t, yaml.UnmarshalStrict(text, &ops))
+	server := container(t, podSpecs(t)["node"], "trivet")
+	at := fmt.Sprintf("/spec/template/spec/containers/0/args/%d", slices.IndexFunc(server.Args, func(a string) bool {
+		return strings.HasPrefix(a, "--register=")
+	}))
+	assert.Equal(t, "test", ops[0].Op)
+	assert.Equal(t, at, ops[0].Path)
+	assert.Equal(t, "--register="+flag(t, server, "register"), ops[0].Value)
+	assert.Equal(t, "remove", ops[1].Op)
+	assert.Equal(t, at, ops[1].Path)
+	socket := strings.TrimPrefix(flag(t, server, "csi"), "unix://")
+	assert.Contains(t, string(text), "--kubelet-registration-path="+socket+"\n")
+	assert.Contains(t, string(text), "path: "+filepath.Dir(socket)+"\n")
 }
