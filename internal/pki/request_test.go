@@ -379,3 +379,24 @@ func TestHeld(t *testing.T) {
 	_, err = pki.Held(public)
 	require.ErrorIs(t, err, trivet.ErrInvalid)
 }
+
+// FuzzCheckRequest feeds what strangers may send: it must not panic, and what it lets through can be signed.
+func FuzzCheckRequest(f *testing.F) {
+	_, csrPEM, err := pki.NewRequest()
+	require.NoError(f, err)
+	f.Add(csrPEM)
+	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"))
+	ca, err := pki.NewCA(clusterA, pki.For(pki.CAValidity))
+	require.NoError(f, err)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := pki.CheckRequest(b); err != nil {
+			require.ErrorIs(t, err, trivet.ErrInvalid)
+			return
+		}
+		certPEM, err := ca.Sign(b, nodeID(clusterA, "n1"), pki.For(time.Hour))
+		require.NoError(t, err)
+		info, err := pki.Inspect(certPEM)
+		require.NoError(t, err)
+		require.Equal(t, nodeID(clusterA, "n1"), info.Identity)
+	})
+}
