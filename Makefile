@@ -11,7 +11,8 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim image tools deps clean
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim image e2e-build e2e-smoke \
+	tools deps clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,7 @@ build: ## build bin/trivet, the one binary (static)
 test: build ## run every test (root and /dev/fuse give the ones on real devices too)
 	$(GO) test -timeout 20m $(PKGS)
 	cd tools && GOFLAGS= $(GO) test ./image
+	cd e2e && GOFLAGS= $(GO) test -short ./...
 
 race: ## run the unit tests under the race detector (-short)
 	$(GO) test -race -short -timeout 25m $(PKGS)
@@ -30,6 +32,7 @@ check: ## format, vet, lint, tidy and generated code: all clean (what CI runs fi
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet $(PKGS)
 	cd tools && GOFLAGS= $(GO) vet ./image
+	cd e2e && GOFLAGS= $(GO) vet ./...
 	$(GO) mod tidy -diff
 	$(MAKE) --no-print-directory lint
 
@@ -65,6 +68,12 @@ sim: ## run the simulator: make sim SEED=7 SEEDS=100
 
 image: build ## write bin/trivet-image.tar, the container image as an OCI archive (Debian; IMAGE=name:tag)
 	GO='$(GO)' IMAGE='$(IMAGE)' VERSION='$(VERSION)' deploy/image.sh $(BIN)
+
+e2e-build: ## build Kubernetes, etcd and the sidecars for e2e-smoke, once (up to 40 minutes; kept outside the tree)
+	e2e/build.sh
+
+e2e-smoke: e2e-build image ## the manifests in deploy/ on a real Kubernetes of three nodes on this machine (root; 5 minutes)
+	cd e2e && GOFLAGS= $(GO) test ./smoke -count=1 -timeout 15m -v
 
 tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## build the pinned tools
 

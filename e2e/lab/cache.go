@@ -1,0 +1,72 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// cache is the folder of binaries made by build.sh: Go programs at its top, Debian packages unpacked
+// below deb. Nothing in it is changed by the lab.
+type cache string
+
+func (c cache) program(name string) string { return filepath.Join(string(c), name) }
+
+func (c cache) deb(path string) string { return filepath.Join(string(c), "deb", path) }
+
+// programs are what build.sh builds from Go modules.
+var programs = []string{
+	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl",
+	"csi-provisioner", "csi-attacher", "pause",
+}
+
+// debs are the files of Debian packages that the lab runs.
+var debs = []string{
+	"usr/bin/containerd", "usr/bin/ctr", "usr/bin/containerd-shim-runc-v2", "usr/sbin/runc", "usr/lib/cni/ptp",
+	"usr/lib/cni/host-local", "usr/lib/cni/loopback", "bin/busybox",
+}
+
+func (c cache) check() error {
+	if c == "" {
+		return errors.New("lab: no folder of binaries is given; e2e/build.sh makes one, and --print names it")
+	}
+	var missing []string
+	for _, p := range programs {
+		if _, err := os.Stat(c.program(p)); err != nil {
+			missing = append(missing, p)
+		}
+	}
+	for _, p := range debs {
+		if _, err := os.Stat(c.deb(p)); err != nil {
+			missing = append(missing, p)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("folder of binaries %s lacks %s; run e2e/build.sh", string(c), strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// FindCache returns the folder of binaries that build.sh in the folder e2e names; whether everything
+// is in it, [Up] checks.
+func FindCache(ctx context.Context, e2e string) (string, error) {
+	script := filepath.Join(e2e, "build.sh")
+	out, err := exec.CommandContext(ctx, script, "--print").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for the folder of binaries: %w", script, withStderr(err))
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// withStderr adds what a command said on its standard error, if it was kept.
+func withStderr(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
+		return fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
+	}
+	return err
+}
