@@ -24,13 +24,27 @@ const probeTimeout = 2 * time.Second
 // ControllerPrefix begins the full names of the methods that a Proxy passes on.
 const ControllerPrefix = servicePrefix + "Controller/"
 
+// UpstreamConfig is the gRPC service config of a Proxy's Upstream. Calls go to all addresses of the name
+// in turn, so that a server which is up but cut off from the cluster, or no member of it yet, fails one
+// try and not all; and a call that is UNAVAILABLE is tried up to four times more, elsewhere, while its
+// deadline lasts, for the attacher ends itself if its very first call fails. Every call of the
+// controller service may be repeated.
+const UpstreamConfig = `{
+	"loadBalancingConfig": [{"round_robin": {}}],
+	"methodConfig": [{"name": [{}], "retryPolicy": {
+		"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2,
+		"retryableStatusCodes": ["UNAVAILABLE"]
+	}}]
+}`
+
 // ProxyConfig says what a Proxy serves and whom it asks.
 type ProxyConfig struct {
 	// Endpoint is the socket: unix:// and an absolute path. Required.
 	Endpoint string
 
 	// Upstream reaches a server of the cluster, any at any call: each of them offers the controller
-	// service, and their answers are linearizable. Required; the caller closes it after the Proxy.
+	// service, and their answers are linearizable. It should be made with UpstreamConfig. Required; the
+	// caller closes it after the Proxy.
 	Upstream grpc.ClientConnInterface
 
 	// Version is the vendor version that GetPluginInfo reports. Required.

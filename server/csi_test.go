@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 
 	"github.com/trivet-csi/trivet/api"
@@ -78,6 +80,33 @@ func TestControllerOverTLS(t *testing.T) {
 	require.Equal(t, created.GetVolume().GetCapacityBytes(), got.GetVolume().GetCapacityBytes())
 	_, err = ctrl.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: created.GetVolume().GetVolumeId()})
 	require.NoError(t, err)
+}
+
+// TestControllerFindsTheMember: of two servers one is no member of the cluster, and calls go to both in
+// turn; still none fails. (The attacher ends itself at the first one that does.)
+func TestControllerFindsTheMember(t *testing.T) {
+	t.Parallel()
+	certs := newCerts(t)
+	member, stranger := open(t, certs.config("node-1")), open(t, certs.config("node-2"))
+	creds, err := pki.Open(certs.dir(pki.RoleClient, "csi-controller"), pki.RoleClient, nil)
+	require.NoError(t, err)
+	servers := manual.NewBuilderWithScheme("servers")
+	servers.InitialState(resolver.State{Addresses: []resolver.Address{
+		{Addr: stranger.Address()}, {Addr: member.Address()},
+	}})
+	conn, err := grpc.NewClient("servers:///", grpc.WithResolvers(servers),
+		grpc.WithDefaultServiceConfig(driver.UpstreamConfig),
+		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, conn.Close()) })
+	direct := connect(t, member.Address(), certs.dir(pki.RoleClient, "admin"), pki.RoleClient)
+	_, err = api.NewAdminClient(direct).InitCluster(t.Context(), &api.InitClusterRequest{})
+	require.NoError(t, err)
+	for range 20 {
+		_, err = csi.NewControllerClient(conn).ControllerGetCapabilities(t.Context(),
+			&csi.ControllerGetCapabilitiesRequest{})
+		require.NoError(t, err)
+	}
 }
 
 // TestControllerRefusesNodes: whoever steals a node's certificate can neither delete a volume nor

@@ -22,10 +22,6 @@ const (
 	pingTimeout = 5 * time.Second
 )
 
-// anyServer spreads calls over every address of --server, so that a server which is up but cut off
-// from the cluster fails one call and not all.
-const anyServer = `{"loadBalancingConfig": [{"round_robin": {}}]}`
-
 func newController(o *options) *cobra.Command {
 	var (
 		endpoint, logLevel string
@@ -58,7 +54,7 @@ func (o *options) runController(ctx context.Context, endpoint string, log *slog.
 	}
 	conn, err := grpc.NewClient("dns:///"+o.server,
 		grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))),
-		grpc.WithDefaultServiceConfig(anyServer),
+		grpc.WithDefaultServiceConfig(driver.UpstreamConfig),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: pingEvery, Timeout: pingTimeout, PermitWithoutStream: true,
 		}))
