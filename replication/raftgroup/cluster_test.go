@@ -29,6 +29,8 @@ type cluster struct {
 	nodes map[string]*node
 	// configure changes the configuration of every Open.
 	configure func(*raftgroup.Config)
+	// wrap stands around the network of every node.
+	wrap func(*node) transport.Network
 }
 
 // node is one machine. A restart makes a new process on the same disk, a crash on what the disk kept.
@@ -64,7 +66,13 @@ func members(names ...string) []raftgroup.Member {
 // newCluster makes nodes without a group.
 func newCluster(t *testing.T, names ...string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, net: transport.NewMemory(1), nodes: map[string]*node{}}
+	return newClusterOn(t, nil, names...)
+}
+
+// newClusterOn is newCluster with something around the network of every node.
+func newClusterOn(t *testing.T, wrap func(*node) transport.Network, names ...string) *cluster {
+	t.Helper()
+	c := &cluster{t: t, net: transport.NewMemory(1), nodes: map[string]*node{}, wrap: wrap}
 	c.net.SetDefaultFaults(transport.Faults{Delay: transport.Uniform(time.Millisecond, 5*time.Millisecond)})
 	for _, name := range names {
 		n := &node{c: c, name: name, fs: vfs.NewCrashableMem()}
@@ -94,7 +102,11 @@ func startCluster(t *testing.T, names ...string) *cluster {
 
 func (n *node) connect() {
 	n.link = n.c.net.Node(trivet.NodeID(n.name))
-	n.mux = raftgroup.NewMux(n.link)
+	if n.c.wrap == nil {
+		n.mux = raftgroup.NewMux(n.link)
+	} else {
+		n.mux = raftgroup.NewMux(n.c.wrap(n))
+	}
 }
 
 func (n *node) config() raftgroup.Config {

@@ -32,9 +32,33 @@ func OldTimeoutNowBody(g *Group, to trivet.ReplicaID, age time.Duration) []byte 
 	return timeoutNow{term: RaftTerm(g), stamp: g.lease.stamp(to) - uint64(age)}.encode()
 }
 
-// VoteBody is a RequestVote.
+// VoteBody is a RequestVote, by one who says that the leader asked it to stand if transfer.
 func VoteBody(term, lastIndex, lastTerm uint64, transfer bool) []byte {
-	return voteRequest{term, lastIndex, lastTerm, transfer}.encode()
+	why := byElection
+	if transfer {
+		why = byTransfer
+	}
+	return voteRequest{term, lastIndex, lastTerm, why}.encode()
+}
+
+// ProofVoteBody is a RequestVote by one who says that the leader's process is gone.
+func ProofVoteBody(term, lastIndex, lastTerm uint64) []byte {
+	return voteRequest{term, lastIndex, lastTerm, byProof}.encode()
+}
+
+// StandingBody asks who knows that the leader of a term is gone, Proven reads the answer, and
+// TransferBody announces a handover.
+func StandingBody(term uint64) []byte { return standingRequest{term: term}.encode() }
+
+// Proven reads the answer to StandingBody.
+func Proven(body []byte) (bool, error) {
+	s, err := decodeStanding(body)
+	return s.proven, err
+}
+
+// TransferBody announces a handover.
+func TransferBody(term uint64, to trivet.ReplicaID) []byte {
+	return transferNotice{term: term, to: to}.encode()
 }
 
 // Granted reads the answer to VoteBody.

@@ -57,9 +57,12 @@ func formats(t *testing.T) map[string][]byte {
 		"record":         appendRecord(nil, 0x0123456789abcdef, 3, 4096, rec),
 		"append":         app,
 		"append-reply":   appendReply{9, 44, true, true, 77, time.Second}.encode(),
-		"vote":           voteRequest{10, 44, 9, true}.encode(),
+		"vote":           voteRequest{10, 44, 9, byTransfer}.encode(),
 		"verdict":        verdict{9, true, 5}.encode(),
 		"timeout-now":    timeoutNow{9, 77}.encode(),
+		"standing-ask":   standingRequest{9}.encode(),
+		"standing":       standing{9, logPosition{8, 44}, true}.encode(),
+		"transfer":       transferNotice{9, idB}.encode(),
 		"snapshot-begin": begin.encode(),
 		"snapshot-chunk": snapshotChunk{5, 1 << 20, []byte("image")}.encode(),
 		"snapshot-end":   snapshotEnd{5, 0xdeadbeef}.encode(),
@@ -125,6 +128,15 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 		return v.encode(), err
 	case "timeout-now":
 		v, err := decodeTimeoutNow(b)
+		return v.encode(), err
+	case "standing-ask":
+		v, err := decodeStandingRequest(b)
+		return v.encode(), err
+	case "standing":
+		v, err := decodeStanding(b)
+		return v.encode(), err
+	case "transfer":
+		v, err := decodeTransferNotice(b)
 		return v.encode(), err
 	case "snapshot-begin":
 		v, err := decodeSnapshotBegin(b)

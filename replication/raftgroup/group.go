@@ -67,10 +67,11 @@ type instance struct {
 	appliedTerm atomic.Uint64 // highest term of which an entry is applied here as leader
 	loops       sync.WaitGroup
 
-	mu     sync.Mutex
-	calls  int           // under way in the library
-	idle   chan struct{} // closed when calls falls to zero while draining
-	closed bool
+	mu       sync.Mutex
+	handover handover
+	calls    int           // under way in the library
+	idle     chan struct{} // closed when calls falls to zero while draining
+	closed   bool
 }
 
 // Open starts the replica that Create made. It returns ErrNotFound if it was never created (an

@@ -41,6 +41,10 @@ func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAdd
 		return i.onVote(ctx, header, m.Kind == transport.KindRequestPreVote, m.Body)
 	case transport.KindTimeoutNow:
 		return i.onTimeoutNow(ctx, header, m.Body)
+	case transport.KindStanding:
+		return i.onStanding(m.Body)
+	case transport.KindTransfer:
+		return i.onTransfer(header, m.Body)
 	case transport.KindSnapshotBegin:
 		return g.onSnapshotBegin(sender, m.Body)
 	case transport.KindSnapshotChunk:
@@ -72,7 +76,8 @@ func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.
 		return nil
 	}
 	switch kind {
-	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow:
+	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow, transport.KindStanding,
+		transport.KindTransfer:
 		return fmt.Errorf("replica %s on %s is no member: %w", id, node, trivet.ErrInvalid)
 	}
 	if g.cfg.IsMember != nil {
@@ -185,7 +190,7 @@ func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, 
 	out, err := i.deliver(ctx, &raft.RequestVoteRequest{
 		Candidate: header.Addr, //nolint:staticcheck // the library still reads it
 		RPCHeader: header, Term: v.term, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
-		LeadershipTransfer: v.transfer,
+		LeadershipTransfer: i.privileged(v, trivet.ReplicaID(header.ID)),
 	})
 	if err != nil {
 		return nil, err

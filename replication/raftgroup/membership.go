@@ -141,6 +141,7 @@ func (g *Group) TransferTo(ctx context.Context, id trivet.ReplicaID) error {
 	if !g.lease.answered(i.r.CurrentTerm(), id, g.cfg.Timing.Heartbeat, g.now()) {
 		return fail(fmt.Errorf("it has not answered for %s: %w", g.cfg.Timing.Heartbeat, trivet.ErrUnavailable))
 	}
+	i.announce(i.r.CurrentTerm(), id)
 	_, err = i.ask(ctx, func() future {
 		done := g.lease.void(i.r.CurrentTerm(), transferVoid*g.cfg.Timing.Heartbeat)
 		return then{i.r.LeadershipTransferToServer(raft.ServerID(id), address(m.Replica, m.Node)), done}

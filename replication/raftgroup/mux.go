@@ -12,7 +12,8 @@ import (
 // Mux hands the Raft messages of one Network to the groups of this node. One per Network: it
 // registers the Raft kinds, and those can be registered only once.
 type Mux struct {
-	net transport.Network
+	net    transport.Network
+	deaths deaths
 
 	mu     sync.RWMutex
 	routes map[route]*Group
@@ -26,11 +27,16 @@ type route struct {
 // NewMux registers the Raft kinds on n. REQUIRES: before the first message may arrive.
 func NewMux(n transport.Network) *Mux {
 	m := &Mux{net: n, routes: make(map[route]*Group)}
+	m.deaths.last = make(map[trivet.NodeID]obituary)
 	for _, k := range []transport.Kind{
 		transport.KindAppendEntries, transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow,
 		transport.KindSnapshotBegin, transport.KindSnapshotChunk, transport.KindSnapshotEnd,
+		transport.KindStanding, transport.KindTransfer,
 	} {
 		n.Handle(k, m.handle)
+	}
+	if w, ok := n.(transport.Watcher); ok {
+		w.Watch(m.presence) // for as long as the network lives
 	}
 	return m
 }

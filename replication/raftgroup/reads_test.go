@@ -250,7 +250,12 @@ func TestHeartbeatOfSuccessorDeposesFirst(t *testing.T) {
 			return false
 		})
 		// The old leader's own main loop takes no part in the transfer.
-		_, err := old.link.Call(t.Context(), trivet.NodeID(next.name), transport.Message{
+		_, err := old.link.Call(t.Context(), trivet.NodeID(names[1]), transport.Message{
+			Kind: transport.KindTransfer, Group: testGroup, From: replicaID(old.name), To: replicaID(names[1]),
+			Body: raftgroup.TransferBody(raftgroup.RaftTerm(old.group), replicaID(next.name)),
+		})
+		require.NoError(t, err)
+		_, err = old.link.Call(t.Context(), trivet.NodeID(next.name), transport.Message{
 			Kind: transport.KindTimeoutNow, Group: testGroup, From: replicaID(old.name), To: replicaID(next.name),
 			Body: raftgroup.TimeoutNowBody(old.group, replicaID(next.name)),
 		})

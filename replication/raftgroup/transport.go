@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -25,6 +26,7 @@ type peerTransport struct {
 	ctx       context.Context // the lifetime of one instance
 	rpc       chan raft.RPC
 	heartbeat func(raft.RPC) // the library's fast path
+	proofTerm atomic.Uint64  // in which this replica stands because the leader's process is gone
 }
 
 var (
@@ -143,8 +145,14 @@ func (t *peerTransport) vote(id raft.ServerID, to raft.ServerAddress, kind trans
 func (t *peerTransport) RequestVote(id raft.ServerID, to raft.ServerAddress, req *raft.RequestVoteRequest,
 	resp *raft.RequestVoteResponse,
 ) error {
-	r, err := t.vote(id, to, transport.KindRequestVote,
-		voteRequest{req.Term, req.LastLogIndex, req.LastLogTerm, req.LeadershipTransfer})
+	why := byElection
+	if req.LeadershipTransfer {
+		why = byTransfer
+		if req.Term == t.proofTerm.Load() {
+			why = byProof
+		}
+	}
+	r, err := t.vote(id, to, transport.KindRequestVote, voteRequest{req.Term, req.LastLogIndex, req.LastLogTerm, why})
 	if err != nil {
 		return err
 	}
@@ -159,7 +167,8 @@ var errPreVote = errors.New("pre-vote call failed")
 func (t *peerTransport) RequestPreVote(id raft.ServerID, to raft.ServerAddress, req *raft.RequestPreVoteRequest,
 	resp *raft.RequestPreVoteResponse,
 ) error {
-	r, err := t.vote(id, to, transport.KindRequestPreVote, voteRequest{req.Term, req.LastLogIndex, req.LastLogTerm, false})
+	r, err := t.vote(id, to, transport.KindRequestPreVote,
+		voteRequest{req.Term, req.LastLogIndex, req.LastLogTerm, byElection})
 	if err != nil {
 		t.g.log.Debug("pre-vote call failed", "peer", string(id), "err", err)
 		return errPreVote

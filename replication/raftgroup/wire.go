@@ -139,12 +139,12 @@ func decodeAppendReply(body []byte) (appendReply, error) {
 // voteRequest is a RequestVote or a RequestPreVote.
 type voteRequest struct {
 	term, lastIndex, lastTerm uint64
-	transfer                  bool
+	why                       candidacy
 }
 
 func (r voteRequest) encode() []byte {
 	b := put64([]byte{wireVersion}, r.term, r.lastIndex, r.lastTerm)
-	return sealBody(append(b, bit(r.transfer, 1)))
+	return sealBody(append(b, byte(r.why)))
 }
 
 func decodeVote(body []byte) (voteRequest, error) {
@@ -153,11 +153,10 @@ func decodeVote(body []byte) (voteRequest, error) {
 		return voteRequest{}, err
 	}
 	r := voteRequest{term: d.u64(), lastIndex: d.u64(), lastTerm: d.u64()}
-	flags := d.u8()
-	r.transfer = flags == 1
-	if flags > 1 || r.lastTerm >= r.term && !d.bad {
-		return voteRequest{}, fmt.Errorf("vote request in term %d, log ends in term %d, flags %d: %w",
-			r.term, r.lastTerm, flags, trivet.ErrInvalid)
+	r.why = candidacy(d.u8())
+	if r.why > byProof || r.lastTerm >= r.term && !d.bad {
+		return voteRequest{}, fmt.Errorf("vote request in term %d, log ends in term %d, candidacy %d: %w",
+			r.term, r.lastTerm, r.why, trivet.ErrInvalid)
 	}
 	return r, d.finish("vote request")
 }
@@ -277,4 +276,76 @@ func decodeSnapshotEnd(body []byte) (snapshotEnd, error) {
 	}
 	r := snapshotEnd{id: d.u64(), sum: d.u32()}
 	return r, d.finish("snapshot end")
+}
+
+// logPosition is the end of a log.
+type logPosition struct{ term, index uint64 }
+
+// newer reports whether a vote would go to the log that ends at p rather than to that at q (Raft,
+// section 5.4.1).
+func (p logPosition) newer(q logPosition) bool {
+	return p.term > q.term || p.term == q.term && p.index > q.index
+}
+
+// standingRequest asks a voter where it stands (failover.go), and standing is its answer.
+type standingRequest struct {
+	term uint64 // of the leader that is said to be gone
+}
+
+type standing struct {
+	term   uint64
+	log    logPosition
+	proven bool // it knows that the leader of the asked term is gone
+}
+
+func (r standingRequest) encode() []byte { return sealBody(put64([]byte{wireVersion}, r.term)) }
+
+func decodeStandingRequest(body []byte) (standingRequest, error) {
+	d, err := openBody("standing request", body)
+	if err != nil {
+		return standingRequest{}, err
+	}
+	r := standingRequest{term: d.u64()}
+	return r, d.finish("standing request")
+}
+
+func (s standing) encode() []byte {
+	b := put64([]byte{wireVersion}, s.term, s.log.term, s.log.index)
+	return sealBody(append(b, bit(s.proven, 1)))
+}
+
+func decodeStanding(body []byte) (standing, error) {
+	d, err := openBody("standing", body)
+	if err != nil {
+		return standing{}, err
+	}
+	s := standing{term: d.u64(), log: logPosition{term: d.u64(), index: d.u64()}}
+	flags := d.u8()
+	s.proven = flags == 1
+	if flags > 1 {
+		return standing{}, fmt.Errorf("standing: flags %d: %w", flags, trivet.ErrInvalid)
+	}
+	return s, d.finish("standing")
+}
+
+// transferNotice announces whom a leader hands over to.
+type transferNotice struct {
+	term uint64 // of the leader
+	to   trivet.ReplicaID
+}
+
+func (n transferNotice) encode() []byte {
+	return sealBody(append(put64([]byte{wireVersion}, n.term), n.to...))
+}
+
+func decodeTransferNotice(body []byte) (transferNotice, error) {
+	d, err := openBody("transfer notice", body)
+	if err != nil {
+		return transferNotice{}, err
+	}
+	n := transferNotice{term: d.u64(), to: trivet.ReplicaID(d.b)}
+	if err := validateReplicaID(n.to); err != nil || d.bad {
+		return transferNotice{}, fmt.Errorf("transfer notice: to %q: %w", string(n.to), trivet.ErrInvalid)
+	}
+	return n, nil
 }

@@ -49,7 +49,8 @@ type Limits struct {
 	QueueBytesMax   int64 // bulk frames of a connection waiting to be written, bytes; default 16 MiB
 
 	DialTimeout  time.Duration // connect, handshake and preface together; default 3 s
-	PingEvery    time.Duration // default 1 s
+	SilentAfter  time.Duration // without a byte from a node it is Gone (see Watcher); default 1 s
+	PingEvery    time.Duration // default SilentAfter/4
 	DeadAfter    time.Duration // without a byte read, or written, the connection is dead; default 3 s
 	RecheckEvery time.Duration // of Config.PeerNode; default 10 s
 	BackoffMin   time.Duration // before the second dial in a row; default 50 ms, then doubling
@@ -69,7 +70,7 @@ const (
 func DefaultLimits() Limits {
 	return Limits{
 		HandlersMax: 1024, HandlerBytesMax: 64 << 20, QueueBytesMax: 16 << 20,
-		DialTimeout: 3 * time.Second, PingEvery: time.Second, DeadAfter: 3 * time.Second,
+		DialTimeout: 3 * time.Second, SilentAfter: time.Second, PingEvery: 250 * time.Millisecond, DeadAfter: 3 * time.Second,
 		RecheckEvery: 10 * time.Second, BackoffMin: 50 * time.Millisecond, BackoffMax: time.Second,
 	}
 }
@@ -95,6 +96,8 @@ func (c Config) Validate() error {
 	refuse(l.DialTimeout < 0, "Limits.DialTimeout is %s", l.DialTimeout)
 	refuse(l.PingEvery < 0 || l.DeadAfter < 2*l.PingEvery,
 		"Limits.DeadAfter is %s, want at least twice PingEvery, %s", l.DeadAfter, l.PingEvery)
+	refuse(l.SilentAfter < 2*l.PingEvery,
+		"Limits.SilentAfter is %s, want at least twice PingEvery, %s", l.SilentAfter, l.PingEvery)
 	refuse(l.RecheckEvery < 0, "Limits.RecheckEvery is %s", l.RecheckEvery)
 	refuse(l.BackoffMin < 0 || l.BackoffMax < l.BackoffMin,
 		"Limits.BackoffMax is %s, want at least BackoffMin, %s", l.BackoffMax, l.BackoffMin)
@@ -111,7 +114,8 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.HandlerBytesMax, d.HandlerBytesMax)
 	orDefault(&l.QueueBytesMax, d.QueueBytesMax)
 	orDefault(&l.DialTimeout, d.DialTimeout)
-	orDefault(&l.PingEvery, d.PingEvery)
+	orDefault(&l.SilentAfter, d.SilentAfter)
+	orDefault(&l.PingEvery, l.SilentAfter/4)
 	orDefault(&l.DeadAfter, d.DeadAfter)
 	orDefault(&l.RecheckEvery, d.RecheckEvery)
 	orDefault(&l.BackoffMin, d.BackoffMin)
@@ -129,5 +133,6 @@ func orDefault[T comparable](field *T, value T) {
 // urgent reports whether m may overtake bulk: heartbeats, votes and their like, which must not wait
 // behind data or elections follow. An AppendEntries with a block is too large for it.
 func urgent(m Message) bool {
-	return m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow && frameBytes(m) <= urgentBytesMax
+	small := m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow || m.Kind == KindStanding || m.Kind == KindTransfer
+	return small && frameBytes(m) <= urgentBytesMax
 }

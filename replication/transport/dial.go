@@ -30,8 +30,8 @@ type attempt struct {
 }
 
 // clientTo returns a live connection to a node, dialled if need be. While a failed dial is less than
-// its backoff ago it returns that failure at once.
-func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID) (*client, error) {
+// its backoff ago it returns that failure at once, unless free says to pass over the backoff.
+func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID, free bool) (*client, error) {
 	address := p.cfg.Book.Address(node) // not under the lock: it is not ours
 	p.mu.Lock()
 	if p.closed {
@@ -55,7 +55,7 @@ func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID) (*client, erro
 		p.routes[node] = r
 	}
 	if r.attempt == nil {
-		if r.err != nil && r.address == address && time.Now().Before(r.retryAt) {
+		if !free && r.err != nil && r.address == address && time.Now().Before(r.retryAt) {
 			err := r.err
 			p.mu.Unlock()
 			return nil, err
@@ -76,9 +76,12 @@ func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID) (*client, erro
 // connect makes one attempt and, when it succeeds, serves the connection to its end.
 func (p *Peers) connect(node trivet.NodeID, address string, r *route, a *attempt) {
 	p.stats.dials.Add(1)
+	p.live.dialling(node, address)
+	begun := time.Now()
 	c, err := p.dial(node, address)
 	if err != nil {
 		p.stats.dialFailures.Add(1)
+		p.judgeDial(node, address, begun, err)
 		a.err = fmt.Errorf("dial %s at %s: %w: %w", node, address, err, trivet.ErrUnavailable)
 		if p.lifetime.Err() != nil {
 			a.err = p.errClosed()
@@ -149,18 +152,21 @@ func (p *Peers) dial(node trivet.NodeID, address string) (*client, error) {
 	}
 	tuneSocket(raw)
 	conn := tls.Client(raw, cfg)
-	if err := p.greetServer(ctx, conn, node); err != nil {
+	far, err := p.greetServer(ctx, conn, node)
+	if err != nil {
 		_ = raw.Close()
 		return nil, err
 	}
-	return &client{stream: newStream(p, node, conn), address: address, pending: map[uint64]chan frame{}}, nil
+	c := &client{stream: newStream(p, node, conn), address: address, pending: map[uint64]chan frame{}}
+	p.present(c.stream, far.incarnation, true)
+	return c, nil
 }
 
 // greetServer makes the handshake and exchanges prefaces. Only with the far end's preface is it
 // certain that it took our certificate: in TLS 1.3 our side of the handshake ends before that.
-func (p *Peers) greetServer(ctx context.Context, conn *tls.Conn, node trivet.NodeID) error {
+func (p *Peers) greetServer(ctx context.Context, conn *tls.Conn, node trivet.NodeID) (preface, error) {
 	if err := conn.HandshakeContext(ctx); err != nil {
-		return err
+		return preface{}, err
 	}
 	got, err := p.identify(conn)
 	if err == nil && got != node {
@@ -168,18 +174,19 @@ func (p *Peers) greetServer(ctx context.Context, conn *tls.Conn, node trivet.Nod
 	}
 	if err != nil {
 		p.stats.refused.Add(1)
-		return err
+		return preface{}, err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.NetConn().Close() })
 	defer stop()
 	if _, err := conn.Write(p.preface()); err != nil {
-		return fmt.Errorf("write preface: %w", err)
+		return preface{}, fmt.Errorf("write preface: %w", err)
 	}
-	if _, err := readPreface(conn); err != nil {
-		return err
+	far, err := readPreface(conn)
+	if err != nil {
+		return preface{}, err
 	}
 	if !stop() {
-		return ctx.Err()
+		return preface{}, ctx.Err()
 	}
-	return nil
+	return far, nil
 }

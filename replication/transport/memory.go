@@ -41,6 +41,8 @@ type Memory struct {
 	closed   bool
 	paranoid bool
 	loss     time.Duration
+	silent   time.Duration
+	started  uint64 // nodes so far, for their incarnations
 	faults   Faults // of links without their own
 	nodes    map[trivet.NodeID]*MemoryNode
 	links    map[linkName]*link
@@ -100,7 +102,7 @@ type rule struct {
 func NewMemory(seed uint64) *Memory {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Memory{
-		seed: seed, ctx: ctx, cancel: cancel, loss: lossTimeoutDefault,
+		seed: seed, ctx: ctx, cancel: cancel, loss: lossTimeoutDefault, silent: silentAfterDefault,
 		nodes: map[trivet.NodeID]*MemoryNode{},
 		links: map[linkName]*link{},
 		calls: map[*memoryCall]struct{}{},
@@ -115,7 +117,8 @@ func (h *Memory) Node(id trivet.NodeID) *MemoryNode {
 	if n := h.nodes[id]; n != nil {
 		return n
 	}
-	n := &MemoryNode{hub: h, id: id, down: h.closed}
+	h.started++
+	n := &MemoryNode{hub: h, id: id, down: h.closed, incarnation: h.started}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if !h.closed {
 		h.nodes[id] = n
@@ -197,7 +200,8 @@ func (h *Memory) Cut(from, to trivet.NodeID) {
 			waiting = append(waiting, c)
 		}
 	}
-	loss := h.loss
+	loss, silent := h.loss, h.silent
+	h.wg.Go(func() { h.hushed(from, to, silent, healed) })
 	h.wg.Go(func() {
 		if h.wait(loss, healed) {
 			for _, c := range waiting {
@@ -276,6 +280,7 @@ func (h *Memory) Close() error {
 	h.cancel()
 	for _, n := range nodes {
 		n.wg.Wait()
+		n.board.close()
 	}
 	h.wg.Wait()
 	return nil
@@ -285,9 +290,11 @@ func (h *Memory) Close() error {
 func (h *Memory) removeLocked(n *MemoryNode) {
 	if h.nodes[n.id] == n {
 		delete(h.nodes, n.id)
+		h.diedLocked(n)
 		h.wg.Go(func() {
 			<-n.ctx.Done()
 			n.wg.Wait()
+			n.board.close()
 		})
 	}
 }
@@ -345,8 +352,10 @@ func (l *link) heal() {
 
 // MemoryNode is one node's end of a Memory. It is a Network, safe for concurrent use.
 type MemoryNode struct {
-	hub *Memory
-	id  trivet.NodeID
+	hub         *Memory
+	id          trivet.NodeID
+	incarnation uint64
+	board       board
 
 	ctx    context.Context // of local calls; ends once down is set
 	cancel context.CancelFunc
@@ -383,6 +392,7 @@ func (n *MemoryNode) Close() error {
 	n.hub.mu.Unlock()
 	n.stop(fmt.Errorf("node %s went down: %w", n.id, trivet.ErrUnavailable))
 	n.wg.Wait()
+	n.board.close()
 	return nil
 }
 
@@ -393,6 +403,7 @@ func (n *MemoryNode) stop(cause error) {
 	n.handlers = nil
 	n.mu.Unlock()
 	n.cancel()
+	n.board.end()
 
 	n.hub.mu.Lock()
 	defer n.hub.mu.Unlock()

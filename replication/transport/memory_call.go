@@ -123,6 +123,7 @@ func (c *memoryCall) deliver(req Message, there fate) memoryResult {
 	if !c.carry(Envelope{From: c.from.id, To: c.to, Message: req}, there) {
 		return c.lost("request")
 	}
+	c.hub.hears(c.dest, c.from)
 	if c.dest == nil {
 		return memoryResult{lost: true, err: fmt.Errorf("node %s is down: %w", c.to, trivet.ErrUnavailable)}
 	}
@@ -139,6 +140,7 @@ func (c *memoryCall) deliver(req Message, there fate) memoryResult {
 	if !c.carry(Envelope{From: c.to, To: c.from.id, Reply: true, Message: reply}, back) {
 		return c.lost("reply")
 	}
+	c.hub.hears(c.from, c.dest)
 	return memoryResult{reply: reply, err: err}
 }
 

@@ -34,6 +34,9 @@ type Peers struct {
 	incarnation uint64
 	pool        bufferPool
 	stats       counters
+	board       board
+	live        *liveness
+	judging     sync.Once // starts judge
 
 	lifetime context.Context // ends with Close
 	cancel   context.CancelCauseFunc
@@ -54,10 +57,11 @@ func NewPeers(cfg Config) (*Peers, error) {
 		return nil, err
 	}
 	p := &Peers{
-		cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Logger, incarnation: rand.Uint64(),
-		handlers: map[Kind]Handler{},
-		routes:   map[trivet.NodeID]*route{},
-		accepted: map[trivet.NodeID][]*stream{},
+		cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Logger,
+		incarnation: rand.Uint64() | 1, // 0 stands for none
+		handlers:    map[Kind]Handler{},
+		routes:      map[trivet.NodeID]*route{},
+		accepted:    map[trivet.NodeID][]*stream{},
 	}
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
@@ -67,6 +71,7 @@ func NewPeers(cfg Config) (*Peers, error) {
 			return (&net.Dialer{}).DialContext(ctx, "tcp", address)
 		}
 	}
+	p.live = newLiveness(&p.board, p.limits.SilentAfter)
 	p.lifetime, p.cancel = context.WithCancelCause(context.Background())
 	return p, nil
 }
@@ -110,7 +115,7 @@ func (p *Peers) call(ctx context.Context, to trivet.NodeID, m Message) (Message,
 	if to == p.cfg.Local {
 		return p.callSelf(ctx, m)
 	}
-	c, err := p.clientTo(ctx, to)
+	c, err := p.clientTo(ctx, to, false)
 	if err != nil {
 		return Message{}, err
 	}
@@ -165,11 +170,13 @@ func (p *Peers) ServeConn(conn *tls.Conn) error {
 	}
 	defer p.removeAccepted(s.stream)
 	tuneSocket(conn.NetConn())
-	if err := p.greetClient(conn); err != nil {
+	far, err := p.greetClient(conn)
+	if err != nil {
 		p.stats.refused.Add(1)
 		return fmt.Errorf("serve connection of %s: %w", node, err)
 	}
 	p.stats.accepted.Add(1)
+	p.present(s.stream, far.incarnation, false)
 	p.log.Info("peer connected", "peer", node, "address", conn.RemoteAddr())
 	s.run()
 	p.log.Info("peer disconnected", "peer", node, "err", s.cause())
@@ -197,17 +204,18 @@ func (p *Peers) identify(conn *tls.Conn) (trivet.NodeID, error) {
 }
 
 // greetClient exchanges prefaces on an accepted connection.
-func (p *Peers) greetClient(conn *tls.Conn) error {
+func (p *Peers) greetClient(conn *tls.Conn) (preface, error) {
 	if err := conn.SetDeadline(time.Now().Add(p.limits.DialTimeout)); err != nil {
-		return err
+		return preface{}, err
 	}
-	if _, err := readPreface(conn); err != nil {
-		return err
+	far, err := readPreface(conn)
+	if err != nil {
+		return preface{}, err
 	}
 	if _, err := conn.Write(p.preface()); err != nil {
-		return fmt.Errorf("write preface: %w", err)
+		return preface{}, fmt.Errorf("write preface: %w", err)
 	}
-	return conn.SetDeadline(time.Time{})
+	return far, conn.SetDeadline(time.Time{})
 }
 
 func (p *Peers) preface() []byte {
@@ -243,8 +251,9 @@ func (p *Peers) removeAccepted(s *stream) {
 }
 
 // Disconnect ends all connections with a node, as when it was removed from the cluster. It does not
-// keep the node from connecting again: Config.PeerNode does.
+// keep the node from connecting again: Config.PeerNode does. The node's presence is Unknown until then.
 func (p *Peers) Disconnect(node trivet.NodeID) {
+	p.live.forget(node, "disconnected by us")
 	cause := fmt.Errorf("connection with %s: ended by us: %w", node, trivet.ErrUnavailable)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -275,5 +284,6 @@ func (p *Peers) Close() error {
 	}
 	p.mu.Unlock()
 	p.wg.Wait()
+	p.board.close()
 	return nil
 }

@@ -3,10 +3,10 @@ package transport_test
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,9 +26,26 @@ type wire struct {
 	hole   atomic.Bool  // what is written vanishes
 	delay  atomic.Int64 // per write
 	refuse atomic.Bool  // dials fail
+	reset  atomic.Int32 // of those, so many connect and are reset
+	onDial atomic.Value // func(address string), called for each dial
 	dials  atomic.Int64
-	nodes  map[string]*node
+	mu     sync.Mutex
+	nodes  map[string]*node // by address; under mu once dials began
 	wg     sync.WaitGroup
+}
+
+// set puts a node behind an address, nil for none.
+func (w *wire) set(address string, n *node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.nodes[address] = n
+}
+
+// at returns who is behind an address, nil for none.
+func (w *wire) at(address string) *node {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.nodes[address]
 }
 
 // wireConn is one end of a pipe.
@@ -72,11 +89,18 @@ func overPipes(t *testing.T, f func(t *testing.T, c *cluster, w *wire, a, b *nod
 		c.limits = transport.DefaultLimits()
 		c.dial = func(ctx context.Context, address string) (net.Conn, error) {
 			w.dials.Add(1)
-			to := w.nodes[address]
-			if w.refuse.Load() || to == nil {
-				return nil, errors.New("connection refused")
+			if f, ok := w.onDial.Load().(func(string)); ok {
+				f(address)
 			}
+			to := w.at(address)
 			near, far := net.Pipe()
+			if w.refuse.Load() && w.reset.Add(-1) >= 0 {
+				_ = far.Close()
+				return near, nil
+			}
+			if w.reset.CompareAndSwap(-1, 0); w.refuse.Load() || to == nil {
+				return nil, syscall.ECONNREFUSED
+			}
 			w.wg.Go(func() { to.served <- to.serve(t.Context(), wireConn{far, w, new(atomic.Bool)}) })
 			return wireConn{near, w, new(atomic.Bool)}, nil
 		}
@@ -89,6 +113,9 @@ func overPipes(t *testing.T, f func(t *testing.T, c *cluster, w *wire, a, b *nod
 		}
 		f(t, c, w, w.nodes["a"], w.nodes["b"])
 		for _, n := range w.nodes {
+			if n == nil {
+				continue
+			}
 			require.NoError(t, n.Close())
 		}
 		w.wg.Wait()
@@ -164,7 +191,14 @@ func TestPeersFarEndDoesNotRead(t *testing.T) {
 		near, far := net.Pipe()
 		dial := make(chan net.Conn, 1)
 		dial <- near
-		c.dial = func(context.Context, string) (net.Conn, error) { return <-dial, nil }
+		c.dial = func(ctx context.Context, _ string) (net.Conn, error) {
+			select {
+			case conn := <-dial:
+				return conn, nil
+			case <-ctx.Done(): // a black hole from then on
+				return nil, ctx.Err()
+			}
+		}
 		c.book.set("deaf", "deaf")
 		caller := c.peersOf(t, "a", a.creds)
 		w.wg.Go(func() {
@@ -234,7 +268,7 @@ func TestPeersBackoff(t *testing.T) {
 		}
 		assert.InDelta(t, 80, w.dials.Load(), 25, "some quick ones, then every 0.5 to 1 s")
 		w.refuse.Store(false)
-		w.nodes["b2"] = b
+		w.set("b2", b)
 		c.book.set("b", "b2")
 		_, err := call(t, a, "b", "x")
 		require.NoError(t, err, "another address is tried at once")

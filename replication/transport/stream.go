@@ -30,6 +30,9 @@ type stream struct {
 	queue *sendQueue
 	began time.Time
 
+	record      *record // of the far end's process; set before run
+	incarnation uint64  // as its preface said; likewise
+
 	ctx    context.Context // ends with the connection; its cause says why
 	cancel context.CancelCauseFunc
 }
@@ -75,7 +78,9 @@ func (s *stream) broken(err error) error {
 
 // readLoop hands every frame to handle until reading or handle fails, and ends the connection.
 func (s *stream) readLoop(handle func(frame) error) {
-	r := bufio.NewReaderSize(deadlineConn{s.conn, s.peers.limits.DeadAfter}, ioBufferBytes)
+	defer s.peers.absent(s) // not when the handlers have returned too: that may be long after
+	heard := func() { s.peers.live.heard(s.record, s.incarnation) }
+	r := bufio.NewReaderSize(deadlineConn{s.conn, s.peers.limits.DeadAfter, heard}, ioBufferBytes)
 	for {
 		f, err := readFrame(r)
 		if err == nil {
@@ -98,7 +103,7 @@ func unexpected(f frame) error {
 // take part. It returns when the connection ended.
 func (s *stream) writeLoop() {
 	limits := s.peers.limits
-	w := bufio.NewWriterSize(deadlineConn{s.conn, limits.DeadAfter}, ioBufferBytes)
+	w := bufio.NewWriterSize(deadlineConn{s.conn, limits.DeadAfter, nil}, ioBufferBytes)
 	recheck := time.NewTicker(limits.RecheckEvery)
 	defer recheck.Stop()
 	ping := time.NewTicker(limits.PingEvery)
@@ -157,6 +162,7 @@ func (s *stream) recheck() error {
 type deadlineConn struct {
 	conn  net.Conn
 	limit time.Duration
+	heard func() // called for every read that brought something
 }
 
 // Read reads, with a deadline.
@@ -164,7 +170,11 @@ func (d deadlineConn) Read(b []byte) (int, error) {
 	if err := d.conn.SetReadDeadline(time.Now().Add(d.limit)); err != nil {
 		return 0, err
 	}
-	return d.conn.Read(b)
+	n, err := d.conn.Read(b)
+	if n > 0 {
+		d.heard()
+	}
+	return n, err
 }
 
 // Write writes all of b, each piece with a deadline.

@@ -27,6 +27,8 @@ const (
 	KindSnapshotBegin  Kind = 5
 	KindSnapshotChunk  Kind = 6
 	KindSnapshotEnd    Kind = 7
+	KindStanding       Kind = 9  // who should succeed a leader whose process is gone
+	KindTransfer       Kind = 10 // the leader announces whom it hands over to
 
 	KindVolumeWrite  Kind = 16 // replication: write, discard, write-zeroes proposals
 	KindVolumeRead   Kind = 17
