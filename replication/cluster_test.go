@@ -108,6 +108,24 @@ func TestClusterSurvivesItsLeader(t *testing.T) {
 	})
 }
 
+// A client beside a follower hears of the new leader from it, and does not wait for its own pauses.
+func TestClusterShortPause(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, _ *replication.Volume) {
+		ctx := t.Context()
+		leader, r := mustLeader(t, c)
+		require.NoError(t, r.Fence(ctx, 2))
+		v := mustOpen(t, c, other(c, leader).ID(), 2)
+		defer func() { require.NoError(t, v.Close()) }()
+		require.NoError(t, v.WriteAt(ctx, fill(1, 1), 0))
+		require.NoError(t, leader.Crash(ctx, sim.CrashOptions{}))
+		began := time.Now()
+		require.NoError(t, v.WriteAt(ctx, fill(1, 2), 0))
+		assert.Less(t, time.Since(began), heartbeat/8, "in the bubble's time")
+		require.NoError(t, leader.Start(ctx))
+		requireEqualReplicas(t, c)
+	})
+}
+
 // A volume whose local replica leads is served without the network; everything else is as from afar.
 func TestClusterLocalVolume(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, _ *replication.Volume) {

@@ -92,6 +92,14 @@ func (r *Replica) Status() ReplicaStatus {
 	return ReplicaStatus{Status: r.group.Status(), Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used}
 }
 
+// leader returns the node that leads, as far as this replica knows, in which term, and what is closed
+// at a change.
+func (r *Replica) leader() (node trivet.NodeID, term uint64, changed <-chan struct{}) {
+	changed = r.group.Changed() // before the look, so that no change is missed
+	s := r.group.Status()
+	return s.LeaderNode, s.Term, changed
+}
+
 // write puts a request of a session into the log and returns once it is applied here.
 func (r *Replica) write(ctx context.Context, req *request) (term uint64, err error) {
 	if err := req.check(); err != nil {

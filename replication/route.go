@@ -17,8 +17,14 @@ const (
 	// still on its way in the leader joins the first.
 	attemptMin = time.Second
 	attemptMax = 8 * time.Second
-	// backoffMin and backoffMax bound the pause before an attempt at a node that may not lead either.
-	backoffMin = 5 * time.Millisecond
+	// backoffMin and backoffMax bound the pause before an attempt at a node that may not lead either; in
+	// the first backoffEarlyN attempts, about a second, it is at most backoffEarly, for that is when
+	// leaders change.
+	backoffMin    = 5 * time.Millisecond
+	backoffEarly  = 40 * time.Millisecond
+	backoffEarlyN = 25
+	// patienceN is how many attempts in a row a node gets that says it is the leader, but not yet.
+	patienceN  = 6
 	backoffMax = 200 * time.Millisecond
 )
 
@@ -66,15 +72,16 @@ func (r *route) accept(term uint64) error {
 	return nil
 }
 
-// failed moves on from a node: to hint, which the node said leads, or else to the next member.
-// When another call has moved on already, it stays there.
+// failed moves on from a node: to hint, which the node said leads, or else to the next member. A node
+// that names itself has just been elected and needs a moment. When another call has moved on already, it
+// stays there.
 func (r *route) failed(node, hint trivet.NodeID) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.target != node {
 		return
 	}
-	if hint != "" && hint != node {
+	if hint != "" {
 		r.target = hint
 		return
 	}
@@ -95,7 +102,8 @@ type attemptFunc func(ctx context.Context, node trivet.NodeID) (reply, error)
 // read tells that a reply of a lower term than seen must not be used.
 func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc) error {
 	started := time.Now()
-	for n := 0; ; n++ {
+	var heard uint64              // term of the newest leader that this node heard of and that was tried
+	for n, since := 0, 0; ; n++ { // since: attempts since then
 		node := v.route.node()
 		hint, err := v.try(ctx, n, node, read, attempt)
 		if err == nil || !retryable(err) {
@@ -106,10 +114,15 @@ func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc)
 		}
 		if ctx.Err() == nil {
 			v.stats.retry()
+			if hint == node && since >= patienceN {
+				hint = ""
+			}
 			v.route.failed(node, hint)
 			v.log.Debug("request is sent again", "node", node, "hint", hint, "attempt", n+1, "err", err)
-			if hint == "" || hint == node || n > 1 {
-				pause(ctx, backoff(n))
+			if since++; hint == "" || hint == node || since > 2 {
+				if term := v.awaitLeader(ctx, node, heard, backoff(since-1)); term > heard {
+					heard, since = term, 0
+				}
 			}
 		}
 		if ctx.Err() != nil {
@@ -155,7 +168,48 @@ func giveUp(ctx context.Context, timeout time.Duration, last error) error {
 	return fmt.Errorf("caller left while waiting for a leader (last: %v): %w", last, ctx.Err())
 }
 
-func backoff(n int) time.Duration { return min(backoffMin<<min(n, 8), backoffMax) }
+func backoff(n int) time.Duration {
+	if n < backoffEarlyN {
+		return min(backoffMin<<min(n, 8), backoffEarly)
+	}
+	return backoffMax
+}
+
+// awaitLeader waits for d, but no longer than until a replica on this node hears of a leader of a term
+// above heard, other than the node that has just failed; the route then leads there, and awaitLeader
+// returns that term. Each term is taken once, so that a replica which is wrong about its leader cannot
+// make calls spin.
+func (v *Volume) awaitLeader(ctx context.Context, failed trivet.NodeID, heard uint64, d time.Duration) (term uint64) {
+	r, ok := v.local()
+	if !ok {
+		pause(ctx, d)
+		return heard
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	for {
+		leader, term, changed := r.leader()
+		if leader != "" && leader != failed && term > heard {
+			v.route.failed(v.route.node(), leader)
+			return term
+		}
+		select {
+		case <-changed:
+		case <-t.C:
+			return heard
+		case <-ctx.Done():
+			return heard
+		}
+	}
+}
+
+// local returns this node's own replica of the volume.
+func (v *Volume) local() (*Replica, bool) {
+	if v.cfg.Host == nil {
+		return nil, false
+	}
+	return v.cfg.Host.Replica(v.cfg.ID)
+}
 
 func pause(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)

@@ -42,12 +42,12 @@ type process struct {
 
 // fleet is three processes that get killed.
 type fleet struct {
-	t         *testing.T
+	t         testing.TB
 	dir       string
 	processes []*process
 }
 
-func newFleet(t *testing.T) *fleet {
+func newFleet(t testing.TB) *fleet {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "trivet-crash-")
 	require.NoError(t, err)
@@ -118,7 +118,7 @@ func (f *fleet) start(p *process) {
 	}(p.cmd, p.exited)
 }
 
-func (p *process) end(t *testing.T, sig syscall.Signal) {
+func (p *process) end(t testing.TB, sig syscall.Signal) {
 	t.Helper()
 	select {
 	case <-p.exited:

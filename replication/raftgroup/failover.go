@@ -31,6 +31,10 @@ import (
 // one of them may take.
 const failoverStep = 50 * time.Millisecond
 
+// canvassEvery is how soon the others are asked again while no quorum has the proof: they find it out
+// within milliseconds of each other.
+const canvassEvery = 5 * time.Millisecond
+
 // candidacy says why a replica asks for votes.
 type candidacy uint8
 
@@ -128,21 +132,30 @@ func (i *instance) vacant(v vacancy) bool {
 // Heartbeats the library's own elections have taken over.
 func (i *instance) succeed(v vacancy) {
 	began := time.Now()
-	for round := 0; time.Since(began) < 2*i.g.cfg.Timing.Heartbeat; round++ {
+	var proven time.Time // when a quorum first had the proof: whoever has a better claim stands from then on
+	for time.Since(began) < 2*i.g.cfg.Timing.Heartbeat {
 		changed := i.g.Changed()
 		if !i.vacant(v) {
 			return
 		}
-		if better, proven, err := i.canvass(v); err != nil {
+		better, known, err := i.canvass(v)
+		if err != nil {
 			i.g.log.Debug("no failover", "term", v.term, "err", err)
 			return
-		} else if proven && better <= round {
-			if err := i.stand(v); err != nil {
-				i.g.log.Warn("could not stand for election", "term", v.term, "err", err)
-			}
-			return
 		}
-		timer := time.NewTimer(failoverStep)
+		wait := canvassEvery
+		if known {
+			if proven.IsZero() {
+				proven = time.Now()
+			}
+			if wait = time.Until(proven.Add(time.Duration(better) * failoverStep)); wait <= 0 {
+				if err := i.stand(v); err != nil {
+					i.g.log.Warn("could not stand for election", "term", v.term, "err", err)
+				}
+				return
+			}
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
 		case <-changed:
