@@ -32,8 +32,10 @@ type agentConfig struct {
 	Verify func() error // that the disks are still ours
 	Disks  map[trivet.DiskID]replication.Disk
 	OnDisk map[trivet.VolumeID][]placed // what the disks held at the start
-	Logger *slog.Logger
-	Fatal  func(error)
+	// ParkAfter is how long a replica of a volume that nobody needs runs on; negative = for good.
+	ParkAfter time.Duration
+	Logger    *slog.Logger
+	Fatal     func(error)
 }
 
 // Agent makes one machine match the catalogue: it makes, starts, and removes replicas, and where one

@@ -33,7 +33,7 @@ func newAgentBench(nodes int) *agentBench {
 		b.cat.addNode(n)
 	}
 	b.cfg = agentConfig{
-		ID: "n1",
+		ID: "n1", ParkAfter: -1,
 		Self: meta.Node{
 			ID: "n1", Address: "10.0.0.1:7000", Incarnation: testUUID(0x301),
 		},
@@ -373,5 +373,39 @@ func TestAgentStuckVolume(t *testing.T) {
 		synctest.Wait()
 		assert.Equal(t, meta.PhaseAvailable, b.cat.volume(vol).Phase)
 		assert.Equal(t, meta.PhaseCreating, b.cat.volume(8).Phase)
+	})
+}
+
+// TestAgentParks: the replica of a detached volume is stopped after a while, and started by an attach.
+func TestAgentParks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newAgentBench(1)
+		b.cfg.ParkAfter = 30 * time.Second
+		b.start()
+		defer func() { b.agent.close() }()
+		synctest.Wait()
+		b.cat.addVolume(7, 1, nil)
+		synctest.Wait()
+		require.Nil(t, b.host.replica(7), "made, and not started before anybody needs it")
+		b.cat.must(meta.Command{Attach: &meta.Attach{Volume: 7, Node: "n1", Mode: meta.SingleNodeSingleWriter}})
+		synctest.Wait()
+		r := b.host.replica(7)
+		require.NotNil(t, r)
+		r.lead(true)
+		synctest.Wait()
+		b.cat.must(meta.Command{Detach: &meta.Detach{Volume: 7, Node: "n1"}})
+		synctest.Wait()
+		require.NotNil(t, b.host.replica(7))
+		<-time.After(29 * time.Second)
+		synctest.Wait()
+		require.NotNil(t, b.host.replica(7), "it may be attached elsewhere in a moment")
+		<-time.After(2 * time.Second)
+		synctest.Wait()
+		require.Nil(t, b.host.replica(7))
+		<-time.After(time.Hour)
+		b.cat.must(meta.Command{Attach: &meta.Attach{Volume: 7, Node: "n1", Mode: meta.SingleNodeSingleWriter}})
+		synctest.Wait()
+		require.NotNil(t, b.host.replica(7))
 	})
 }

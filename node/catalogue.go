@@ -63,6 +63,7 @@ func Authorizer(cat Catalogue) func(from trivet.NodeID, volume trivet.VolumeID, 
 type replicaHost interface {
 	CreateReplica(ctx context.Context, s replication.ReplicaSpec) error
 	OpenReplica(ctx context.Context, s replication.ReplicaSpec) error
+	ParkReplica(ctx context.Context, s replication.ReplicaSpec) error
 	DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error
 	running(id trivet.VolumeID) (runningReplica, bool)
 }

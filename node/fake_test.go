@@ -205,6 +205,13 @@ func (h *fakeHost) OpenReplica(_ context.Context, s replication.ReplicaSpec) err
 	return nil
 }
 
+func (h *fakeHost) ParkReplica(_ context.Context, s replication.ReplicaSpec) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.open, s.Volume)
+	return nil
+}
+
 func (h *fakeHost) DestroyReplica(_ context.Context, s replication.ReplicaSpec) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -46,6 +46,9 @@ import (
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
+// parkAfterDefault is longer than a pod takes to move to another node.
+const parkAfterDefault = 30 * time.Second
+
 // closeTimeout bounds the unmounting and detaching of one volume in Close.
 const closeTimeout = 20 * time.Second
 
@@ -66,6 +69,10 @@ type Config struct {
 	Timing    raftgroup.Timing // the zero value means the defaults
 	IOTimeout time.Duration    // how long I/O waits for a leader before it fails; 0 = 60 s
 
+	// ParkAfter is how long the replica of a detached volume runs on before it is stopped, to be started
+	// again when the volume is attached; negative = never stopped (DefaultConfig: 30 s).
+	ParkAfter time.Duration
+
 	MaxVolumes       int64 // volumes attached here at a time, as told to Kubernetes; 0 = no limit
 	FollowAttachment bool  // Attach brings leadership to the local replica (DefaultConfig: true)
 
@@ -77,7 +84,7 @@ type Config struct {
 }
 
 // DefaultConfig returns the configuration to start from.
-func DefaultConfig() Config { return Config{FollowAttachment: true} }
+func DefaultConfig() Config { return Config{FollowAttachment: true, ParkAfter: parkAfterDefault} }
 
 // Validate names the field that is missing or malformed.
 func (c *Config) Validate() error {
@@ -196,6 +203,7 @@ func (n *Node) openMounts(ctx context.Context) error {
 func (n *Node) agentConfig() (agentConfig, error) {
 	c := agentConfig{
 		ID: n.cfg.ID, Usage: n.usage, Verify: n.verify, Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
+		ParkAfter: n.cfg.ParkAfter,
 		Self: meta.Node{
 			ID: n.cfg.ID, Address: n.cfg.Address, Zone: n.cfg.Zone, MetaReplica: n.cfg.MetaReplica,
 			Incarnation: n.cfg.Incarnation,

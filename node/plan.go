@@ -26,6 +26,7 @@ const (
 	doLead    verb = "report-lead" // say that this replica leads
 	doMove    verb = "move-leader" // transfer leadership to target
 	doRevive  verb = "revive"      // start a replica whose disk is back, then report it Ready
+	doPark    verb = "park"        // stop it until somebody needs the volume
 )
 
 // reasonDiskAbsent is the reason under which a replica is reported Faulted because its disk is not
@@ -55,6 +56,7 @@ type local struct {
 	disks   map[trivet.DiskID]bool // the node's disks
 	onDisk  []placed               // replicas of the volume on them
 	ignored map[placed]bool        // strays that were looked at and left alone
+	awake   bool                   // replicas run whether anybody needs them or not
 	running bool
 	status  replication.ReplicaStatus // when running
 }
@@ -106,12 +108,27 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 		return one(doCreate)
 	case r.State == meta.ReplicaCreating:
 		return nil
+	case !l.awake && restful(v) && l.running:
+		return one(doPark)
+	case !l.awake && restful(v) && slices.Contains(l.onDisk, placed{r.Disk, r.ID}):
+		return nil
 	case !l.running:
-		return one(doOpen)
+		return one(doOpen) // which finds out if its data is not there
 	case l.status.IsLeader:
 		return planLeader(v, r, l.status)
 	}
 	return nil
+}
+
+// restful reports whether nobody needs the volume's group: it is attached nowhere, nobody waits for a
+// fence, a wipe or another leader. Every node comes to the same answer by itself.
+func restful(v *meta.Volume) bool {
+	switch v.Phase {
+	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
+		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == ""
+	default:
+		return false
+	}
 }
 
 // planLeader is the work of the node whose replica leads the volume's group.

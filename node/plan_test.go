@@ -15,6 +15,7 @@ import (
 func planVolume(edit func(*meta.Volume)) *meta.Volume {
 	v := &meta.Volume{
 		ID: 7, SizeBytes: 1 << 20, Phase: meta.PhaseBound, Leader: "r1", LeaderTerm: 3,
+		Attached: &meta.Attachment{Node: "n9"},
 		Replicas: []meta.Replica{
 			{ID: "r1", Node: "n1", Disk: "d1", State: meta.ReplicaReady},
 			{ID: "r2", Node: "n2", Disk: "d2", State: meta.ReplicaReady},
@@ -38,6 +39,49 @@ func running(leads bool) local {
 
 func notRunning(onDisk ...placed) local {
 	return local{disks: map[trivet.DiskID]bool{"d1": true}, onDisk: onDisk}
+}
+
+// TestPlanParking: a replica sleeps exactly while nobody needs the volume's group.
+func TestPlanParking(t *testing.T) {
+	t.Parallel()
+	detached := func(edit func(*meta.Volume)) *meta.Volume {
+		return planVolume(func(v *meta.Volume) {
+			v.Attached, v.Epoch, v.FencedEpoch = nil, 4, 4
+			if edit != nil {
+				edit(v)
+			}
+		})
+	}
+	park := []action{{verb: doPark, disk: "d1", id: "r1"}}
+	open := []action{{verb: doOpen, disk: "d1", id: "r1"}}
+	here := placed{"d1", "r1"}
+	awake := notRunning(here)
+	awake.awake = true
+	for _, tt := range []struct {
+		name string
+		v    *meta.Volume
+		l    local
+		want []action
+	}{
+		{"nobody needs it", detached(nil), running(false), park},
+		{"nobody needs its leader", detached(nil), running(true), park},
+		{"it sleeps", detached(nil), notRunning(here), nil},
+		{"it sleeps, but its data is not there", detached(nil), notRunning(), open},
+		{"parking is off", detached(nil), awake, open},
+		{"attached", planVolume(nil), notRunning(here), open},
+		{"being detached", detached(func(v *meta.Volume) { v.Detaching = "n9" }), notRunning(here), open},
+		{"to be fenced", detached(func(v *meta.Volume) { v.FencedEpoch = 3 }), notRunning(here), open},
+		{"to be wiped", detached(func(v *meta.Volume) { v.Phase = meta.PhaseRecycling }), notRunning(here), open},
+		{"another leader is wanted", detached(func(v *meta.Volume) { v.WantLeader = "r2" }), notRunning(here), open},
+		{"new", detached(func(v *meta.Volume) { v.Phase = meta.PhaseAvailable }), notRunning(here), nil},
+		{"released", detached(func(v *meta.Volume) { v.Phase = meta.PhaseReleased }), running(false), park},
+		{"failed", detached(func(v *meta.Volume) { v.Phase = meta.PhaseFailed }), notRunning(here), open},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			assert.Equal(t, tt.want, plan("n1", tt.v, tt.l))
+		})
+	}
 }
 
 func TestPlanReplica(t *testing.T) {

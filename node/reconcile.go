@@ -32,8 +32,9 @@ type worker struct {
 	log    *slog.Logger
 	seen   meta.Revision // of the volume when it was last poked; 0 = unknown; under agent.mu
 
-	onDisk  []placed
-	ignored map[placed]bool
+	onDisk    []placed
+	ignored   map[placed]bool
+	restSince time.Time // since when the replica runs although nobody needs it; zero: somebody does
 }
 
 // poke makes the worker look again. It never blocks.
@@ -54,7 +55,9 @@ func (w *worker) run(ctx context.Context) {
 			return
 		}
 		var again <-chan time.Time // nil: wait for a change
-		if len(acts) > 0 {
+		if wait := w.restless(acts); wait > 0 {
+			again = time.After(wait)
+		} else if len(acts) > 0 {
 			retry = w.act(ctx, acts, retry)
 			again = time.After(retry)
 		} else if running && changed == nil {
@@ -68,6 +71,19 @@ func (w *worker) run(ctx context.Context) {
 		case <-again:
 		}
 	}
+}
+
+// restless returns how long a replica that could be parked runs on: a volume that moves to another node
+// is detached and attached within seconds. 0 when there is anything else to do.
+func (w *worker) restless(acts []action) time.Duration {
+	if len(acts) != 1 || acts[0].verb != doPark {
+		w.restSince = time.Time{}
+		return 0
+	}
+	if w.restSince.IsZero() {
+		w.restSince = time.Now()
+	}
+	return time.Until(w.restSince.Add(w.agent.cfg.ParkAfter))
 }
 
 // act runs the actions in order up to the first error, and returns how long to wait before planning
@@ -94,7 +110,7 @@ func (w *worker) act(ctx context.Context, acts []action, retry time.Duration) ti
 // nothing to do with this node (any more).
 func (w *worker) plan() ([]action, bool) {
 	a := w.agent
-	l := local{disks: a.diskSet, onDisk: w.onDisk, ignored: w.ignored}
+	l := local{disks: a.diskSet, onDisk: w.onDisk, ignored: w.ignored, awake: a.cfg.ParkAfter < 0}
 	r, running := a.host.running(w.volume)
 	if l.running = running; running {
 		l.status = r.Status()
@@ -127,6 +143,8 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.create(ctx, a)
 	case doOpen, doRevive:
 		return w.open(ctx, a)
+	case doPark:
+		return w.agent.host.ParkReplica(ctx, w.spec(nil, a))
 	case doFault:
 		return w.report(ctx, a, meta.ReplicaFaulted, a.reason)
 	case doDestroy:

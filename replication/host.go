@@ -108,6 +108,8 @@ type Host struct {
 	closed   bool
 	replicas map[trivet.VolumeID]*Replica
 	busy     map[trivet.VolumeID]chan struct{} // closed when the operation on the volume ends
+	rested   map[trivet.ReplicaID]time.Time    // when a parked replica was stopped
+	began    time.Time                         // of this Host: what was never opened rests since before
 }
 
 // NewHost registers the volume handlers on cfg.Network. The caller closes the Host before the Mux
@@ -124,6 +126,8 @@ func NewHost(cfg HostConfig) (*Host, error) {
 		log:      cfg.Logger.With("component", "replication"),
 		replicas: make(map[trivet.VolumeID]*Replica),
 		busy:     make(map[trivet.VolumeID]chan struct{}),
+		rested:   make(map[trivet.ReplicaID]time.Time),
+		began:    time.Now(),
 	}
 	cfg.Network.Handle(transport.KindVolumeWrite, h.handleWrite)
 	cfg.Network.Handle(transport.KindVolumeRead, h.handleRead)
@@ -137,6 +141,17 @@ func (h *Host) Replica(id trivet.VolumeID) (*Replica, bool) {
 	defer h.mu.Unlock()
 	r, ok := h.replicas[id]
 	return r, ok
+}
+
+// restedSince returns when this process ended its last run of a replica; without one, when the process
+// began: the disk is locked, so nobody has run it since.
+func (h *Host) restedSince(id trivet.ReplicaID) time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if at, ok := h.rested[id]; ok {
+		return at
+	}
+	return h.began
 }
 
 // Close stops all replicas and waits for them. Idempotent; the first error is returned.

@@ -54,12 +54,19 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 		out.Device = n.Device(v.ID)
 	}
 	leader, replicas := v.Leader, make([]*api.Replica, 0, len(v.Replicas))
+	if ask && out.GetAttachedNode() == "" {
+		leader = "" // the last one known may have been parked with the volume
+	}
 	for _, r := range v.Replicas {
 		replica := &api.Replica{
 			Id: string(r.ID), Node: string(r.Node), Disk: string(r.Disk), State: string(r.State), Reason: r.Reason,
 		}
 		if ask && r.State == meta.ReplicaReady {
-			if st, err := a.replicaStatus(ctx, v.ID, r.Node); err == nil { // a dead node's replica has no status
+			st, err := a.replicaStatus(ctx, v.ID, r.Node)
+			if errors.Is(err, trivet.ErrNotFound) && out.GetAttachedNode() == "" {
+				replica.State = stateParked
+			}
+			if err == nil { // a dead node's replica has no status
 				replica.Applied, replica.Commit, replica.Term = st.Applied, st.Commit, st.Term
 				replica.UsedBytes = st.UsedBytes
 				if st.IsLeader {
@@ -75,6 +82,9 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 	out.Replicas = replicas
 	return out
 }
+
+// stateParked is shown of a ready replica that its node has stopped because the volume is detached.
+const stateParked = "Parked"
 
 // statusTimeout bounds the question to a node how its replica is; a dead node must not hold up `show`.
 const statusTimeout = time.Second

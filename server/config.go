@@ -34,6 +34,9 @@ type Config struct {
 	// IOTimeout bounds how long one request waits for a leader; 0 = 60 s.
 	IOTimeout time.Duration
 
+	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
+	ParkAfter time.Duration
+
 	// Network replaces the TLS connections between nodes, in tests of three servers in one process.
 	// The administration port stays as it is. Nil = TLS.
 	Network transport.Network

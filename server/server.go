@@ -209,6 +209,9 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
 	cfg.Logger, cfg.Fatal = s.log, s.cfg.Fatal
+	if s.cfg.ParkAfter != 0 {
+		cfg.ParkAfter = s.cfg.ParkAfter
+	}
 	var err error
 	if cfg.RunDir, err = filepath.Abs(s.cfg.RunDir); err != nil {
 		return err

@@ -53,6 +53,8 @@ func newServer(o *options) *cobra.Command {
 		"register the --csi endpoint with the kubelet in this directory, as /var/lib/kubelet/plugins_registry")
 	f.StringVar(&cfg.RunDir, "run-dir", "", "directory for FUSE mount points and records (default DATA/run)")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
+	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
+		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
 		"a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")

@@ -32,8 +32,11 @@ import (
 const failoverStep = 50 * time.Millisecond
 
 // canvassEvery is how soon the others are asked again while no quorum has the proof: they find it out
-// within milliseconds of each other.
-const canvassEvery = 5 * time.Millisecond
+// within milliseconds of each other. After canvassOftenN times they are asked every failoverStep.
+const (
+	canvassEvery  = 5 * time.Millisecond
+	canvassOftenN = 20
+)
 
 // candidacy says why a replica asks for votes.
 type candidacy uint8
@@ -113,9 +116,9 @@ func (g *Group) peerGone(node trivet.NodeID) {
 	i.loops.Go(func() { i.succeed(lost) })
 }
 
-// vacancy is the office of a leader whose process is said to be gone.
+// vacancy is the office of a leader whose process is said to be gone, or of none yet.
 type vacancy struct {
-	leader raft.ServerAddress
+	leader raft.ServerAddress // "" when this replica has heard of no leader since it started
 	node   trivet.NodeID
 	term   uint64
 }
@@ -131,10 +134,12 @@ func (i *instance) vacant(v vacancy) bool {
 // succeed makes this replica stand for election if no voter with a better claim does. After two
 // Heartbeats the library's own elections have taken over.
 func (i *instance) succeed(v vacancy) {
+	if !i.sleep(time.Until(i.quarantine)) {
+		return
+	}
 	began := time.Now()
 	var proven time.Time // when a quorum first had the proof: whoever has a better claim stands from then on
-	for time.Since(began) < 2*i.g.cfg.Timing.Heartbeat {
-		changed := i.g.Changed()
+	for round := 0; time.Since(began) < 2*i.g.cfg.Timing.Heartbeat; round++ {
 		if !i.vacant(v) {
 			return
 		}
@@ -144,6 +149,9 @@ func (i *instance) succeed(v vacancy) {
 			return
 		}
 		wait := canvassEvery
+		if round > canvassOftenN {
+			wait = failoverStep
+		}
 		if known {
 			if proven.IsZero() {
 				proven = time.Now()
@@ -155,13 +163,21 @@ func (i *instance) succeed(v vacancy) {
 				return
 			}
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-changed:
-		case <-i.stopping:
+		if !i.sleep(wait) {
+			return
 		}
-		timer.Stop()
+	}
+}
+
+// sleep waits for d and reports whether this run of the library still goes on.
+func (i *instance) sleep(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-i.stopping:
+		return false
 	}
 }
 
@@ -217,11 +233,17 @@ func (i *instance) canvass(v vacancy) (better int, proven bool, err error) {
 }
 
 // standing returns what this replica says of itself to one that asks about the leader of a term. One
-// that has lost its leader already would vote without any proof.
+// that has no leader would vote without any proof, but for a while after a restart.
 func (i *instance) standing(term uint64) standing {
 	s := standing{term: i.r.CurrentTerm(), log: i.logEnd()}
 	leader, _ := i.r.LeaderWithID()
-	s.proven = s.term == term && i.r.State() != raft.Leader && (leader == "" || i.leaderGone())
+	switch {
+	case i.r.State() == raft.Leader || s.term > term:
+	case leader == "":
+		s.proven = !time.Now().Before(i.quarantine)
+	default:
+		s.proven = s.term == term && i.leaderGone()
+	}
 	return s
 }
 
@@ -267,7 +289,7 @@ func (i *instance) stand(v vacancy) error {
 	if !i.vacant(v) {
 		return nil
 	}
-	i.g.log.Info("leader's process is gone, standing for election", "leader", string(v.node), "term", v.term)
+	i.g.log.Info("standing for election at once", "lost", string(v.node), "term", v.term)
 	_, err := i.deliver(ctx, &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{
 		ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(i.g.cfg.Replica), Addr: []byte(i.g.addr),
 	}})

@@ -165,6 +165,45 @@ func TestFailoverOfTheSilent(t *testing.T) {
 	require.Less(t, took[len(took)/2], heartbeat*5/4, "all: %v", took)
 }
 
+// TestWakesQuickly: the replicas of a group that rested need not wait for each other's old promises, nor
+// for a timeout.
+func TestWakesQuickly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		c.converge()
+		term := raftgroup.RaftTerm(c.leader().group)
+		sleep := func() {
+			for _, n := range c.nodes {
+				n.stop()
+			}
+			pass(2 * heartbeat)
+		}
+		wake := func() time.Duration {
+			began := time.Now()
+			for _, n := range c.nodes {
+				n.mustOpen()
+			}
+			require.Equal(t, "1", c.leader().machine.get("x"))
+			return time.Since(began) // in the bubble's time
+		}
+		sleep()
+		require.GreaterOrEqual(t, wake(), heartbeat, "who knows what was promised before")
+
+		sleep()
+		rested := time.Now().Add(-2 * heartbeat)
+		c.configure = func(cfg *raftgroup.Config) { cfg.RestedSince = rested }
+		require.Less(t, wake(), heartbeat/4)
+		require.Less(t, raftgroup.RaftTerm(c.leader().group), term+5, "one election each time, give or take")
+
+		for _, n := range c.nodes {
+			n.stop()
+		}
+		rested = time.Now() // a promise of this moment still holds
+		require.GreaterOrEqual(t, wake(), heartbeat)
+	})
+}
+
 // TestPrivilegedVotes: a candidate gets a vote against a living leader only if the leader announced
 // it, or the voter itself knows that the leader is dead.
 func TestPrivilegedVotes(t *testing.T) {

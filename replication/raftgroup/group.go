@@ -44,6 +44,7 @@ type Group struct {
 
 	failOnce sync.Once
 	runMu    sync.Mutex // held while the library is started or stopped
+	ran      bool       // the library was started since Open; under runMu
 
 	mu      sync.Mutex
 	inst    *instance // nil between two runs, and after Close
@@ -238,7 +239,11 @@ func (g *Group) startLocked() error {
 		// A leader may count on a promise that this replica gave before (lease.go). The first term that
 		// has a leader is 2, so a group that is being born loses no time.
 		i.quarantine = time.Now().Add(g.cfg.Timing.Heartbeat)
+		if rested := g.cfg.RestedSince; !rested.IsZero() && !g.ran {
+			i.quarantine = rested.Add(g.cfg.Timing.Heartbeat)
+		}
 	}
+	g.ran = true
 	r, err := raft.NewRaft(raftConfig(g.cfg), g.fsm, g.store, g.stable, g.snaps, i.t)
 	if err != nil {
 		cancel(err)
@@ -255,6 +260,8 @@ func (g *Group) startLocked() error {
 	g.mu.Lock()
 	g.inst = i
 	g.mu.Unlock()
+	// A group that comes up as a whole, woken or after a power cut, has no leader to wait for.
+	i.loops.Go(func() { i.succeed(vacancy{term: r.CurrentTerm()}) })
 	return nil
 }
 

@@ -121,6 +121,10 @@ type Config struct {
 	// does not know is a member on that node: a follower that lags far behind needs it to accept
 	// its leader. nil = the group's own configuration alone decides.
 	IsMember func(trivet.ReplicaID, trivet.NodeID) bool
+	// RestedSince is since when, at the latest, no process has run this replica; the zero time when that
+	// is not known. Within a Heartbeat of the end of an earlier run a replica votes for nobody, because it
+	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.
+	RestedSince time.Time
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.
 	BootTime func() time.Duration

@@ -1,0 +1,62 @@
+package server_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/internal/testutil"
+	"github.com/trivet-csi/trivet/server"
+)
+
+// TestParking: a detached volume runs no Raft on any node, and attaching it, also after a restart of
+// every server, brings back what was written.
+func TestParking(t *testing.T) {
+	c := testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) { cfg.ParkAfter = 200 * time.Millisecond })
+	create(t, c, "v")
+	parked := func() bool {
+		v, err := c.Admin(0).GetVolume(t.Context(), &api.VolumeRequest{Name: "v"})
+		if err != nil || len(v.GetReplicas()) != 3 {
+			return false
+		}
+		for _, r := range v.GetReplicas() {
+			if r.GetState() != "Parked" || r.GetLeader() || r.GetTerm() != 0 {
+				return false
+			}
+		}
+		return true
+	}
+	require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+	for round, b := range []byte{'a', 'b', 'c'} {
+		client, stop := serveNBD(t, c, round, "v")
+		if round > 0 {
+			requireBlock(t, client, 1, b-1)
+		}
+		mustWrite(t, client, 1, b)
+		stop()
+		require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+		if round == 1 {
+			for i := range 3 {
+				c.Stop(i)
+			}
+			for i := range 3 {
+				c.Start(i)
+			}
+			c.AwaitUp(3)
+			require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+		}
+	}
+
+	// Moving the leader of a volume that sleeps wakes it for as long as it takes.
+	moveParked, err := c.Admin(0).MoveLeader(t.Context(), &api.MoveLeaderRequest{Name: "v", Node: "node-1"})
+	require.NoError(t, err)
+	require.Equal(t, "v", moveParked.GetName())
+	require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+	_, err = c.Admin(0).DeleteVolume(t.Context(), &api.VolumeRequest{Name: "v"})
+	require.NoError(t, err)
+	list, err := c.Admin(0).ListVolumes(t.Context(), &api.ListVolumesRequest{})
+	require.NoError(t, err)
+	require.Empty(t, list.GetVolumes(), "a volume that sleeps can be deleted")
+}
