@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -408,6 +409,7 @@ func TestBackgroundErrors(t *testing.T) {
 		Fatal:        func(err error) { fatal = append(fatal, err) },
 		OnCorruption: func(err error) { corrupt = append(corrupt, err) },
 	})
+	h.opening.Store(false)
 	l := h.listener()
 	l.BackgroundError(fmt.Errorf("compaction: %w", pebble.ErrCorruption))
 	l.DataCorruption(pebble.DataCorruptionInfo{Path: "000001.sst", Details: pebble.ErrCorruption})
@@ -454,6 +456,42 @@ func TestOpenFails(t *testing.T) {
 		require.NoError(t, err, part)
 		require.NoError(t, e.Close())
 	}
+}
+
+// A disk that is full when Pebble writes its manifest, at any moment from the beginning of Open, is an
+// error of Open or of a later call. It never ends the process by a panic on a goroutine of Pebble's, such as
+// the flush that Open begins.
+func TestOpenOnAFullDisk(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	_, v := mustStore(t, damageConfig(mem), 64)
+	for i := range 200 {
+		require.NoError(t, writeNumbered(v, uint32(i), trivet.LBA(i%64), 1))
+	}
+	opened := 0
+	for k := int32(0); k < 20; k++ {
+		var writes atomic.Int32
+		full := errorfs.InjectorFunc(func(op errorfs.Op) error {
+			manifest := strings.Contains(op.Path, "MANIFEST")
+			if manifest && (op.Kind == errorfs.OpFileWrite || op.Kind == errorfs.OpCreate) {
+				if n := writes.Add(1); n > k && n < 1<<20 {
+					return syscall.ENOSPC
+				}
+			}
+			return nil
+		})
+		fs := mem.CrashClone(vfs.CrashCloneCfg{})
+		cfg := damageConfig(errorfs.Wrap(fs, full))
+		cfg.Fatal = func(error) {}
+		e, err := Open(cfg)
+		if err != nil {
+			continue
+		}
+		opened++
+		writes.Store(1 << 20) // there is room again
+		_ = e.Close()         // its last flush may have failed before
+	}
+	require.Positive(t, opened, "20 writes are more than opening takes")
+	require.Less(t, opened, 20)
 }
 
 // A store of the future, or of somebody else, is left alone.

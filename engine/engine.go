@@ -110,7 +110,7 @@ func open(cfg Config) (*Engine, error) {
 	h := newHealth(cfg)
 	opts := options(cfg, h)
 	opts.Lock = lock
-	db, err := openPebble(cfg.Dir, opts)
+	db, err := openPebble(cfg.Dir, opts, h)
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
@@ -122,25 +122,32 @@ func open(cfg Config) (*Engine, error) {
 		images: make(map[*Image]struct{}),
 	}
 	e.space = newSpace(cfg.FS, cfg.Dir, func() uint64 { return db.Metrics().MemTable.Size })
-	h.opening.Store(false)
 	if err := e.checkFormat(); err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
 	return e, nil
 }
 
-// openPebble opens Pebble; a fatal failure inside becomes an error.
-func openPebble(dir string, opts *pebble.Options) (db *pebble.DB, err error) {
-	defer func() {
-		switch p := recover().(type) {
-		case nil:
-		case fatalPanic:
-			db, err = nil, p
-		default:
-			panic(p)
-		}
+// openPebble opens Pebble. A fatal failure inside becomes an error, whichever goroutine it is on: what
+// Pebble starts while it opens, such as a flush of what it replayed, runs beside it. That goroutine then
+// ends, and so does the one that opens, which is why it is one of our own. A DB that failed so is
+// neither used nor closed: its Close would wait for the dead flush.
+func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error) {
+	var db *pebble.DB
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done) // also when Fatalf ended the goroutine
+		db, err = pebble.Open(dir, opts)
 	}()
-	db, err = pebble.Open(dir, opts)
+	select {
+	case <-done:
+	case <-h.failed: // Pebble may wait for the flush that failed
+	}
+	h.opening.Store(false)
+	if failure := h.check(); failure != nil {
+		return nil, failure
+	}
 	return db, toErr(err)
 }
 

@@ -66,7 +66,7 @@ func (h *health) fail(err error) (first bool) {
 		h.err = err
 		close(h.failed)
 		h.log.Error("engine failed", "err", err)
-		if h.onFatal != nil {
+		if h.onFatal != nil && !h.opening.Load() { // else Open returns it
 			h.onFatal(err)
 		}
 	})
@@ -117,7 +117,8 @@ func (h *health) Errorf(format string, args ...any) {
 // Fatalf implements pebble.Logger. Pebble calls it where going on would lose data, for instance when
 // the manifest cannot be synced, so it must never return: if the owner does not end the process (or
 // this goroutine), the panic does. An owner that knows already, and lives on without this disk, is not
-// told again: then only the goroutine ends. While the engine opens, Open makes the panic its error.
+// told again: then only the goroutine ends. While the engine opens, the goroutine ends too, and Open
+// returns the failure.
 func (h *health) Fatalf(format string, args ...any) {
 	p := fatalPanic{msg: "engine: " + fmt.Sprintf(format, args...)}
 	for _, a := range args {
@@ -125,7 +126,8 @@ func (h *health) Fatalf(format string, args ...any) {
 			p.cause = err
 		}
 	}
-	if h.opening.Load() || h.fail(p) {
+	opening := h.opening.Load()
+	if h.fail(p) && !opening {
 		panic(p)
 	}
 	runtime.Goexit()
