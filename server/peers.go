@@ -20,6 +20,8 @@ func (s *Server) openPeers() error {
 		PeerNode: s.creds.PeerNode,
 		Book:     s.book,
 		Logger:   s.log,
+		// Who is silent for this long is taken for gone, when a follower's own promise has run out too.
+		Limits: transport.Limits{SilentAfter: s.cfg.Timing.Heartbeat},
 	})
 	if err != nil {
 		return err

@@ -14,6 +14,7 @@ import (
 type Mux struct {
 	net    transport.Network
 	deaths deaths
+	beats  *coalescer
 
 	mu     sync.RWMutex
 	routes map[route]*Group
@@ -26,7 +27,7 @@ type route struct {
 
 // NewMux registers the Raft kinds on n. REQUIRES: before the first message may arrive.
 func NewMux(n transport.Network) *Mux {
-	m := &Mux{net: n, routes: make(map[route]*Group)}
+	m := &Mux{net: n, beats: newCoalescer(n), routes: make(map[route]*Group)}
 	m.deaths.last = make(map[trivet.NodeID]obituary)
 	for _, k := range []transport.Kind{
 		transport.KindAppendEntries, transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow,
@@ -35,6 +36,7 @@ func NewMux(n transport.Network) *Mux {
 	} {
 		n.Handle(k, m.handle)
 	}
+	n.Handle(transport.KindHeartbeats, m.handleBeats)
 	if w, ok := n.(transport.Watcher); ok {
 		w.Watch(m.presence) // for as long as the network lives
 	}

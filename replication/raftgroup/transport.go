@@ -70,6 +70,10 @@ func (t *peerTransport) call(id raft.ServerID, to raft.ServerAddress, kind trans
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
+	if kind == transport.KindAppendEntries && len(body) == emptyAppendBytes && !t.g.cfg.Network.alone() {
+		b := beat{group: t.g.cfg.Group, from: t.g.cfg.Replica, to: replica, body: body}
+		return t.g.cfg.Network.beats.call(ctx, node, b, t.g.guard.stalled)
+	}
 	reply, err := t.g.cfg.Network.net.Call(ctx, node, transport.Message{
 		Kind: kind, Group: t.g.cfg.Group, From: t.g.cfg.Replica, To: replica, Body: body,
 	})

@@ -22,8 +22,20 @@ type client struct {
 func (c *client) run() {
 	var wg sync.WaitGroup
 	wg.Go(c.writeLoop)
-	c.readLoop(c.handle)
+	c.readLoop(c.begin, c.handle)
 	wg.Wait()
+}
+
+// begin bounds the replies of which pieces are missing.
+func (c *client) begin(f frame, total int) (bool, error) {
+	if f.typ == frameRequest {
+		return false, unexpected(f)
+	}
+	if most := c.peers.limits.HandlerBytesMax; c.in.bytes+int64(total) > most {
+		return false, fmt.Errorf("incomplete replies of %d and %d bytes, at most %d are allowed: %w",
+			c.in.bytes, total, most, trivet.ErrCorrupt)
+	}
+	return true, nil
 }
 
 // handle hands a reply to its caller. One that nobody waits for is of a call that gave up.
@@ -62,13 +74,12 @@ func (c *client) call(ctx context.Context, m Message) (Message, error) {
 	}
 	select {
 	case f := <-reply:
+		if started, finished := c.queue.abort(sent); started && !finished {
+			c.queue.mustSend(laneUrgent, frame{typ: frameCancel, id: id}) // refused at its first piece
+		}
 		return c.result(m, f)
 	case <-ctx.Done():
-		if !c.queue.abort(sent) {
-			// Without room the handler runs to its end for nothing; no harm.
-			c.queue.trySend(laneUrgent, frame{typ: frameCancel, id: id})
-			c.peers.stats.cancels.Add(1)
-		}
+		c.giveUp(sent, id)
 		return Message{}, ctx.Err()
 	case <-c.ctx.Done():
 		select {
@@ -78,6 +89,20 @@ func (c *client) call(ctx context.Context, m Message) (Message, error) {
 			return Message{}, c.cause()
 		}
 	}
+}
+
+// giveUp keeps a request from being sent, or cancels it.
+func (c *client) giveUp(sent *outgoing, id uint64) {
+	cancel := frame{typ: frameCancel, id: id}
+	switch started, finished := c.queue.abort(sent); {
+	case !started:
+		return
+	case finished:
+		c.queue.trySend(laneUrgent, cancel) // without room the handler runs to its end for nothing; no harm
+	default:
+		c.queue.mustSend(laneUrgent, cancel) // the far end waits for the rest, and keeps room for it
+	}
+	c.peers.stats.cancels.Add(1)
 }
 
 func (c *client) register() (uint64, chan frame) {

@@ -45,8 +45,10 @@ type Config struct {
 // Limits bounds what one connection may use and how long things may take.
 type Limits struct {
 	HandlersMax     int   // bulk requests of a connection being handled; default 1024
-	HandlerBytesMax int64 // their bodies together, bytes; default 64 MiB; at least MessageBytesMax
-	QueueBytesMax   int64 // bulk frames of a connection waiting to be written, bytes; default 16 MiB
+	HandlerBytesMax int64 // their bodies, and those of incomplete replies, bytes; default 64 MiB; at least MessageBytesMax
+	// QueueBytesMax bounds the bulk messages of a connection that wait to be written, in bytes; one group
+	// may fill half of it, and groups that have nothing there may go to twice as much; default 16 MiB.
+	QueueBytesMax int64
 
 	DialTimeout  time.Duration // connect, handshake and preface together; default 3 s
 	SilentAfter  time.Duration // without a byte from a node it is Gone (see Watcher); default 1 s
@@ -59,9 +61,10 @@ type Limits struct {
 
 // Urgent messages, as defined by urgent, have slots and queue room of their own.
 const (
-	urgentHandlersMax   = 4096
-	urgentQueueBytesMax = 1 << 20
-	urgentBytesMax      = 1 << 10 // a larger message is never urgent
+	urgentHandlersMax     = 4096
+	urgentHandlerBytesMax = 8 << 20
+	urgentQueueBytesMax   = 1 << 20
+	urgentBytesMax        = 1 << 10 // a larger message is not urgent, unless it has many groups' heartbeats
 
 	acceptedPerNodeMax = 4 // connections of one node; the oldest gives way
 )
@@ -133,6 +136,9 @@ func orDefault[T comparable](field *T, value T) {
 // urgent reports whether m may overtake bulk: heartbeats, votes and their like, which must not wait
 // behind data or elections follow. An AppendEntries with a block is too large for it.
 func urgent(m Message) bool {
+	if m.Kind == KindHeartbeats {
+		return len(m.Body) <= fragmentBytes // one frame, as always: raftgroup bounds their number
+	}
 	small := m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow || m.Kind == KindStanding || m.Kind == KindTransfer
 	return small && frameBytes(m) <= urgentBytesMax
 }

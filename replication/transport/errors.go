@@ -64,14 +64,18 @@ func (e *RemoteError) Unwrap() []error {
 //	+-----------+----------------------+
 //
 // REQUIRES: err != nil.
-func encodeError(err error) []byte {
+func encodeError(err error) []byte { return EncodeError(err, errorTextBytesMax) }
+
+// EncodeError returns an error in the form in which it crosses the wire, with at most so many bytes of
+// text, for those who send several answers in one message. REQUIRES: err != nil.
+func EncodeError(err error, textBytesMax int) []byte {
 	var codes uint32
 	for i, s := range wireSentinels {
 		if errors.Is(err, s) {
 			codes |= 1 << i
 		}
 	}
-	text := cutText(strings.ToValidUTF8(err.Error(), "\uFFFD"))
+	text := cutText(strings.ToValidUTF8(err.Error(), "\uFFFD"), min(textBytesMax, errorTextBytesMax))
 	return append(binary.BigEndian.AppendUint32(nil, codes), text...)
 }
 
@@ -81,16 +85,26 @@ func decodeError(node trivet.NodeID, body []byte) (*RemoteError, error) {
 	if len(body) < 4 {
 		return nil, fmt.Errorf("error frame of %d bytes, want at least 4: %w", len(body), trivet.ErrCorrupt)
 	}
-	text := cutText(strings.ToValidUTF8(string(body[4:]), "\uFFFD"))
+	text := cutText(strings.ToValidUTF8(string(body[4:]), "\uFFFD"), errorTextBytesMax)
 	return &RemoteError{Node: node, Text: text, codes: binary.BigEndian.Uint32(body)}, nil
 }
 
-// cutText shortens s to errorTextBytesMax without splitting a character.
-func cutText(s string) string {
-	if len(s) <= errorTextBytesMax {
+// DecodeError is the inverse of EncodeError, for an error that came from node: a RemoteError. A body
+// that is no error is ErrCorrupt, in bad.
+func DecodeError(node trivet.NodeID, body []byte) (remote, bad error) {
+	e, err := decodeError(node, body)
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// cutText shortens s to bytesMax without splitting a character.
+func cutText(s string, bytesMax int) string {
+	if len(s) <= bytesMax {
 		return s
 	}
-	end := errorTextBytesMax
+	end := bytesMax
 	for end > 0 && !utf8.RuneStart(s[end]) {
 		end--
 	}

@@ -5,15 +5,15 @@ const FrameHeaderBytes = frameHeaderBytes
 
 // EncodeRequest returns a request as a frame.
 func EncodeRequest(id uint64, m Message) []byte {
-	b := make([]byte, frameBytes(m))
-	encodeFrame(b, frame{typ: frameRequest, id: id, msg: m})
+	b := make([]byte, encodedBytes(m))
+	encodeMessage(b, frame{typ: frameRequest, id: id, msg: m})
 	return b
 }
 
 // EncodePing returns a ping as a frame.
 func EncodePing() []byte {
 	b := make([]byte, frameHeaderBytes)
-	encodeFrame(b, frame{typ: framePing})
+	encodeMessage(b, frame{typ: framePing})
 	return b
 }
 

@@ -16,7 +16,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"testing/synctest"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,12 +24,20 @@ import (
 )
 
 func encoded(f frame) []byte {
-	b := make([]byte, frameBytes(f.msg))
-	encodeFrame(b, f)
+	b := make([]byte, encodedBytes(f.msg))
+	encodeMessage(b, f)
 	return b
 }
 
-// goldenFrames are one frame of each type, whose bytes of version 1 are in testdata.
+// takeAll agrees to every message.
+func takeAll(frame, int) (bool, error) { return true, nil }
+
+func newReader(r io.Reader) *frameReader { return newFrameReader(r, takeAll, func(int) {}) }
+
+// readFrame reads one message.
+func readFrame(r io.Reader) (frame, error) { return newReader(r).next() }
+
+// goldenFrames are one frame of each type, whose bytes of version 2 are in testdata.
 func goldenFrames() map[string]frame {
 	return map[string]frame{
 		"request": {typ: frameRequest, id: 0x0102030405060708, msg: Message{
@@ -41,13 +48,16 @@ func goldenFrames() map[string]frame {
 			Kind: KindVolumeWrite, Body: encodeError(fmt.Errorf("write: %w", trivet.ErrFenced)),
 		}},
 		"cancel": {typ: frameCancel, id: 4},
-		"ping":   {typ: framePing},
+		"fragments": {typ: frameReply, id: 5, msg: Message{
+			Kind: KindVolumeRead, Group: 6, From: "a", To: "b", Body: bytes.Repeat([]byte{7}, fragmentBytes+9),
+		}},
+		"ping": {typ: framePing},
 	}
 }
 
 func TestFrameGolden(t *testing.T) {
 	for name, f := range goldenFrames() {
-		golden(t, "frame_v1_"+name+".hex", encoded(f))
+		golden(t, "frame_v2_"+name+".hex", abridged(encoded(f)))
 		got, err := readFrame(bytes.NewReader(encoded(f)))
 		require.NoError(t, err)
 		if f.msg.Body == nil {
@@ -55,7 +65,15 @@ func TestFrameGolden(t *testing.T) {
 		}
 		assert.Equal(t, f, got, name)
 	}
-	golden(t, "preface_v1.hex", encodePreface(preface{oldest: 1, newest: 1, incarnation: 0x2122232425262728}))
+	golden(t, "preface_v2.hex", encodePreface(preface{oldest: 2, newest: 2, incarnation: 0x2122232425262728}))
+}
+
+// abridged replaces the piece of a long first frame by its first 64 bytes.
+func abridged(b []byte) []byte {
+	if first := firstFrame(b); len(first) > fragmentBytes {
+		return append(bytes.Clone(first[:len(first)-fragmentBytes+64]), b[len(first):]...)
+	}
+	return b
 }
 
 // golden compares with a file in testdata, which TRIVET_GOLDEN=1 rewrites.
@@ -82,12 +100,12 @@ func TestReadFrameRefuses(t *testing.T) {
 	copy(ping, encoded(frame{typ: framePing}))
 	be.PutUint32(ping, uint32(len(ping)))
 	for name, b := range map[string][]byte{
-		"length over limit":     change(func(b []byte) { be.PutUint32(b, MessageBytesMax+1) }),
+		"length over limit":     change(func(b []byte) { be.PutUint32(b, frameBytesMax+1) }),
 		"length 4 GiB":          change(func(b []byte) { be.PutUint32(b, 1<<32-1) }),
 		"length zero":           change(func(b []byte) { be.PutUint32(b, 0) }),
 		"shorter than its ids":  change(func(b []byte) { be.PutUint32(b, frameHeaderBytes+17) }),
 		"type zero":             change(func(b []byte) { b[8] = 0 }),
-		"unknown type":          change(func(b []byte) { b[8] = byte(framePing) + 1 }),
+		"unknown type":          change(func(b []byte) { b[8] = byte(frameFragment) + 1 }),
 		"ping with body":        ping,
 		"shorter than its body": change(func(b []byte) { be.PutUint32(b, uint32(len(b)-1)) }),
 	} {
@@ -132,28 +150,58 @@ func FuzzReadFrame(f *testing.F) {
 		f.Add(encoded(g))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		// With a right checksum the fuzzer gets past it.
+		// With right checksums the fuzzer gets past them.
 		for _, fix := range []bool{false, true} {
 			in := bytes.Clone(b)
-			if fix && len(in) >= frameHeaderBytes {
-				binary.BigEndian.PutUint32(in, uint32(len(in)))
-				binary.BigEndian.PutUint32(in[4:], frameCRC(in[:frameHeaderBytes], in[frameHeaderBytes:]))
+			for rest := in; fix && len(rest) >= frameHeaderBytes; {
+				n := binary.BigEndian.Uint32(rest)
+				if uint64(n) > uint64(len(rest)) || n < frameHeaderBytes {
+					break
+				}
+				binary.BigEndian.PutUint32(rest[4:], frameCRC(rest[:frameHeaderBytes], rest[frameHeaderBytes:n]))
+				rest = rest[n:]
 			}
-			got, err := readFrame(bytes.NewReader(in))
-			if err != nil {
-				continue
-			}
-			require.LessOrEqual(t, frameBytes(got.msg), len(in))
-			require.Equal(t, in[:frameBytes(got.msg)], encoded(got), "what was read encodes to the same bytes")
-			if got.typ == frameError {
-				_, _ = decodeError("n1", got.msg.Body)
-			}
+			fuzzStream(t, in)
 		}
 	})
 }
 
+// fuzzStream reads messages until something is wrong.
+func fuzzStream(t *testing.T, in []byte) {
+	t.Helper()
+	var agreed int64
+	begin := func(_ frame, total int) (bool, error) {
+		require.LessOrEqual(t, total, MessageBytesMax)
+		if agreed += int64(total); agreed > 4*MessageBytesMax {
+			return false, nil
+		}
+		return true, nil
+	}
+	read := 0
+	r := newFrameReader(bytes.NewReader(in), begin, func(n int) { read += n })
+	for {
+		start := read
+		got, err := r.next()
+		if err != nil {
+			return
+		}
+		require.NoError(t, checkMessage(got.msg))
+		if got.typ == frameError {
+			_, _ = decodeError("n1", got.msg.Body)
+		}
+		if out := encoded(got); read-start == len(out) {
+			require.Equal(t, in[start:read], out, "what was read encodes to the same bytes")
+		} else {
+			require.NotEmpty(t, r.parts, "other frames came between, and those are still incomplete, or it was not alone")
+		}
+		if got.typ == frameCancel {
+			r.drop(got.id)
+		}
+	}
+}
+
 func FuzzReadPreface(f *testing.F) {
-	f.Add(encodePreface(preface{oldest: 1, newest: 1, incarnation: 9}))
+	f.Add(encodePreface(preface{oldest: 2, newest: 2, incarnation: 9}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := readPreface(bytes.NewReader(b))
 		if err == nil {
@@ -166,7 +214,7 @@ func TestPrefaceVersions(t *testing.T) {
 	for _, tt := range []struct {
 		oldest, newest uint16
 		ok             bool
-	}{{1, 1, true}, {1, 9, true}, {0, 1, true}, {2, 9, false}, {0, 0, false}} {
+	}{{2, 2, true}, {1, 9, true}, {0, 2, true}, {3, 9, false}, {0, 1, false}} {
 		_, err := readPreface(bytes.NewReader(encodePreface(preface{oldest: tt.oldest, newest: tt.newest})))
 		if tt.ok {
 			require.NoError(t, err, "%d to %d", tt.oldest, tt.newest)
@@ -174,7 +222,7 @@ func TestPrefaceVersions(t *testing.T) {
 			require.ErrorIs(t, err, trivet.ErrInvalid, "%d to %d", tt.oldest, tt.newest)
 		}
 	}
-	good := encodePreface(preface{oldest: 1, newest: 1})
+	good := encodePreface(preface{oldest: 2, newest: 2})
 	for i := range good {
 		b := bytes.Clone(good)
 		b[i] ^= 1
@@ -223,93 +271,6 @@ func TestWireSentinelsAreComplete(t *testing.T) {
 		return true
 	})
 	assert.Len(t, wireSentinels, n+2, "the sentinels of errors.go and two of context")
-}
-
-func newTestQueue() *sendQueue { return newSendQueue(&bufferPool{}, 1<<20) }
-
-// drained pops everything and returns the IDs of the frames in order.
-func drained(t *testing.T, q *sendQueue) (ids []uint64) {
-	t.Helper()
-	for {
-		out := q.pop()
-		if out == nil {
-			return ids
-		}
-		f, err := readFrame(bytes.NewReader(out.buf))
-		require.NoError(t, err)
-		ids = append(ids, f.id)
-		q.done(out)
-	}
-}
-
-func TestQueueOrder(t *testing.T) {
-	q := newTestQueue()
-	for id := range uint64(3) {
-		require.True(t, q.trySend(laneBulk, frame{typ: frameRequest, id: 100 + id}))
-		require.True(t, q.trySend(laneUrgent, frame{typ: frameRequest, id: id}))
-	}
-	assert.Equal(t, []uint64{0, 1, 2, 100, 101, 102}, drained(t, q), "urgent first, each lane in order")
-	assert.Zero(t, q.used)
-
-	// Bulk is not starved by a stream of urgent frames.
-	for id := range uint64(3 * urgentRunMax) {
-		require.True(t, q.trySend(laneUrgent, frame{typ: frameRequest, id: id}))
-	}
-	require.True(t, q.trySend(laneBulk, frame{typ: frameRequest, id: 1000}))
-	assert.EqualValues(t, 1000, drained(t, q)[urgentRunMax])
-}
-
-func TestQueueBounds(t *testing.T) {
-	q := newTestQueue()
-	big := frame{typ: frameRequest, id: 1, msg: Message{Body: make([]byte, 2<<20)}}
-	require.True(t, q.trySend(laneBulk, big), "larger than the room, but the lane is empty")
-	require.False(t, q.trySend(laneBulk, frame{typ: frameRequest, id: 2}))
-	require.True(t, q.trySend(laneUrgent, frame{typ: frameRequest, id: 3}), "the other lane has its own room")
-
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	_, err := q.send(ctx, t.Context(), laneBulk, frame{typ: frameRequest})
-	require.ErrorIs(t, err, context.Canceled)
-	_, err = q.send(t.Context(), ctx, laneBulk, frame{typ: frameRequest})
-	require.ErrorIs(t, err, context.Canceled)
-
-	assert.Equal(t, []uint64{3, 1}, drained(t, q))
-}
-
-// A sender without room waits until the writer made some.
-func TestQueueWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		q := newTestQueue()
-		big := frame{typ: frameRequest, id: 1, msg: Message{Body: make([]byte, 1<<20)}}
-		require.True(t, q.trySend(laneBulk, big))
-		sent := make(chan error, 1)
-		go func() {
-			_, err := q.send(t.Context(), t.Context(), laneBulk, frame{typ: frameRequest, id: 2})
-			sent <- err
-		}()
-		synctest.Wait()
-		assert.Empty(t, sent)
-		out := q.pop()
-		synctest.Wait()
-		assert.Empty(t, sent, "the frame being written still counts")
-		q.done(out)
-		require.NoError(t, <-sent)
-		assert.Equal(t, []uint64{2}, drained(t, q))
-	})
-}
-
-func TestQueueAbort(t *testing.T) {
-	q := newTestQueue()
-	a, err := q.send(t.Context(), t.Context(), laneBulk, frame{typ: frameRequest, id: 1})
-	require.NoError(t, err)
-	b, err := q.send(t.Context(), t.Context(), laneBulk, frame{typ: frameRequest, id: 2})
-	require.NoError(t, err)
-	require.True(t, q.abort(a))
-	require.Same(t, b, q.pop())
-	require.False(t, q.abort(b), "the writer has it")
-	q.done(b)
-	assert.Zero(t, q.used, "the room of a dropped frame is free again")
-	assert.Nil(t, q.pop())
 }
 
 func TestBufferPool(t *testing.T) {

@@ -22,9 +22,12 @@ import (
 //	caller ─ Call ─ queue ─ writer ═══ TLS ═══ reader ─ handler, one goroutine each
 //	   └──────────── reader ═══ TLS ═══ writer ─ queue ─┘
 //
-// Small Raft messages overtake bulk in the queues and have handlers reserved; behind a frame that is
-// being written they do wait. A connection over which nothing moves for Limits.DeadAfter, pings
-// included, is ended; its calls fail at once. A malformed frame ends its connection, no other.
+// Small Raft messages overtake bulk in the queues and have handlers reserved; they wait for the frame
+// that is being written, and a larger message goes in frames of 64 KiB. Bulk takes turns by group
+// (flow). A connection over which nothing moves for Limits.DeadAfter, pings included, is ended; its
+// calls fail at once, and the node is dialled again. A malformed frame ends its connection, no other.
+//
+// Peers is a Watcher: what its connections show of the other nodes' processes is judged by liveness.
 //
 // Peers is safe for concurrent use. Close ends and joins everything.
 type Peers struct {
@@ -163,7 +166,7 @@ func (p *Peers) ServeConn(conn *tls.Conn) error {
 		p.stats.refused.Add(1)
 		return fmt.Errorf("serve connection from %s: %w", conn.RemoteAddr(), err)
 	}
-	s := &server{stream: newStream(p, node, conn), requests: map[uint64]context.CancelFunc{}}
+	s := &server{stream: newStream(p, node, conn), requests: map[uint64]*request{}}
 	defer s.cancel(nil)
 	if !p.addAccepted(s.stream) {
 		return p.errClosed()

@@ -9,10 +9,11 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// The wire versions that this build speaks.
+// The wire versions that this build speaks. Version 1, whose frames could be as large as a message, was
+// in no release.
 const (
-	versionOldest = 1
-	versionNewest = 1
+	versionOldest = 2
+	versionNewest = 2
 )
 
 // prefaceBytes is the size of a preface; prefaceMagic its first bytes.

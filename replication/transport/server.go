@@ -14,16 +14,27 @@ type server struct {
 	wg sync.WaitGroup // handlers and writer
 
 	mu       sync.Mutex
-	requests map[uint64]context.CancelFunc // being handled
+	requests map[uint64]*request // being received or handled
 	urgentN  int
 	bulkN    int
-	bytes    int64 // of their bodies
+	bytes    [laneN]int64 // of their bodies
+}
+
+// request is a request that was admitted.
+type request struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	lane   lane
+	bytes  int64 // of its body
 }
 
 // run serves the connection until it ended and its handlers returned.
 func (s *server) run() {
 	s.wg.Go(s.writeLoop)
-	s.readLoop(s.handle)
+	s.readLoop(s.begin, s.handle)
+	for id := range s.in.parts {
+		s.cancelled(id)
+	}
 	s.wg.Wait()
 }
 
@@ -32,12 +43,7 @@ func (s *server) handle(f frame) error {
 	case framePing:
 		return nil
 	case frameCancel:
-		s.mu.Lock()
-		cancel := s.requests[f.id]
-		s.mu.Unlock()
-		if cancel != nil {
-			cancel()
-		}
+		s.cancelled(f.id)
 		return nil
 	case frameRequest:
 		return s.request(f)
@@ -46,64 +52,104 @@ func (s *server) handle(f frame) error {
 	}
 }
 
-// request starts the handler of a request, or answers that we are busy.
-func (s *server) request(f frame) error {
-	isUrgent := urgent(f.msg)
-	ctx, cancel := context.WithCancel(s.ctx)
-	admitted, err := s.admit(f, isUrgent, cancel)
-	if err != nil {
-		cancel()
-		return err
+// cancelled ends a request that its caller gave up, and forgets it when it is not complete.
+func (s *server) cancelled(id uint64) {
+	s.mu.Lock()
+	r := s.requests[id]
+	s.mu.Unlock()
+	if r != nil {
+		r.cancel()
 	}
-	if !admitted {
-		cancel()
-		s.peers.stats.busy.Add(1)
-		err := fmt.Errorf("node %s is busy with requests of %s: %w", s.peers.cfg.Local, s.node, trivet.ErrUnavailable)
-		// Urgent, so that reading does not wait for bulk to be written. When there is no room even so,
-		// waiting is right: the far end does not read its answers.
-		s.answer(laneUrgent, refusal(f, err))
+	if wanted, ok := s.in.drop(id); ok && wanted {
+		s.release(id, r)
+	}
+}
+
+// begin admits a request whose first piece has come, or answers that we are busy: the rest is then
+// read for nothing.
+func (s *server) begin(f frame, total int) (bool, error) {
+	if f.typ != frameRequest {
+		return false, unexpected(f)
+	}
+	r, err := s.admit(f.id, laneBulk, int64(total))
+	if err == nil && r == nil {
+		s.busy(f)
+	}
+	return r != nil, err
+}
+
+// request starts the handler of a request that is complete, or answers that we are busy.
+func (s *server) request(f frame) error {
+	var r *request
+	if len(f.msg.Body) > fragmentBytes { // admitted by begin
+		s.mu.Lock()
+		r = s.requests[f.id]
+		s.mu.Unlock()
+	} else {
+		l := laneBulk
+		if urgent(f.msg) {
+			l = laneUrgent
+		}
+		var err error
+		if r, err = s.admit(f.id, l, int64(len(f.msg.Body))); err != nil {
+			return err
+		}
+	}
+	if r == nil {
+		s.busy(f)
 		return nil
 	}
 	s.wg.Go(func() {
-		defer s.release(f.id, isUrgent, int64(len(f.msg.Body)))
-		defer cancel()
-		s.serve(ctx, f)
+		defer s.release(f.id, r)
+		s.serve(r.ctx, f)
 	})
 	return nil
 }
 
-// admit counts a request as being handled, or reports that there is no room for it.
-func (s *server) admit(f frame, isUrgent bool, cancel context.CancelFunc) (bool, error) {
-	limits := s.peers.limits
-	n := int64(len(f.msg.Body))
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.requests[f.id] != nil {
-		return false, fmt.Errorf("request %d sent again: %w", f.id, trivet.ErrCorrupt)
-	}
-	switch {
-	case isUrgent && s.urgentN < urgentHandlersMax:
-		s.urgentN++
-	case !isUrgent && s.bulkN < limits.HandlersMax && s.bytes+n <= limits.HandlerBytesMax:
-		s.bulkN++
-		s.bytes += n
-	default:
-		return false, nil
-	}
-	s.requests[f.id] = cancel
-	s.peers.stats.handlers.Add(1)
-	return true, nil
+// busy refuses a request for want of room.
+func (s *server) busy(f frame) {
+	s.peers.stats.busy.Add(1)
+	err := fmt.Errorf("node %s is busy with requests of %s: %w", s.peers.cfg.Local, s.node, trivet.ErrUnavailable)
+	// Urgent, so that reading does not wait for bulk to be written. When there is no room even so,
+	// waiting is right: the far end does not read its answers.
+	s.answer(laneUrgent, refusal(f, err))
 }
 
-func (s *server) release(id uint64, wasUrgent bool, n int64) {
+// admit counts a request of n bytes as being handled, or returns nil when there is no room for it.
+func (s *server) admit(id uint64, l lane, n int64) (*request, error) {
+	limits := s.peers.limits
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.requests[id] != nil {
+		return nil, fmt.Errorf("request %d sent again: %w", id, trivet.ErrCorrupt)
+	}
+	switch {
+	case l == laneUrgent && s.urgentN < urgentHandlersMax && s.bytes[l]+n <= urgentHandlerBytesMax:
+		s.urgentN++
+	case l == laneBulk && s.bulkN < limits.HandlersMax && s.bytes[l]+n <= limits.HandlerBytesMax:
+		s.bulkN++
+	default:
+		return nil, nil //nolint:nilnil // no room is no error
+	}
+	r := &request{lane: l, bytes: n}
+	r.ctx, r.cancel = context.WithCancel(s.ctx)
+	s.bytes[l] += n
+	s.requests[id] = r
+	s.peers.stats.handlers.Add(1)
+	return r, nil
+}
+
+// release ends what admit began.
+func (s *server) release(id uint64, r *request) {
+	r.cancel()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.requests, id)
-	if wasUrgent {
+	s.bytes[r.lane] -= r.bytes
+	if r.lane == laneUrgent {
 		s.urgentN--
 	} else {
 		s.bulkN--
-		s.bytes -= n
 	}
 	s.peers.stats.handlers.Add(-1)
 }

@@ -28,6 +28,7 @@ type stream struct {
 	node  trivet.NodeID // at the far end, by its certificate
 	conn  *tls.Conn
 	queue *sendQueue
+	in    *frameReader // of the goroutine in readLoop
 	began time.Time
 
 	record      *record // of the far end's process; set before run
@@ -76,15 +77,15 @@ func (s *stream) broken(err error) error {
 	}
 }
 
-// readLoop hands every frame to handle until reading or handle fails, and ends the connection.
-func (s *stream) readLoop(handle func(frame) error) {
+// readLoop hands every message to handle until reading or handle fails, and ends the connection.
+func (s *stream) readLoop(begin func(frame, int) (bool, error), handle func(frame) error) {
 	defer s.peers.absent(s) // not when the handlers have returned too: that may be long after
 	heard := func() { s.peers.live.heard(s.record, s.incarnation) }
 	r := bufio.NewReaderSize(deadlineConn{s.conn, s.peers.limits.DeadAfter, heard}, ioBufferBytes)
+	s.in = newFrameReader(r, begin, s.peers.stats.received)
 	for {
-		f, err := readFrame(r)
+		f, err := s.in.next()
 		if err == nil {
-			s.peers.stats.received(frameBytes(f.msg))
 			err = handle(f)
 		}
 		if err != nil {
@@ -131,13 +132,13 @@ func (s *stream) writeLoop() {
 // writeQueued writes everything that is queued.
 func (s *stream) writeQueued(w *bufio.Writer) error {
 	for {
-		f := s.queue.pop()
-		if f == nil {
+		p := s.queue.pop()
+		if p.of == nil {
 			return w.Flush()
 		}
-		_, err := w.Write(f.buf)
-		s.peers.stats.sent(len(f.buf))
-		s.queue.done(f)
+		_, err := w.Write(p.bytes)
+		s.peers.stats.sent(len(p.bytes))
+		s.queue.done(p)
 		if err != nil {
 			return err
 		}

@@ -6,6 +6,12 @@
 // catalogue, says where it listens. The sender that a handler sees is the one in the peer's
 // certificate, never one that the message claims.
 //
+// What it guarantees: a message arrives whole or not at all, and is at most MessageBytesMax; an urgent
+// one (heartbeats, votes and their like) waits for at most one frame of 64 KiB that is being written;
+// the groups share what is left by bytes, so one with a deep queue does not hold up the others; a
+// malformed frame ends its connection and no other; and everything is bounded (Limits). It also
+// watches the processes of other nodes: see Watcher.
+//
 // Network is the seam for tests: Memory is the same thing within one process, with faults.
 package transport
 
@@ -27,6 +33,7 @@ const (
 	KindSnapshotBegin  Kind = 5
 	KindSnapshotChunk  Kind = 6
 	KindSnapshotEnd    Kind = 7
+	KindHeartbeats     Kind = 8  // of many groups at once
 	KindStanding       Kind = 9  // who should succeed a leader whose process is gone
 	KindTransfer       Kind = 10 // the leader announces whom it hands over to
 
@@ -54,7 +61,9 @@ type Message struct {
 // Handler answers one request. The reply's Kind and Group are filled in by the transport. An
 // error reaches the caller with its sentinel (errors.Is works across the wire) and its text.
 // Handlers run concurrently, one goroutine each, in no particular order; ctx ends when the caller
-// gives up or the connection ends. The handler owns m.Body, and gives its reply's Body away.
+// gives up or the connection ends. The handler owns m.Body for good, and gives its reply's Body away:
+// what is received is not pooled, because the log's cache keeps the entries of an AppendEntries as
+// they came, and a buffer that is reused under a reader is the worst kind of damage (H25).
 type Handler func(ctx context.Context, from trivet.NodeID, m Message) (Message, error)
 
 // Network sends messages and hands received ones to handlers. It is safe for concurrent use.

@@ -1,0 +1,332 @@
+package raftgroup
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// Coalesced heartbeats. The library sends a heartbeat per group and follower every 0.1 to 0.2
+// Heartbeats, and an empty AppendEntries every CommitTimeout. With many groups these are most of the
+// messages of an idle node, so those of all groups to one node are gathered for a moment and travel
+// as one message, their answers as one reply. Nothing else changes: the receiver treats every one as
+// if it had come alone (Mux.handle: H37, D9), and its lease counts from before it was gathered.
+const (
+	gatherFor        = 10 * time.Millisecond // at most that long a heartbeat waits for others
+	beatWaitMax      = 50 * time.Millisecond // or a quarter of a Heartbeat: then a group has no answer this time
+	beatsMax         = 256                   // in one message
+	beatErrorTextMax = 128                   // bytes of the text of one answer's error
+	beatHandlersMax  = 4096                  // being handled, of all nodes
+
+	// emptyAppendBytes is the size of an encoded AppendEntries without entries.
+	emptyAppendBytes = 1 + 4*8 + 4 + crcBytes
+)
+
+// beat is one heartbeat, or empty AppendEntries, on its way.
+type beat struct {
+	group    trivet.VolumeID
+	from, to trivet.ReplicaID
+	body     []byte // encodeAppend
+}
+
+func (b beat) encodedBytes() int { return 8 + 2 + len(b.from) + 2 + len(b.to) + 2 + len(b.body) }
+
+// message is the beat as a message of its own.
+func (b beat) message() transport.Message {
+	return transport.Message{Kind: transport.KindAppendEntries, Group: b.group, From: b.from, To: b.to, Body: b.body}
+}
+
+// beatAnswer is the answer to a beat: the body of a reply, or an error.
+type beatAnswer struct {
+	body []byte
+	err  error
+}
+
+// coalescer gathers the beats of this node's groups by the node that they go to.
+type coalescer struct {
+	net   transport.Network
+	slots chan struct{} // one per beat of another node being handled
+
+	mu        sync.Mutex
+	gathering map[trivet.NodeID]*gathering
+}
+
+// gathering is the beats to one node that leave together.
+type gathering struct {
+	ctx    context.Context // ends when nobody waits any more, so that nothing outlives its callers
+	cancel context.CancelFunc
+
+	beats   []beat // under coalescer.mu until gathered
+	stalled []func() bool
+	answers []chan beatAnswer // one per beat, buffered
+	waiting int               // callers; under coalescer.mu
+}
+
+func newCoalescer(n transport.Network) *coalescer {
+	return &coalescer{
+		net: n, slots: make(chan struct{}, beatHandlersMax), gathering: make(map[trivet.NodeID]*gathering),
+	}
+}
+
+// call sends a beat with others and waits for its own answer. stalled is asked when the message is
+// about to leave: a group whose disk hangs sends nothing (D8).
+func (c *coalescer) call(ctx context.Context, node trivet.NodeID, b beat, stalled func() bool) ([]byte, error) {
+	g, answer := c.join(node, b, stalled)
+	defer c.leave(g)
+	select {
+	case a := <-answer:
+		return a.body, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// join adds a beat to what is being gathered for a node. The first one starts the gathering.
+func (c *coalescer) join(node trivet.NodeID, b beat, stalled func() bool) (*gathering, <-chan beatAnswer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	g := c.gathering[node]
+	if g == nil {
+		g = &gathering{}
+		g.ctx, g.cancel = context.WithCancel(context.Background())
+		c.gathering[node] = g
+		go c.carry(node, g) // ends with the last caller, see leave
+	}
+	answer := make(chan beatAnswer, 1)
+	g.beats = append(g.beats, b)
+	g.stalled = append(g.stalled, stalled)
+	g.answers = append(g.answers, answer)
+	g.waiting++
+	if len(g.beats) == beatsMax {
+		delete(c.gathering, node) // full: the next one begins another
+	}
+	return g, answer
+}
+
+// leave ends the wait of one caller.
+func (c *coalescer) leave(g *gathering) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if g.waiting--; g.waiting == 0 {
+		g.cancel()
+	}
+}
+
+// carry gathers for a while, sends, and hands out the answers.
+func (c *coalescer) carry(node trivet.NodeID, g *gathering) {
+	timer := time.NewTimer(gatherFor)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-g.ctx.Done():
+	}
+	c.mu.Lock()
+	if c.gathering[node] == g {
+		delete(c.gathering, node)
+	}
+	c.mu.Unlock() // from here on nobody joins
+	var beats []beat
+	var answers []chan beatAnswer
+	for i, b := range g.beats {
+		if g.stalled[i]() {
+			err := fmt.Errorf("append to replica of %s: disk hangs: %w", b.group, trivet.ErrUnavailable)
+			g.answers[i] <- beatAnswer{err: err}
+			continue
+		}
+		beats, answers = append(beats, b), append(answers, g.answers[i])
+	}
+	for i, a := range c.send(g.ctx, node, beats) {
+		answers[i] <- a
+	}
+}
+
+// send sends beats to a node and returns their answers. A lone one goes as a message of its own.
+func (c *coalescer) send(ctx context.Context, node trivet.NodeID, beats []beat) []beatAnswer {
+	switch len(beats) {
+	case 0:
+		return nil
+	case 1:
+		reply, err := c.net.Call(ctx, node, beats[0].message())
+		return []beatAnswer{{reply.Body, err}}
+	}
+	reply, err := c.net.Call(ctx, node, transport.Message{Kind: transport.KindHeartbeats, Body: encodeBeats(beats)})
+	var answers []beatAnswer
+	if err == nil {
+		answers, err = decodeBeatAnswers(node, reply.Body)
+	}
+	if err == nil && len(answers) != len(beats) {
+		err = fmt.Errorf("%d heartbeats have %d answers: %w", len(beats), len(answers), trivet.ErrCorrupt)
+	}
+	if err != nil {
+		answers = make([]beatAnswer, len(beats))
+		for i := range answers {
+			answers[i].err = err
+		}
+	}
+	return answers
+}
+
+// handleBeats answers a message of many beats. Each is handled as if it had come alone, beside the
+// others; one that takes too long is answered "unavailable" and its handler's context ends.
+func (m *Mux) handleBeats(ctx context.Context, from trivet.NodeID, msg transport.Message) (transport.Message, error) {
+	beats, err := decodeBeats(msg.Body)
+	if err != nil {
+		return transport.Message{}, err
+	}
+	type numbered struct {
+		i int
+		beatAnswer
+	}
+	answers := make([]beatAnswer, len(beats))
+	done := make(chan numbered, len(beats))
+	running := 0
+	for i, b := range beats {
+		answers[i].err = fmt.Errorf("no answer of group %s within %s: %w", b.group, beatWaitMax, trivet.ErrUnavailable)
+		select {
+		case m.beats.slots <- struct{}{}:
+		default:
+			continue // others hang, and this node must not fill up with them
+		}
+		running++
+		go func() { // ends with ctx at the latest, as all that a group waits for does
+			defer func() { <-m.beats.slots }()
+			body, err := m.handleBeat(ctx, from, b)
+			done <- numbered{i, beatAnswer{body, err}}
+		}()
+	}
+	timer := time.NewTimer(beatWaitMax)
+	defer timer.Stop()
+	for range running {
+		select {
+		case a := <-done:
+			answers[a.i] = a.beatAnswer
+			continue
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		break
+	}
+	return transport.Message{Body: encodeBeatAnswers(answers)}, nil
+}
+
+// handleBeat answers one beat.
+func (m *Mux) handleBeat(ctx context.Context, from trivet.NodeID, b beat) ([]byte, error) {
+	if len(b.body) != emptyAppendBytes {
+		return nil, fmt.Errorf("heartbeat of %d bytes, want %d: %w", len(b.body), emptyAppendBytes, trivet.ErrInvalid)
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.beatWait(b))
+	defer cancel()
+	reply, err := m.handle(ctx, from, b.message())
+	return reply.Body, err
+}
+
+// beatWait returns how long a beat may take.
+func (m *Mux) beatWait(b beat) time.Duration {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if g := m.routes[route{b.group, b.to}]; g != nil {
+		return min(g.cfg.Timing.Heartbeat/4, beatWaitMax)
+	}
+	return beatWaitMax
+}
+
+// alone reports whether there is no more than one group on this node: then there is nothing to gather.
+func (m *Mux) alone() bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return len(m.routes) <= 1
+}
+
+// encodeBeats returns the body of a KindHeartbeats: n u16, then per beat group u64, from, to and body,
+// each with its length u16 before it.
+// REQUIRES: at most beatsMax beats, of emptyAppendBytes each, as join makes sure.
+func encodeBeats(beats []beat) []byte {
+	size := 1 + 2 + crcBytes
+	for _, b := range beats {
+		size += b.encodedBytes()
+	}
+	out := append(make([]byte, 0, size), wireVersion)
+	out = put16(out, len(beats))
+	for _, b := range beats {
+		out = put64(out, uint64(b.group))
+		out = putString(putString(out, string(b.from)), string(b.to))
+		out = append(put16(out, len(b.body)), b.body...)
+	}
+	return sealBody(out)
+}
+
+// decodeBeats is the inverse of encodeBeats. The beats share the memory of body.
+func decodeBeats(body []byte) ([]beat, error) {
+	d, err := openBody("heartbeats", body)
+	if err != nil {
+		return nil, err
+	}
+	n := int(d.u16())
+	if n > beatsMax {
+		return nil, fmt.Errorf("%d heartbeats, at most %d are allowed: %w", n, beatsMax, trivet.ErrInvalid)
+	}
+	var beats []beat
+	for range n {
+		b := beat{group: trivet.VolumeID(d.u64()), from: trivet.ReplicaID(d.str()), to: trivet.ReplicaID(d.str())}
+		b.body = d.bytes(int(d.u16()))
+		if d.bad {
+			break
+		}
+		beats = append(beats, b)
+	}
+	return beats, d.finish("heartbeats")
+}
+
+// encodeBeatAnswers returns the body of the reply: n u16, then per beat, in order, a byte that is 1 for
+// an error, and with its length u16 before it the body of the answer, or what transport.EncodeError
+// returns.
+func encodeBeatAnswers(answers []beatAnswer) []byte {
+	out := put16([]byte{wireVersion}, len(answers))
+	for _, a := range answers {
+		b := a.body
+		if a.err != nil {
+			b = transport.EncodeError(a.err, beatErrorTextMax)
+		}
+		out = append(out, bit(a.err != nil, 1))
+		out = append(put16(out, len(b)), b...)
+	}
+	return sealBody(out)
+}
+
+// decodeBeatAnswers is the inverse of encodeBeatAnswers, for a reply of a node.
+func decodeBeatAnswers(node trivet.NodeID, body []byte) ([]beatAnswer, error) {
+	d, err := openBody("heartbeat answers", body)
+	if err != nil {
+		return nil, err
+	}
+	n := int(d.u16())
+	if n > beatsMax {
+		return nil, fmt.Errorf("%d heartbeat answers, at most %d are allowed: %w", n, beatsMax, trivet.ErrInvalid)
+	}
+	var answers []beatAnswer
+	for range n {
+		failed := d.u8()
+		a := beatAnswer{body: d.bytes(int(d.u16()))}
+		if d.bad {
+			break
+		}
+		switch failed {
+		case 0:
+		case 1:
+			if a.err, err = transport.DecodeError(node, a.body); err != nil {
+				return nil, fmt.Errorf("heartbeat answers: %w", err)
+			}
+			a.body = nil
+		default:
+			return nil, fmt.Errorf("heartbeat answers: flag %d: %w", failed, trivet.ErrInvalid)
+		}
+		answers = append(answers, a)
+	}
+	return answers, d.finish("heartbeat answers")
+}
+
+func put16(b []byte, n int) []byte { return append(b, byte(n), byte(n>>8)) }
