@@ -1,0 +1,37 @@
+package segment
+
+import (
+	"errors"
+	"os"
+	"syscall"
+)
+
+// openDirect opens a file past the page cache: log data is written once and mostly read from our own
+// cache, and a flush then has nothing of other files to write. Some filesystems refuse O_DIRECT with
+// EINVAL (tmpfs before Linux 6.6); there the page cache and fdatasync do.
+func openDirect(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT, 0)
+	if errors.Is(err, syscall.EINVAL) {
+		return os.OpenFile(path, os.O_RDWR, 0)
+	}
+	return f, err
+}
+
+func syncData(f *os.File) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var syncErr error
+	err = conn.Control(func(fd uintptr) {
+		for {
+			if syncErr = syscall.Fdatasync(int(fd)); syncErr != syscall.EINTR { //nolint:errorlint // errno as it is
+				return
+			}
+		}
+	})
+	if err == nil && syncErr != nil {
+		err = &os.PathError{Op: "fdatasync", Path: f.Name(), Err: syncErr}
+	}
+	return err
+}

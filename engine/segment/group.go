@@ -1,0 +1,278 @@
+package segment
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// Entry is one Raft log entry.
+type Entry struct {
+	Index uint64
+	Term  uint64
+	Type  byte // the caller's
+
+	// Data is packed beside the record header, at most 16 MiB. Payload is aligned on the disk, a
+	// multiple of 4096 bytes, so that its blocks can be read in place. Either may be empty.
+	Data    []byte
+	Payload []byte
+
+	// Blocks describes the payload, one for each 4096 bytes, or is empty.
+	Blocks []BlockInfo
+}
+
+// Ticket waits for one change to be on stable storage: for that very write, whatever happens to its
+// index later.
+type Ticket struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+func (t *Ticket) finish(err error) {
+	t.err = err
+	close(t.done)
+}
+
+// Done is closed when the outcome is known.
+func (t *Ticket) Done() <-chan struct{} { return t.done }
+
+// Wait returns nil once the change is on stable storage, or why it never will be known to be: the error
+// of a poisoned log. A context error ends the wait only.
+func (t *Ticket) Wait(ctx context.Context) error {
+	select {
+	case <-t.done:
+		return t.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t *Ticket) wait() error {
+	<-t.done
+	return t.err
+}
+
+// Group is the log of one group. It is safe for concurrent use; changes take effect in the order in which
+// the calls are accepted. Reads see accepted changes, durable or not, but for Stable.
+type Group struct {
+	id   trivet.VolumeID
+	lane *lane
+
+	// Guarded by the lane's mu. The writer alone changes durable.
+	accepted groupState
+	durable  groupState
+}
+
+// Append adds entries with rising indexes, each one above the last. An empty log takes any first index. A
+// first index within the log replaces the entries from there on, in one step. It returns once they are on
+// stable storage. The log keeps Data, Payload and Blocks: the caller must never change them again; a
+// change shows as ErrCorrupt (H25).
+//
+// It returns ErrInvalid for entries that do not follow or are together larger than a quarter of a segment, and
+// ErrNoSpace when the lane holds too many entries; then nothing was done.
+func (g *Group) Append(entries []Entry) error {
+	t, err := g.AppendAsync(entries)
+	if err != nil {
+		return err
+	}
+	return t.wait()
+}
+
+// AppendAsync is Append without the wait: Read finds the entries at once, and the ticket waits for the
+// disk. It blocks while Options.QueueBytes are queued.
+func (g *Group) AppendAsync(entries []Entry) (*Ticket, error) {
+	records := make([]*record, len(entries), len(entries)+1)
+	for i := range entries {
+		r, err := entries[i].record(g.id)
+		if err != nil {
+			return nil, err
+		}
+		if i > 0 && (r.index != records[i-1].index+1 || r.term < records[i-1].term) {
+			return nil, fmt.Errorf("append to %s: entry %d of term %d after entry %d of term %d: %w",
+				g.id, r.index, r.term, records[i-1].index, records[i-1].term, trivet.ErrInvalid)
+		}
+		records[i] = r
+	}
+	if _, total := batchBytes(records); total+recordHeaderBytes > g.lane.log.shape.appendMax() {
+		return nil, fmt.Errorf("append to %s: %d bytes, at most %d: %w",
+			g.id, total, g.lane.log.shape.appendMax(), trivet.ErrInvalid)
+	}
+	return g.submit("append to", func() ([]*record, error) {
+		if len(records) == 0 {
+			return nil, nil
+		}
+		if err := g.lane.roomForLocked(int64(len(records))); err != nil {
+			return nil, err
+		}
+		return g.followLocked(records)
+	})
+}
+
+// record checks an entry by itself.
+func (e *Entry) record(group trivet.VolumeID) (*record, error) {
+	if len(e.Data) > dataBytesMax || len(e.Payload)%pageBytes != 0 ||
+		len(e.Blocks) != 0 && len(e.Blocks) != len(e.Payload)/pageBytes {
+		return nil, fmt.Errorf("append entry %d of %s: %d bytes of data, %d of payload, %d blocks: %w",
+			e.Index, group, len(e.Data), len(e.Payload), len(e.Blocks), trivet.ErrInvalid)
+	}
+	return &record{
+		kind: kindEntry, typ: e.Type, group: group, index: e.Index, term: e.Term,
+		blocks: e.Blocks, data: e.Data, payload: e.Payload, sum: bodySum(e.Data, e.Payload),
+	}, nil
+}
+
+// followLocked returns the records that put entries behind, or in place of, what the log holds.
+func (g *Group) followLocked(records []*record) ([]*record, error) {
+	first, s := records[0], &g.accepted
+	if s.at(first.index) == nil || first.index == 0 {
+		return records, s.check(first)
+	}
+	if before := s.at(first.index - 1); before != nil && before.term > first.term {
+		return nil, fmt.Errorf("append to %s: entry %d of term %d after term %d: %w",
+			g.id, first.index, first.term, before.term, trivet.ErrInvalid)
+	}
+	drop := &record{kind: kindTruncate, group: g.id, index: first.index}
+	drop.sum = bodySum(nil, nil)
+	return append([]*record{drop}, records...), nil
+}
+
+// submit queues the records that plan returns, called with the lane's mu. None = nothing to do.
+func (g *Group) submit(what string, plan func() ([]*record, error)) (*Ticket, error) {
+	l := g.lane
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.waitRoomLocked(); err != nil {
+		return nil, fmt.Errorf("%s %s: %w", what, g.id, err)
+	}
+	records, err := plan()
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", what, g.id, err)
+	}
+	t := &Ticket{done: make(chan struct{})}
+	if len(records) == 0 {
+		// Whoever asks for nothing may still rely on what came before.
+		if n := len(l.queue); n > 0 {
+			return l.queue[n-1].ticket, nil
+		}
+		if !l.writing {
+			t.finish(nil)
+			return t, nil
+		}
+	}
+	req := &request{group: g, records: records, refs: make([]*ref, len(records)), ticket: t}
+	for i, r := range records {
+		if r.kind == kindEntry {
+			req.refs[i] = &ref{term: r.term, typ: r.typ}
+		}
+	}
+	l.acceptLocked(req)
+	return t, nil
+}
+
+// change submits one record unless skip says that there is nothing to do.
+func (g *Group) change(what string, r *record, skip func() bool) (*Ticket, error) {
+	r.group, r.sum = g.id, bodySum(r.data, nil)
+	return g.submit(what, func() ([]*record, error) {
+		if skip != nil && skip() {
+			return nil, nil
+		}
+		if r.kind == kindStable {
+			if err := g.lane.roomForLocked(0); err != nil {
+				return nil, err
+			}
+		}
+		return []*record{r}, g.accepted.check(r)
+	})
+}
+
+func (g *Group) changeNow(what string, r *record, skip func() bool) error {
+	t, err := g.change(what, r, skip)
+	if err != nil {
+		return err
+	}
+	return t.wait()
+}
+
+// TruncateSuffix drops the entries from index on, durably. Beyond the last there is nothing to do; at or
+// below the first the log becomes empty.
+func (g *Group) TruncateSuffix(from uint64) error {
+	t, err := g.TruncateSuffixAsync(from)
+	if err != nil {
+		return err
+	}
+	return t.wait()
+}
+
+// TruncateSuffixAsync is TruncateSuffix without the wait.
+func (g *Group) TruncateSuffixAsync(from uint64) (*Ticket, error) {
+	r := &record{kind: kindTruncate, index: from}
+	return g.change("truncate", r, func() bool {
+		r.index = max(from, g.accepted.first)
+		return r.index > g.accepted.last()
+	})
+}
+
+// TrimPrefix drops the entries up to index, durably. Below the first there is nothing to do; at or beyond the
+// last the log becomes empty, and its next index stays.
+func (g *Group) TrimPrefix(to uint64) error {
+	r := &record{kind: kindTrim, index: to}
+	return g.changeNow("trim", r, func() bool {
+		r.index = min(to, g.accepted.last())
+		return r.index < g.accepted.first
+	})
+}
+
+// Reset drops all entries, durably; an empty log then reports next as its first index.
+func (g *Group) Reset(next uint64) error {
+	return g.changeNow("reset", &record{kind: kindReset, index: next}, nil)
+}
+
+// SetStable replaces term and vote together, durably. Neither term may go back: ErrInvalid.
+func (g *Group) SetStable(s Stable) error {
+	r := &record{kind: kindStable, index: s.VoteTerm, term: s.Term, data: []byte(s.Vote)}
+	if err := s.check(); err != nil {
+		return fmt.Errorf("set term of %s: %w", g.id, err)
+	}
+	return g.changeNow("set term of", r, nil)
+}
+
+// DeleteGroup forgets the group, durably: entries, term and vote. The handle is then that of a new group.
+func (g *Group) DeleteGroup() error {
+	return g.changeNow("delete", &record{kind: kindDelete}, g.accepted.pristine)
+}
+
+// Stable returns the term and vote that are on stable storage.
+func (g *Group) Stable() Stable {
+	g.lane.mu.Lock()
+	defer g.lane.mu.Unlock()
+	return g.durable.stable
+}
+
+// FirstLast returns the indexes of the first and last entry; last is first-1 when there is none.
+func (g *Group) FirstLast() (first, last uint64) {
+	g.lane.mu.Lock()
+	defer g.lane.mu.Unlock()
+	return g.accepted.first, g.accepted.last()
+}
+
+// DurableLast returns the index of the last entry on stable storage; 0 when there is none.
+func (g *Group) DurableLast() uint64 {
+	g.lane.mu.Lock()
+	defer g.lane.mu.Unlock()
+	if len(g.durable.refs) == 0 {
+		return 0
+	}
+	return g.durable.last()
+}
+
+// TermType returns term and type of an entry without reading it; ErrNotFound when the log does not hold it.
+func (g *Group) TermType(index uint64) (term uint64, typ byte, err error) {
+	g.lane.mu.Lock()
+	defer g.lane.mu.Unlock()
+	at := g.accepted.at(index)
+	if at == nil {
+		return 0, 0, fmt.Errorf("entry %d of %s: %w", index, g.id, trivet.ErrNotFound)
+	}
+	return at.term, at.typ, nil
+}

@@ -1,0 +1,384 @@
+package segment
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// markDelay is how long a lane stays idle before it marks its end as durable. With the write of the mark
+// it stays below the 100 ms in which rot of the last batch passes for a torn tail.
+const markDelay = 50 * time.Millisecond
+
+// batchBytesMax bounds a group commit, so that a burst does not make one flush that everybody waits for. A single
+// larger Append goes alone.
+const batchBytesMax = 8 << 20
+
+// lane is a chain of segments with one writer. What is queued while the writer flushes goes into its next
+// batch (group commit).
+type lane struct {
+	log  *Log
+	id   int
+	wake chan struct{} // holds one token
+	room *sync.Cond    // of mu: the queue got shorter, or the lane ended
+
+	// The writer's own.
+	buf    []byte
+	pos    int64 // end of the batches in cur: all before it is durable
+	marked bool  // nothing was written since the end was marked
+	begun  bool  // cur was begun by this process
+
+	mu         sync.Mutex // held briefly, never over disk I/O
+	closed     bool
+	hold       bool
+	queue      []*request
+	queueBytes int64
+	writing    bool // requests were taken from the queue and are not answered yet
+	groups     map[trivet.VolumeID]*Group
+	entriesN   int64 // accepted
+
+	segments    map[uint64]*segment // by number
+	cur         *segment
+	free        []*slot  // files without a segment
+	broken      []string // names of files that a crash left unfinished
+	slots       uint64   // every slot number is below it
+	preparing   bool
+	spare       chan prepared // holds one
+	collectable bool          // a segment may have become free
+
+	fifo       []*ref // of entries in memory, oldest first; those without an entry count as gone
+	cachedN    int
+	cacheBytes int64
+	stats      LaneStats
+}
+
+// slot is a file that may become a segment.
+type slot struct {
+	name string
+	file File
+}
+
+// segment is a file with a part of the log. Fields below the blank line are guarded by the lane's mu.
+type segment struct {
+	slot
+	number, incarnation uint64
+
+	live      int   // entries of durable states that stand in it
+	liveBytes int64 // of them
+	pins      int
+}
+
+// request is one call: its records go into one batch.
+type request struct {
+	group   *Group
+	records []*record
+	refs    []*ref // of the records that carry an entry, nil of the others
+	head    int64  // bytes of the records in a batch, without payload
+	payload int64  // bytes
+	ticket  *Ticket
+}
+
+func newLane(log *Log, id int) *lane {
+	l := &lane{
+		log: log, id: id, wake: make(chan struct{}, 1), spare: make(chan prepared, 1),
+		groups: map[trivet.VolumeID]*Group{}, segments: map[uint64]*segment{}, hold: log.opts.Hold, collectable: true,
+	}
+	l.room = sync.NewCond(&l.mu)
+	return l
+}
+
+func (l *lane) groupLocked(id trivet.VolumeID) *Group {
+	g := l.groups[id]
+	if g == nil {
+		g = &Group{id: id, lane: l, accepted: newState(), durable: newState()}
+		l.groups[id] = g
+	}
+	return g
+}
+
+// usableLocked returns why nothing can be done any more.
+func (l *lane) usableLocked() error {
+	if err := l.log.failure(); err != nil {
+		return err
+	}
+	if l.closed {
+		return fmt.Errorf("segment log: %w", trivet.ErrClosed)
+	}
+	return nil
+}
+
+func (l *lane) wakeUp() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// wakeAll lets everybody see that the log has failed.
+func (l *lane) wakeAll() {
+	l.mu.Lock()
+	l.room.Broadcast()
+	l.mu.Unlock()
+	l.wakeUp()
+}
+
+// waitRoomLocked waits until the queue is below its bound. A request larger than the bound goes alone.
+func (l *lane) waitRoomLocked() error {
+	limit := l.log.opts.QueueBytes / int64(len(l.log.lanes))
+	for {
+		if err := l.usableLocked(); err != nil {
+			return err
+		}
+		if l.queueBytes <= limit || len(l.queue) == 0 {
+			return nil
+		}
+		l.room.Wait()
+	}
+}
+
+// roomForLocked returns ErrNoSpace when the checkpoint of a new segment could not hold more entries.
+func (l *lane) roomForLocked(entriesN int64) error {
+	bytes := checkpointHeaderBytes + int64(len(l.groups))*groupBytesMax + (l.entriesN+entriesN)*entryRefBytes
+	if bytes > l.log.shape.checkpointMax() {
+		return fmt.Errorf("lane %d holds %d entries of %d groups, trim some: %w",
+			l.id, l.entriesN, len(l.groups), trivet.ErrNoSpace)
+	}
+	return nil
+}
+
+// acceptLocked takes a checked request: from here on readers see it.
+func (l *lane) acceptLocked(req *request) {
+	g := req.group
+	for i, r := range req.records {
+		at := req.refs[i]
+		if at != nil {
+			at.entry = r
+			l.fifo = append(l.fifo, at)
+			l.cachedN++
+			l.cacheBytes += int64(len(r.data) + len(r.payload))
+		}
+		before := len(g.accepted.refs)
+		for _, d := range g.accepted.apply(r, at) {
+			l.forgetLocked(d)
+		}
+		l.entriesN += int64(len(g.accepted.refs) - before)
+	}
+	for _, r := range req.records {
+		req.head, req.payload = req.head+r.headBytes(), req.payload+int64(len(r.payload))
+	}
+	l.queue = append(l.queue, req)
+	l.queueBytes += req.head + req.payload
+	l.wakeUp()
+}
+
+// forgetLocked drops the content of an entry from memory. It hangs on the entry, not on its index, so an
+// entry that took the place of another can never be answered with the older one (cockroach #63302).
+func (l *lane) forgetLocked(at *ref) {
+	if at.entry != nil {
+		l.cacheBytes -= int64(len(at.entry.data) + len(at.entry.payload))
+		l.cachedN--
+		at.entry = nil
+	}
+}
+
+// evictLocked brings the memory of durable entries below its bound.
+func (l *lane) evictLocked() {
+	limit := l.log.opts.CacheBytes / int64(len(l.log.lanes))
+	for len(l.fifo) > 0 {
+		at := l.fifo[0]
+		if at.entry != nil && (l.cacheBytes <= limit || !at.durable) {
+			break
+		}
+		l.forgetLocked(at)
+		l.fifo[0] = nil
+		l.fifo = l.fifo[1:]
+	}
+	if len(l.fifo) > 2*l.cachedN+1024 {
+		l.fifo = slices.DeleteFunc(l.fifo, func(at *ref) bool { return at.entry == nil })
+	}
+}
+
+// run is the writer.
+func (l *lane) run() {
+	timer := time.NewTimer(markDelay)
+	defer timer.Stop()
+	l.mu.Lock()
+	if l.collectLocked(); len(l.free) == 0 && !l.hold {
+		l.prepareLocked() // for the first write
+	}
+	l.mu.Unlock()
+	for {
+		stopping := false
+		select {
+		case <-l.log.stop:
+			stopping = true
+		default:
+		}
+		if reqs := l.take(); len(reqs) > 0 {
+			l.commit(reqs)
+			timer.Reset(markDelay)
+			continue
+		}
+		if stopping {
+			l.mark()
+			return
+		}
+		select {
+		case <-l.wake:
+			timer.Reset(markDelay)
+		case <-timer.C:
+			if !l.held() {
+				l.mark()
+			}
+		case <-l.log.stop:
+		}
+	}
+}
+
+// take returns the oldest requests of the queue, as many as fit into one batch.
+func (l *lane) take() []*request {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n, head, payload, bytes := 0, int64(batchHeaderBytes), int64(0), int64(0)
+	limit := min(l.log.shape.appendMax(), batchBytesMax)
+	for ; n < len(l.queue); n++ {
+		req := l.queue[n]
+		head, payload = head+req.head, payload+req.payload
+		if n > 0 && alignUp(head, pageBytes)+payload > limit {
+			break
+		}
+		bytes += req.head + req.payload
+	}
+	reqs := slices.Clone(l.queue[:n])
+	clear(l.queue[:n])
+	if l.queue = l.queue[n:]; len(l.queue) == 0 {
+		l.queue = nil
+	}
+	l.queueBytes -= bytes
+	l.writing = n > 0
+	l.room.Broadcast()
+	return reqs
+}
+
+// commit makes requests durable and answers them.
+func (l *lane) commit(reqs []*request) {
+	err := l.log.failure()
+	if err == nil {
+		if err = l.write(reqs); err != nil {
+			err = l.log.fail(err)
+		}
+	}
+	for _, req := range reqs {
+		req.ticket.finish(err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writing = false
+}
+
+// held tells that the mark must wait for Release: it would need a new file, with each restart one more.
+func (l *lane) held() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.hold && !l.begun
+}
+
+// mark writes the end mark of a lane that is idle.
+func (l *lane) mark() {
+	if l.marked || l.log.failure() != nil {
+		return
+	}
+	if err := l.write(nil); err != nil {
+		_ = l.log.fail(err) // nobody waits for a mark
+	}
+}
+
+// write writes one batch, flushes it, and brings the durable state up to it. A new segment is begun when
+// the batch does not fit, and for the first one after Open: where the log ends, remains of a torn batch may
+// stand, and if another batch were torn over them, sectors of both could pass for a whole one.
+func (l *lane) write(reqs []*request) error {
+	var records []*record
+	for _, req := range reqs {
+		records = append(records, req.records...)
+	}
+	_, total := batchBytes(records)
+	if !l.begun || l.pos+total > l.log.shape.segmentBytes {
+		if err := l.roll(); err != nil {
+			return err
+		}
+	}
+	if l.pos+total > l.log.shape.segmentBytes { // appendMax and checkpointMax exclude it
+		panic(fmt.Sprintf("segment: batch of %d bytes at %d of a new segment", total, l.pos))
+	}
+	return l.writeBatch(reqs, records, total)
+}
+
+func (l *lane) writeBatch(reqs []*request, records []*record, total int64) error {
+	if int64(len(l.buf)) < total {
+		l.buf = alignedBytes(min(total*2, max(total, l.log.shape.appendMax())))
+	}
+	b := l.buf[:total]
+	h := batchHeader{number: l.cur.number, incarnation: l.cur.incarnation, off: l.pos, durable: l.pos}
+	places := encodeBatch(b, h, records)
+	if err := writeDurable(l.cur.file, b, l.pos); err != nil {
+		return fmt.Errorf("lane %d: write segment %d at %d: %w", l.id, l.cur.number, l.pos, err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pos += total
+	l.marked = len(records) == 0
+	l.stats.WrittenBytes += total
+	l.stats.Flushes++
+	if l.marked {
+		l.stats.Marks++
+	}
+	for _, req := range reqs {
+		for i, r := range req.records {
+			l.settleLocked(req.group, r, req.refs[i], places[i])
+		}
+		places = places[len(req.records):]
+	}
+	l.evictLocked()
+	l.prepareAheadLocked()
+	return nil
+}
+
+// settleLocked brings the durable state of a group up to one record that stands at a place.
+func (l *lane) settleLocked(g *Group, r *record, at *ref, where place) {
+	switch r.kind {
+	case kindEntry:
+		at.at, at.durable = where, true
+		l.countLocked(at, 1)
+		l.stats.EntryBytes += int64(len(r.data) + len(r.payload))
+	case kindMove:
+		l.countLocked(at, -1)
+		at.at = where
+		l.countLocked(at, 1)
+		l.stats.MovedBytes += where.bytes()
+	}
+	for _, d := range g.durable.apply(r, at) {
+		l.countLocked(d, -1)
+	}
+}
+
+// countLocked adds an entry to the account of its segment, or takes it off.
+func (l *lane) countLocked(at *ref, n int) {
+	s := l.segments[at.at.number]
+	if s == nil {
+		return // lost: Read says so
+	}
+	s.live += n
+	s.liveBytes += int64(n) * at.at.bytes()
+	switch {
+	case s.live < 0:
+		panic(fmt.Sprintf("segment: %d live entries in segment %d", s.live, s.number))
+	case s.live == 0:
+		l.collectable = true
+	case s.live > math.MaxInt32:
+		panic("segment: too many entries in a segment")
+	}
+}
