@@ -33,6 +33,11 @@ type ClusterConfig struct {
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
 	// LyingDisks claim to have synced Raft's files and have not, once the cluster is made.
 	LyingDisks bool
+	// FlushLatency, when positive, is the mean time that a flush of Raft's log takes.
+	FlushLatency time.Duration
+	// Skew, when set, is how fast each machine's clock runs its timers, 1 being right. Machines are told
+	// nothing of it, but followers do tell their leader how long they keep a promise.
+	Skew []float64
 	// Authorize, when set, is every Host's.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
 	Logger    *slog.Logger // may be nil
@@ -47,13 +52,19 @@ type Cluster struct {
 	timing  raftgroup.Timing
 	nodes   []*Node
 	members []raftgroup.Member
+	client  *noisyWire // of ClientNode
 
 	mu       sync.Mutex
-	failures []error // Fatal of machines that ran
+	failures []error // Fatal of machines that ran and had no reason
+	exits    uint64  // of machines that had one
+	lives    uint64  // machines booted
 }
 
 // ClientNode is the machine without a replica.
 const ClientNode = trivet.NodeID("client")
+
+// ProbeNode is another one, whose links no fault of the nemesis cuts on purpose.
+const ProbeNode = trivet.NodeID("probe")
 
 // NewCluster makes the machines and the volume's replicas, and starts them.
 func NewCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
@@ -64,9 +75,18 @@ func NewCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
 		Net: transport.NewMemory(cfg.Seed), cfg: cfg,
 		timing: raftgroup.Timing{Heartbeat: cfg.Heartbeat, Lease: cfg.Heartbeat * 3 / 4},
 	}
+	if cfg.Heartbeat > 0 {
+		c.Net.SetSilentAfter(cfg.Heartbeat)
+	}
+	c.client = &noisyWire{MemoryNode: c.Net.Node(ClientNode)}
 	for i := range cfg.Replicas {
 		n := &Node{c: c, id: trivet.NodeID(fmt.Sprintf("n%d", i+1)), mem: vfs.NewCrashableMem()}
 		n.replica = trivet.ReplicaID(fmt.Sprintf("00000000-0000-4000-8000-%012d", i+1))
+		n.timing = c.timing
+		if i < len(cfg.Skew) {
+			n.timing.Heartbeat = time.Duration(float64(n.timing.Heartbeat) / cfg.Skew[i])
+			n.timing.Lease = time.Duration(float64(n.timing.Lease) / cfg.Skew[i])
+		}
 		c.nodes = append(c.nodes, n)
 		c.members = append(c.members, raftgroup.Member{Replica: n.replica, Node: n.id})
 	}
@@ -103,10 +123,37 @@ func (c *Cluster) fatal(n *Node, l *life) func(error) {
 		if l.isDead() {
 			return
 		}
+		if l.excused() {
+			n.exit(l, err)
+			return
+		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.failures = append(c.failures, fmt.Errorf("fatal on %s: %w", n.id, err))
 	}
+}
+
+// nextExit numbers the machines that stop themselves.
+func (c *Cluster) nextExit() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.exits++
+	return c.exits
+}
+
+// nextLife numbers the boots of machines.
+func (c *Cluster) nextLife() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lives++
+	return c.lives
+}
+
+// Exits returns how many machines stopped themselves because of an injected fault.
+func (c *Cluster) Exits() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return int(c.exits)
 }
 
 // Failures returns what made machines give up, other than being crashed.
@@ -145,6 +192,11 @@ func (c *Cluster) Fence(ctx context.Context, epoch trivet.Epoch) error {
 	return c.lead(ctx, func(r *replication.Replica) error { return r.Fence(ctx, epoch) })
 }
 
+// resize makes the volume larger through whoever leads, asking again until it is done.
+func (c *Cluster) resize(ctx context.Context, sizeBytes int64) error {
+	return c.lead(ctx, func(r *replication.Replica) error { return r.Resize(ctx, sizeBytes) })
+}
+
 // lead calls f with the leader until it gives an answer that is not "ask again".
 func (c *Cluster) lead(ctx context.Context, f func(*replication.Replica) error) error {
 	for {
@@ -166,23 +218,35 @@ func (c *Cluster) lead(ctx context.Context, f func(*replication.Replica) error) 
 func (c *Cluster) OpenVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration) (
 	*replication.Volume, error,
 ) {
+	return c.openVolume(node, epoch, ioTimeout, c.members)
+}
+
+// openVolume opens a volume that asks only the given members.
+func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration,
+	members []raftgroup.Member,
+) (*replication.Volume, error) {
 	cfg := replication.VolumeConfig{
-		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: c.members,
+		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members,
 		IOTimeout: ioTimeout, Network: c.Net.Node(node), Logger: c.cfg.Logger.With("node", node),
+	}
+	if node == ClientNode {
+		cfg.Network = c.client
 	}
 	if n := c.Node(node); n != nil {
 		if l := n.current(); l != nil {
-			cfg.Host, cfg.Network = l.host, l.net
+			cfg.Host, cfg.Network = l.host, l.wire
 		}
 	}
 	return replication.OpenVolume(cfg)
 }
 
 // Converge waits until every replica has applied what the leader has.
-func (c *Cluster) Converge(ctx context.Context) error {
+func (c *Cluster) Converge(ctx context.Context) error { return c.converge(ctx, c.nodes) }
+
+func (c *Cluster) converge(ctx context.Context, nodes []*Node) error {
 	for {
 		indexes := map[uint64]bool{}
-		for _, n := range c.nodes {
+		for _, n := range nodes {
 			if l := n.current(); l != nil {
 				if vol, err := l.eng.OpenVolume(volumeID); err == nil && !vol.Restoring() {
 					indexes[vol.State().AppliedIndex] = true
@@ -224,6 +288,7 @@ func (c *Cluster) Close() error {
 	var errs []error
 	for _, n := range c.nodes {
 		errs = append(errs, n.Stop())
+		n.bury()
 	}
 	errs = append(errs, c.Net.Close())
 	return errors.Join(errs...)

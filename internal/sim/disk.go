@@ -12,7 +12,7 @@ import (
 
 // disk is the filesystem of one life of a machine. Everything that changes it is counted, so that the
 // machine can be crashed between a write and its sync: those take no time in a bubble, and a crash
-// between two of them would never be drawn by the clock.
+// between two of them would never be drawn by the clock. diskfault.go makes it slow and broken.
 type disk struct {
 	vfs.FS
 	mem *vfs.MemFS
@@ -21,9 +21,14 @@ type disk struct {
 	mu      sync.Mutex
 	crashIn int // operations until crash is called; 0 = never
 	crash   func()
+	faults  diskFaults
 }
 
-func newDisk(mem *vfs.MemFS) *disk { return &disk{FS: mem, mem: mem} }
+func newDisk(mem *vfs.MemFS) *disk {
+	d := &disk{FS: mem, mem: mem}
+	d.faults.resume = make(chan struct{})
+	return d
+}
 
 // arm makes crash run just before the n-th operation from now, once.
 func (d *disk) arm(n int, crash func()) {
@@ -32,8 +37,8 @@ func (d *disk) arm(n int, crash func()) {
 	d.crashIn, d.crash = n, crash
 }
 
-// step is called before each operation that changes the disk.
-func (d *disk) step() {
+// step is called before each operation that changes the disk. Its error is the operation's.
+func (d *disk) step(name string, grows bool) error {
 	d.mu.Lock()
 	var crash func()
 	if d.crashIn > 0 {
@@ -41,10 +46,12 @@ func (d *disk) step() {
 			crash = d.crash
 		}
 	}
+	err := d.faults.drawLocked(name, grows)
 	d.mu.Unlock()
 	if crash != nil {
 		crash()
 	}
+	return err
 }
 
 // afterCrash returns what the disk holds if power fails now: all that was synced, and each unsynced
@@ -57,26 +64,32 @@ func (d *disk) wrap(name string, f vfs.File, err error) (vfs.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &file{File: f, disk: d, lie: d.lie.Load() && strings.Contains(name, "/groups/")}, nil
+	return &file{File: f, disk: d, name: name, lie: d.lie.Load() && strings.Contains(name, "/groups/")}, nil
 }
 
 // Create implements vfs.FS.
 func (d *disk) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
-	d.step()
+	if err := d.step(name, true); err != nil {
+		return nil, err
+	}
 	f, err := d.FS.Create(name, c)
 	return d.wrap(name, f, err)
 }
 
 // OpenReadWrite implements vfs.FS.
 func (d *disk) OpenReadWrite(name string, c vfs.DiskWriteCategory, opts ...vfs.OpenOption) (vfs.File, error) {
-	d.step()
+	if err := d.step(name, true); err != nil {
+		return nil, err
+	}
 	f, err := d.FS.OpenReadWrite(name, c, opts...)
 	return d.wrap(name, f, err)
 }
 
 // ReuseForWrite implements vfs.FS.
 func (d *disk) ReuseForWrite(oldname, newname string, c vfs.DiskWriteCategory) (vfs.File, error) {
-	d.step()
+	if err := d.step(newname, false); err != nil {
+		return nil, err
+	}
 	f, err := d.FS.ReuseForWrite(oldname, newname, c)
 	return d.wrap(newname, f, err)
 }
@@ -89,31 +102,41 @@ func (d *disk) OpenDir(name string) (vfs.File, error) {
 
 // Link implements vfs.FS.
 func (d *disk) Link(oldname, newname string) error {
-	d.step()
+	if err := d.step(newname, true); err != nil {
+		return err
+	}
 	return d.FS.Link(oldname, newname)
 }
 
 // Remove implements vfs.FS.
 func (d *disk) Remove(name string) error {
-	d.step()
+	if err := d.step(name, false); err != nil {
+		return err
+	}
 	return d.FS.Remove(name)
 }
 
 // RemoveAll implements vfs.FS.
 func (d *disk) RemoveAll(name string) error {
-	d.step()
+	if err := d.step(name, false); err != nil {
+		return err
+	}
 	return d.FS.RemoveAll(name)
 }
 
 // Rename implements vfs.FS.
 func (d *disk) Rename(oldname, newname string) error {
-	d.step()
+	if err := d.step(newname, false); err != nil {
+		return err
+	}
 	return d.FS.Rename(oldname, newname)
 }
 
 // MkdirAll implements vfs.FS.
 func (d *disk) MkdirAll(dir string, perm os.FileMode) error {
-	d.step()
+	if err := d.step(dir, true); err != nil {
+		return err
+	}
 	return d.FS.MkdirAll(dir, perm)
 }
 
@@ -124,42 +147,50 @@ func (d *disk) Unwrap() vfs.FS { return d.FS }
 type file struct {
 	vfs.File
 	disk *disk
+	name string
 	lie  bool
 }
 
 // Write implements vfs.File.
 func (f *file) Write(p []byte) (int, error) {
-	f.disk.step()
+	if err := f.disk.step(f.name, true); err != nil {
+		return 0, err
+	}
 	return f.File.Write(p)
 }
 
 // WriteAt implements vfs.File.
 func (f *file) WriteAt(p []byte, off int64) (int, error) {
-	f.disk.step()
+	if err := f.disk.step(f.name, true); err != nil {
+		return 0, err
+	}
 	return f.File.WriteAt(p, off)
 }
 
 // Sync implements vfs.File.
 func (f *file) Sync() error {
-	f.disk.step()
-	if f.lie {
-		return nil
+	if err := f.disk.step(f.name, false); err != nil || f.lie {
+		return err
 	}
 	return f.File.Sync()
 }
 
 // SyncData implements vfs.File.
 func (f *file) SyncData() error {
-	f.disk.step()
-	if f.lie {
-		return nil
+	if isLogSegment(f.name) {
+		f.disk.slow()
+	}
+	if err := f.disk.step(f.name, false); err != nil || f.lie {
+		return err
 	}
 	return f.File.SyncData()
 }
 
 // SyncTo implements vfs.File.
 func (f *file) SyncTo(length int64) (bool, error) {
-	f.disk.step()
+	if err := f.disk.step(f.name, false); err != nil {
+		return false, err
+	}
 	if f.lie {
 		return true, nil
 	}

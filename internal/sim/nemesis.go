@@ -5,64 +5,32 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
-// swarm is what one seed does more or less of: runs that do a bit of everything find less than runs
-// that differ (hazards: section 3).
-type swarm struct {
-	pause           time.Duration // mean time between two faults
-	drop, duplicate float64
-	delayMean       time.Duration
-	unsyncedPercent int // -1: drawn anew at each crash
-	weights         [faultN]int
-}
-
-type fault int
-
-const (
-	faultCrash fault = iota
-	faultCrashAll
-	faultIsolate
-	faultOneWay
-	faultHold
-	faultTransfer
-	faultTakeOver
-	faultN
-)
-
-func drawSwarm(seed uint64) swarm {
-	rnd := newRand(seed, 1)
-	s := swarm{
-		pause:     time.Duration(800+rnd.IntN(4000)) * time.Millisecond,
-		delayMean: time.Duration(1+rnd.IntN(10)) * time.Millisecond,
-	}
-	if rnd.IntN(2) == 0 {
-		s.drop = rnd.Float64() * 0.01
-	}
-	if rnd.IntN(2) == 0 {
-		s.duplicate = rnd.Float64() * 0.3
-	}
-	s.unsyncedPercent = []int{-1, 0, 25, 50, 75, 100}[rnd.IntN(6)]
-	for i := range s.weights {
-		s.weights[i] = rnd.IntN(10)
-	}
-	s.weights[faultCrash] += 3 // what this is about
-	s.weights[faultCrashAll] /= 4
-	return s
-}
-
-// nemesis makes faults, one after the other, and undoes each after a while.
+// nemesis makes faults, one after the other, and undoes each after a while. Only its own goroutine
+// starts and stops machines.
 type nemesis struct {
-	sim  *sim
-	rnd  *rand.Rand
-	undo []undo
+	sim    *sim
+	rnd    *rand.Rand
+	due    []task
+	down   map[*Node]bool // a start is due
+	rotten map[*Node]bool // bits of its disk were changed
+	lost   map[*Node]bool // its replica is refused, or found damaged: it stays away
+	grown  int64          // bytes that the volume has grown by
+
+	past    recorder
+	release []func() // rules that last for the whole run
+	replays sync.WaitGroup
 }
 
-type undo struct {
+// task is something to do at a time: mostly the end of a fault.
+type task struct {
 	at time.Time
 	do func(ctx context.Context) error
 }
@@ -70,170 +38,266 @@ type undo struct {
 func newNemesis(s *sim) *nemesis {
 	// Over TCP a lost packet is a delay, and a lost connection is noticed: a loss costs this long.
 	s.cluster.Net.SetLossTimeout(lossTimeout)
-	s.cluster.Net.SetDefaultFaults(transport.Faults{
+	s.cluster.Net.SetDefaultFaults(s.linkFaults())
+	n := &nemesis{
+		sim: s, rnd: newRand(s.opts.Seed, 2),
+		down: map[*Node]bool{}, rotten: map[*Node]bool{}, lost: map[*Node]bool{},
+	}
+	n.past.rnd = newRand(s.opts.Seed, 3)
+	if s.swarm.rates[FaultReplay] > 0 {
+		n.release = append(n.release, s.cluster.Net.Lose(n.past.see))
+	}
+	return n
+}
+
+// linkFaults is how every link is in this seed.
+func (s *sim) linkFaults() transport.Faults {
+	return transport.Faults{
 		Drop: s.swarm.drop, Duplicate: s.swarm.duplicate,
 		Delay: transport.Exponential(s.swarm.delayMean, 40*s.swarm.delayMean),
-	})
-	return &nemesis{sim: s, rnd: newRand(s.opts.Seed, 2)}
+	}
 }
 
-// run makes faults until ctx ends, and then undoes those that last. An error is a machine that did
-// not come back, which no fault excuses.
+// run makes faults until ctx ends. An error is a machine that did not come back, which no fault excuses.
 func (n *nemesis) run(ctx context.Context) error {
 	all := context.WithoutCancel(ctx)
+	pause, fault := n.sim.swarm.draw(n.rnd)
+	next := time.Now().Add(pause)
 	for {
-		pause := time.Duration(n.rnd.ExpFloat64() * float64(n.sim.swarm.pause))
-		ended := Sleep(ctx, pause) != nil
-		if err := n.undoDue(all, ended); err != nil || ended {
-			return err
-		}
-		if err := n.fault(all, n.draw()); err != nil {
-			return err
-		}
-		for _, node := range n.sim.cluster.Nodes() {
-			if r, ok := node.Replica(); ok {
-				n.sim.count(func(rep *Report) { rep.Elections = max(rep.Elections, r.Status().Term) })
+		wake := next
+		for _, t := range n.due {
+			if t.at.Before(wake) {
+				wake = t.at
 			}
 		}
-	}
-}
-
-func (n *nemesis) draw() fault {
-	sum := 0
-	for _, w := range n.sim.swarm.weights {
-		sum += w
-	}
-	k := n.rnd.IntN(sum)
-	for f, w := range n.sim.swarm.weights {
-		if k -= w; k < 0 {
-			return fault(f)
+		// Machines stop themselves as well: look often enough to start them again.
+		_ = Sleep(ctx, min(time.Until(wake), tendEvery)) // its error is that of ctx
+		select {
+		case <-ctx.Done():
+			return nil
+		default:
 		}
-	}
-	panic("weights changed")
-}
-
-// later undoes something after a time drawn between 0.2 s and most.
-func (n *nemesis) later(most time.Duration, do func(ctx context.Context) error) {
-	d := 200*time.Millisecond + time.Duration(n.rnd.Int64N(int64(most)))
-	n.undo = append(n.undo, undo{at: time.Now().Add(d), do: do})
-}
-
-func (n *nemesis) undoDue(ctx context.Context, all bool) error {
-	var rest []undo
-	var errs []error
-	for _, u := range n.undo {
-		if all || !u.at.After(time.Now()) {
-			errs = append(errs, u.do(ctx))
+		if err := n.doDue(all); err != nil {
+			return err
+		}
+		n.tend()
+		if time.Now().Before(next) {
 			continue
 		}
-		rest = append(rest, u)
+		if err := n.make(all, fault); err != nil {
+			return fmt.Errorf("%v: %w", fault, err)
+		}
+		pause, fault = n.sim.swarm.draw(n.rnd)
+		next = time.Now().Add(pause)
 	}
-	n.undo = rest
+}
+
+const tendEvery = 200 * time.Millisecond
+
+// stop ends everything that lasts, but starts no machine: whoever heals decides which.
+func (n *nemesis) stop() {
+	for _, r := range n.release {
+		r()
+	}
+	n.release, n.due = nil, nil
+	net := n.sim.cluster.Net
+	net.HealAll()
+	net.ClearFaults()
+	for _, node := range n.sim.cluster.Nodes() {
+		if l := node.current(); l != nil {
+			l.disk.heal()
+		}
+	}
+	n.replays.Wait()
+}
+
+// after does something after d.
+func (n *nemesis) after(d time.Duration, do func(ctx context.Context) error) {
+	n.due = append(n.due, task{at: time.Now().Add(d), do: do})
+}
+
+// later does something after a time drawn between 0.2 s and most.
+func (n *nemesis) later(most time.Duration, do func(ctx context.Context) error) {
+	n.after(200*time.Millisecond+time.Duration(n.rnd.Int64N(int64(most))), do)
+}
+
+// rule keeps a rule of the network for a while.
+func (n *nemesis) rule(most time.Duration, release func()) {
+	once := sync.OnceFunc(release)
+	n.release = append(n.release, once)
+	n.later(most, func(context.Context) error {
+		once()
+		return nil
+	})
+}
+
+func (n *nemesis) doDue(ctx context.Context) error {
+	var now, rest []task
+	for _, t := range n.due {
+		if t.at.After(time.Now()) {
+			rest = append(rest, t)
+		} else {
+			now = append(now, t)
+		}
+	}
+	n.due = rest
+	var errs []error
+	for _, t := range now {
+		errs = append(errs, t.do(ctx))
+	}
 	return errors.Join(errs...)
 }
 
-func (n *nemesis) fault(ctx context.Context, f fault) error {
-	c := n.sim.cluster
-	node := c.Nodes()[n.rnd.IntN(len(c.Nodes()))]
-	other := c.Nodes()[n.rnd.IntN(len(c.Nodes()))]
-	switch f {
-	case faultCrash:
-		return n.crash(ctx, node, n.rnd.IntN(60))
-	case faultCrashAll:
-		for _, node := range c.Nodes() {
-			if err := n.crash(ctx, node, 0); err != nil {
-				return err
+// tend has machines started again that stopped themselves, and a volume without a holder taken over.
+func (n *nemesis) tend() {
+	for _, node := range n.sim.cluster.Nodes() {
+		if r, ok := node.Replica(); ok {
+			n.sim.noteTerm(r.Status().Term)
+		}
+		if !node.Up() && !n.down[node] && !n.lost[node] {
+			n.goneDown(node)
+		}
+	}
+	if !n.sim.damaged.CompareAndSwap(true, false) {
+		return
+	}
+	for _, node := range n.sim.cluster.Nodes() { // a user was told of damage: look who has it
+		if n.rotten[node] && !n.lost[node] && node.Up() {
+			if err := n.scrub(node); err != nil {
+				n.lose(node, err)
 			}
 		}
-	case faultIsolate:
-		n.sim.count(func(r *Report) { r.Cuts++ })
-		c.Net.Isolate(node.ID())
-		n.later(3*time.Second, func(context.Context) error {
-			c.Net.HealAll()
-			return nil
-		})
-	case faultOneWay:
-		n.sim.count(func(r *Report) { r.Cuts++ })
-		c.Net.Cut(node.ID(), other.ID())
-		n.later(3*time.Second, func(context.Context) error {
-			c.Net.Heal(node.ID(), other.ID())
-			return nil
-		})
-	case faultHold:
-		n.hold(node.ID())
-	case faultTransfer:
-		n.transfer(ctx, node)
-	case faultTakeOver:
-		return n.takeOver(ctx)
 	}
-	return nil
 }
 
-func (n *nemesis) crash(ctx context.Context, node *Node, ops int) error {
-	if !node.Up() {
-		return nil
+// lose takes a machine out of the game because its replica is damaged.
+func (n *nemesis) lose(node *Node, why error) {
+	if !errors.Is(why, trivet.ErrCorrupt) && !errors.Is(why, trivet.ErrInvalid) && !errors.Is(why, trivet.ErrNotFound) {
+		n.sim.violate(fmt.Errorf("damage on %s has no proper name: %w", node.ID(), why))
 	}
-	n.sim.count(func(r *Report) { r.Crashes++ })
-	kept := n.sim.swarm.unsyncedPercent
-	if kept < 0 {
-		kept = n.rnd.IntN(101)
-	}
-	n.sim.log.Debug("crash", "node", node.ID(), "ops", ops, "unsyncedPercent", kept)
-	err := node.Crash(ctx, CrashOptions{Rand: n.rnd, UnsyncedPercent: kept, Ops: ops, Wait: 500 * time.Millisecond})
-	if err != nil {
-		return err
-	}
-	n.later(3*time.Second, node.Start)
-	n.sim.mu.Lock()
-	orphan := n.sim.seat.node == node.ID()
-	n.sim.mu.Unlock()
-	if orphan { // its holder died with the machine
+	n.sim.log.Debug("damage is reported", "node", node.ID(), "err", why)
+	n.sim.count(func(r *Report) { r.Refused++ })
+	n.lost[node] = true
+	if n.sim.holder().node == node.ID() {
 		n.later(time.Second, n.takeOver)
 	}
+	if err := node.Stop(); err != nil {
+		n.sim.log.Debug("remains of a damaged replica", "node", node.ID(), "err", err)
+	}
+}
+
+// goneDown has a machine started later, and the volume taken from it.
+func (n *nemesis) goneDown(node *Node) {
+	n.down[node] = true
+	n.later(3*time.Second, func(ctx context.Context) error { return n.start(ctx, node) })
+	if n.sim.holder().node == node.ID() { // its holder died with the machine
+		n.later(time.Second, n.takeOver)
+	}
+}
+
+// start boots a machine. One whose disk has rotted may be refused, and is out of the game then; so it
+// is when a scrub finds damage. Any other must come back.
+func (n *nemesis) start(ctx context.Context, node *Node) error {
+	delete(n.down, node)
+	if n.lost[node] || node.Up() {
+		return nil
+	}
+	err := node.Start(ctx)
+	if !n.rotten[node] {
+		if err != nil && node.stoppedItself() {
+			return nil // it stopped itself again; tend starts it
+		}
+		return err
+	}
+	if err == nil && n.rnd.IntN(3) > 0 {
+		err = n.scrub(node)
+	}
+	if err != nil {
+		n.lose(node, err)
+	}
 	return nil
 }
 
-// hold keeps some of the volume's requests to a machine on the way for up to several elections, while
-// the client sends them again and goes on, and lets them loose on whoever leads there then (H39); or it
-// keeps some of the log's messages back (H8).
-func (n *nemesis) hold(to trivet.NodeID) {
-	n.sim.count(func(r *Report) { r.Holds++ })
-	kind, chance := transport.KindVolumeWrite, 0.05+0.2*n.rnd.Float64()
-	if n.rnd.IntN(3) == 0 {
-		kind, chance = transport.KindAppendEntries, 0.2
+// scrub reads all of a replica.
+func (n *nemesis) scrub(node *Node) error {
+	vol, err := node.Blocks()
+	if err == nil {
+		_, err = vol.Digest()
 	}
-	rnd := newRand(n.rnd.Uint64(), 3)
-	gate := make(chan struct{}, 1) // guards rnd
-	release := n.sim.cluster.Net.Hold(func(e transport.Envelope) bool {
-		if e.Message.Kind != kind || e.To != to {
-			return false
-		}
-		gate <- struct{}{}
-		defer func() { <-gate }()
-		return rnd.Float64() < chance
-	})
-	n.later(6*time.Second, func(context.Context) error {
-		release()
-		return nil
-	})
+	if errors.Is(err, trivet.ErrUnavailable) || errors.Is(err, trivet.ErrClosed) {
+		return nil // down already, or a snapshot is being installed
+	}
+	return err
 }
 
-func (n *nemesis) transfer(ctx context.Context, to *Node) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	_, r, err := n.sim.cluster.Leader(ctx)
-	if err != nil {
-		return // nobody leads: nothing to move
+// spare reports whether one more machine may be damaged: the last good copy never is.
+func (n *nemesis) spare(node *Node) bool {
+	if n.rotten[node] {
+		return true
 	}
-	if err := r.TransferTo(ctx, to.ReplicaID()); err == nil {
-		n.sim.count(func(r *Report) { r.Transfers++ })
+	return len(n.rotten) < (len(n.sim.cluster.Nodes())-1)/2
+}
+
+// pick returns a machine that is not out of the game.
+func (n *nemesis) pick() *Node {
+	for {
+		nodes := n.sim.cluster.Nodes()
+		if node := nodes[n.rnd.IntN(len(nodes))]; !n.lost[node] {
+			return node
+		}
 	}
+}
+
+// two returns two different machines.
+func (n *nemesis) two() (a, b *Node) {
+	nodes := n.sim.cluster.Nodes()
+	p := n.rnd.Perm(len(nodes))
+	return nodes[p[0]], nodes[p[1]]
+}
+
+// core draws a majority of the machines for the liveness phase, and returns all that are not lost as well.
+func (n *nemesis) core(rnd *rand.Rand) (whole, core []*Node) {
+	whole = n.remaining(n.sim.cluster.Nodes())
+	for _, i := range rnd.Perm(len(whole))[:len(n.sim.cluster.Nodes())/2+1] {
+		core = append(core, whole[i])
+	}
+	return whole, core
+}
+
+// remaining returns the machines that are not out of the game.
+func (n *nemesis) remaining(nodes []*Node) []*Node {
+	return slices.DeleteFunc(slices.Clone(nodes), func(x *Node) bool { return n.lost[x] })
+}
+
+// leader returns who leads now, nil when nobody is known to.
+func (n *nemesis) leader() *Node {
+	var best *Node
+	var term uint64
+	for _, node := range n.sim.cluster.Nodes() {
+		if r, ok := node.Replica(); ok {
+			if st := r.Status(); st.IsLeader && st.Term >= term {
+				best, term = node, st.Term
+			}
+		}
+	}
+	return best
+}
+
+// others returns all machines but one.
+func (n *nemesis) others(not *Node) []*Node {
+	var out []*Node
+	for _, node := range n.sim.cluster.Nodes() {
+		if node != not {
+			out = append(out, node)
+		}
+	}
+	return out
 }
 
 // takeOver moves the volume to the client or to a machine with a replica.
 func (n *nemesis) takeOver(ctx context.Context) error {
 	where := ClientNode
-	if node := n.sim.cluster.Nodes()[n.rnd.IntN(3)]; node.Up() && n.rnd.IntN(2) == 0 {
+	if node := n.pick(); node.Up() && n.rnd.IntN(2) == 0 {
 		where = node.ID()
 	}
 	ctx, cancel := context.WithTimeout(ctx, 8*time.Second)

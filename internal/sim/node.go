@@ -25,28 +25,43 @@ type Node struct {
 	id      trivet.NodeID
 	replica trivet.ReplicaID
 
-	mu   sync.Mutex
-	mem  *vfs.MemFS // as the last crash left it
-	life *life      // nil while down
+	timing raftgroup.Timing
+
+	mu      sync.Mutex
+	mem     *vfs.MemFS // as the last crash left it
+	life    *life      // nil while down
+	exited  bool       // it stopped itself, and was not booted since
+	remains []*life    // of machines that stopped themselves, not cleared away yet
 }
 
 // life is what a machine runs between boot and crash.
 type life struct {
 	disk *disk
 	net  *transport.MemoryNode
+	wire *noisyWire // what the machine sends by
 	mux  *raftgroup.Mux
 	eng  *engine.Engine
 	host *replication.Host
 
+	over chan struct{} // closed once dead, and its disk is what it left
+
+	memory noise // of what the machine applies
+
 	mu   sync.Mutex
 	dead bool
 }
+
+// excused reports whether the machine was given a reason to stop itself.
+func (l *life) excused() bool { return l.memory.hits() > 0 || l.disk.wasFaulty() }
 
 func (l *life) isDead() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.dead
 }
+
+// gone is closed when the life is over and its disk is what it left.
+func (l *life) gone() <-chan struct{} { return l.over }
 
 // die marks the life as over and reports whether it was alive.
 func (l *life) die() bool {
@@ -154,7 +169,10 @@ func (n *Node) Boot() error {
 	if n.Up() {
 		return nil
 	}
-	l := &life{disk: newDisk(n.mem), net: n.c.Net.Node(n.id)}
+	n.bury()
+	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id)}
+	l.wire = &noisyWire{MemoryNode: l.net}
+	l.disk.setLatency(n.c.cfg.FlushLatency, newRand(n.c.cfg.Seed, 50+n.c.nextLife()))
 	l.disk.lie.Store(n.c.cfg.LyingDisks)
 	fatal := n.c.fatal(n, l)
 	var err error
@@ -165,17 +183,17 @@ func (n *Node) Boot() error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
 	}
-	l.mux = raftgroup.NewMux(l.net)
+	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
-		Network: l.net, Mux: l.mux, Timing: n.c.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
-		WrapMachine: n.c.cfg.WrapMachine, Authorize: n.c.cfg.Authorize, Fatal: fatal,
+		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
+		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.eng.Close(), l.net.Close())
 	}
 	n.mu.Lock()
-	n.life = l
+	n.life, n.exited = l, false
 	n.mu.Unlock()
 	return nil
 }
@@ -188,10 +206,25 @@ func (n *Node) Start(ctx context.Context) error {
 	if err := n.Boot(); err != nil {
 		return err
 	}
-	if err := n.life.host.OpenReplica(ctx, n.Spec()); err != nil {
+	l := n.current()
+	if l == nil { // a fault was waiting for it
+		return fmt.Errorf("start %s: it stopped at once: %w", n.id, trivet.ErrUnavailable)
+	}
+	if err := l.host.OpenReplica(ctx, n.Spec()); err != nil {
 		return fmt.Errorf("start %s: %w", n.id, err)
 	}
 	return nil
+}
+
+// wrapMachine puts what the simulator needs between group and state machine; the caller's is outside.
+func (n *Node) wrapMachine(l *life) func(raftgroup.StateMachine) raftgroup.StateMachine {
+	return func(m raftgroup.StateMachine) raftgroup.StateMachine {
+		m = &calmMachine{StateMachine: &noisyMachine{StateMachine: m, memory: &l.memory}, disk: l.disk}
+		if n.c.cfg.WrapMachine != nil {
+			m = n.c.cfg.WrapMachine(m)
+		}
+		return m
+	}
 }
 
 // Stop ends the machine in an orderly way. A machine that is down is left alone.
@@ -207,6 +240,7 @@ func (n *Node) Stop() error {
 }
 
 func (l *life) close() error {
+	l.disk.release()
 	err := l.host.Close()
 	return errors.Join(err, l.eng.Close(), l.net.Close())
 }
@@ -233,15 +267,9 @@ func (n *Node) Crash(ctx context.Context, o CrashOptions) error {
 	}
 	crashed := make(chan struct{})
 	crash := func() {
-		if !l.die() {
-			return
+		if n.kill(l, o.Rand, o.UnsyncedPercent) {
+			close(crashed)
 		}
-		n.c.Net.Down(n.id)
-		after := l.disk.afterCrash(o.Rand, o.UnsyncedPercent)
-		n.mu.Lock()
-		n.mem, n.life = after, nil
-		n.mu.Unlock()
-		close(crashed)
 	}
 	if o.Ops > 0 {
 		l.disk.arm(o.Ops, crash)
@@ -249,16 +277,92 @@ func (n *Node) Crash(ctx context.Context, o CrashOptions) error {
 		defer t.Stop()
 		select {
 		case <-crashed:
+		case <-l.gone():
 		case <-t.C:
 		case <-ctx.Done():
 		}
 	}
 	crash()
-	<-crashed
+	<-l.gone()
 	// The dead process talks to a disk and a network that nobody looks at any more: what its shutdown
 	// says does not matter, only that it ends.
 	if err := l.close(); err != nil {
 		n.c.cfg.Logger.Debug("remains of a crash", "node", n.id, "err", err)
 	}
 	return nil
+}
+
+// kill ends a life, and reports false when it had ended. The disk is copied once the machine can send
+// nothing more: whatever it told others about its disk is in the copy.
+func (n *Node) kill(l *life, rnd *rand.Rand, unsyncedPercent int) bool {
+	if !l.die() {
+		return false
+	}
+	n.c.Net.Down(n.id)
+	after := l.disk.afterCrash(rnd, unsyncedPercent)
+	n.mu.Lock()
+	n.mem, n.life = after, nil
+	n.mu.Unlock()
+	l.disk.release()
+	close(l.over)
+	return true
+}
+
+// exit is how a machine stops itself after a fault of its disk or its memory. The kernel lives on, but
+// may have forgotten what it could not write, so any share of the unsynced data may be there later.
+// It is called with the product's locks held; bury clears the remains away.
+func (n *Node) exit(l *life, why error) {
+	rnd := newRand(n.c.cfg.Seed, 1<<32+n.c.nextExit())
+	if !n.kill(l, rnd, rnd.IntN(101)) {
+		return
+	}
+	n.c.cfg.Logger.Debug("machine stopped itself", "node", n.id, "err", why)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.exited = true
+	n.remains = append(n.remains, l)
+}
+
+// stoppedItself reports whether a fault has stopped the machine since it was booted.
+func (n *Node) stoppedItself() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.exited
+}
+
+// swapDisk gives a machine that is down another disk, and returns the one that it had.
+func (n *Node) swapDisk(mem *vfs.MemFS) *vfs.MemFS {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	old := n.mem
+	n.mem = mem
+	return old
+}
+
+// rot flips bits on the disk of a machine that is down.
+func (n *Node) rot(rnd *rand.Rand, bitN int, dir string) ([]string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []string
+	for range bitN {
+		what, err := flipBit(n.mem, dir, rnd)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, what)
+	}
+	return out, nil
+}
+
+// bury ends what is left of machines that stopped themselves, and waits for it.
+func (n *Node) bury() {
+	n.mu.Lock()
+	remains := n.remains
+	n.remains = nil
+	n.mu.Unlock()
+	for _, l := range remains {
+		if err := l.close(); err != nil {
+			n.c.cfg.Logger.Debug("remains of an exit", "node", n.id, "err", err)
+		}
+	}
 }

@@ -39,6 +39,8 @@ func stamp(p []byte, lba trivet.LBA, epoch trivet.Epoch, v version) {
 	binary.BigEndian.PutUint32(p[sumAt:], crc32.Checksum(p[:sumAt], crc32.MakeTable(crc32.Castagnoli)))
 }
 
+func stampedVersion(p []byte) version { return version(binary.BigEndian.Uint64(p[24:])) }
+
 // write is one change issued to a block.
 type write struct {
 	zero  bool // discard or write-zeroes
@@ -135,7 +137,7 @@ func (h *history) find(p []byte, lba trivet.LBA, floor version) (version, error)
 		}
 		return 0, fmt.Errorf("block %d is zero, want version %d to %d: acknowledged data is lost", lba, floor, issued)
 	}
-	v := version(binary.BigEndian.Uint64(p[24:]))
+	v := stampedVersion(p)
 	epoch := trivet.Epoch(binary.BigEndian.Uint64(p[16:]))
 	switch {
 	case binary.BigEndian.Uint32(p[sumAt:]) != crc32.Checksum(p[:sumAt], crc32.MakeTable(crc32.Castagnoli)):

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
@@ -25,40 +27,17 @@ type Options struct {
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
 	// LyingDisks claim to have synced Raft's files and have not.
 	LyingDisks bool
-	Logger     *slog.Logger
-}
-
-// Report says what happened in a run.
-type Report struct {
-	Calls      int // reads, writes, discards, write-zeroes and flushes asked for
-	Succeeded  int // of these
-	Writes     int // acknowledged changes
-	Reads      int // checked reads
-	Crashes    int
-	Cuts       int // links or machines cut off
-	Holds      int // messages held back
-	TakeOvers  int
-	Transfers  int
-	Elections  uint64 // highest term
-	Restores   int    // snapshots installed
-	Flushes    int    // flushes before log compaction
-	LongestGap time.Duration
-}
-
-func (r Report) String() string {
-	return fmt.Sprintf("calls=%d succeeded=%d writes=%d reads=%d crashes=%d cuts=%d holds=%d takeovers=%d "+
-		"transfers=%d terms=%d restores=%d flushes=%d longestGap=%v", r.Calls, r.Succeeded, r.Writes, r.Reads,
-		r.Crashes, r.Cuts, r.Holds, r.TakeOvers, r.Transfers, r.Elections, r.Restores, r.Flushes, r.LongestGap)
+	// Only, when set, are the classes of faults to draw from, whatever the seed says.
+	Only   []Fault
+	Logger *slog.Logger
 }
 
 const (
 	heartbeat     = 500 * time.Millisecond
 	ioTimeout     = 5 * time.Second // short, so that writes of unknown outcome happen
 	lossTimeout   = 300 * time.Millisecond
-	livenessMax   = 60 * time.Second
+	livenessMax   = 120 * time.Second
 	activityFloor = 0.30
-	// snapshotBytes is about what a few seconds of writing make of log.
-	snapshotBytes = 256 << 10
 )
 
 // sim is one run.
@@ -69,7 +48,11 @@ type sim struct {
 	log     *slog.Logger
 	swarm   swarm
 
-	restores, flushes atomic.Int64
+	history *History
+
+	restores, flushes   atomic.Int64
+	rotten, noisy, full atomic.Bool // such faults were made: their answers are no surprise
+	damaged             atomic.Bool // a user was told of damage since the nemesis looked
 
 	mu         sync.Mutex
 	report     Report
@@ -93,20 +76,33 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &sim{opts: opts, log: opts.Logger, oracle: newOracle(opts.BlockN), swarm: drawSwarm(opts.Seed)}
+	s := &sim{
+		opts: opts, log: opts.Logger, swarm: drawSwarm(opts.Seed),
+		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
+	}
+	if len(opts.Only) > 0 {
+		s.swarm.only(opts.Only)
+	}
 	err := s.run(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.report.Restores, s.report.Flushes = int(s.restores.Load()), int(s.flushes.Load())
+	s.report.History = s.history
+	s.report.Violations = len(s.violations)
+	if s.cluster != nil {
+		s.report.Exits = s.cluster.Exits()
+	}
 	return s.report, err
 }
+
+func (s *sim) sizeBytes() int64 { return int64(s.opts.BlockN) * trivet.BlockSize }
 
 func (s *sim) run(ctx context.Context) (err error) {
 	s.log.Info("swarm", "seed", s.opts.Seed, "faults", fmt.Sprintf("%+v", s.swarm))
 	s.cluster, err = NewCluster(ctx, ClusterConfig{
-		Seed: s.opts.Seed, Replicas: 3, SizeBytes: int64(s.opts.BlockN) * trivet.BlockSize,
-		SnapshotBytes: snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
-		LyingDisks: s.opts.LyingDisks, Logger: s.log,
+		Seed: s.opts.Seed, Replicas: s.swarm.replicas, SizeBytes: s.sizeBytes(),
+		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
+		LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
 	})
 	if err != nil {
 		return err
@@ -120,17 +116,17 @@ func (s *sim) run(ctx context.Context) (err error) {
 	if err := s.takeOver(ctx, ClientNode); err != nil {
 		return err
 	}
-	if err := s.faults(ctx); err != nil {
-		return err
+	n := newNemesis(s)
+	err = s.faults(ctx, n)
+	n.stop()
+	if err == nil {
+		err = s.settle(ctx, n)
 	}
-	if err := s.settle(ctx); err != nil {
-		return err
-	}
-	return s.verdict()
+	return errors.Join(err, s.verdict())
 }
 
-// faults runs workers and nemesis side by side.
-func (s *sim) faults(ctx context.Context) error {
+// faults is the safety phase: workers and nemesis side by side.
+func (s *sim) faults(ctx context.Context, n *nemesis) error {
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Duration)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -138,49 +134,80 @@ func (s *sim) faults(ctx context.Context) error {
 		w := &worker{sim: s, rnd: newRand(s.opts.Seed, uint64(100+i))}
 		wg.Go(func() { w.run(ctx) })
 	}
-	n := newNemesis(s)
+	wg.Go(func() { s.probe(ctx, newRand(s.opts.Seed, 10)) })
+	if s.swarm.staleWriter {
+		wg.Go(func() { s.stale(ctx, newRand(s.opts.Seed, 11)) })
+	}
 	err := n.run(ctx)
+	if err != nil {
+		cancel()
+	}
 	wg.Wait()
 	return err
 }
 
-// settle ends all faults and demands that the volume serves again, that replicas agree, and that what
-// was acknowledged is there; then again after a power cut of everything.
-func (s *sim) settle(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 4*livenessMax)
-	defer cancel()
-	s.cluster.Net.HealAll()
-	s.cluster.Net.ClearFaults()
-	if err := s.startAll(ctx); err != nil {
-		return err
-	}
-	if err := s.sweep(ctx, "after the faults"); err != nil {
-		return err
-	}
+// settle is the liveness phase. A majority, drawn, is healed while the rest stays away: it must serve
+// and agree. Then all that is not lost must; and again after a power cut of everything.
+func (s *sim) settle(ctx context.Context, n *nemesis) error {
+	began := time.Now()
 	rnd := newRand(s.opts.Seed, 7)
-	for _, n := range s.cluster.Nodes() {
-		if err := n.Crash(ctx, CrashOptions{Rand: rnd}); err != nil {
+	whole, core := n.core(rnd)
+	var ids, rest []trivet.NodeID
+	for _, node := range s.cluster.Nodes() {
+		if !slices.Contains(core, node) {
+			rest = append(rest, node.ID())
+		}
+	}
+	for _, node := range core {
+		ids = append(ids, node.ID())
+	}
+	s.cluster.Net.Partition(append(ids, ClientNode), rest)
+	if err := s.revive(ctx, n, core); err != nil {
+		return err
+	}
+	if err := s.sweep(ctx, "by a healed majority", core); err != nil {
+		return err
+	}
+	s.count(func(r *Report) { r.Healed = time.Since(began) })
+	s.cluster.Net.HealAll()
+	if err := s.revive(ctx, n, whole); err != nil {
+		return err
+	}
+	if err := s.sweep(ctx, "after the faults", n.remaining(whole)); err != nil {
+		return err
+	}
+	for _, node := range s.cluster.Nodes() {
+		if err := node.Crash(ctx, CrashOptions{Rand: rnd}); err != nil {
 			return err
 		}
 	}
-	if err := s.startAll(ctx); err != nil {
+	whole = n.remaining(whole)
+	if err := s.revive(ctx, n, whole); err != nil {
 		return err
 	}
-	return s.sweep(ctx, "after a power cut of all machines")
+	return s.sweep(ctx, "after a power cut of all machines", n.remaining(whole))
 }
 
-func (s *sim) startAll(ctx context.Context) error {
-	for _, n := range s.cluster.Nodes() {
-		if err := n.Start(ctx); err != nil {
-			return fmt.Errorf("restart: %w", err)
+// revive starts machines. One that stops itself at once, for what happened before, is started again.
+func (s *sim) revive(ctx context.Context, n *nemesis, nodes []*Node) error {
+	for range 3 {
+		up := true
+		for _, node := range nodes {
+			if err := n.start(ctx, node); err != nil {
+				return fmt.Errorf("restart: %w", err)
+			}
+			up = up && (node.Up() || n.lost[node])
+		}
+		if up {
+			return nil
 		}
 	}
-	return nil
+	return errors.New("restart: a machine stops itself again and again")
 }
 
 // sweep takes the volume over, so that nothing is under way any more, reads all of it, and compares
 // the replicas with each other and with the oracle.
-func (s *sim) sweep(ctx context.Context, when string) error {
+func (s *sim) sweep(ctx context.Context, when string, nodes []*Node) error {
 	began := time.Now()
 	live, cancel := context.WithTimeout(ctx, livenessMax)
 	defer cancel()
@@ -188,44 +215,79 @@ func (s *sim) sweep(ctx context.Context, when string) error {
 		return fmt.Errorf("no service %s, after %v: %w", when, time.Since(began), err)
 	}
 	w := &worker{sim: s, rnd: newRand(s.opts.Seed, 8)}
+	for lba := range trivet.LBA(min(hotN, s.opts.BlockN)) {
+		if _, err := w.write(live, s.seat, lba, 1); err != nil {
+			return fmt.Errorf("write %s: %w", when, err)
+		}
+	}
 	for at := 0; at < s.opts.BlockN; at += 16 {
 		if err := w.read(live, s.seat, trivet.LBA(at), min(16, s.opts.BlockN-at)); err != nil {
 			return fmt.Errorf("read %s: %w", when, err)
 		}
 	}
-	if err := s.cluster.Converge(live); err != nil {
+	if err := s.cluster.converge(live, nodes); err != nil {
 		return fmt.Errorf("replicas do not converge %s: %w", when, err)
 	}
-	digests, err := s.cluster.Digests()
-	if err != nil {
-		return err
-	}
-	first := digests[s.cluster.Nodes()[0].ID()]
-	for id, d := range digests {
-		if d != first {
-			s.violate(fmt.Errorf("%s: replica on %s has digest %x, n1 has %x", when, id, d[:4], first[:4]))
-		}
-	}
-	return s.inspect(when)
+	return s.compare(when, nodes)
 }
 
-// inspect reads each replica's blocks behind Raft's back.
-func (s *sim) inspect(when string) error {
-	for _, n := range s.cluster.Nodes() {
+// compare demands that replicas are equal (I4), and what the oracle says.
+func (s *sim) compare(when string, nodes []*Node) error {
+	var first [32]byte
+	var of *Node
+	for _, n := range nodes {
 		vol, err := n.Blocks()
 		if err != nil {
 			return err
 		}
-		p := make([]byte, s.opts.BlockN*trivet.BlockSize)
-		floors := s.oracle.floors(0, s.opts.BlockN)
-		if err := vol.ReadAt(p, 0); err != nil {
-			return fmt.Errorf("%s: replica on %s: %w", when, n.ID(), err)
+		d, err := vol.Digest()
+		if errors.Is(err, trivet.ErrCorrupt) && s.rotten.Load() {
+			s.count(func(r *Report) { r.Refused++ })
+			continue // damage that is told is no lie
 		}
-		if err := s.oracle.check(0, p, floors); err != nil {
-			s.violate(fmt.Errorf("%s: replica on %s: %w", when, n.ID(), err))
+		if err != nil {
+			return err
+		}
+		if of == nil {
+			first, of = d, n
+		}
+		if d != first {
+			s.violate(fmt.Errorf("%s: replica on %s has digest %x, %s has %x", when, n.ID(), d[:4], of.ID(), first[:4]))
+		}
+		if err := s.inspect(when, n, vol); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// inspect reads a replica's blocks behind Raft's back.
+func (s *sim) inspect(when string, n *Node, vol *engine.Volume) error {
+	p := make([]byte, s.opts.BlockN*trivet.BlockSize)
+	floors := s.oracle.floors(0, s.opts.BlockN)
+	if err := vol.ReadAt(p, 0); err != nil {
+		return fmt.Errorf("%s: replica on %s: %w", when, n.ID(), err)
+	}
+	if err := s.oracle.check(0, p, floors); err != nil {
+		s.violate(fmt.Errorf("%s: replica on %s: %w", when, n.ID(), err))
+	}
+	return nil
+}
+
+// holder returns who holds the volume now.
+func (s *sim) holder() *seat {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seat
+}
+
+func (s *sim) noteTerm(term uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if term > s.report.Elections {
+		s.report.Elections = term
+		s.report.Leaders++
+	}
 }
 
 func (s *sim) violate(err error) {

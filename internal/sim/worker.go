@@ -11,14 +11,21 @@ import (
 	"github.com/trivet-csi/trivet/replication"
 )
 
-const thinkMean = 60 * time.Millisecond
+const (
+	thinkMean = 80 * time.Millisecond
+	hotN      = 8 // blocks that half of the calls go to
+)
 
 // seat is one attachment of the volume.
 type seat struct {
 	volume *replication.Volume
 	epoch  trivet.Epoch
 	node   trivet.NodeID
+	life   *life // of its machine; nil for one without a replica
 }
+
+// alive reports whether the seat's machine has not died: what a dead one was told, nobody knows.
+func (s *seat) alive() bool { return s.life == nil || !s.life.isDead() }
 
 // takeOver fences in the next epoch, opens the volume on a node and leaves the old holder alive, as a
 // machine that does not know yet that it was replaced (H12).
@@ -33,6 +40,12 @@ func (s *sim) takeOver(ctx context.Context, node trivet.NodeID) error {
 	if err := s.cluster.Fence(ctx, next.epoch); err != nil {
 		return fmt.Errorf("fence in epoch %d: %w", next.epoch, err)
 	}
+	if n := s.cluster.Node(node); n != nil {
+		if next.life = n.current(); next.life == nil {
+			next.node = ClientNode
+		}
+	}
+	node = next.node
 	var err error
 	if next.volume, err = s.cluster.OpenVolume(node, next.epoch, ioTimeout); err != nil {
 		return err
@@ -54,7 +67,7 @@ func (s *sim) zombie(ctx context.Context, old *seat) {
 	ctx, cancel := context.WithTimeout(ctx, ioTimeout/2)
 	defer cancel()
 	p := make([]byte, trivet.BlockSize)
-	stamp(p, 0, old.epoch, 1<<30) // a version that nobody issued: it is found wherever it lands
+	stamp(p, 0, old.epoch, neverIssued)
 	if err := old.volume.ReadAt(ctx, make([]byte, trivet.BlockSize), 0); err == nil {
 		s.violate(fmt.Errorf("read of fenced epoch %d succeeded", old.epoch))
 	}
@@ -70,6 +83,8 @@ func (s *sim) zombie(ctx context.Context, old *seat) {
 type worker struct {
 	sim *sim
 	rnd *rand.Rand
+	// unrecorded reads are judged by the oracle only: dozens at a time are more than porcupine can order.
+	unrecorded bool
 }
 
 func (w *worker) run(ctx context.Context) {
@@ -78,9 +93,7 @@ func (w *worker) run(ctx context.Context) {
 		if Sleep(ctx, think) != nil {
 			return
 		}
-		w.sim.mu.Lock()
-		seat := w.sim.seat
-		w.sim.mu.Unlock()
+		seat := w.sim.holder()
 		lba, n := w.extent()
 		var err error
 		var busy bool
@@ -126,7 +139,7 @@ func (w *worker) extent() (trivet.LBA, int) {
 	}
 	span := w.sim.opts.BlockN
 	if w.rnd.IntN(2) == 0 {
-		span = min(span, 8)
+		span = min(span, hotN)
 	}
 	n = min(n, span)
 	return trivet.LBA(w.rnd.IntN(span - n + 1)), n
@@ -142,11 +155,14 @@ func (w *worker) write(ctx context.Context, seat *seat, lba trivet.LBA, n int) (
 	for i, v := range versions {
 		stamp(p[i*trivet.BlockSize:(i+1)*trivet.BlockSize], lba+trivet.LBA(i), seat.epoch, v)
 	}
+	h := w.sim.history.begin(lba, n, false, versions)
 	err = seat.volume.WriteAt(ctx, p, int64(lba)*trivet.BlockSize)
+	acked := err == nil && seat.alive()
 	for at := 0; at < len(p); at += trivet.BlockSize {
 		p[at]++ // ours again: whoever still reads it is found out (H25)
 	}
-	o.end(lba, n, err == nil)
+	w.sim.history.end(h, acked, nil)
+	o.end(lba, n, acked)
 	return false, w.changed(err)
 }
 
@@ -157,8 +173,11 @@ func (w *worker) zero(ctx context.Context, seat *seat, lba trivet.LBA, n int,
 	if _, ok := o.begin(lba, n, write{zero: true, epoch: seat.epoch}); !ok {
 		return true, nil
 	}
+	h := w.sim.history.begin(lba, n, false, make([]version, n))
 	err = do(ctx, int64(lba)*trivet.BlockSize, int64(n)*trivet.BlockSize)
-	o.end(lba, n, err == nil)
+	acked := err == nil && seat.alive()
+	w.sim.history.end(h, acked, nil)
+	o.end(lba, n, acked)
 	return false, w.changed(err)
 }
 
@@ -172,9 +191,16 @@ func (w *worker) changed(err error) error {
 func (w *worker) read(ctx context.Context, seat *seat, lba trivet.LBA, n int) error {
 	floors := w.sim.oracle.floors(lba, n)
 	p := make([]byte, n*trivet.BlockSize)
-	if err := seat.volume.ReadAt(ctx, p, int64(lba)*trivet.BlockSize); err != nil {
+	var h []opRef
+	if !w.unrecorded {
+		h = w.sim.history.begin(lba, n, true, nil)
+	}
+	err := seat.volume.ReadAt(ctx, p, int64(lba)*trivet.BlockSize)
+	if err != nil || !seat.alive() {
+		w.sim.history.end(h, false, nil)
 		return w.expected(err)
 	}
+	w.sim.history.end(h, true, found(p))
 	w.sim.count(func(r *Report) { r.Reads++ })
 	if err := w.sim.oracle.check(lba, p, floors); err != nil {
 		w.sim.violate(fmt.Errorf("read at epoch %d on %s: %w", seat.epoch, seat.node, err))
@@ -182,17 +208,33 @@ func (w *worker) read(ctx context.Context, seat *seat, lba trivet.LBA, n int) er
 	return nil
 }
 
-// expected passes on an error that faults may cause, and reports any other.
-func (w *worker) expected(err error) error {
-	for _, ok := range []error{
-		trivet.ErrUnavailable, trivet.ErrFenced, trivet.ErrClosed, context.Canceled, context.DeadlineExceeded,
-	} {
-		if errors.Is(err, ok) {
-			return err
+// found returns the version that each block claims to be; whether it tells the truth, the oracle says.
+func found(p []byte) []version {
+	out := make([]version, len(p)/trivet.BlockSize)
+	for i := range out {
+		if b := p[i*trivet.BlockSize : (i+1)*trivet.BlockSize]; !isZero(b) {
+			out[i] = stampedVersion(b)
 		}
 	}
-	if err != nil {
-		w.sim.violate(fmt.Errorf("unexpected answer: %w", err))
+	return out
+}
+
+// expected passes on an error that faults may cause, and reports any other. After any error of a change
+// its effect is unknown: an answer like "no space" may be to a second copy, when the first is in the log.
+func (w *worker) expected(err error) error {
+	s := w.sim
+	if errors.Is(err, trivet.ErrCorrupt) {
+		s.damaged.Store(true)
 	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, trivet.ErrUnavailable), errors.Is(err, trivet.ErrFenced), errors.Is(err, trivet.ErrClosed),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, trivet.ErrNoSpace) && s.full.Load(),
+		errors.Is(err, trivet.ErrCorrupt) && (s.rotten.Load() || s.noisy.Load()):
+		return err
+	}
+	s.violate(fmt.Errorf("unexpected answer: %w", err))
 	return err
 }

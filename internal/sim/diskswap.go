@@ -1,0 +1,88 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+)
+
+func usage(avail uint64) vfs.DiskUsage {
+	return vfs.DiskUsage{TotalBytes: 100 << 30, AvailBytes: avail, UsedBytes: 100<<30 - avail}
+}
+
+// rot flips bits on the disk of a machine while it is down. What it holds may be the only other copy of
+// something acknowledged, so no more machines rot than a minority.
+func (n *nemesis) rot(ctx context.Context, node *Node) (made bool, err error) {
+	if !n.spare(node) {
+		return false, nil
+	}
+	if _, err := n.crash(ctx, node, 0); err != nil {
+		return false, err
+	}
+	dir := diskDir + "/engine"
+	if n.rnd.IntN(2) == 0 {
+		dir = diskDir + "/groups"
+	}
+	what, err := node.rot(n.rnd, 1+n.rnd.IntN(4), dir)
+	if err != nil {
+		return false, err
+	}
+	n.rotten[node] = true
+	n.sim.rotten.Store(true)
+	n.sim.log.Debug("bits flipped", "node", node.ID(), "where", what)
+	return true, nil
+}
+
+// wipe boots a machine with an empty disk. Its replica must not open: it would vote without knowing
+// what it has voted, and for what it has lost (H10). Then the right disk is mounted again.
+func (n *nemesis) wipe(ctx context.Context, node *Node) (made bool, err error) {
+	if _, err := n.crash(ctx, node, 0); err != nil {
+		return false, err
+	}
+	right := node.swapDisk(vfs.NewCrashableMem())
+	if err := node.format(); err != nil {
+		return false, err
+	}
+	err = node.Start(ctx)
+	if err == nil {
+		n.sim.violate(fmt.Errorf("replica on %s opened on an empty disk", node.ID()))
+	} else if !errors.Is(err, trivet.ErrNotFound) {
+		n.sim.violate(fmt.Errorf("replica on %s with an empty disk: want not found: %w", node.ID(), err))
+	}
+	if err := node.Stop(); err != nil {
+		return false, err
+	}
+	node.swapDisk(right)
+	return true, nil
+}
+
+// swap boots two machines with each other's disk: neither replica may open (H11).
+func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
+	a, b := n.two()
+	if n.rotten[a] || n.rotten[b] {
+		return false, nil
+	}
+	for _, node := range []*Node{a, b} {
+		if _, err := n.crash(ctx, node, 0); err != nil {
+			return false, err
+		}
+	}
+	exchange := func() { a.swapDisk(b.swapDisk(a.swapDisk(nil))) }
+	exchange()
+	for _, node := range []*Node{a, b} {
+		if err := node.Start(ctx); err == nil {
+			n.sim.violate(fmt.Errorf("replica on %s opened on another machine's disk", node.ID()))
+		} else if !errors.Is(err, trivet.ErrCorrupt) && !errors.Is(err, trivet.ErrInvalid) {
+			n.sim.violate(fmt.Errorf("replica on %s with another machine's disk: %w", node.ID(), err))
+		}
+		if err := node.Stop(); err != nil {
+			return false, err
+		}
+	}
+	exchange()
+	return true, nil
+}
