@@ -7,12 +7,13 @@ VERSION  ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 20s
 SEED     ?= 1
+FIRST    ?= $(SEED)
 SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim image e2e-build e2e-smoke \
-	tools deps clean
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim sim-long chaos models image e2e-build \
+	e2e-smoke tools deps clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,8 +64,18 @@ bench: ## run the Go benchmarks
 fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 	./internal/testutil/fuzz.sh $(FUZZTIME)
 
-sim: ## run the simulator: make sim SEED=7 SEEDS=100
-	$(GO) test ./internal/sim -count=1 -timeout 60m -v -seed $(SEED) -seeds $(SEEDS)
+sim: ## run the simulator, 3 simulated minutes a seed: make sim SEEDS=40 FIRST=7
+	$(GO) test ./internal/sim -count=1 -timeout 60m -run 'TestSim$$' -v -first $(FIRST) -seeds $(SEEDS)
+
+sim-long: ## the same for hours: 500 seeds of 10 simulated minutes, from FIRST on
+	$(GO) test ./internal/sim -count=1 -timeout 24h -run 'TestSim$$' -v -first $(FIRST) -seeds 500 -duration 10m
+
+chaos: build ## break a real cluster in network namespaces for a minute: make chaos SEED=7 (root, nftables)
+	$(GO) build -o $(BIN)/chaos ./internal/chaos
+	$(BIN)/chaos -trivet $(BIN)/trivet -seed $(SEED)
+
+models: ## check the models of the durability gates with SPIN (packages spin and gcc; about 4 minutes)
+	docs/models/run.sh -o $(BIN)/models
 
 image: build ## write bin/trivet-image.tar, the container image as an OCI archive (Debian; IMAGE=name:tag)
 	GO='$(GO)' IMAGE='$(IMAGE)' VERSION='$(VERSION)' deploy/image.sh $(BIN)
@@ -79,7 +90,7 @@ tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS
 
 deps: ## install what the tests need beyond Go (Debian, root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-		e2fsprogs xfsprogs util-linux fio libnbd-bin qemu-utils protobuf-compiler >/dev/null
+		e2fsprogs xfsprogs util-linux fio libnbd-bin qemu-utils protobuf-compiler iproute2 nftables spin gcc >/dev/null
 
 clean: ## remove what make built
 	rm -rf $(BIN)
