@@ -227,5 +227,8 @@ func (h *Host) destroyReplica(s *ReplicaSpec) error {
 	if err := raftgroup.Destroy(cfg); err != nil {
 		return err
 	}
+	h.mu.Lock()
+	delete(h.rested, s.Replica)
+	h.mu.Unlock()
 	return s.Disk.Engine.DropVolume(s.Volume)
 }
