@@ -2,10 +2,12 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"path"
 	"runtime"
@@ -14,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -448,6 +451,7 @@ func TestOpenFails(t *testing.T) {
 	for _, part := range []string{"MANIFEST", "marker", "dbtmp", ".sst"} {
 		f := &failing{part: part, kinds: []errorfs.OpKind{errorfs.OpCreate, errorfs.OpFileSync, errorfs.OpFileSyncData}}
 		cfg := damageConfig(errorfs.Wrap(vfs.NewMem(), f))
+		cfg.Logger = slog.New(slowHandler{slog.DiscardHandler}) // the failing goroutine is late to let go of the lock
 		f.armed.Store(true)
 		_, err := Open(cfg)
 		require.ErrorIs(t, err, errorfs.ErrInjected, part)
@@ -456,6 +460,16 @@ func TestOpenFails(t *testing.T) {
 		require.NoError(t, err, part)
 		require.NoError(t, e.Close())
 	}
+}
+
+// slowHandler takes its time over each error.
+type slowHandler struct{ slog.Handler }
+
+func (slowHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelError }
+
+func (slowHandler) Handle(context.Context, slog.Record) error {
+	time.Sleep(5 * time.Millisecond)
+	return nil
 }
 
 // A disk that is full when Pebble writes its manifest, at any moment from the beginning of Open, is an

@@ -131,18 +131,22 @@ func open(cfg Config) (*Engine, error) {
 // openPebble opens Pebble. A fatal failure inside becomes an error, whichever goroutine it is on: what
 // Pebble starts while it opens, such as a flush of what it replayed, runs beside it. That goroutine then
 // ends, and so does the one that opens, which is why it is one of our own. A DB that failed so is
-// neither used nor closed: its Close would wait for the dead flush.
+// neither used nor closed: its Close would wait for the dead flush. When the goroutine that opens is the one
+// that failed, its end is waited for: only then has Pebble let go of the lock, and a retry can have it.
 func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error) {
 	var db *pebble.DB
 	var err error
 	done := make(chan struct{})
 	go func() {
 		defer close(done) // also when Fatalf ended the goroutine
-		db, err = pebble.Open(dir, opts)
+		db, err = h.runOpen(dir, opts)
 	}()
 	select {
 	case <-done:
-	case <-h.failed: // Pebble may wait for the flush that failed
+	case <-h.failed:
+		if h.openerFailed.Load() {
+			<-done
+		} // else Pebble may wait for the flush that failed
 	}
 	h.opening.Store(false)
 	if failure := h.check(); failure != nil {

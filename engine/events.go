@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -20,10 +21,11 @@ type health struct {
 	onFatal   func(error)
 	onCorrupt func(error)
 
-	opening atomic.Bool // Open is under way and turns a fatal failure into its error
-	once    sync.Once
-	failed  chan struct{} // closed after err is set
-	err     error         // read only once failed is closed
+	opening      atomic.Bool // Open is under way and turns a fatal failure into its error
+	openerFailed atomic.Bool // the failure was on the goroutine of runOpen; set before failed is closed
+	once         sync.Once
+	failed       chan struct{} // closed after err is set
+	err          error         // read only once failed is closed
 }
 
 // fatalPanic is what leaves Pebble after a failure from which it must not return.
@@ -127,8 +129,33 @@ func (h *health) Fatalf(format string, args ...any) {
 		}
 	}
 	opening := h.opening.Load()
+	if opening && inRunOpen() {
+		h.openerFailed.Store(true)
+	}
 	if h.fail(p) && !opening {
 		panic(p)
 	}
 	runtime.Goexit()
+}
+
+// runOpen is pebble.Open; Fatalf looks for it on its stack.
+//
+//go:noinline
+func (h *health) runOpen(dir string, opts *pebble.Options) (*pebble.DB, error) {
+	return pebble.Open(dir, opts)
+}
+
+// inRunOpen reports whether the calling goroutine is inside runOpen.
+func inRunOpen() bool {
+	pcs := make([]uintptr, 128)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs)])
+	for {
+		f, more := frames.Next()
+		if strings.HasSuffix(f.Function, "(*health).runOpen") {
+			return true
+		}
+		if !more {
+			return false
+		}
+	}
 }
