@@ -185,8 +185,11 @@ func (image) Close() error { return nil }
 // Size returns the length in bytes, whatever was read of it.
 func (i image) Size() int64 { return i.Reader.Size() }
 
+// Want implements raftgroup.StateMachine: always everything, which is little.
+func (m *machine) Want() []byte { return nil }
+
 // Image implements raftgroup.StateMachine.
-func (m *machine) Image() (raftgroup.Image, error) {
+func (m *machine) Image([]byte) (raftgroup.Image, error) {
 	b, err := m.view().encode()
 	if err != nil {
 		return nil, fmt.Errorf("image of the catalogue: %w", err)

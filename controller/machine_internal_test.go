@@ -101,7 +101,7 @@ func TestFlushSurvivesCrashes(t *testing.T) {
 			continue
 		}
 		if i%8 == 0 { // a restore in between, of what a leader would send
-			img, err := m.Image()
+			img, err := m.Image(nil)
 			require.NoError(t, err)
 			require.NoError(t, m.Restore(img))
 		}
@@ -191,7 +191,7 @@ func TestRestoreIsWhole(t *testing.T) {
 	source := newMachine(vfs.NewMem(), "x")
 	_, err := source.Apply([]raftgroup.Entry{testEntry(t, 1), testEntry(t, 2)})
 	require.NoError(t, err)
-	img, err := source.Image()
+	img, err := source.Image(nil)
 	require.NoError(t, err)
 	size := img.Size()
 	b, err := io.ReadAll(img)

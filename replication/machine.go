@@ -135,8 +135,11 @@ func (m *machine) Flush() (uint64, error) {
 	return st.AppliedIndex, nil
 }
 
+// Want implements raftgroup.StateMachine.
+func (m *machine) Want() []byte { return nil }
+
 // Image implements raftgroup.StateMachine.
-func (m *machine) Image() (raftgroup.Image, error) {
+func (m *machine) Image([]byte) (raftgroup.Image, error) {
 	img, err := m.vol.Image()
 	if err != nil {
 		return nil, fmt.Errorf("image of %s: %w", m.id, err)

@@ -177,7 +177,7 @@ func again(log []raftgroup.Entry, m *testMachine, rnd *rand.Rand) int {
 
 func restoreFrom(t *testing.T, to, from *testMachine) {
 	t.Helper()
-	img, err := from.Image()
+	img, err := from.Image(nil)
 	require.NoError(t, err)
 	b, err := io.ReadAll(img)
 	require.NoError(t, err)
@@ -263,7 +263,7 @@ func TestMachineRestoreKeepsFence(t *testing.T) {
 		_, err := m.Apply([]raftgroup.Entry{{Index: 7, Term: 2, Data: data}})
 		require.NoError(t, err)
 	}
-	img, err := old.Image()
+	img, err := old.Image(nil)
 	require.NoError(t, err)
 	require.Error(t, fenced.Restore(img))
 	require.NoError(t, img.Close())

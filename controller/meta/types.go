@@ -66,6 +66,10 @@ type Node struct {
 	Incarnation string           `json:"incarnation"`           // UUID drawn at each process start
 	LeaseUntil  time.Time        `json:"leaseUntil"`            // node lease; expired = considered down
 	Disks       []Disk           `json:"disks"`
+	// Cordoned nodes get no new replicas and keep no leadership that another can take; Draining ones are
+	// cordoned, and their replicas move elsewhere.
+	Cordoned bool `json:"cordoned,omitempty"`
+	Draining bool `json:"draining,omitempty"`
 	// Replaced are the incarnations before this one, newest last, at most replacedMax: a late
 	// registration of an old process must not fence the new one.
 	Replaced []string `json:"replaced,omitempty"`
@@ -91,7 +95,14 @@ const (
 	ReplicaCreating ReplicaState = "Creating" // wanted; the agent has not made it yet
 	ReplicaReady    ReplicaState = "Ready"    // made and durable: from now on its absence is a fault
 	ReplicaFaulted  ReplicaState = "Faulted"  // lost, damaged or on a wiped disk; see Reason
-	ReplicaRemoved  ReplicaState = "Removed"  // the agent has removed it (phase Deleting)
+	ReplicaRemoved  ReplicaState = "Removed"  // the agent has removed it (phase Deleting, or Retired)
+
+	// A replica that is added to a volume goes Joining → Filling → Ready, one that is taken away
+	// Leaving → Left, and is then Retired. At most one replica of a volume is in these states.
+	ReplicaJoining ReplicaState = "Joining" // wanted in addition; the agent has not made it yet
+	ReplicaFilling ReplicaState = "Filling" // made, empty; the leader adds it as a learner and promotes it once it has everything
+	ReplicaLeaving ReplicaState = "Leaving" // the leader takes it out of the group
+	ReplicaLeft    ReplicaState = "Left"    // no member of the group any more: only reported, see Volume.Retired
 )
 
 // Replica is one copy of a volume.
@@ -101,6 +112,8 @@ type Replica struct {
 	Disk   trivet.DiskID    `json:"disk"`
 	State  ReplicaState     `json:"state"`
 	Reason string           `json:"reason,omitempty"`
+	// Replaces names the replica that becomes Leaving once this one is Ready.
+	Replaces trivet.ReplicaID `json:"replaces,omitempty"`
 }
 
 // Attachment is the right of one node to do I/O on a volume.
@@ -127,6 +140,10 @@ type Volume struct {
 	Request   string            `json:"request"`          // fingerprint of the create request, for idempotency
 	Created   time.Time         `json:"created"`
 	Replicas  []Replica         `json:"replicas"`
+	// WantReplicas is how many Ready replicas the volume should have; 0 (an older record) = as many as it has.
+	WantReplicas int `json:"wantReplicas,omitempty"`
+	// Retired are replicas that left the group and whose data is still to be removed.
+	Retired []Replica `json:"retired,omitempty"`
 
 	// Epoch is the highest epoch reserved; FencedEpoch the highest that the volume's own group has
 	// committed. Attached is nil when no node holds the volume. A detach reserves an epoch too, so
@@ -162,9 +179,10 @@ func (v *Volume) Replica(id trivet.ReplicaID) *Replica {
 	return nil
 }
 
-// ReplicaOn returns the volume's replica on node, or nil. There is at most one.
+// ReplicaOn returns the volume's replica on node, or nil. There is at most one, except that a Faulted or
+// Leaving one may have its successor beside it; then it is the successor, which is the later in the list.
 func (v *Volume) ReplicaOn(node trivet.NodeID) *Replica {
-	for i := range v.Replicas {
+	for i := len(v.Replicas) - 1; i >= 0; i-- {
 		if v.Replicas[i].Node == node {
 			return &v.Replicas[i]
 		}
@@ -185,6 +203,7 @@ func (v *Volume) Clone() Volume {
 	c := *v
 	c.Params = maps.Clone(v.Params)
 	c.Replicas = slices.Clone(v.Replicas)
+	c.Retired = slices.Clone(v.Retired)
 	if v.Attached != nil {
 		a := *v.Attached
 		c.Attached = &a

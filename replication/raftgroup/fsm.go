@@ -123,7 +123,7 @@ func (f *fsm) pin() (img Image, index, term uint64, config groupConfig, err erro
 	if f.dead {
 		return nil, 0, 0, groupConfig{}, errDead
 	}
-	img, err = f.machine.Image()
+	img, err = f.machine.Image(nil)
 	if err != nil {
 		return nil, 0, 0, groupConfig{}, fmt.Errorf("pin an image: %w", err)
 	}

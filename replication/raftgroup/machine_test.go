@@ -150,7 +150,9 @@ type kvImage struct {
 func (i kvImage) Size() int64  { return i.size }
 func (i kvImage) Close() error { return nil }
 
-func (m *kv) Image() (raftgroup.Image, error) {
+func (m *kv) Want() []byte { return nil }
+
+func (m *kv) Image([]byte) (raftgroup.Image, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	b, err := json.Marshal(m.state)

@@ -30,6 +30,9 @@ const (
 	// EntryBytesMax is the largest proposal in bytes.
 	EntryBytesMax = 1 << 20
 
+	// WantBytesMax is the largest StateMachine.Want in bytes.
+	WantBytesMax = 1 << 10
+
 	// MembersMax is the largest number of members of one group, learners included.
 	MembersMax = 32
 
@@ -67,10 +70,16 @@ type StateMachine interface {
 	Applied() (index, term uint64)
 	// Flush makes everything applied durable and returns the applied index read back from durable state.
 	Flush() (index uint64, err error)
-	// Image pins a consistent image: the state at the Applied index of this moment.
-	Image() (Image, error)
-	// Restore replaces the state by an image. Durable when it returns. It may be repeated after a
-	// crash; until it has finished, Restoring is true, across restarts too.
+	// Want says what this machine has, so that another replica's Image can leave it out: at most
+	// WantBytesMax, meaningful to the same kind of machine only. nil = everything is wanted. While
+	// Restoring it also says how far the Restore got.
+	Want() []byte
+	// Image pins a consistent image: the state at the Applied index of this moment, or what turns the
+	// state of a machine with that Want into it.
+	Image(want []byte) (Image, error)
+	// Restore brings the state to that of an image. Durable when it returns. It may be repeated after a
+	// crash or an error, with another image made for the Want of then; until one has finished,
+	// Restoring is true, across restarts too.
 	Restore(r io.Reader) error
 	// Restoring reports an interrupted Restore (H5).
 	Restoring() bool

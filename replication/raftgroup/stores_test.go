@@ -247,9 +247,10 @@ func (i fakeImage) Read([]byte) (int, error) { return 0, errors.New("not read he
 func (i fakeImage) Close() error             { i.m.images--; return nil }
 func (i fakeImage) Size() int64              { return 123 }
 
-func (m *fakeMachine) Applied() (uint64, uint64) { return m.index, 2 }
-func (m *fakeMachine) Flush() (uint64, error)    { return m.flushed, m.err }
-func (m *fakeMachine) Image() (Image, error)     { m.images++; return fakeImage{m}, m.err }
+func (m *fakeMachine) Applied() (uint64, uint64)   { return m.index, 2 }
+func (m *fakeMachine) Flush() (uint64, error)      { return m.flushed, m.err }
+func (m *fakeMachine) Want() []byte                { return nil }
+func (m *fakeMachine) Image([]byte) (Image, error) { m.images++; return fakeImage{m}, m.err }
 func (m *fakeMachine) Apply(e []Entry) ([]any, error) {
 	m.got = append(m.got, e...)
 	m.index = e[len(e)-1].Index
