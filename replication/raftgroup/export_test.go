@@ -106,3 +106,10 @@ func LogBounds(g *Group) (first, last uint64) { return g.seglog.bounds() }
 
 // SnapshotIndex returns the index of the recorded snapshot.
 func SnapshotIndex(g *Group) uint64 { return g.snaps.record().index }
+
+// AppendCommitBody is an AppendEntries without entries that tells of a commit.
+func AppendCommitBody(term, prevIndex, prevTerm, commit uint64) []byte {
+	return mustAppend(&raft.AppendEntriesRequest{
+		Term: term, PrevLogEntry: prevIndex, PrevLogTerm: prevTerm, LeaderCommitIndex: commit,
+	})
+}

@@ -1,6 +1,7 @@
 package raftgroup
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ type fsm struct {
 	machine StateMachine
 	fatal   func(error)
 	failed  func() error // of the whole group
+	durable *durability
 
 	mu     sync.Mutex // held over Apply and Image, so that an image has the index that is read with it
 	config groupConfig
@@ -40,6 +42,7 @@ func (f *fsm) Apply(e *raft.Log) any { return f.ApplyBatch([]*raft.Log{e})[0] }
 // ApplyBatch hands committed entries on and returns one result for each. After a failure it applies
 // nothing more: a replica that misses one entry has diverged (raft-and-pebble.md, FSM errors).
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	f.awaitDurable(logs)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	results := make([]any, len(logs))
@@ -55,6 +58,15 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		results[i] = errDead
 	}
 	return results
+}
+
+// awaitDurable is gate 4 (durable.go): the state machine never gets ahead of the log on this disk (H4). A wait that
+// fails means that the disk did, which the guard knows of before ApplyBatch asks it.
+func (f *fsm) awaitDurable(logs []*raft.Log) {
+	last := logs[len(logs)-1].Index
+	if err := f.durable.wait(context.Background(), last); err != nil {
+		f.fatal(fmt.Errorf("apply entries up to %d: %w", last, err))
+	}
 }
 
 func (f *fsm) applyLocked(logs []*raft.Log, results []any) error {

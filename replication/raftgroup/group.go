@@ -151,13 +151,13 @@ func (g *Group) openStores() error {
 	if g.snaps, err = openSnapshots(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
 		return err
 	}
-	if g.store, err = newLogStore(g.seglog, g.guard, g.snaps.record().config); err != nil {
+	if g.store, err = newLogStore(g.seglog, g.guard, g.snaps.record().config, g.cfg.OverlapFlush); err != nil {
 		return err
 	}
 	g.store.onAppend = g.pokeCompact
 	applied, _ := g.cfg.Machine.Applied()
 	g.fsm = &fsm{
-		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed,
+		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed, durable: g.store.durable,
 		config: g.store.configAt(max(applied, g.snaps.record().index)),
 	}
 	g.snaps.fsm = g.fsm

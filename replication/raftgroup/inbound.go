@@ -133,6 +133,13 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 	if !ok {
 		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
 	}
+	if resp.Success && !isHeartbeat(req) {
+		// Gate 1 (durable.go). Also for a copy of a request, which stored nothing, and for one without entries: the
+		// leader takes either for proof that this log reaches so far.
+		if err := i.awaitDurable(ctx, req.PrevLogEntry+uint64(len(req.Entries))); err != nil {
+			return nil, err
+		}
+	}
 	reply := appendReply{
 		term: resp.Term, lastLog: resp.LastLog, stamp: i.g.stamp(),
 		success: resp.Success, noRetryBackoff: resp.NoRetryBackoff,
@@ -141,6 +148,19 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 		reply.promise = i.g.cfg.Timing.Heartbeat
 	}
 	return reply.encode(), nil
+}
+
+// awaitDurable waits for the log of this replica. The wait ends with this run of the library: its answer must not
+// leave once another may have a different log.
+func (i *instance) awaitDurable(ctx context.Context, index uint64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(i.t.ctx, cancel)
+	defer stop()
+	if err := i.g.store.durable.wait(ctx, index); err != nil {
+		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
+	}
+	return nil
 }
 
 // fastHeartbeat answers a heartbeat beside the library's main goroutine, which may be busy with the

@@ -102,8 +102,17 @@ func (l *groupLog) verify() error {
 // What is too much for one Append of the log goes in several. A crash between them leaves a prefix, of which
 // nobody was told, and never a hole: the first one drops the tail that is replaced, in the same step.
 func (l *groupLog) append(entries []*raft.Log) error {
-	var tickets []*segment.Ticket
-	var err error
+	tickets, err := l.queue(entries)
+	for _, t := range tickets { // after an error, too: what was taken must not come to the disk later
+		if failed := t.Err(); failed != nil {
+			err = failed // of a failed disk, which counts more than a full one
+		}
+	}
+	return err
+}
+
+// queue is append without the wait: the tickets are for parts of the entries, in order.
+func (l *groupLog) queue(entries []*raft.Log) (tickets []*segment.Ticket, err error) {
 	for len(entries) > 0 && err == nil {
 		n, bytes := 0, int64(0)
 		for ; n < len(entries); n++ {
@@ -118,12 +127,7 @@ func (l *groupLog) append(entries []*raft.Log) error {
 			entries = entries[n:]
 		}
 	}
-	for _, t := range tickets { // after an error, too: what was taken must not come to the disk later
-		if failed := t.Err(); failed != nil {
-			err = failed // of a failed disk, which counts more than a full one
-		}
-	}
-	return err
+	return tickets, err
 }
 
 func (l *groupLog) appendPart(entries []*raft.Log) (*segment.Ticket, error) {

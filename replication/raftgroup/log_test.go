@@ -42,7 +42,7 @@ func mustOpenLog(t *testing.T, dir segment.Dir) *segment.Log {
 
 func newTestStore(t *testing.T, log *segment.Log, guard *diskGuard) *logStore {
 	t.Helper()
-	s, err := newLogStore(newGroupLog(log, logGroup), guard, groupConfig{})
+	s, err := newLogStore(newGroupLog(log, logGroup), guard, groupConfig{}, false)
 	require.NoError(t, err)
 	return s
 }

@@ -21,6 +21,8 @@ type groupConfig struct {
 type logStore struct {
 	log      *groupLog
 	guard    *diskGuard
+	overlap  bool // Config.OverlapFlush
+	durable  *durability
 	onAppend func() // called after entries were stored, without locks
 
 	mu       sync.Mutex
@@ -36,12 +38,17 @@ var (
 
 // newLogStore takes the log over. base is the configuration of the snapshot. It returns ErrCorrupt
 // when a configuration in the log cannot be read: the library would panic on it.
-func newLogStore(log *groupLog, guard *diskGuard, base groupConfig) (*logStore, error) {
-	s := &logStore{log: log, guard: guard}
+func newLogStore(log *groupLog, guard *diskGuard, base groupConfig, overlap bool) (*logStore, error) {
+	s := &logStore{log: log, guard: guard, overlap: overlap}
+	first, last := log.bounds()
+	// An earlier run in this process may have left appends in the queue: they are no more durable for that.
+	if err := log.TruncateSuffix(last + 1); err != nil {
+		return nil, err
+	}
+	s.durable = newDurability(guard, last)
 	if base.index > 0 {
 		s.configs = append(s.configs, base)
 	}
-	first, last := log.bounds()
 	for index := max(first, base.index+1); index <= last; index++ {
 		_, typ, err := log.TermType(index)
 		if err != nil {
@@ -105,7 +112,8 @@ func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 // StoreLog stores one entry.
 func (s *logStore) StoreLog(e *raft.Log) error { return s.StoreLogs([]*raft.Log{e}) }
 
-// StoreLogs returns once the entries are on stable storage. Their data belongs to the log from then on.
+// StoreLogs returns once the entries are on stable storage, or, with OverlapFlush, once they are queued
+// (durable.go). Their data belongs to the log from then on.
 //
 // ErrNoSpace leaves the group alive, as nothing was written: a leader gives up leadership for it, and a
 // follower answers that it could not. But a follower that has deleted a tail for these entries would go on
@@ -125,9 +133,10 @@ func (s *logStore) StoreLogs(entries []*raft.Log) error {
 	s.mu.Lock()
 	cut := s.cut
 	s.mu.Unlock()
+	overlap := s.mayOverlap(configs)
 	var full error
 	err := s.guard.run("store entries", func() error {
-		err := s.log.append(entries)
+		err := s.put(entries, overlap)
 		if errors.Is(err, trivet.ErrNoSpace) && !cut {
 			full, err = err, nil
 		}
@@ -141,6 +150,38 @@ func (s *logStore) StoreLogs(entries []*raft.Log) error {
 		s.onAppend()
 	}
 	return nil
+}
+
+// mayOverlap reports whether an append need not wait for the disk. A configuration must: it counts from the moment
+// it is stored, and one that a crash takes back can leave a group that nobody can be elected in (docs/models). So
+// must all that a single voter stores, since its word alone commits.
+func (s *logStore) mayOverlap(configs []groupConfig) bool {
+	return s.overlap && len(configs) == 0 && voterN(s.latestConfig().members) > 1
+}
+
+// put appends, and keeps durable true.
+func (s *logStore) put(entries []*raft.Log, overlap bool) error {
+	if len(entries) == 0 {
+		return nil
+	}
+	first, last := entries[0].Index, entries[len(entries)-1].Index
+	if !overlap {
+		s.durable.cut(first) // whether it succeeds or not: a failed one may be there after all
+		err := s.log.append(entries)
+		if err == nil {
+			s.durable.stored(first, last)
+		}
+		return err
+	}
+	tickets, err := s.log.queue(entries)
+	if err != nil {
+		for _, t := range tickets {
+			err = errors.Join(err, t.Err())
+		}
+		s.durable.cut(first)
+		return err
+	}
+	return s.durable.queue(first, last, tickets[len(tickets)-1])
 }
 
 func (s *logStore) stored(entries []*raft.Log, configs []groupConfig) {
@@ -184,6 +225,7 @@ func (s *logStore) DeleteRange(lo, hi uint64) error {
 		if lo <= first {
 			return s.log.TrimPrefix(hi)
 		}
+		s.durable.cut(lo)
 		return s.log.TruncateSuffix(lo)
 	})
 }
@@ -194,6 +236,7 @@ func (s *logStore) install(index uint64, base groupConfig) error {
 	if err != nil {
 		return err
 	}
+	s.durable.reset(index)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.configs, s.cut = []groupConfig{base}, false

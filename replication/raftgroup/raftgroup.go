@@ -124,7 +124,10 @@ type Config struct {
 	// counted in pages of 4 KiB, as it takes them on the disk. 0 = 64 MiB.
 	// Up to four times as much is kept for followers that lag.
 	SnapshotBytes int64
-	Logger        *slog.Logger // nil = discard
+	// OverlapFlush lets a leader send entries while its own disk still flushes them; what is answered and applied
+	// still waits for both (durable.go). Members may differ in it.
+	OverlapFlush bool
+	Logger       *slog.Logger // nil = discard
 	// Fatal is told of an I/O error or a broken invariant and must stop the process. It is called
 	// once, with locks held: it must not call the group. If it returns, as in tests, the group answers
 	// nothing more. Must be set.

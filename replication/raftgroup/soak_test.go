@@ -27,7 +27,7 @@ func TestSoak(t *testing.T) {
 	}
 	for seed := range seeds {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { soak(t, uint64(seed)) })
+			synctest.Test(t, func(t *testing.T) { soak(t, uint64(seed), seed%2 == 1) })
 		})
 	}
 }
@@ -92,7 +92,7 @@ func (s *soakRun) step(t *testing.T, ctx context.Context, w *writer, rng *rand.R
 	pass(time.Duration(rng.IntN(200)) * time.Millisecond)
 }
 
-func soak(t *testing.T, seed uint64) {
+func soak(t *testing.T, seed uint64, overlap bool) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	c := newCluster(t, "a", "b", "c")
 	c.net.SetDefaultFaults(transport.Faults{
@@ -100,7 +100,7 @@ func soak(t *testing.T, seed uint64) {
 		Delay: transport.Exponential(5*time.Millisecond, time.Second),
 	})
 	snapshotBytes := int64(2<<10 + rng.IntN(16<<10))
-	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = snapshotBytes }
+	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes, cfg.OverlapFlush = snapshotBytes, overlap }
 	run := &soakRun{groups: map[string]*raftgroup.Group{}, kvs: map[string]*kv{}}
 	for _, n := range c.nodes {
 		require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
