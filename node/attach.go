@@ -193,7 +193,7 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, error) {
 	group, err := a.openGroup(replication.VolumeConfig{
 		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: epoch, IOTimeout: a.ioTimeout, Members: membersOf(v),
-		Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
+		ReadConsistency: readsOf(v), Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)

@@ -25,6 +25,11 @@ type machine struct {
 	reqs []request // scratch
 
 	view atomic.Pointer[engine.State] // as of the last commit; never changed in place
+	// newest is the index of the newest entry that a read may have seen the effect of: it rises before the
+	// commit, view after it.
+	newest atomic.Uint64
+	// restored is true while blocks may be newer than newest, at the end of a Restore.
+	restored atomic.Bool
 }
 
 var _ raftgroup.StateMachine = (*machine)(nil)
@@ -45,6 +50,7 @@ func (m *machine) load() error {
 		return fmt.Errorf("load state of %s at index %d: %w", m.id, st.AppliedIndex, err)
 	}
 	m.core = core{epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win}
+	m.newest.Store(max(m.newest.Load(), st.AppliedIndex))
 	m.view.Store(&st)
 	return nil
 }
@@ -84,6 +90,7 @@ func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
 	st.Session = m.core.win.append(nil)
+	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
 		return nil, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
 	}
@@ -150,6 +157,8 @@ func (m *machine) Image([]byte) (raftgroup.Image, error) {
 // Restore implements raftgroup.StateMachine.
 func (m *machine) Restore(r io.Reader) error {
 	before := m.view.Load().Epoch
+	m.restored.Store(true)
+	defer m.restored.Store(false)
 	if err := m.vol.Restore(r); err != nil {
 		return fmt.Errorf("restore %s: %w", m.id, err)
 	}

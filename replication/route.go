@@ -99,13 +99,13 @@ type attemptFunc func(ctx context.Context, node trivet.NodeID) (reply, error)
 
 // callLeader sends a request until a leader answers it. Errors other than ErrNotLeader and
 // ErrUnavailable are answers. When ctx ends it returns the cause together with the last failure.
-// read tells that a reply of a lower term than seen must not be used.
-func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc) error {
+// strong tells that a reply of a lower term than seen must not be used.
+func (v *Volume) callLeader(ctx context.Context, strong bool, attempt attemptFunc) error {
 	started := time.Now()
 	var heard uint64              // term of the newest leader that this node heard of and that was tried
 	for n, since := 0, 0; ; n++ { // since: attempts since then
 		node := v.route.node()
-		hint, err := v.try(ctx, n, node, read, attempt)
+		hint, err := v.try(ctx, n, node, strong, attempt)
 		if err == nil || !retryable(err) {
 			if n > 0 {
 				v.stats.pause(time.Since(started))
@@ -132,7 +132,7 @@ func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc)
 	}
 }
 
-func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, read bool, attempt attemptFunc) (
+func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, strong bool, attempt attemptFunc) (
 	hint trivet.NodeID, err error,
 ) {
 	actx, cancel := context.WithTimeout(ctx, min(attemptMin<<min(n, 8), attemptMax))
@@ -146,9 +146,10 @@ func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, read bool, 
 	case out.code == codeNotLeader:
 		return out.node, fmt.Errorf("node %s: %w", node, trivet.ErrNotLeader)
 	}
-	if err := v.route.accept(out.term); err != nil && read {
+	if err := v.route.accept(out.term); err != nil && strong {
 		return "", fmt.Errorf("node %s: %w", node, err)
 	}
+	v.note(out.index)
 	return "", nil
 }
 

@@ -38,6 +38,8 @@ type ClusterConfig struct {
 	// Skew, when set, is how fast each machine's clock runs its timers, 1 being right. Machines are told
 	// nothing of it, but followers do tell their leader how long they keep a promise.
 	Skew []float64
+	// ReadConsistency of what OpenVolume returns.
+	ReadConsistency trivet.ReadConsistency
 	// Authorize, when set, is every Host's.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
 	Logger    *slog.Logger // may be nil
@@ -218,15 +220,22 @@ func (c *Cluster) lead(ctx context.Context, f func(*replication.Replica) error) 
 func (c *Cluster) OpenVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration) (
 	*replication.Volume, error,
 ) {
-	return c.openVolume(node, epoch, ioTimeout, c.members)
+	return c.openVolume(node, epoch, ioTimeout, c.members, c.cfg.ReadConsistency)
+}
+
+// OpenVolumeWith is OpenVolume for reads of another consistency than the cluster's.
+func (c *Cluster) OpenVolumeWith(node trivet.NodeID, epoch trivet.Epoch, reads trivet.ReadConsistency) (
+	*replication.Volume, error,
+) {
+	return c.openVolume(node, epoch, 0, c.members, reads)
 }
 
 // openVolume opens a volume that asks only the given members.
 func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration,
-	members []raftgroup.Member,
+	members []raftgroup.Member, reads trivet.ReadConsistency,
 ) (*replication.Volume, error) {
 	cfg := replication.VolumeConfig{
-		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members,
+		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members, ReadConsistency: reads,
 		IOTimeout: ioTimeout, Network: c.Net.Node(node), Logger: c.cfg.Logger.With("node", node),
 	}
 	if node == ClientNode {

@@ -27,6 +27,8 @@ type Options struct {
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
 	// LyingDisks claim to have synced Raft's files and have not.
 	LyingDisks bool
+	// Session lets the holder read by trivet.ReadSession, whatever the seed says.
+	Session bool
 	// Only, when set, are the classes of faults to draw from, whatever the seed says.
 	Only   []Fault
 	Logger *slog.Logger
@@ -80,6 +82,7 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 		opts: opts, log: opts.Logger, swarm: drawSwarm(opts.Seed),
 		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
 	}
+	s.swarm.session = s.swarm.session || opts.Session
 	if len(opts.Only) > 0 {
 		s.swarm.only(opts.Only)
 	}
@@ -99,8 +102,13 @@ func (s *sim) sizeBytes() int64 { return int64(s.opts.BlockN) * trivet.BlockSize
 
 func (s *sim) run(ctx context.Context) (err error) {
 	s.log.Info("swarm", "seed", s.opts.Seed, "faults", fmt.Sprintf("%+v", s.swarm))
+	reads := trivet.ReadStrong
+	if s.session() {
+		reads = trivet.ReadSession
+	}
 	s.cluster, err = NewCluster(ctx, ClusterConfig{
-		Seed: s.opts.Seed, Replicas: s.swarm.replicas, SizeBytes: s.sizeBytes(),
+		ReadConsistency: reads,
+		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
 		LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
 	})

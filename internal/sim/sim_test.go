@@ -147,6 +147,20 @@ func TestSimFindsLyingDisks(t *testing.T) {
 	requireFound(t, func(o *sim.Options) { o.LyingDisks = true })
 }
 
+// The holder of an attachment that reads by session sees what a linearizable volume would show it, whichever
+// replica answers: judged by porcupine like everything else.
+func TestSimSession(t *testing.T) {
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprintf("seed=%d", seed+1), func(t *testing.T) {
+			t.Parallel()
+			o := options(t, seed+1)
+			o.Session = true
+			_, err := run(t, o)
+			require.NoError(t, err)
+		})
+	}
+}
+
 // requireFound breaks something and demands that one of a few seeds sees it.
 func requireFound(t *testing.T, spoil func(*sim.Options)) {
 	t.Helper()

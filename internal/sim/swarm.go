@@ -90,6 +90,7 @@ type swarm struct {
 	skew            []float64
 	unsyncedPercent int // -1: drawn anew at each crash
 	snapshotBytes   int64
+	session         bool // the holder reads by ReadSession
 	staleWriter     bool // a holder of an old epoch that never gives up
 }
 
@@ -133,6 +134,7 @@ func drawSwarm(seed uint64) swarm {
 	for i := range s.rates {
 		s.rates[i] *= min(1, ratesMax/sum)
 	}
+	s.session = rnd.IntN(5) == 0
 	return s
 }
 
