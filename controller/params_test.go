@@ -39,7 +39,7 @@ func TestParseParams(t *testing.T) {
 		{"bandwidth", map[string]string{"bandwidthLimit": "10Mi"}, with(func(p *params) { p.BandwidthLimit = 10 << 20 }), ""},
 		{"fstype", map[string]string{"csi.storage.k8s.io/fsType": "xfs"}, with(func(p *params) { p.FSType = "xfs" }), ""},
 		{"spread", map[string]string{"spread": "zone"}, with(func(p *params) { p.Spread = controller.SpreadZone }), ""},
-		{"reads", map[string]string{"readconsistency": "Session"}, with(func(p *params) { p.Reads = trivet.ReadSession }), ""},
+		{"reads", map[string]string{"readConsistency": "SESSION"}, with(func(p *params) { p.Reads = "session" }), ""},
 		{"strong reads", map[string]string{"readConsistency": "strong"}, def, ""},
 		{"stale reads", map[string]string{"readConsistency": "stale"}, def, `"stale"`},
 		{"metadata", map[string]string{
