@@ -45,10 +45,13 @@ var mayImport = map[string][]string{
 	"internal/sim":   {"engine", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},
 	"internal/chaos": {},
-	"deploy":         {},
-	"sanity":         {"internal/testutil", "server"},
-	"sanity/mount":   {"sanity"},
-	"sanity/block":   {"sanity"},
+	"internal/replbench": {
+		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
+	},
+	"deploy":       {},
+	"sanity":       {"internal/testutil", "server"},
+	"sanity/mount": {"sanity"},
+	"sanity/block": {"sanity"},
 }
 
 // homes says where a third-party library may be used outside tests: it stops at one package, so
