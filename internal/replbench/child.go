@@ -96,7 +96,8 @@ func (c *child) call(a ask) (answer, error) {
 		return answer{}, fmt.Errorf("%s: %s: %w", c.name, a.Do, err)
 	}
 	if !c.out.Scan() {
-		return answer{}, fmt.Errorf("%s: %s: it ended (see its log): %w", c.name, a.Do, errors.Join(c.out.Err(), io.ErrUnexpectedEOF))
+		err := errors.Join(c.out.Err(), io.ErrUnexpectedEOF)
+		return answer{}, fmt.Errorf("%s: %s: it ended (see its log): %w", c.name, a.Do, err)
 	}
 	var r answer
 	if err := json.Unmarshal(c.out.Bytes(), &r); err != nil {

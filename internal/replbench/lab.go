@@ -15,6 +15,8 @@ import (
 	"github.com/trivet-csi/trivet/internal/pki"
 )
 
+const pollEvery = 100 * time.Millisecond
+
 var nodeNames = []trivet.NodeID{"n1", "n2", "n3"}
 
 // lab is the three nodes, and three writers as their yardstick.
@@ -86,7 +88,7 @@ func (l *lab) startNode(ca *pki.CA, n trivet.NodeID) error {
 // up what they won.
 func (l *lab) awaitLeader() error {
 	l.leader = l.nodes[0]
-	for end := time.Now().Add(time.Minute); time.Now().Before(end) && l.ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end) && l.ctx.Err() == nil; time.Sleep(pollEvery) {
 		r, err := l.leader.call(ask{Do: "status"})
 		if err != nil {
 			return err

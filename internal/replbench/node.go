@@ -223,7 +223,8 @@ func (b *bench) addIdle(n int) error {
 	for ; b.idleN < n; b.idleN++ {
 		id := idleID(b.idleN)
 		spec := replication.ReplicaSpec{
-			Volume: id, Replica: replicaOn(b.name, id), Disk: b.replicationDisk(), SizeBytes: 1 << 30, Members: members(where, id),
+			Volume: id, Replica: replicaOn(b.name, id), Disk: b.replicationDisk(),
+			SizeBytes: 1 << 30, Members: members(where, id),
 		}
 		if err := errors.Join(b.host.CreateReplica(ctx, spec), b.host.OpenReplica(ctx, spec)); err != nil {
 			return err

@@ -59,7 +59,8 @@ func prewrite(f *os.File) error {
 // aligned returns n bytes that begin at a page, as O_DIRECT demands.
 func aligned(n int) []byte {
 	b := make([]byte, n+trivet.BlockSize)
-	skip := (trivet.BlockSize - int(uintptr(unsafe.Pointer(&b[0]))%trivet.BlockSize)) % trivet.BlockSize //nolint:gosec // alignment
+	past := int(uintptr(unsafe.Pointer(&b[0])) % trivet.BlockSize) //nolint:gosec // alignment
+	skip := (trivet.BlockSize - past) % trivet.BlockSize
 	return b[skip : skip+n]
 }
 

@@ -218,7 +218,8 @@ func TestCoalescer(t *testing.T) {
 		}
 		c := newCoalescer(n)
 		call := func(node trivet.NodeID, g trivet.VolumeID, stalled func() bool) (string, error) {
-			b, err := c.call(t.Context(), node, beat{group: g, from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}, stalled)
+			one := beat{group: g, from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}
+			b, err := c.call(t.Context(), node, one, stalled)
 			return string(b), err
 		}
 
