@@ -12,6 +12,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -19,7 +20,6 @@ import (
 const (
 	voterMaxDefault      = 3
 	snapshotBytesDefault = 4 << 20
-	segmentBytesMin      = 4 << 10
 )
 
 // CatalogueConfig says which node's member of the meta group to run, and on what.
@@ -35,7 +35,10 @@ type CatalogueConfig struct {
 	VoterMax int
 	// SnapshotBytes of log after which the state is written and the log cut. 0 = 4 MiB.
 	SnapshotBytes int64
-	Logger        *slog.Logger // nil = discard
+	// LogSegmentBytes is the size of the files of the catalogue's log (log.go), of which there are two or
+	// three. It counts when the log is made. 0 = 8 MiB, which takes the largest entry.
+	LogSegmentBytes int64
+	Logger          *slog.Logger // nil = discard
 	// Fatal is told of an I/O error or damage, and must stop the process. Must be set.
 	Fatal func(error)
 }
@@ -60,8 +63,8 @@ func (c *CatalogueConfig) Validate() error {
 		what = "fatal is nil"
 	case c.VoterMax < 0 || c.VoterMax > 0 && c.VoterMax%2 == 0:
 		what = fmt.Sprintf("%d voters: want an odd number", c.VoterMax)
-	case c.SnapshotBytes < 0:
-		what = "snapshot bytes are negative"
+	case c.SnapshotBytes < 0 || c.LogSegmentBytes < 0:
+		what = "snapshot bytes or log segment bytes are negative"
 	default:
 		return nil
 	}
@@ -79,7 +82,8 @@ type Catalogue struct {
 	log     *slog.Logger
 	machine *machine
 
-	openMu sync.Mutex // one Bootstrap, Prepare, Open or Close at a time; taken before mu
+	openMu  sync.Mutex   // one Bootstrap, Prepare, Open or Close at a time; taken before mu
+	metaLog *segment.Log // nil until needed; under openMu
 
 	mu     sync.Mutex
 	group  *raftgroup.Group // nil until open
@@ -107,6 +111,9 @@ func NewCatalogue(cfg CatalogueConfig) (*Catalogue, error) {
 	}
 	if cfg.SnapshotBytes == 0 {
 		cfg.SnapshotBytes = snapshotBytesDefault
+	}
+	if cfg.LogSegmentBytes == 0 {
+		cfg.LogSegmentBytes = logSegmentBytesDefault
 	}
 	if cfg.Timing.Heartbeat == 0 {
 		cfg.Timing.Heartbeat = time.Second // raftgroup's default, which our own waits go by
@@ -169,8 +176,12 @@ func (c *Catalogue) bootstrap(ctx context.Context) error {
 	case id.State == stateMember:
 		return fmt.Errorf("replica %s is a member: %w", id.Replica, trivet.ErrExists)
 	}
+	cfg, err := c.withLog(id)
+	if err != nil {
+		return err
+	}
 	alone := []raftgroup.Member{{Replica: id.Replica, Node: c.cfg.Node}}
-	if err := raftgroup.Create(c.groupConfig(id), alone); err != nil {
+	if err := raftgroup.Create(cfg, alone); err != nil {
 		return err
 	}
 	if err := c.start(id); err != nil {
@@ -213,7 +224,11 @@ func (c *Catalogue) prepare() (identity, error) {
 	if ok || err != nil {
 		return id, err // it may be the one that a bootstrap made, which Create would refuse
 	}
-	return id, raftgroup.Create(c.groupConfig(id), nil)
+	cfg, err := c.withLog(id)
+	if err != nil {
+		return id, err
+	}
+	return id, raftgroup.Create(cfg, nil)
 }
 
 // Open starts the member that Bootstrap or Prepare made; nil when it runs. ErrNotFound when there is
@@ -251,7 +266,11 @@ func (c *Catalogue) start(id identity) error {
 	if have := c.Local().Cluster(); have != "" && have != c.cfg.Cluster {
 		return fmt.Errorf("it is of cluster %s, not %s: %w", have, c.cfg.Cluster, trivet.ErrInvalid)
 	}
-	group, err := raftgroup.Open(c.groupConfig(id))
+	cfg, err := c.withLog(id)
+	if err != nil {
+		return err
+	}
+	group, err := raftgroup.Open(cfg)
 	if err != nil {
 		return err
 	}
@@ -276,12 +295,18 @@ func (c *Catalogue) Close() error {
 	again := c.closed
 	c.closed = true
 	c.mu.Unlock()
-	if group == nil || again {
+	if again {
 		return nil
 	}
-	stop()
-	err := group.Close()
-	<-done
+	var err error
+	if group != nil {
+		stop()
+		err = group.Close()
+		<-done
+	}
+	if c.metaLog != nil {
+		err = errors.Join(err, c.metaLog.Close())
+	}
 	return err
 }
 
@@ -321,12 +346,12 @@ func (c *Catalogue) running() *raftgroup.Group {
 	return c.group
 }
 
+// groupConfig returns what does without the log; withLog adds it.
 func (c *Catalogue) groupConfig(id identity) raftgroup.Config {
 	return raftgroup.Config{
 		Group: trivet.MetaGroup, Replica: id.Replica, FS: c.cfg.FS, Dir: c.cfg.FS.PathJoin(c.cfg.Dir, raftDir),
 		Network: c.cfg.Mux, Machine: c.machine, Timing: c.cfg.Timing, Logger: c.log, Fatal: c.cfg.Fatal,
 		IsMember: c.isMember, SnapshotBytes: c.cfg.SnapshotBytes,
-		SegmentBytes: max(c.cfg.SnapshotBytes/4, segmentBytesMin),
 	}
 }
 
@@ -367,7 +392,7 @@ func (c *Catalogue) newIdentity(state string) (identity, error) {
 		return identity{}, err
 	}
 	// A group without an identity is what is left of one: it must not get a new name and vote again.
-	for _, name := range []string{raftDir, snapshotFile} {
+	for _, name := range []string{raftDir, logDir, snapshotFile} {
 		if _, err := fs.Stat(fs.PathJoin(c.cfg.Dir, name)); err == nil {
 			return identity{}, fmt.Errorf("%s is there, but no file %s: %w", name, identityFile, trivet.ErrCorrupt)
 		}

@@ -56,7 +56,7 @@ func (g *group) boot(t *testing.T, id trivet.NodeID) *controller.Catalogue {
 	network := g.hub.Node(id)
 	c, err := controller.NewCatalogue(controller.CatalogueConfig{
 		Node: id, Cluster: clusterID, Dir: "data/meta", FS: g.disks[id], Network: network, Mux: raftgroup.NewMux(network),
-		Timing: timing, SnapshotBytes: g.snapshotBytes,
+		Timing: timing, SnapshotBytes: g.snapshotBytes, LogSegmentBytes: 256 << 10,
 		Fatal: func(err error) { t.Errorf("%s: fatal: %v", id, err) },
 	})
 	require.NoError(t, err)
@@ -421,6 +421,26 @@ func TestCloseEndsCalls(t *testing.T) {
 		require.ErrorIs(t, <-done, trivet.ErrClosed)
 		require.ErrorIs(t, c.Bootstrap(minute(t)), trivet.ErrClosed)
 		require.NoError(t, c.Close())
+	})
+}
+
+// TestLostLogIsRefused: a member whose log is gone has forgotten its votes. It does not come back under its name,
+// with or without the rest of its group (H10).
+func TestLostLogIsRefused(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		g := newGroup(t)
+		require.NoError(t, g.boot(t, "n1").Bootstrap(minute(t)))
+		g.kill(t, "n1")
+		require.NoError(t, g.disks["n1"].RemoveAll("data/meta/log"))
+		c := g.boot(t, "n1")
+		err := c.Open(t.Context())
+		require.ErrorIs(t, err, trivet.ErrCorrupt)
+		require.ErrorContains(t, err, "has forgotten its votes")
+		g.kill(t, "n1")
+		require.NoError(t, g.disks["n1"].Remove("data/meta/member"))
+		c = g.boot(t, "n1")
+		_, err = c.Prepare(t.Context())
+		require.ErrorIs(t, err, trivet.ErrCorrupt, "what is left of a member does not get a new name")
 	})
 }
 

@@ -19,7 +19,8 @@ import (
 //
 //	member      who this member of the meta group is (identity)
 //	catalogue   the state at some applied index (snapshot); the log above it is applied again
-//	raft/       the group's own: log, term and vote
+//	raft/       the group's own: who it is, and its snapshot record
+//	log/        its entries, term and vote (log.go)
 const (
 	identityFile = "member"
 	snapshotFile = "catalogue"

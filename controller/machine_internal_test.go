@@ -272,8 +272,8 @@ func bootCatalogue(t *testing.T, fs vfs.FS) (_ *Catalogue, end func()) {
 	network := hub.Node("n1")
 	cat, err := NewCatalogue(CatalogueConfig{
 		Node: "n1", Cluster: testCluster, Dir: "data/meta", FS: fs, Network: network, Mux: raftgroup.NewMux(network),
-		Timing: raftgroup.Timing{Heartbeat: 100 * time.Millisecond},
-		Fatal:  func(err error) { t.Errorf("fatal: %v", err) },
+		Timing: raftgroup.Timing{Heartbeat: 100 * time.Millisecond}, LogSegmentBytes: 256 << 10,
+		Fatal: func(err error) { t.Errorf("fatal: %v", err) },
 	})
 	require.NoError(t, err)
 	return cat, func() {

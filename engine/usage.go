@@ -10,8 +10,9 @@ import (
 )
 
 const (
-	// The reserve is what Trivet leaves free on a disk, so that flushes and compactions never meet its
-	// end: the larger of 5 % and 2 GiB, but at most 10 %, or a small disk would be all reserve (H26).
+	// The reserve is what Trivet leaves free on a disk, so that flushes and compactions, and new segments of the
+	// log, which is on the same filesystem, never meet its end: the larger of 5 % and 2 GiB, but at most 10 %,
+	// or a small disk would be all reserve (H26).
 	reserveDivisor    = 20
 	reserveBytesMin   = 2 << 30
 	reserveCapDivisor = 10

@@ -18,11 +18,12 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication"
 )
 
-// The files of a disk's directory. Everything below engine belongs to package engine, everything
-// below groups to package replication; the server may keep other folders beside them.
+// The files of a disk's directory. Everything below engine belongs to package engine, below log to
+// engine/segment, below groups to package replication; the server may keep other folders beside them.
 const (
 	superblockFile = "superblock"
 	lockFile       = "lock"
@@ -37,7 +38,11 @@ type DiskConfig struct {
 	Cluster    trivet.ClusterID // of this server
 	Node       trivet.NodeID    // of this server
 	CacheBytes int64            // block cache of the engine; 0 = the engine's default
-	Logger     *slog.Logger     // nil discards
+	// LogLanes and LogSegmentBytes are the shape of the log that FormatDisk makes: it takes two to three
+	// segments for each lane, and more while groups are far behind. 0 = by the size of the filesystem (log.go).
+	LogLanes        int
+	LogSegmentBytes int64
+	Logger          *slog.Logger // nil discards
 	// Fatal is called when the disk must not be used any more: an I/O error, or another process on
 	// it. The process has to stop. REQUIRES: not nil for OpenDisk.
 	Fatal func(error)
@@ -57,7 +62,7 @@ func (c *DiskConfig) Validate() error {
 	return nil
 }
 
-// Disk is an opened disk: its directory is locked against other processes and its engine runs.
+// Disk is an opened disk: its directory is locked against other processes, its log and its engine run.
 // It is safe for concurrent use.
 type Disk struct {
 	id     trivet.DiskID
@@ -65,6 +70,7 @@ type Disk struct {
 	place  place
 	lock   *os.File
 	holder holder
+	log    *segment.Log
 	engine *engine.Engine
 }
 
@@ -98,7 +104,14 @@ func FormatDisk(cfg DiskConfig) (trivet.DiskID, error) {
 		Cluster: cfg.Cluster, Node: cfg.Node, Disk: trivet.DiskID(trivet.NewUUID()),
 		Formatted: time.Now().UTC().Truncate(time.Second),
 	}
-	if err := writeSuperblock(cfg.Dir, &sb); err != nil {
+	err = formatLog(&cfg, sb.Disk)
+	if err == nil {
+		err = writeSuperblock(cfg.Dir, &sb)
+	}
+	if err == nil {
+		err = placeLog(cfg.Dir)
+	}
+	if err != nil {
 		return "", fmt.Errorf("format disk %s: %w", cfg.Dir, err)
 	}
 	return sb.Disk, nil
@@ -114,7 +127,7 @@ func checkFormattable(dir string) error {
 	}
 	for _, e := range entries {
 		switch e.Name() {
-		case lockFile, superblockFile + ".tmp", "lost+found":
+		case lockFile, superblockFile + ".tmp", logTmpDir, "lost+found":
 		default:
 			return fmt.Errorf("it is not empty (it holds %q); give an empty directory, or check that the right "+
 				"filesystem is mounted there: %w", e.Name(), trivet.ErrInvalid)
@@ -157,10 +170,10 @@ func writeSuperblock(dir string, sb *superblock) error {
 	return syncDir(dir)
 }
 
-// OpenDisk locks the disk, checks that it is this node's and in its place, and opens its engine.
+// OpenDisk locks the disk, checks that it is this node's and in its place, and opens its log and its engine.
 // Every error says what the operator should do. ErrNotFound: the directory is not formatted;
 // ErrInUse: another process has it; ErrInvalid: it belongs to another cluster or node, or is a copy;
-// ErrCorrupt: its superblock is damaged.
+// ErrCorrupt: its superblock is damaged, or its log is, or is gone.
 func OpenDisk(cfg DiskConfig) (*Disk, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open disk: %w", err)
@@ -204,12 +217,19 @@ func (d *Disk) start(cfg DiskConfig) error {
 	if err := d.writeHolder(cfg.Node); err != nil {
 		return err
 	}
+	log, err := openLog(&cfg, d.id)
+	if err != nil {
+		return err
+	}
 	e, err := engine.Open(engine.Config{
 		FS: vfs.Default, Dir: filepath.Join(d.dir, engineDir), CacheBytes: cfg.CacheBytes,
 		Logger: loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal,
 	})
-	d.engine = e
-	return err
+	if err != nil {
+		return errors.Join(err, log.Close())
+	}
+	d.log, d.engine = log, e
+	return nil
 }
 
 func readSuperblock(dir string) (*superblock, error) {
@@ -277,7 +297,8 @@ func (d *Disk) Verify() error {
 }
 
 // Usage returns the disk's record for the catalogue, with its size and what volumes may still use: the
-// free space above the engine's reserve (H26).
+// free space above the engine's reserve (H26). What the log has taken of the filesystem is not free, and the
+// files that it makes later are few: it recycles them.
 func (d *Disk) Usage() (meta.Disk, error) {
 	u, err := d.engine.Usage()
 	if err != nil {
@@ -289,7 +310,7 @@ func (d *Disk) Usage() (meta.Disk, error) {
 
 // replication returns the disk as package replication wants it.
 func (d *Disk) replication() replication.Disk {
-	return replication.Disk{ID: d.id, Dir: d.dir, FS: vfs.Default, Engine: d.engine}
+	return replication.Disk{ID: d.id, Dir: d.dir, FS: vfs.Default, Engine: d.engine, Log: d.log}
 }
 
 // replicas lists what lies on the disk, known to the catalogue or not.
@@ -309,9 +330,9 @@ func (d *Disk) replicas() (map[trivet.VolumeID]trivet.ReplicaID, error) {
 	return found, nil
 }
 
-// Close closes the engine and gives the directory free. REQUIRES: no replica on it runs.
+// Close closes engine and log and gives the directory free. REQUIRES: no replica on it runs.
 func (d *Disk) Close() error {
-	err := d.engine.Close()
+	err := errors.Join(d.engine.Close(), d.log.Close())
 	if cerr := d.lock.Close(); err == nil && !errors.Is(cerr, os.ErrClosed) {
 		err = cerr
 	}

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -21,7 +23,7 @@ const (
 func diskConfig(t *testing.T, dir string) DiskConfig {
 	t.Helper()
 	return DiskConfig{
-		Dir: dir, Cluster: testCluster, Node: testNode, CacheBytes: 1 << 20,
+		Dir: dir, Cluster: testCluster, Node: testNode, CacheBytes: 1 << 20, LogLanes: 1, LogSegmentBytes: 1 << 20,
 		Fatal: func(err error) { t.Errorf("fatal: %v", err) },
 	}
 }
@@ -78,6 +80,7 @@ func TestFormatTakesEmptyDirectoriesOnly(t *testing.T) {
 		{"interrupted format", "superblock.tmp", nil},
 		{"somebody's data", "notes.txt", trivet.ErrInvalid},
 		{"an engine without superblock", "engine", trivet.ErrInvalid},
+		{"a log without superblock", "log", trivet.ErrInvalid},
 		{"a disk", "superblock", trivet.ErrExists},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -89,6 +92,83 @@ func TestFormatTakesEmptyDirectoriesOnly(t *testing.T) {
 			_, err := FormatDisk(diskConfig(t, dir))
 			require.ErrorIs(t, err, tt.wantErr)
 		})
+	}
+}
+
+// A crash while formatting leaves an unfinished log, or a whole one that has not got its name yet.
+func TestFormatDiskCrash(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	tmp := filepath.Join(dir, logTmpDir)
+	require.NoError(t, os.Mkdir(tmp, 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(tmp, "seg-00-00000000"), make([]byte, 4096), 0o600))
+	_, err := FormatDisk(diskConfig(t, dir))
+	require.NoError(t, err, "no superblock was written: it is begun again")
+	require.NoDirExists(t, tmp)
+
+	require.NoError(t, os.Rename(filepath.Join(dir, logDir), tmp))
+	require.NoError(t, mustOpenDisk(t, dir).Close())
+	require.NoDirExists(t, tmp)
+	require.NoError(t, mustOpenDisk(t, dir).Close())
+}
+
+// H4: a disk without its log, or with that of another disk, does not open, nor with damage in its newest segment.
+func TestDiskNeedsItsLog(t *testing.T) {
+	t.Parallel()
+	dir, _ := mustFormat(t)
+	log := filepath.Join(dir, logDir)
+	other, _ := mustFormat(t)
+	require.NoError(t, os.Rename(log, log+"-away"))
+	_, err := OpenDisk(diskConfig(t, dir))
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
+	require.ErrorContains(t, err, "its log is gone")
+	require.ErrorContains(t, err, "format it anew")
+	require.NoDirExists(t, log)
+
+	require.NoError(t, os.Rename(filepath.Join(other, logDir), log))
+	_, err = OpenDisk(diskConfig(t, dir))
+	require.ErrorIs(t, err, trivet.ErrInvalid)
+	require.NoError(t, os.RemoveAll(log))
+
+	require.NoError(t, os.Rename(log+"-away", log))
+	d := mustOpenDisk(t, dir)
+	require.NoError(t, d.log.Group(1).SetStable(segment.Stable{Term: 1}))
+	require.NoError(t, d.Close(), "it writes an end mark, which vouches for the term")
+	entries, err := os.ReadDir(log)
+	require.NoError(t, err)
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(log, e.Name()))
+		require.NoError(t, err)
+		if at := bytes.LastIndex(b, []byte("trvtbat")); at > 0 { // the mark; the batch before it is one page
+			b[at-trivet.BlockSize+80] ^= 1
+		}
+		require.NoError(t, os.WriteFile(filepath.Join(log, e.Name()), b, 0o600))
+	}
+	_, err = OpenDisk(diskConfig(t, dir))
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
+	require.ErrorContains(t, err, "is damaged")
+}
+
+func TestLogShape(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		total   int64
+		lanes   int
+		segment int64
+	}{
+		{64 << 20, 1, 8 << 20},
+		{512 << 20, 2, 8 << 20},
+		{1 << 30, 4, 8 << 20},
+		{4 << 30, 4, 32 << 20},
+		{8 << 30, 4, 64 << 20},
+		{10 << 40, 4, 64 << 20},
+	} {
+		lanes, segmentBytes := logShape(tt.total)
+		assert.Equal(t, tt.lanes, lanes, "%d", tt.total)
+		assert.Equal(t, tt.segment, segmentBytes, "%d", tt.total)
+		if tt.total >= 512<<20 {
+			assert.LessOrEqual(t, int64(lanes)*segmentBytes*logFilesN, tt.total/10, "%d", tt.total)
+		}
 	}
 }
 

@@ -88,6 +88,7 @@ func (c *cluster) fatal(i int) func(error) {
 func (c *cluster) diskConfig(i int) DiskConfig {
 	return DiskConfig{
 		Dir: c.path(i, "disk"), Cluster: testCluster, Node: testNodeID(i), CacheBytes: 8 << 20, Fatal: c.fatal(i),
+		LogLanes: 1, LogSegmentBytes: 8 << 20,
 	}
 }
 

@@ -11,8 +11,10 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// superblockVersion is the format that this version writes and the newest that it reads (H36).
-const superblockVersion = 1
+// superblockVersion is the format that this version writes and the only one that it reads (H36). It tells how
+// the disk is laid out: since 2 the Raft logs of its groups are one shared log; on a disk of version 1 each
+// group had files of its own, which nothing reads any more.
+const superblockVersion = 2
 
 const (
 	superblockMagic    = "trivet superblock"
@@ -22,7 +24,7 @@ const (
 // superblock says whose a disk is. On disk it is three lines of text, so that an operator can read
 // it with cat:
 //
-//	trivet superblock 1                       magic and version
+//	trivet superblock 2                       magic and version
 //	{"cluster":"…","node":"…","disk":"…",…}   one line of JSON, fields in this order
 //	crc32c 0123abcd                           of the two lines above, line ends included
 //
@@ -99,7 +101,8 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	}
 	// The checksum is the same in every version, so an unknown version is known to be intact.
 	if want := fmt.Sprintf("%s %d", superblockMagic, superblockVersion); string(head) != want {
-		return nil, fmt.Errorf("superblock says %q, this version reads %q: %w", head, want, trivet.ErrInvalid)
+		return nil, fmt.Errorf("superblock says %q, this version reads %q; a disk of another version is not taken over, "+
+			"empty it and format it anew, and its replicas will be replaced: %w", head, want, trivet.ErrInvalid)
 	}
 	var s superblock
 	dec := json.NewDecoder(bytes.NewReader(body))

@@ -222,8 +222,8 @@ func (h *Host) destroyReplica(s *ReplicaSpec) error {
 		delete(h.replicas, s.Volume)
 		h.mu.Unlock()
 	}
-	// The group first: blocks without a log are refused by OpenReplica and CreateReplica, so a crash
-	// in between leaves nothing that could vote.
+	// The group first, with its entries, term and vote in the disk's log: blocks without a log are refused by
+	// OpenReplica and CreateReplica, so a crash in between leaves nothing that could vote.
 	if err := raftgroup.Destroy(cfg); err != nil {
 		return err
 	}

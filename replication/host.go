@@ -13,6 +13,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -76,6 +77,7 @@ type Disk struct {
 	Dir    string // groups live in Dir/groups/<volume id>
 	FS     vfs.FS // vfs.Default when nil
 	Engine *engine.Engine
+	Log    *segment.Log // the Raft logs of all its replicas; open for as long as they run
 }
 
 func (d *Disk) fs() vfs.FS {
@@ -225,6 +227,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Replica:       s.Replica,
 		FS:            fs,
 		Dir:           fs.PathJoin(s.Disk.Dir, "groups", s.Volume.String()),
+		Log:           s.Disk.Log,
 		Network:       h.cfg.Mux,
 		Timing:        h.cfg.Timing,
 		SnapshotBytes: h.cfg.SnapshotBytes,
@@ -240,8 +243,8 @@ func (s *ReplicaSpec) Validate() error {
 		return fmt.Errorf("replica spec: Volume is not set: %w", trivet.ErrInvalid)
 	case s.Replica == "":
 		return fmt.Errorf("replica spec of %s: Replica is not set: %w", s.Volume, trivet.ErrInvalid)
-	case s.Disk.Engine == nil || s.Disk.Dir == "":
-		return fmt.Errorf("replica spec of %s: Disk has no engine or no directory: %w", s.Volume, trivet.ErrInvalid)
+	case s.Disk.Engine == nil || s.Disk.Log == nil || s.Disk.Dir == "":
+		return fmt.Errorf("replica spec of %s: Disk has no engine, log or directory: %w", s.Volume, trivet.ErrInvalid)
 	}
 	return nil
 }

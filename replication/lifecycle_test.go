@@ -100,11 +100,12 @@ func TestReplicaContradictions(t *testing.T) {
 			require.NoError(t, s.Disk.FS.RemoveAll(groupDir(n, c)))
 		}, trivet.ErrNotFound, trivet.ErrCorrupt, "replace it by a replica with a new ID"},
 		{"log of another replica", func(t *testing.T, c *sim.Cluster, n *sim.Node, s *replication.ReplicaSpec) {
-			require.NoError(t, s.Disk.FS.RemoveAll(groupDir(n, c)))
-			id := trivet.ReplicaID("11111111-0000-4000-8000-000000000001")
-			require.NoError(t, raftgroup.Create(raftgroup.Config{
-				Group: c.Volume(), Replica: id, FS: s.Disk.FS, Dir: groupDir(n, c),
-			}, []raftgroup.Member{{Replica: id, Node: n.ID()}}))
+			cfg := raftgroup.Config{
+				Group: c.Volume(), Replica: s.Replica, FS: s.Disk.FS, Dir: groupDir(n, c), Log: s.Disk.Log,
+			}
+			require.NoError(t, raftgroup.Destroy(cfg))
+			cfg.Replica = "11111111-0000-4000-8000-000000000001"
+			require.NoError(t, raftgroup.Create(cfg, []raftgroup.Member{{Replica: cfg.Replica, Node: n.ID()}}))
 		}, trivet.ErrCorrupt, trivet.ErrCorrupt, "check that the right disk is mounted"},
 		{"blocks of another replica", func(t *testing.T, c *sim.Cluster, _ *sim.Node, s *replication.ReplicaSpec) {
 			require.NoError(t, s.Disk.Engine.DropVolume(c.Volume()))
@@ -113,7 +114,15 @@ func TestReplicaContradictions(t *testing.T) {
 		{"both gone", func(t *testing.T, c *sim.Cluster, n *sim.Node, s *replication.ReplicaSpec) {
 			require.NoError(t, s.Disk.Engine.DropVolume(c.Volume()))
 			require.NoError(t, s.Disk.FS.RemoveAll(groupDir(n, c)))
+		}, trivet.ErrNotFound, trivet.ErrCorrupt, "replace it by a replica with a new ID if it was ready before"},
+		{"all gone", func(t *testing.T, c *sim.Cluster, n *sim.Node, s *replication.ReplicaSpec) {
+			require.NoError(t, s.Disk.Engine.DropVolume(c.Volume()))
+			require.NoError(t, s.Disk.FS.RemoveAll(groupDir(n, c)))
+			require.NoError(t, s.Disk.Log.Group(c.Volume()).DeleteGroup())
 		}, trivet.ErrNotFound, nil, "replace it by a replica with a new ID if it was ready before"},
+		{"entries, term and vote gone", func(t *testing.T, c *sim.Cluster, _ *sim.Node, s *replication.ReplicaSpec) {
+			require.NoError(t, s.Disk.Log.Group(c.Volume()).DeleteGroup())
+		}, trivet.ErrCorrupt, nil, "replace it by a replica with a new ID"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -29,6 +29,11 @@ type Config struct {
 	Version   string        // of the binary, as CSI reports it
 	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
 
+	// LogLanes and LogSegmentBytes are the shape of the logs on disks that this server formats; 0 = by the
+	// size of the disk (node.DiskConfig). Throw-away clusters take less, to start faster.
+	LogLanes        int
+	LogSegmentBytes int64
+
 	// Timing of every Raft group. The zero value takes raftgroup's defaults.
 	Timing raftgroup.Timing
 	// IOTimeout bounds how long one request waits for a leader; 0 = 60 s.

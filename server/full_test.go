@@ -45,15 +45,17 @@ func TestFullDisk(t *testing.T) {
 		t.Skip("needs root: it mounts filesystems")
 	}
 	disks := []string{smallDisk(t, 1<<30), smallDisk(t, 1<<30), smallDisk(t, 1<<30)}
-	c := testutil.StartCluster(t, 3, func(i int, cfg *server.Config) { cfg.Disks = []string{disks[i]} })
-	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "full", SizeBytes: 850 << 20})
+	c := testutil.StartCluster(t, 3, func(i int, cfg *server.Config) {
+		cfg.Disks, cfg.LogLanes, cfg.LogSegmentBytes = []string{disks[i]}, 0, 0 // as the size of the disk has it
+	})
+	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "full", SizeBytes: 780 << 20})
 	require.NoError(t, err)
 	client, stop := serveNBD(t, c, 0, "full")
 	mustWrite(t, client, 0, 'k')
 
 	const chunk = 1 << 20
 	data, filled := make([]byte, chunk), int64(0)
-	for ; filled < 849; filled++ {
+	for ; filled < 779; filled++ {
 		for i := range data {
 			data[i] = byte(int64(i)*filled + filled + 1) // no two blocks alike
 		}

@@ -51,6 +51,7 @@ func (c certs) config(node string) server.Config {
 	cfg := server.DefaultConfig()
 	cfg.Node, cfg.Listen, cfg.DataDir = trivet.NodeID(node), "127.0.0.1:0", filepath.Join(c.t.TempDir(), "data")
 	cfg.CertsDir = c.dir(pki.RoleNode, node)
+	cfg.LogLanes, cfg.LogSegmentBytes = 1, 8<<20
 	cfg.Fatal = func(err error) { c.t.Errorf("fatal: %v", err) }
 	return cfg
 }

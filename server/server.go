@@ -138,7 +138,10 @@ func (s *Server) openDisks(context.Context) error {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("disk: %w", err)
 		}
-		cfg := node.DiskConfig{Dir: dir, Cluster: s.cluster, Node: s.cfg.Node, Logger: s.log, Fatal: s.cfg.Fatal}
+		cfg := node.DiskConfig{
+			Dir: dir, Cluster: s.cluster, Node: s.cfg.Node, LogLanes: s.cfg.LogLanes,
+			LogSegmentBytes: s.cfg.LogSegmentBytes, Logger: s.log, Fatal: s.cfg.Fatal,
+		}
 		if _, err := node.FormatDisk(cfg); err != nil && !errors.Is(err, trivet.ErrExists) {
 			return err
 		}

@@ -19,6 +19,12 @@ import (
 // devNodeN is the size of a throw-away cluster: the smallest that survives a death.
 const devNodeN = 3
 
+// The logs of a throw-away cluster are small, so that it starts at once and leaves the machine its room.
+const (
+	devLogLanes        = 2
+	devLogSegmentBytes = 16 << 20
+)
+
 func newDev(o *options) *cobra.Command {
 	var logLevel string
 	cmd := &cobra.Command{
@@ -93,6 +99,7 @@ func startDevNode(ctx context.Context, dir string, authority *pki.CA, name strin
 	cfg.Node, cfg.DataDir, cfg.CertsDir = trivet.NodeID(name), filepath.Join(home, "data"), filepath.Join(home, "certs")
 	cfg.Listen, cfg.Advertise = "127.0.0.1:0", ""
 	cfg.CSI = "unix://" + filepath.Join(home, "csi.sock")
+	cfg.LogLanes, cfg.LogSegmentBytes = devLogLanes, devLogSegmentBytes
 	for _, p := range peers {
 		cfg.Seeds = append(cfg.Seeds, p.Address())
 	}

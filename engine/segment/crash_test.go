@@ -163,7 +163,7 @@ func (j *journal) burst(rng *rand.Rand, l *Log, n int) error {
 		waits = append(waits, wait{id, state, ticket})
 	}
 	for _, w := range waits {
-		if err := w.ticket.wait(); err != nil {
+		if err := w.ticket.Err(); err != nil {
 			return err
 		}
 		j.mu.Lock()
@@ -471,7 +471,7 @@ func TestFatalOnce(t *testing.T) {
 	}
 	close(block)
 	for _, ticket := range tickets {
-		require.ErrorIs(t, ticket.wait(), io.ErrClosedPipe)
+		require.ErrorIs(t, ticket.Err(), io.ErrClosedPipe)
 	}
 	require.ErrorIs(t, l.Group(3).Append([]Entry{testEntry(1, 1, 1, 1, 0)}), io.ErrClosedPipe, "the other lane too")
 	require.ErrorIs(t, <-fatal, io.ErrClosedPipe)

@@ -39,7 +39,7 @@ func fill(t *testing.T, seed uint64) (*filled, *Log) {
 	do := func(id trivet.VolumeID, o op) {
 		ticket, err := o.start(l.Group(id))
 		require.NoError(t, err)
-		require.NoError(t, ticket.wait())
+		require.NoError(t, ticket.Err())
 		o.apply(f.models[id])
 	}
 	for id := trivet.VolumeID(1); id <= 4; id++ {

@@ -11,6 +11,10 @@ import (
 
 // Dir is the directory of a log: OSDir on a machine, MemDir in tests.
 type Dir interface {
+	// Make makes the directory, if it is not there. Only Format calls it: a log that is in use must not make
+	// its directory again, on the filesystem beneath the one that went away.
+	Make() error
+
 	// List returns the names of all files.
 	List() ([]string, error)
 
@@ -55,7 +59,7 @@ func isAligned(b []byte) bool {
 	return len(b)%pageBytes == 0 && uintptr(unsafe.Pointer(unsafe.SliceData(b)))%pageBytes == 0
 }
 
-// OSDir is a directory of the operating system. It is made if it is not there; its parent must be durable.
+// OSDir is a directory of the operating system; its parent must be durable.
 // Files are opened with O_DIRECT where the filesystem takes it.
 type OSDir struct {
 	path string
@@ -63,6 +67,9 @@ type OSDir struct {
 
 // NewOSDir returns the directory at path.
 func NewOSDir(path string) *OSDir { return &OSDir{path: path} }
+
+// Make implements Dir.
+func (d *OSDir) Make() error { return os.MkdirAll(d.path, 0o750) }
 
 // List implements Dir. A directory that is not there has no files.
 func (d *OSDir) List() ([]string, error) {
@@ -86,9 +93,6 @@ const createChunkBytes = 1 << 20
 // Create implements Dir. The zeroes are written, not only set aside: a write into space that was set aside
 // makes the filesystem convert it, which costs a journal commit with every flush.
 func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
-	if err := os.MkdirAll(d.path, 0o750); err != nil {
-		return nil, err
-	}
 	path := filepath.Join(d.path, name)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o640)
 	if err != nil {
@@ -102,7 +106,7 @@ func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, err
+		return nil, errors.Join(err, os.Remove(path)) // a disk that is full may need the room
 	}
 	if err := d.Sync(); err != nil {
 		return nil, err

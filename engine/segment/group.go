@@ -48,7 +48,8 @@ func (t *Ticket) Wait(ctx context.Context) error {
 	}
 }
 
-func (t *Ticket) wait() error {
+// Err waits for the outcome, and returns what Wait does.
+func (t *Ticket) Err() error {
 	<-t.done
 	return t.err
 }
@@ -70,17 +71,18 @@ type Group struct {
 // change shows as ErrCorrupt (H25).
 //
 // It returns ErrInvalid for entries that do not follow or are together larger than a quarter of a segment, and
-// ErrNoSpace when the lane holds too many entries; then nothing was done.
+// ErrNoSpace when the lane holds too many entries, or the disk has no room for another file and what is there
+// is nearly used up; then nothing was done, and trimming makes room.
 func (g *Group) Append(entries []Entry) error {
 	t, err := g.AppendAsync(entries)
 	if err != nil {
 		return err
 	}
-	return t.wait()
+	return t.Err()
 }
 
 // AppendAsync is Append without the wait: Read finds the entries at once, and the ticket waits for the
-// disk. It blocks while Options.QueueBytes are queued.
+// disk. It blocks while Options.QueueBytes are queued, and while a file that it needs is being made.
 func (g *Group) AppendAsync(entries []Entry) (*Ticket, error) {
 	records := make([]*record, len(entries), len(entries)+1)
 	for i := range entries {
@@ -94,13 +96,17 @@ func (g *Group) AppendAsync(entries []Entry) (*Ticket, error) {
 		}
 		records[i] = r
 	}
-	if _, total := batchBytes(records); total+recordHeaderBytes > g.lane.log.shape.appendMax() {
+	_, total := batchBytes(records)
+	if total+recordHeaderBytes > g.lane.log.shape.appendMax() {
 		return nil, fmt.Errorf("append to %s: %d bytes, at most %d: %w",
 			g.id, total, g.lane.log.shape.appendMax(), trivet.ErrInvalid)
 	}
 	return g.submit("append to", func() ([]*record, error) {
 		if len(records) == 0 {
 			return nil, nil
+		}
+		if err := g.lane.admitLocked(total); err != nil {
+			return nil, err
 		}
 		if err := g.lane.roomForLocked(int64(len(records))); err != nil {
 			return nil, err
@@ -191,7 +197,7 @@ func (g *Group) changeNow(what string, r *record, skip func() bool) error {
 	if err != nil {
 		return err
 	}
-	return t.wait()
+	return t.Err()
 }
 
 // TruncateSuffix drops the entries from index on, durably. Beyond the last there is nothing to do; at or
@@ -201,7 +207,7 @@ func (g *Group) TruncateSuffix(from uint64) error {
 	if err != nil {
 		return err
 	}
-	return t.wait()
+	return t.Err()
 }
 
 // TruncateSuffixAsync is TruncateSuffix without the wait.
@@ -275,4 +281,25 @@ func (g *Group) TermType(index uint64) (term uint64, typ byte, err error) {
 		return 0, 0, fmt.Errorf("entry %d of %s: %w", index, g.id, trivet.ErrNotFound)
 	}
 	return at.term, at.typ, nil
+}
+
+// BytesAfter returns what the entries after an index take of the disk, each counted in whole pages: that is
+// what a lone one takes, and of many together it is not much more.
+func (g *Group) BytesAfter(index uint64) int64 {
+	g.lane.mu.Lock()
+	defer g.lane.mu.Unlock()
+	s := &g.accepted
+	skip := uint64(0)
+	if index >= s.first {
+		skip = min(index-s.first+1, uint64(len(s.refs)))
+	}
+	var sum int64
+	for _, at := range s.refs[skip:] {
+		bytes := at.at.bytes()
+		if !at.durable {
+			bytes = at.entry.headBytes() + int64(len(at.entry.payload))
+		}
+		sum += alignUp(bytes, pageBytes)
+	}
+	return sum
 }

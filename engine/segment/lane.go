@@ -24,9 +24,9 @@ type lane struct {
 	log  *Log
 	id   int
 	wake chan struct{} // holds one token
-	room *sync.Cond    // of mu: the queue got shorter, or the lane ended
+	room *sync.Cond    // of mu: the queue got shorter, a new file is there or failed, or the lane ended
 
-	// The writer's own.
+	// The writer's own. It changes pos and begun with mu.
 	buf    []byte
 	pos    int64 // end of the batches in cur: all before it is durable
 	marked bool  // nothing was written since the end was marked
@@ -37,7 +37,8 @@ type lane struct {
 	hold       bool
 	queue      []*request
 	queueBytes int64
-	writing    bool // requests were taken from the queue and are not answered yet
+	takenBytes int64 // of requests that were taken from the queue and are not answered yet
+	writing    bool  // there are such
 	groups     map[trivet.VolumeID]*Group
 	entriesN   int64 // accepted
 
@@ -46,9 +47,10 @@ type lane struct {
 	free        []*slot  // files without a segment
 	broken      []string // names of files that a crash left unfinished
 	slots       uint64   // every slot number is below it
-	preparing   bool
-	spare       chan prepared // holds one
-	collectable bool          // a segment may have become free
+	preparing   bool     // a file is being made
+	prepareErr  error    // of the last one
+	preparedAt  time.Time
+	collectable bool // a segment may have become free
 
 	fifo       []*ref // of entries in memory, oldest first; those without an entry count as gone
 	cachedN    int
@@ -84,7 +86,7 @@ type request struct {
 
 func newLane(log *Log, id int) *lane {
 	l := &lane{
-		log: log, id: id, wake: make(chan struct{}, 1), spare: make(chan prepared, 1),
+		log: log, id: id, wake: make(chan struct{}, 1),
 		groups: map[trivet.VolumeID]*Group{}, segments: map[uint64]*segment{}, hold: log.opts.Hold, collectable: true,
 	}
 	l.room = sync.NewCond(&l.mu)
@@ -140,10 +142,19 @@ func (l *lane) waitRoomLocked() error {
 	}
 }
 
-// roomForLocked returns ErrNoSpace when the checkpoint of a new segment could not hold more entries.
+// checkpointBytesLocked bounds the checkpoint of a segment that begins when so many entries more are there.
+func (l *lane) checkpointBytesLocked(entriesN int64) int64 {
+	return checkpointHeaderBytes + int64(len(l.groups))*groupBytesMax + (l.entriesN+entriesN)*entryRefBytes
+}
+
+// roomForLocked returns ErrNoSpace when the checkpoint of a new segment could not hold more entries. Entries
+// leave a sixteenth to terms and votes of new groups.
 func (l *lane) roomForLocked(entriesN int64) error {
-	bytes := checkpointHeaderBytes + int64(len(l.groups))*groupBytesMax + (l.entriesN+entriesN)*entryRefBytes
-	if bytes > l.log.shape.checkpointMax() {
+	limit := l.log.shape.checkpointMax()
+	if entriesN > 0 {
+		limit -= limit / 16
+	}
+	if l.checkpointBytesLocked(entriesN) > limit {
 		return fmt.Errorf("lane %d holds %d entries of %d groups, trim some: %w",
 			l.id, l.entriesN, len(l.groups), trivet.ErrNoSpace)
 	}
@@ -259,7 +270,7 @@ func (l *lane) take() []*request {
 		l.queue = nil
 	}
 	l.queueBytes -= bytes
-	l.writing = n > 0
+	l.takenBytes, l.writing = bytes, n > 0
 	l.room.Broadcast()
 	return reqs
 }
@@ -277,7 +288,7 @@ func (l *lane) commit(reqs []*request) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.writing = false
+	l.takenBytes, l.writing = 0, false
 }
 
 // held tells that the mark must wait for Release: it would need a new file, with each restart one more.

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -221,7 +222,7 @@ func TestCacheForgetsASuffix(t *testing.T) {
 	do := func(o op) {
 		ticket, err := o.start(g)
 		require.NoError(t, err)
-		require.NoError(t, ticket.wait())
+		require.NoError(t, ticket.Err())
 		o.apply(m)
 		require.NoError(t, m.matches(g), o.what)
 	}
@@ -463,6 +464,86 @@ func TestTooManyEntries(t *testing.T) {
 	require.Equal(t, []uint64{n/2 + 1, n}, []uint64{first, last})
 }
 
+// A disk without room for another file refuses entries in time: the log is not poisoned, terms, votes and trims
+// still reach the disk, and what they free is used again. With room again it goes on by itself (H26).
+func TestFullDiskRefusesEntries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, dir := newTestLog(t)
+		g, idle := l.Group(2), l.Group(4)
+		require.NoError(t, g.Append([]Entry{testEntry(1, 1, 1, 0, 1)}))
+		dir.SetHook(func(op MemOp) MemFault {
+			if op.Kind == MemCreate {
+				return MemFault{Err: syscall.ENOSPC}
+			}
+			return MemFault{}
+		})
+		n := uint64(1)
+		fill := func() {
+			for err := error(nil); err == nil; {
+				err = g.Append([]Entry{testEntry(n+1, n+1, 1, 0, 1)})
+				if err == nil {
+					n++
+				} else {
+					require.ErrorIs(t, err, trivet.ErrNoSpace)
+				}
+			}
+			require.NoError(t, l.Err())
+		}
+		fill()
+		require.ErrorIs(t, idle.Append([]Entry{testEntry(1, 1, 1, 0, 1)}), trivet.ErrNoSpace)
+		require.NoError(t, idle.SetStable(Stable{Term: 3, VoteTerm: 3, Vote: "n"}))
+		before := n
+		require.NoError(t, g.TrimPrefix(n-1))
+		fill()
+		require.Greater(t, n, before, "what was trimmed is used again")
+
+		dir.SetHook(nil)
+		require.ErrorIs(t, g.Append([]Entry{testEntry(n+1, n+1, 1, 0, 1)}), trivet.ErrNoSpace, "it was just asked")
+		<-time.After(prepareEvery)
+		for range 40 {
+			require.NoError(t, g.Append([]Entry{testEntry(n+1, n+1, 1, 0, 1)}))
+			n++
+		}
+		require.NoError(t, l.Close())
+		l = mustOpen(t, testOptions(dir, 2))
+		_, last := l.Group(2).FirstLast()
+		require.Equal(t, n, last)
+		require.Equal(t, uint64(3), l.Group(4).Stable().Term)
+		require.NoError(t, l.Close())
+	})
+}
+
+// A full disk while much is queued: entries that were taken have a place, so nothing is poisoned.
+func TestFullDiskNeverSurprisesTheWriter(t *testing.T) {
+	l, dir := newTestLog(t)
+	dir.SetHook(func(op MemOp) MemFault {
+		if op.Kind == MemCreate {
+			return MemFault{Err: syscall.ENOSPC}
+		}
+		return MemFault{}
+	})
+	var wg sync.WaitGroup
+	for id := range trivet.VolumeID(16) {
+		wg.Go(func() {
+			var tickets []*Ticket
+			for i := uint64(1); ; i++ {
+				ticket, err := l.Group(id).AppendAsync([]Entry{testEntry(i, i, 1, 100, int(id%3))})
+				if err != nil {
+					assert.ErrorIs(t, err, trivet.ErrNoSpace)
+					break
+				}
+				tickets = append(tickets, ticket)
+			}
+			for _, ticket := range tickets {
+				assert.NoError(t, ticket.Err())
+			}
+		})
+	}
+	wg.Wait()
+	require.NoError(t, l.Err())
+	require.NoError(t, l.Close())
+}
+
 // Many goroutines on many groups, for the race detector; each group is its own goroutine's.
 func TestConcurrency(t *testing.T) {
 	l, dir := newTestLog(t, func(o *Options) { o.CacheBytes = 64 << 10 })
@@ -481,7 +562,7 @@ func TestConcurrency(t *testing.T) {
 				}
 				o.apply(models[i])
 				if rng.IntN(3) == 0 {
-					assert.NoError(t, ticket.wait())
+					assert.NoError(t, ticket.Err())
 				}
 				if !assert.NoError(t, sloppy(g, models[i], rng)) {
 					return
@@ -604,7 +685,7 @@ func TestOSDir(t *testing.T) {
 		require.NoError(t, err)
 		o.apply(m)
 		if i%10 == 0 {
-			require.NoError(t, ticket.wait())
+			require.NoError(t, ticket.Err())
 			require.NoError(t, m.matches(l.Group(5)))
 		}
 		if i%100 == 99 {

@@ -117,6 +117,7 @@ type Log struct {
 
 	randMu    sync.Mutex // held over opts.Rand
 	failed    atomic.Pointer[failure]
+	failedCh  chan struct{} // closed once failed is set
 	closeOnce sync.Once
 	closeErr  error
 }
@@ -143,7 +144,11 @@ func Format(opts Options) error {
 		return err
 	}
 	opts = opts.withDefaults()
-	names, err := opts.Dir.List()
+	err := opts.Dir.Make()
+	var names []string
+	if err == nil {
+		names, err = opts.Dir.List()
+	}
 	if err != nil {
 		return fmt.Errorf("format log: %w", err)
 	}
@@ -201,7 +206,7 @@ func Open(opts Options) (*Log, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	l := &Log{opts: opts.withDefaults(), stop: make(chan struct{})}
+	l := &Log{opts: opts.withDefaults(), stop: make(chan struct{}), failedCh: make(chan struct{})}
 	if err := l.recover(); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
@@ -234,6 +239,17 @@ func (l *Log) Groups() []trivet.VolumeID {
 	return out
 }
 
+// AppendBytesMax returns how much one Append may put into the log: a quarter of a segment, record headers
+// (at most 64 bytes each, but for descriptions of blocks) and two pages included.
+func (l *Log) AppendBytesMax() int64 { return l.shape.appendMax() }
+
+// Failed returns a channel that is closed when the log is poisoned, so that who has nothing to write hears
+// of it too. Err then says why.
+func (l *Log) Failed() <-chan struct{} { return l.failedCh }
+
+// Err returns the error that poisoned the log, nil when none did.
+func (l *Log) Err() error { return l.failure() }
+
 // failure returns the error that poisoned the log, nil when none did.
 func (l *Log) failure() error {
 	if f := l.failed.Load(); f != nil {
@@ -248,6 +264,7 @@ func (l *Log) fail(err error) error {
 	if !l.failed.CompareAndSwap(nil, &failure{err}) {
 		return l.failure()
 	}
+	close(l.failedCh)
 	for _, lane := range l.lanes {
 		lane.wakeAll()
 	}

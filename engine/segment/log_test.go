@@ -39,7 +39,7 @@ func TestModel(t *testing.T) {
 		require.NoError(t, err, "step %d: %s", i, o.what)
 		o.apply(m)
 		if rng.IntN(4) == 0 {
-			require.NoError(t, ticket.wait(), "step %d: %s", i, o.what)
+			require.NoError(t, ticket.Err(), "step %d: %s", i, o.what)
 			require.NoError(t, m.matches(l.Group(id)), "step %d: %s", i, o.what)
 		}
 		if rng.IntN(400) == 0 {

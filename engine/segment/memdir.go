@@ -147,6 +147,9 @@ func (d *MemDir) faultLocked(op MemOp) MemFault {
 	return d.hook(op)
 }
 
+// Make implements Dir.
+func (d *MemDir) Make() error { return nil }
+
 // List implements Dir.
 func (d *MemDir) List() ([]string, error) {
 	d.mu.Lock()

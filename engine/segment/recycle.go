@@ -5,17 +5,57 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
+	"time"
+
+	"github.com/trivet-csi/trivet"
 )
 
 // keepRecent is how many segments before the current one are never emptied by carrying entries forward:
 // most of what they hold will be trimmed soon.
 const keepRecent = 2
 
-// prepared is a new file, or why there is none.
-type prepared struct {
-	name string
-	slot *slot
-	err  error
+// prepareEvery is how often at most a full disk is asked again for a new file by entries that it refuses.
+const prepareEvery = time.Second
+
+// admitLocked returns once so many bytes of entries are sure to find a place, ErrNoSpace when there is no room
+// for the file that they would need. So a full disk refuses entries while the log still works: what trims
+// it, terms and votes have an eighth of a segment to themselves, and garbage is recycled (H26).
+func (l *lane) admitLocked(bytes int64) error {
+	for {
+		if err := l.usableLocked(); err != nil {
+			return err
+		}
+		if l.fitsLocked(bytes) {
+			return nil
+		}
+		l.collectLocked()
+		switch full := errors.Is(l.prepareErr, syscall.ENOSPC) || errors.Is(l.prepareErr, syscall.EDQUOT); {
+		case l.fitsLocked(bytes):
+			return nil
+		case l.preparing:
+			l.room.Wait()
+		case full && time.Since(l.preparedAt) < prepareEvery:
+			return fmt.Errorf("lane %d: %v: %w", l.id, l.prepareErr, trivet.ErrNoSpace)
+		case l.prepareErr != nil && !full:
+			return nil // the writer tries again, and fails for good
+		default:
+			l.prepareLocked()
+		}
+	}
+}
+
+// fitsLocked reports that the current segment and the files that are ready have room for what waits and for
+// so many bytes more. Of a new segment it counts what checkpoint, carried entries and a last batch that does not
+// fit leave.
+func (l *lane) fitsLocked(bytes int64) bool {
+	size := l.log.shape.segmentBytes
+	each := size - pageBytes - alignUp(l.checkpointBytesLocked(0), pageBytes) - size/8 - size/4
+	room := int64(len(l.free)) * max(each, 0)
+	if l.begun {
+		room += size - l.pos
+	}
+	return l.takenBytes+l.queueBytes+bytes+2*pageBytes <= room-size/8
 }
 
 // roll begins the next segment. Until its header and checkpoint are durable the one before stays whole and
@@ -32,12 +72,12 @@ func (l *lane) roll() error {
 	}
 	seg := &segment{slot: *next, number: h.number, incarnation: h.incarnation}
 	l.mu.Lock()
-	l.segments[seg.number], l.cur, l.pos = seg, seg, pos
+	l.segments[seg.number], l.cur, l.pos, l.begun = seg, seg, pos, true
 	l.collectable = true
 	l.stats.Rolls++
 	l.stats.WrittenBytes += pos
 	l.mu.Unlock()
-	l.begun, l.marked = true, true // the checkpoint says all that was before
+	l.marked = true // the checkpoint says all that was before
 	return l.carryForward()
 }
 
@@ -56,29 +96,26 @@ func (l *lane) checkpoint() []groupCheckpoint {
 	return out
 }
 
-// takeFree returns a file for the next segment: a recycled one, else a new one.
+// takeFree returns a file for the next segment: a recycled one, else a new one. What failed while nobody
+// waited for it is tried once more: a disk was full.
 func (l *lane) takeFree() (*slot, error) {
-	for {
-		l.mu.Lock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for tried := false; ; {
 		l.collectLocked()
-		if len(l.free) > 0 {
+		switch {
+		case len(l.free) > 0:
 			s := l.free[0]
 			l.free = l.free[1:]
-			l.mu.Unlock()
 			return s, nil
+		case l.preparing:
+		case tried:
+			return nil, l.prepareErr
+		default:
+			tried = true
+			l.prepareLocked()
 		}
-		ahead := l.preparing
-		l.prepareLocked()
-		l.mu.Unlock()
-		p := <-l.spare
-		l.mu.Lock()
-		if l.preparing = false; p.slot == nil {
-			l.broken = append(l.broken, p.name)
-		}
-		l.mu.Unlock()
-		if p.err == nil || !ahead { // what failed while nobody waited may succeed now: a disk was full
-			return p.slot, p.err
-		}
+		l.room.Wait()
 	}
 }
 
@@ -129,11 +166,16 @@ func (l *lane) prepareLocked() {
 	}
 	l.log.wg.Go(func() {
 		f, err := l.log.opts.Dir.Create(name, l.log.shape.segmentBytes)
+		l.mu.Lock()
+		defer l.mu.Unlock()
 		if err != nil {
-			l.spare <- prepared{name: name, err: fmt.Errorf("create %s: %w", name, err)}
-			return
+			err = fmt.Errorf("create %s: %w", name, err)
+			l.broken = append(l.broken, name)
+		} else {
+			l.free = append(l.free, &slot{name: name, file: f})
 		}
-		l.spare <- prepared{name: name, slot: &slot{name: name, file: f}}
+		l.preparing, l.prepareErr, l.preparedAt = false, err, time.Now()
+		l.room.Broadcast()
 	})
 }
 
@@ -230,16 +272,9 @@ func (l *lane) unpinLocked(s *segment) {
 
 // closeFiles closes all files. The writer and the makers of files have ended.
 func (l *lane) closeFiles() error {
-	var err error
-	select {
-	case p := <-l.spare:
-		if p.slot != nil {
-			err = p.slot.file.Close()
-		}
-	default:
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	var err error
 	for _, s := range l.segments {
 		err = errors.Join(err, s.file.Close())
 	}

@@ -35,6 +35,7 @@ func startServers(t *testing.T, ca *pki.CA, names ...string) []*server.Server {
 		cfg := server.DefaultConfig()
 		cfg.Node, cfg.Listen, cfg.DataDir, cfg.CertsDir = trivet.NodeID(name), "127.0.0.1:0", filepath.Join(dir, name), certs
 		cfg.Seeds, cfg.Logger = seeds, slog.New(slog.DiscardHandler)
+		cfg.LogLanes, cfg.LogSegmentBytes = 1, 8<<20
 		cfg.Fatal = func(err error) { t.Errorf("%s would stop: %v", name, err) }
 		s, err := server.Open(t.Context(), cfg)
 		require.NoError(t, err)

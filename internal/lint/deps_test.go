@@ -28,12 +28,14 @@ var mayImport = map[string][]string{
 	"internal/faultdev/devtest": {"internal/faultdev"},
 	"internal/testutil":         {"api", "internal/pki", "server"},
 	"api":                       {},
-	"replication/raftgroup":     {"replication/transport"},
-	"replication":               {"engine", "replication/raftgroup", "replication/transport"},
-	"controller":                {"controller/meta", "replication/raftgroup", "replication/transport"},
+	"replication/raftgroup":     {"engine/segment", "replication/transport"},
+	"replication":               {"engine", "engine/segment", "replication/raftgroup", "replication/transport"},
+	"controller": {
+		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
+	},
 	"node": {
-		"controller/meta", "engine", "iothrottle", "node/blockdev", "replication", "replication/raftgroup",
-		"replication/transport",
+		"controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "replication",
+		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
 	"server": {
@@ -42,7 +44,7 @@ var mayImport = map[string][]string{
 	},
 	"cmd/trivet":     {"api", "controller/meta", "driver", "internal/kube", "internal/pki", "server"},
 	"internal/kube":  {"api", "internal/pki"},
-	"internal/sim":   {"engine", "replication", "replication/raftgroup", "replication/transport"},
+	"internal/sim":   {"engine", "engine/segment", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},
 	"internal/chaos": {},
 	"internal/replbench": {

@@ -16,7 +16,7 @@ import (
 type disk struct {
 	vfs.FS
 	mem *vfs.MemFS
-	lie atomic.Bool // files of Raft opened from now on are not synced, whatever is asked for
+	lie atomic.Bool // files of Raft are not synced, whatever is asked for
 
 	mu      sync.Mutex
 	crashIn int // operations until crash is called; 0 = never
@@ -64,7 +64,7 @@ func (d *disk) wrap(name string, f vfs.File, err error) (vfs.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &file{File: f, disk: d, name: name, lie: d.lie.Load() && strings.Contains(name, "/groups/")}, nil
+	return &file{File: f, disk: d, name: name, raft: isLog(name) || strings.Contains(name, "/groups/")}, nil
 }
 
 // Create implements vfs.FS.
@@ -148,7 +148,19 @@ type file struct {
 	vfs.File
 	disk *disk
 	name string
-	lie  bool
+	raft bool // the log, or a group's own
+}
+
+// lies reports that a sync of the file does nothing.
+func (f *file) lies() bool { return f.raft && f.disk.lie.Load() }
+
+// grows reports that a write needs room: the log's files are written in place.
+func (f *file) grows(off int64, n int) bool {
+	if !isLog(f.name) {
+		return true
+	}
+	st, err := f.Stat()
+	return err != nil || off+int64(n) > st.Size()
 }
 
 // Write implements vfs.File.
@@ -161,7 +173,7 @@ func (f *file) Write(p []byte) (int, error) {
 
 // WriteAt implements vfs.File.
 func (f *file) WriteAt(p []byte, off int64) (int, error) {
-	if err := f.disk.step(f.name, true); err != nil {
+	if err := f.disk.step(f.name, f.grows(off, len(p))); err != nil {
 		return 0, err
 	}
 	return f.File.WriteAt(p, off)
@@ -169,7 +181,7 @@ func (f *file) WriteAt(p []byte, off int64) (int, error) {
 
 // Sync implements vfs.File.
 func (f *file) Sync() error {
-	if err := f.disk.step(f.name, false); err != nil || f.lie {
+	if err := f.disk.step(f.name, false); err != nil || f.lies() {
 		return err
 	}
 	return f.File.Sync()
@@ -177,10 +189,10 @@ func (f *file) Sync() error {
 
 // SyncData implements vfs.File.
 func (f *file) SyncData() error {
-	if isLogSegment(f.name) {
+	if isLog(f.name) {
 		f.disk.slow()
 	}
-	if err := f.disk.step(f.name, false); err != nil || f.lie {
+	if err := f.disk.step(f.name, false); err != nil || f.lies() {
 		return err
 	}
 	return f.File.SyncData()
@@ -191,7 +203,7 @@ func (f *file) SyncTo(length int64) (bool, error) {
 	if err := f.disk.step(f.name, false); err != nil {
 		return false, err
 	}
-	if f.lie {
+	if f.lies() {
 		return true, nil
 	}
 	return f.File.SyncTo(length)

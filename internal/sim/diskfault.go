@@ -10,24 +10,19 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
-
-	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 // diskFaults is how a disk misbehaves. Its fields are under disk.mu.
 type diskFaults struct {
-	released  bool            // the machine is dead: nothing of this counts any more
-	failIn    int             // operations until one fails with failWith; 0 = never
-	failWith  syscall.Errno   //
-	full      bool            // every operation that needs room fails with ENOSPC
-	injected  int             // errors that were returned, and stalls
-	latency   time.Duration   // mean of a flush of the log; 0 = none
-	rnd       *rand.Rand      // of the latency
-	stalledTo time.Time       // flushes of the log hang until then
-	calmTo    time.Time       // and none is slow until then
-	sleeping  int             // flushes that are being slow
-	awake     []chan struct{} // closed when the last of them is over
-	resume    chan struct{}   // closed when the machine is dead
+	released  bool          // the machine is dead: nothing of this counts any more
+	failIn    int           // operations until one fails with failWith; 0 = never
+	failWith  syscall.Errno //
+	full      bool          // every operation that needs room fails with ENOSPC
+	injected  int           // errors that were returned, and stalls
+	latency   time.Duration // mean of a flush of the log; 0 = none
+	rnd       *rand.Rand    // of the latency
+	stalledTo time.Time     // flushes of the log hang until then
+	resume    chan struct{} // closed when the machine is dead
 }
 
 // drawLocked returns the error of one operation.
@@ -58,9 +53,7 @@ func isManifest(name string) bool {
 		b == "engine"
 }
 
-func isLogSegment(name string) bool {
-	return strings.Contains(name, "/groups/") && strings.HasPrefix(path.Base(name), "log-")
-}
+func isLog(name string) bool { return strings.HasPrefix(name, logDir+"/") }
 
 // fail makes the n-th operation from now fail, once.
 func (d *disk) fail(n int, with syscall.Errno) {
@@ -129,75 +122,33 @@ func (d *disk) heal() {
 // slow waits for as long as a flush of the log takes.
 //
 // A bubble's clock stands still while a goroutine waits for a mutex, so a wait with a lock held on
-// which another goroutine waits would never end. Hence only flushes of the log's segments are slow, of
-// which there is one at a time, and calm keeps the compaction, which needs the same lock, apart.
+// which another goroutine waits would never end. Hence only flushes of the log are slow, over which
+// nobody holds one.
 func (d *disk) slow() {
 	d.mu.Lock()
 	f := &d.faults
-	now := time.Now()
 	var t time.Duration
 	if f.latency > 0 {
 		t = time.Duration(min(f.rnd.ExpFloat64(), 10) * float64(f.latency))
 	}
-	t = max(t, f.stalledTo.Sub(now))
-	if f.released || t <= 0 || now.Before(f.calmTo) {
+	t = max(t, time.Until(f.stalledTo))
+	resume := f.resume
+	if f.released || t <= 0 {
 		d.mu.Unlock()
 		return
 	}
-	f.sleeping++
-	resume := f.resume
 	d.mu.Unlock()
-
 	timer := time.NewTimer(t)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
 	case <-resume:
 	}
-
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if f.sleeping--; f.sleeping == 0 {
-		for _, c := range f.awake {
-			close(c)
-		}
-		f.awake = nil
-	}
-}
-
-// calmTime is longer than a compaction takes from its flush to the cut of the log, which is no time.
-const calmTime = 2 * time.Millisecond
-
-// calm waits for slow flushes to end, and keeps new ones away for a moment.
-func (d *disk) calm() {
-	for {
-		d.mu.Lock()
-		if d.faults.sleeping == 0 {
-			d.faults.calmTo = time.Now().Add(calmTime)
-			d.mu.Unlock()
-			return
-		}
-		c := make(chan struct{})
-		d.faults.awake = append(d.faults.awake, c)
-		d.mu.Unlock()
-		<-c
-	}
-}
-
-// calmMachine keeps the cut of the log, which follows a flush of the state, apart from slow flushes.
-type calmMachine struct {
-	raftgroup.StateMachine
-	disk *disk
-}
-
-// Flush implements raftgroup.StateMachine.
-func (m *calmMachine) Flush() (uint64, error) {
-	m.disk.calm()
-	return m.StateMachine.Flush()
 }
 
 // flipBit changes one bit of one file below dir, of a machine that is down. Files are drawn by their
-// size. It returns what it changed, "" when there is nothing.
+// size. It returns what it changed, "" when there is nothing. Of the log's files, which are mostly space that
+// was never written, it takes what is not zero.
 func flipBit(fs *vfs.MemFS, dir string, rnd *rand.Rand) (string, error) {
 	type target struct {
 		name string
@@ -232,13 +183,34 @@ func flipBit(fs *vfs.MemFS, dir string, rnd *rand.Rand) (string, error) {
 		return "", nil
 	}
 	at := rnd.Int64N(sum)
+	var err error
 	for _, t := range files {
 		if at < t.size {
+			if isLog(t.name) {
+				if at, err = written(fs, t.name, at); err != nil || at < 0 {
+					return "", err
+				}
+			}
 			return fmt.Sprintf("%s at %d of %d", t.name, at, t.size), flipAt(fs, t.name, at, byte(1)<<rnd.IntN(8))
 		}
 		at -= t.size
 	}
 	return "", nil
+}
+
+// written returns the first byte at or after an offset, the file taken for a ring, that is not zero; -1 when
+// all are.
+func written(fs *vfs.MemFS, name string, from int64) (int64, error) {
+	b, err := fs.UnsafeGetFileDataBuffer(name)
+	if err != nil {
+		return 0, err
+	}
+	for i := range int64(len(b)) {
+		if at := (from + i) % int64(len(b)); b[at] != 0 {
+			return at, nil
+		}
+	}
+	return -1, nil
 }
 
 func flipAt(fs *vfs.MemFS, name string, at int64, bit byte) error {

@@ -23,10 +23,7 @@ func (n *nemesis) rot(ctx context.Context, node *Node) (made bool, err error) {
 	if _, err := n.crash(ctx, node, 0); err != nil {
 		return false, err
 	}
-	dir := diskDir + "/engine"
-	if n.rnd.IntN(2) == 0 {
-		dir = diskDir + "/groups"
-	}
+	dir := []string{diskDir + "/engine", diskDir + "/groups", logDir}[n.rnd.IntN(3)]
 	what, err := node.rot(n.rnd, 1+n.rnd.IntN(4), dir)
 	if err != nil {
 		return false, err

@@ -106,8 +106,11 @@ func (n *nemesis) stop() {
 	for _, node := range n.sim.cluster.Nodes() {
 		if l := node.current(); l != nil {
 			l.disk.heal()
+			l.memory.arm(0, 0)
+			l.wire.noise.arm(0, 0)
 		}
 	}
+	n.sim.cluster.client.noise.arm(0, 0)
 	n.replays.Wait()
 }
 

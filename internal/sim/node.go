@@ -12,12 +12,24 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
-const diskDir = "/disk"
+const (
+	diskDir = "/disk"
+	logDir  = diskDir + "/log"
+
+	// logSegmentBytes is small, so that segments come and go; a quarter of it takes the largest entry of a
+	// volume (replication: 128 KiB and the heads of 256 requests).
+	logSegmentBytes = 1 << 20
+
+	// diskID is that of every disk: what the superblock of a real one says is none of the simulator's, and
+	// with one ID for all, a swapped disk meets the checks below it as well.
+	diskID = trivet.DiskID("00000000-0000-4000-8000-00000000d15c")
+)
 
 // Node is a machine with a replica. It lives from boot to crash, again and again, on what its disk kept.
 type Node struct {
@@ -40,6 +52,7 @@ type life struct {
 	net  *transport.MemoryNode
 	wire *noisyWire // what the machine sends by
 	mux  *raftgroup.Mux
+	log  *segment.Log
 	eng  *engine.Engine
 	host *replication.Host
 
@@ -130,7 +143,7 @@ func (n *Node) Spec() replication.ReplicaSpec {
 		Volume: volumeID, Replica: n.replica, SizeBytes: n.c.cfg.SizeBytes, Members: n.c.members,
 	}
 	if l := n.current(); l != nil {
-		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng}
+		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log}
 	}
 	return s
 }
@@ -152,9 +165,20 @@ func (n *Node) birth(ctx context.Context) error {
 	return host.OpenReplica(ctx, n.Spec())
 }
 
-// format makes the disk's directory durable.
+// logOptions returns where the log is, by way of fs.
+func logOptions(fs vfs.FS, seed uint64) segment.Options {
+	return segment.Options{
+		Dir: raftgroup.LogDir(fs, logDir), Disk: diskID, Lanes: 1, SegmentBytes: logSegmentBytes,
+		Rand: newRand(seed, 51).Uint64,
+	}
+}
+
+// format makes the disk's directory and an empty log, durably.
 func (n *Node) format() error {
 	if err := n.mem.MkdirAll(diskDir, 0o700); err != nil {
+		return err
+	}
+	if err := segment.Format(logOptions(n.mem, n.c.cfg.Seed)); err != nil {
 		return err
 	}
 	root, err := n.mem.OpenDir("/")
@@ -175,13 +199,18 @@ func (n *Node) Boot() error {
 	l.disk.setLatency(n.c.cfg.FlushLatency, newRand(n.c.cfg.Seed, 50+n.c.nextLife()))
 	l.disk.lie.Store(n.c.cfg.LyingDisks)
 	fatal := n.c.fatal(n, l)
+	opts := logOptions(l.disk, n.c.cfg.Seed+n.c.nextLife())
+	opts.Fatal = fatal
 	var err error
+	if l.log, err = segment.Open(opts); err != nil {
+		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
+	}
 	l.eng, err = engine.Open(engine.Config{
 		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20,
 		Fatal: fatal, Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
+		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.log.Close(), l.net.Close())
 	}
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
@@ -190,7 +219,7 @@ func (n *Node) Boot() error {
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.eng.Close(), l.net.Close())
+		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.eng.Close(), l.log.Close(), l.net.Close())
 	}
 	n.mu.Lock()
 	n.life, n.exited = l, false
@@ -219,7 +248,7 @@ func (n *Node) Start(ctx context.Context) error {
 // wrapMachine puts what the simulator needs between group and state machine; the caller's is outside.
 func (n *Node) wrapMachine(l *life) func(raftgroup.StateMachine) raftgroup.StateMachine {
 	return func(m raftgroup.StateMachine) raftgroup.StateMachine {
-		m = &calmMachine{StateMachine: &noisyMachine{StateMachine: m, memory: &l.memory}, disk: l.disk}
+		m = &noisyMachine{StateMachine: m, memory: &l.memory}
 		if n.c.cfg.WrapMachine != nil {
 			m = n.c.cfg.WrapMachine(m)
 		}
@@ -242,7 +271,7 @@ func (n *Node) Stop() error {
 func (l *life) close() error {
 	l.disk.release()
 	err := l.host.Close()
-	return errors.Join(err, l.eng.Close(), l.net.Close())
+	return errors.Join(err, l.eng.Close(), l.log.Close(), l.net.Close())
 }
 
 // CrashOptions say how a machine loses power.

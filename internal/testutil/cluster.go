@@ -73,6 +73,7 @@ func (c *Cluster) config(i int) server.Config {
 	cfg.Node, cfg.Listen = trivet.NodeID(name), "127.0.0.1:0"
 	cfg.DataDir, cfg.CertsDir = c.Path(name, "data"), c.Path(name, "certs")
 	cfg.CSI = c.CSI(i)
+	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20 // quick to make
 	log := slog.NewTextHandler(logWriter{c.tb}, &slog.HandlerOptions{Level: slog.LevelWarn})
 	cfg.Logger = slog.New(log)
 	cfg.Fatal = func(err error) { c.tb.Errorf("%s would stop: %v", name, err) }

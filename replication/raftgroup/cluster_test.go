@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -29,6 +30,8 @@ type cluster struct {
 	nodes map[string]*node
 	// configure changes the configuration of every Open.
 	configure func(*raftgroup.Config)
+	// segmentBytes of the log that a new disk gets; 64 KiB, so that segments come and go.
+	segmentBytes int64
 	// wrap stands around the network of every node.
 	wrap func(*node) transport.Network
 }
@@ -42,6 +45,8 @@ type node struct {
 	mux     *raftgroup.Mux
 	machine *kv
 	group   *raftgroup.Group
+	log     *segment.Log // of the process, over logFS
+	logFS   *vfs.MemFS
 
 	mu    sync.Mutex
 	fatal []error
@@ -72,7 +77,7 @@ func newCluster(t *testing.T, names ...string) *cluster {
 // newClusterOn is newCluster with something around the network of every node.
 func newClusterOn(t *testing.T, wrap func(*node) transport.Network, names ...string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, net: transport.NewMemory(1), nodes: map[string]*node{}, wrap: wrap}
+	c := &cluster{t: t, net: transport.NewMemory(1), nodes: map[string]*node{}, wrap: wrap, segmentBytes: 64 << 10}
 	c.net.SetDefaultFaults(transport.Faults{Delay: transport.Uniform(time.Millisecond, 5*time.Millisecond)})
 	for _, name := range names {
 		n := &node{c: c, name: name, fs: vfs.NewCrashableMem()}
@@ -82,6 +87,7 @@ func newClusterOn(t *testing.T, wrap func(*node) transport.Network, names ...str
 	t.Cleanup(func() {
 		for _, n := range c.nodes {
 			n.stop()
+			n.closeLog()
 		}
 		require.NoError(t, c.net.Close())
 	})
@@ -112,7 +118,7 @@ func (n *node) connect() {
 func (n *node) config() raftgroup.Config {
 	cfg := raftgroup.Config{
 		Group: testGroup, Replica: replicaID(n.name), FS: n.fs, Dir: "/disk/groups/v", Network: n.mux, Machine: n.machine,
-		Timing: raftgroup.Timing{Heartbeat: heartbeat}, SegmentBytes: 16 << 10,
+		Timing:   raftgroup.Timing{Heartbeat: heartbeat},
 		BootTime: func() time.Duration { return time.Since(time.Unix(0, 0)) },
 		Fatal: func(err error) {
 			n.mu.Lock()
@@ -123,7 +129,41 @@ func (n *node) config() raftgroup.Config {
 	if n.c.configure != nil {
 		n.c.configure(&cfg)
 	}
+	cfg.Log = n.diskLog(cfg.FS)
 	return cfg
+}
+
+// diskLog returns the log of the disk that the node has now, opened by way of fs. A new disk is formatted.
+func (n *node) diskLog(fs vfs.FS) *segment.Log {
+	n.c.t.Helper()
+	if n.log != nil && n.logFS == n.fs {
+		return n.log
+	}
+	n.closeLog()
+	opts := segment.Options{
+		Dir: raftgroup.LogDir(fs, "/disk/log"), Disk: "11111111-2222-4333-8444-555555555555", Lanes: 1,
+		SegmentBytes: n.c.segmentBytes,
+	}
+	if names, err := opts.Dir.List(); err != nil || len(names) == 0 {
+		opts.Dir = raftgroup.LogDir(n.fs, "/disk/log")
+		require.NoError(n.c.t, segment.Format(opts))
+		opts.Dir = raftgroup.LogDir(fs, "/disk/log")
+	}
+	log, err := segment.Open(opts)
+	require.NoError(n.c.t, err)
+	n.log, n.logFS = log, n.fs
+	return log
+}
+
+// closeLog ends what the process has of its log.
+func (n *node) closeLog() {
+	if n.log == nil {
+		return
+	}
+	if err := n.log.Close(); n.log.Err() == nil {
+		require.NoError(n.c.t, err)
+	}
+	n.log = nil
 }
 
 func (n *node) open() error {
@@ -159,6 +199,7 @@ func (n *node) crash(percent int, rng *rand.Rand) {
 func (n *node) die() {
 	require.NoError(n.c.t, n.link.Close())
 	n.stop()
+	n.closeLog()
 	n.connect()
 }
 

@@ -11,9 +11,23 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
+
+// manyLog makes the log of a disk with room for many groups.
+func manyLog(t *testing.T, fs vfs.FS) *segment.Log {
+	t.Helper()
+	opts := segment.Options{
+		Dir: raftgroup.LogDir(fs, "/log"), Disk: "11111111-2222-4333-8444-555555555555", Lanes: 1, SegmentBytes: 1 << 20,
+	}
+	require.NoError(t, segment.Format(opts))
+	log, err := segment.Open(opts)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, log.Close()) })
+	return log
+}
 
 // manyGroups starts so many groups of the same two nodes beside each other, and returns those of each.
 func manyGroups(t *testing.T, net *transport.Memory, n int) map[string][]*raftgroup.Group {
@@ -22,12 +36,13 @@ func manyGroups(t *testing.T, net *transport.Memory, n int) map[string][]*raftgr
 	for _, name := range []string{"a", "b"} {
 		mux := raftgroup.NewMux(net.Node(trivet.NodeID(name)))
 		fs := vfs.NewMem()
+		log := manyLog(t, fs)
 		for i := range n {
 			machine, err := openKV(fs, fmt.Sprintf("/machine-%d", i))
 			require.NoError(t, err)
 			cfg := raftgroup.Config{
 				Group: testGroup + trivet.VolumeID(i), Replica: replicaID(name), FS: fs, Dir: fmt.Sprintf("/groups/%d", i),
-				Network: mux, Machine: machine, Timing: raftgroup.Timing{Heartbeat: heartbeat}, SegmentBytes: 4 << 10,
+				Network: mux, Machine: machine, Timing: raftgroup.Timing{Heartbeat: heartbeat}, Log: log,
 				BootTime: func() time.Duration { return time.Since(time.Unix(0, 0)) },
 				Fatal:    func(err error) { t.Error(err) },
 			}

@@ -13,12 +13,13 @@ import (
 
 // Create makes the group's directory with its identity durable, and, if members is not empty, the
 // bootstrap configuration: the same on every member, this replica among them. It uses the fields
-// Group, Replica, FS and Dir of cfg only. The same call again returns nil; a directory of another
-// replica, or of other members, ErrExists; one with damage or foreign files, ErrCorrupt. It may be
-// repeated after a crash at any point.
+// Group, Replica, FS, Dir and Log of cfg only. The same call again returns nil; a directory of another
+// replica, or of other members, ErrExists; one with damage or foreign files, ErrCorrupt, and so is a log
+// that knows the group when its directory is gone: a replica must not lose its name and begin anew (H10).
+// It may be repeated after a crash at any point.
 func Create(cfg Config, members []Member) error {
 	cfg = cfg.withDefaults()
-	if err := cfg.validateStore(); err != nil {
+	if err := cfg.validateLog(); err != nil {
 		return err
 	}
 	if len(members) > 0 {
@@ -49,10 +50,11 @@ func create(cfg Config, want superblock) error {
 	case !errors.Is(err, trivet.ErrNotFound):
 		return err
 	}
-	if err := beginCreate(cfg.FS, cfg.Dir); err != nil {
+	log := newGroupLog(cfg.Log, cfg.Group)
+	if err := beginCreate(cfg.FS, cfg.Dir, log); err != nil {
 		return err
 	}
-	if err := createContent(cfg, want); err != nil {
+	if err := createContent(log, want); err != nil {
 		return err
 	}
 	if err := writeFile(cfg.FS, cfg.Dir, fileSuper, want.encode()); err != nil {
@@ -62,8 +64,8 @@ func create(cfg Config, want superblock) error {
 }
 
 // beginCreate leaves an empty directory, but for the marker that lets a repeated Create remove what
-// a crashed one left behind. Files that no Create of ours began are never removed.
-func beginCreate(fs vfs.FS, dir string) error {
+// a crashed one left behind, and an empty log. What no Create of ours began is never removed.
+func beginCreate(fs vfs.FS, dir string, log *groupLog) error {
 	if err := makeDir(fs, dir); err != nil {
 		return err
 	}
@@ -71,13 +73,21 @@ func beginCreate(fs vfs.FS, dir string) error {
 	if err != nil {
 		return err
 	}
-	ours := len(names) == 0 || slices.Contains(names, fileIncomplete)
+	begun := slices.Contains(names, fileIncomplete)
+	if !begun && !log.pristine() {
+		return fmt.Errorf("the disk's log knows the group, its directory is gone; replace it by a replica with a new ID, "+
+			"after destroying what is left of this one: %w", trivet.ErrCorrupt)
+	}
 	for _, name := range names {
-		if !ours && name != fileIncomplete+tmpSuffix {
+		if !begun && name != fileIncomplete+tmpSuffix {
 			return fmt.Errorf("file %s is there, but no superblock: %w", name, trivet.ErrCorrupt)
 		}
 	}
 	if err := writeFile(fs, dir, fileIncomplete, nil); err != nil {
+		return err
+	}
+	// The log first: as long as it knows the group, the marker says that these are remains.
+	if err := log.DeleteGroup(); err != nil {
 		return err
 	}
 	return removeContent(fs, dir)
@@ -101,29 +111,16 @@ func removeContent(fs vfs.FS, dir string) error {
 	return syncDir(fs, dir)
 }
 
-func createContent(cfg Config, s superblock) error {
-	var term uint64
-	if len(s.members) > 0 {
-		term = 1
-	}
-	vote := stableRecord{term: term}
-	if err := createSlots(cfg.FS, cfg.Dir, fileStable, magicStable, vote.encode()); err != nil {
+// createContent begins the group's log. A replica that joins begins in term 1 too, in which nobody ever
+// leads: so a log that knows nothing of a created group has lost it (checkState).
+func createContent(log *groupLog, s superblock) error {
+	if err := log.SetStable(stableRecord{term: 1}.stable()); err != nil || len(s.members) == 0 {
 		return err
 	}
-	if err := createSlots(cfg.FS, cfg.Dir, fileMark, magicMark, put64(nil, 0, 0)); err != nil {
-		return err
-	}
-	l, err := createLog(logOptions{fs: cfg.FS, dir: cfg.Dir, group: cfg.Group, segmentBytes: cfg.SegmentBytes})
-	if err != nil {
-		return err
-	}
-	if len(s.members) > 0 {
-		// The entry that raft.BootstrapCluster would write: index 1 of term 1, alike on all members.
-		err = l.append([]*raft.Log{{
-			Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(s.members)),
-		}})
-	}
-	return errors.Join(err, l.close())
+	// The entry that raft.BootstrapCluster would write: index 1 of term 1, alike on all members.
+	return log.append([]*raft.Log{{
+		Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(s.members)),
+	}})
 }
 
 // Exists reports whether Dir holds a completely created group for cfg.Group and cfg.Replica.
@@ -146,12 +143,12 @@ func Exists(cfg Config) (bool, error) {
 	return true, nil
 }
 
-// Destroy removes a closed group's directory. It is idempotent and may be repeated after a crash;
-// what a crashed one leaves behind never opens, and another Create may follow. It refuses the
-// directory of another replica with ErrInvalid.
+// Destroy removes a closed group's directory, and its entries, term and vote from the log. It is idempotent
+// and may be repeated after a crash; what a crashed one leaves behind never opens, and another Create may
+// follow. It refuses the directory of another replica with ErrInvalid.
 func Destroy(cfg Config) error {
 	cfg = cfg.withDefaults()
-	if err := cfg.validateStore(); err != nil {
+	if err := cfg.validateLog(); err != nil {
 		return err
 	}
 	if err := destroy(cfg); err != nil {
@@ -161,9 +158,13 @@ func Destroy(cfg Config) error {
 }
 
 func destroy(cfg Config) error {
+	log := newGroupLog(cfg.Log, cfg.Group)
 	there, err := fileExists(cfg.FS, cfg.Dir)
-	if err != nil || !there {
+	if err != nil {
 		return err
+	}
+	if !there { // nobody can say any more whose log it was, or use it
+		return log.DeleteGroup()
 	}
 	s, err := readSuperblock(cfg.FS, cfg.Dir)
 	if err == nil {
@@ -178,6 +179,9 @@ func destroy(cfg Config) error {
 		return err
 	}
 	if err := removeFile(cfg.FS, cfg.Dir, fileSuper); err != nil {
+		return err
+	}
+	if err := log.DeleteGroup(); err != nil { // before the marker goes with the directory
 		return err
 	}
 	if err := removeContent(cfg.FS, cfg.Dir); err != nil {

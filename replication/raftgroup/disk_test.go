@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,7 +46,7 @@ func (d *stallDisk) fail(err error) {
 func (d *stallDisk) MaybeError(op errorfs.Op) error {
 	switch op.Kind {
 	case errorfs.OpFileSync, errorfs.OpFileSyncData:
-		if !strings.Contains(op.Path, "/groups/") {
+		if !strings.HasPrefix(op.Path, "/disk/log/") {
 			return nil
 		}
 	default:
@@ -62,7 +63,7 @@ func (d *stallDisk) MaybeError(op errorfs.Op) error {
 
 func (d *stallDisk) String() string { return "stall" }
 
-// stallDisks gives every node such a disk beneath its group.
+// stallDisks gives every node such a disk beneath its log.
 func stallDisks(c *cluster) map[string]*stallDisk {
 	disks := map[string]*stallDisk{}
 	for name := range c.nodes {
@@ -153,6 +154,44 @@ func TestFailedFlushIsFatal(t *testing.T) {
 		a.mustOpen()
 		c.leader()
 		require.NotEmpty(t, a.machine.get("x"))
+	})
+}
+
+// H28, H38: the log is shared, so its failure ends every group on the disk, once, and those that had nothing to
+// write as well: they must not lead or vote on a log that they cannot write.
+func TestPoisonedLogEndsEveryGroup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a")
+		disks := stallDisks(c)
+		a := c.nodes["a"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		a.mustOpen()
+		c.leader()
+		var fatal atomic.Int32
+		m, err := openKV(a.fs, "/machine-2")
+		require.NoError(t, err)
+		cfg := a.config()
+		cfg.Group, cfg.Dir, cfg.Machine = testGroup+1, "/disk/groups/w", m
+		cfg.Fatal = func(error) { fatal.Add(1) }
+		require.NoError(t, raftgroup.Create(cfg, members("a")))
+		idle, err := raftgroup.Open(cfg)
+		require.NoError(t, err)
+		defer func() { require.NoError(t, idle.Close()) }()
+		c.eventually("the idle group leads", func() bool {
+			_, err := idle.ReadGate()
+			return err == nil
+		})
+		require.Zero(t, fatal.Load())
+
+		disks["a"].fail(errors.New("input/output error"))
+		require.ErrorIs(t, a.set("x", "1"), trivet.ErrUnavailable)
+		synctest.Wait()
+		require.Len(t, a.fatals(), 1)
+		require.Equal(t, int32(1), fatal.Load())
+		_, err = idle.ReadGate()
+		require.Error(t, err)
+		pass(time.Minute)
+		require.Equal(t, int32(1), fatal.Load())
 	})
 }
 

@@ -11,17 +11,14 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// The names in a group's directory. Log segments are log-<16 hex digits>.
+// The names in a group's directory. Its log, term and vote are in the disk's log (engine/segment).
 const (
 	fileSuper      = "superblock"
 	fileIncomplete = "incomplete" // a Create or Destroy is under way
 	fileLock       = "lock"
-	fileStable     = "stable"
-	fileMark       = "mark"
 	fileSnapshot   = "snapshot"
 	fileInstall    = "install" // a received snapshot that must be restored
 	tmpSuffix      = ".tmp"
-	segmentPrefix  = "log-"
 )
 
 const writeCategory = vfs.WriteCategoryUnspecified

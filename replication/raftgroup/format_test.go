@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 	"github.com/stretchr/testify/require"
 
@@ -47,14 +46,10 @@ func formats(t *testing.T) map[string][]byte {
 	app, err := encodeAppend(goldenAppend())
 	require.NoError(t, err)
 	begin := snapshotBegin{term: 9, rec: goldenSnapshot(), sizeBytes: 1 << 40}
-	rec := record{kind: kindEntry, typ: raft.LogCommand, batch: 32, index: 44, term: 9, data: []byte("a block")}
 	return map[string][]byte{
 		"superblock":     superblock{group: 0x0123456789abcdef, replica: idA, members: testMembers()}.encode(),
-		"stable":         stableRecord{term: 9, voteTerm: 8, candidate: string(address(idB, "node-b"))}.encode(),
 		"snapshot":       goldenSnapshot().encode(),
 		"install":        begin.header(),
-		"segment":        segmentInfo{group: 0x0123456789abcdef, seq: 3, prevEnd: 4096, first: 10, last: 43}.encode(),
-		"record":         appendRecord(nil, 0x0123456789abcdef, 3, 4096, rec),
 		"append":         app,
 		"append-reply":   appendReply{9, 44, true, true, 77, time.Second}.encode(),
 		"vote":           voteRequest{10, 44, 9, byTransfer}.encode(),
@@ -90,9 +85,6 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 	case "superblock":
 		v, err := decodeSuperblock(b)
 		return v.encode(), err
-	case "stable":
-		v, err := decodeStable(b)
-		return v.encode(), err
 	case "snapshot":
 		v, rest, err := decodeSnapshot(b)
 		return append(v.encode(), rest...), err
@@ -102,15 +94,6 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 			return nil, err
 		}
 		return append(v.header(), b[n:]...), nil
-	case "segment":
-		v, err := decodeSegmentInfo(b)
-		return v.encode(), err
-	case "record":
-		v, n, err := decodeRecord(b, 0x0123456789abcdef, 3, 4096)
-		if err != nil {
-			return nil, err
-		}
-		return append(appendRecord(nil, 0x0123456789abcdef, 3, 4096, v), b[n:]...), nil
 	case "append":
 		v, err := decodeAppend(b)
 		if err != nil {
@@ -161,9 +144,6 @@ func TestFormats(t *testing.T) {
 			_, err := roundTrip(name, b[:n])
 			require.Error(t, err, "%s cut to %d bytes", name, n)
 		}
-		if name == "stable" {
-			continue // it has its checksum in the slot around it
-		}
 		for at := range b {
 			c := bytes.Clone(b)
 			c[at] ^= 0x08
@@ -171,19 +151,6 @@ func TestFormats(t *testing.T) {
 			require.Error(t, err, "%s with a flipped bit at %d", name, at)
 		}
 	}
-}
-
-// H24: a record is good in its own place only.
-func TestRecordKnowsItsPlace(t *testing.T) {
-	b := appendRecord(nil, logGroup, 3, 4096, record{kind: kindEntry, index: 1, term: 1, data: []byte("x")})
-	_, _, err := decodeRecord(b, logGroup, 3, 4096)
-	require.NoError(t, err)
-	_, _, err = decodeRecord(b, logGroup+1, 3, 4096)
-	require.ErrorIs(t, err, trivet.ErrCorrupt, "another group")
-	_, _, err = decodeRecord(b, logGroup, 4, 4096)
-	require.ErrorIs(t, err, trivet.ErrCorrupt, "another segment")
-	_, _, err = decodeRecord(b, logGroup, 3, 4104)
-	require.ErrorIs(t, err, trivet.ErrCorrupt, "another offset")
 }
 
 func TestOutcome(t *testing.T) {
@@ -263,11 +230,8 @@ func fuzzFormat(f *testing.F, name string) {
 }
 
 func FuzzSuperblock(f *testing.F)    { fuzzFormat(f, "superblock") }
-func FuzzStable(f *testing.F)        { fuzzFormat(f, "stable") }
 func FuzzSnapshot(f *testing.F)      { fuzzFormat(f, "snapshot") }
 func FuzzInstall(f *testing.F)       { fuzzFormat(f, "install") }
-func FuzzSegment(f *testing.F)       { fuzzFormat(f, "segment") }
-func FuzzRecord(f *testing.F)        { fuzzFormat(f, "record") }
 func FuzzAppend(f *testing.F)        { fuzzFormat(f, "append") }
 func FuzzAppendReply(f *testing.F)   { fuzzFormat(f, "append-reply") }
 func FuzzVote(f *testing.F)          { fuzzFormat(f, "vote") }
@@ -284,44 +248,5 @@ func FuzzConfiguration(f *testing.F) {
 		if m, err := decodeConfiguration(b); err == nil {
 			require.NoError(t, validateMembers(m))
 		}
-	})
-}
-
-// FuzzSlots reads any bytes as a file of two copies.
-func FuzzSlots(f *testing.F) {
-	one := make([]byte, 2*slotStride)
-	copy(one, sealFrame(magicMark, put64(nil, 1, 2, 3)))
-	copy(one[slotStride:], sealFrame(magicMark, put64(nil, 2, 2, 3)))
-	f.Add(one)
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _, _, _ = decodeSlots(magicMark, b) })
-}
-
-// FuzzLog opens a log whose last segment is any bytes after a valid header: it opens or is refused, and
-// what it then holds can be read.
-func FuzzLog(f *testing.F) {
-	info := segmentInfo{group: logGroup, seq: 1, first: 1}
-	off := int64(segmentHeader)
-	var body []byte
-	for i := range uint64(4) {
-		r := record{kind: kindEntry, index: i + 1, term: 1, data: []byte("data")}
-		body = appendRecord(body, logGroup, 1, off+int64(len(body)), r)
-	}
-	f.Add(body)
-	f.Fuzz(func(t *testing.T, b []byte) {
-		fs := vfs.NewMem()
-		require.NoError(t, makeDir(fs, "/disk/v"))
-		require.NoError(t, createSlots(fs, "/disk/v", fileMark, magicMark, put64(nil, 0, 0)))
-		require.NoError(t, writeFile(fs, "/disk/v", segmentName(1), append(info.encode(), b...)))
-		l, err := openLog(testLogOptions(fs))
-		if err != nil {
-			require.ErrorIs(t, err, trivet.ErrCorrupt)
-			return
-		}
-		first, last := l.bounds()
-		for i := first; i <= last; i++ {
-			var e raft.Log
-			require.NoError(t, l.read(i, &e))
-		}
-		require.NoError(t, l.close())
 	})
 }

@@ -28,7 +28,7 @@ type Group struct {
 
 	lock    io.Closer
 	guard   *diskGuard
-	seglog  *segmentLog
+	seglog  *groupLog
 	store   *logStore
 	stable  *stableStore
 	snaps   *snapshotStore
@@ -128,6 +128,7 @@ func (g *Group) open() error {
 		return err
 	}
 	g.loops.Go(g.watch)
+	g.loops.Go(g.watchLog)
 	g.loops.Go(g.compact)
 	g.poke()
 	return nil
@@ -135,22 +136,18 @@ func (g *Group) open() error {
 
 func (g *Group) path(name string) string { return g.cfg.FS.PathJoin(g.cfg.Dir, name) }
 
-// openStores opens the files of the group. It changes nothing that counts.
+// openStores opens what the group keeps, and reads all of its log. It changes nothing that counts.
 func (g *Group) openStores() error {
 	if err := removeFile(g.cfg.FS, g.cfg.Dir, fileInstall+tmpSuffix); err != nil {
 		return err
 	}
 	var err error
-	if g.stable, err = openStable(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
+	g.seglog = newGroupLog(g.cfg.Log, g.cfg.Group)
+	if err := g.seglog.verify(); err != nil {
 		return err
 	}
+	g.stable = newStableStore(g.seglog, g.guard)
 	g.stable.onSet = g.poke
-	g.seglog, err = openLog(logOptions{
-		fs: g.cfg.FS, dir: g.cfg.Dir, group: g.cfg.Group, segmentBytes: g.cfg.SegmentBytes, onError: g.guard.fail,
-	})
-	if err != nil {
-		return err
-	}
 	if g.snaps, err = openSnapshots(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
 		return err
 	}
@@ -178,6 +175,8 @@ func (g *Group) checkState() error {
 	self, member := findMember(g.store.latestConfig().members, g.cfg.Replica)
 	var what string
 	switch {
+	case g.stable.record().term == 0:
+		what = "the disk's log knows nothing of the group"
 	case g.cfg.Machine.Restoring():
 		what = "state is the remains of an interrupted restore, and its image is gone"
 	case applied < snap.machine:
@@ -190,16 +189,17 @@ func (g *Group) checkState() error {
 		what = "log ends before the snapshot"
 	case inLog && entryTerm != appliedTerm:
 		what = fmt.Sprintf("state has applied an entry of term %d where the log has term %d", appliedTerm, entryTerm)
-	case max(lastTerm, snap.term) > g.stable.record().term:
-		what = "current term is behind the log"
+	case max(lastTerm, snap.term, appliedTerm) > g.stable.record().term:
+		what = "current term is behind log or state"
 	case member && address(self.Replica, self.Node) != g.addr:
 		return fmt.Errorf("replica belongs to node %s, this is %s: %w",
 			self.Node, g.cfg.Network.net.Local(), trivet.ErrInvalid)
 	default:
 		return nil
 	}
-	return fmt.Errorf("%s: state applied %d of term %d, snapshot at %d (machine %d), log %d to %d, term %d: %w", what,
-		applied, appliedTerm, snap.index, snap.machine, first, last, g.stable.record().term, trivet.ErrCorrupt)
+	return fmt.Errorf("%s: state applied %d of term %d, snapshot at %d (machine %d), log %d to %d, term %d; "+
+		"log and state do not belong together, replace it by a replica with a new ID: %w", what, applied, appliedTerm,
+		snap.index, snap.machine, first, last, g.stable.record().term, trivet.ErrCorrupt)
 }
 
 // raftConfig is what the adapters of this package rely on. A test asserts it.
@@ -322,6 +322,16 @@ func (g *Group) running() *instance {
 	return g.inst
 }
 
+// watchLog fails the group with the disk's log, also when it has nothing to write: after a failed flush no
+// group of that disk may lead, vote or answer (H28).
+func (g *Group) watchLog() {
+	select {
+	case <-g.cfg.Log.Failed():
+		g.guard.fail(g.cfg.Log.Err())
+	case <-g.stop:
+	}
+}
+
 // fatal reports a failure that ends the process.
 func (g *Group) fatal(err error) {
 	err = fmt.Errorf("replica %s of group %s: %w", g.cfg.Replica, g.cfg.Group, err)
@@ -358,21 +368,14 @@ func (g *Group) Close() error {
 	return nil
 }
 
-// release closes the files and gives up the directory.
+// release gives up the directory. The log is the disk's, and stays open.
 func (g *Group) release() error {
 	g.cfg.Network.remove(g)
 	g.guard.close()
-	var err error
-	if g.seglog != nil {
-		err = g.seglog.close()
+	if g.lock == nil {
+		return nil
 	}
-	if g.stable != nil {
-		err = errors.Join(err, g.stable.close())
-	}
-	if g.lock != nil {
-		err = errors.Join(err, g.lock.Close())
-	}
-	return err
+	return g.lock.Close()
 }
 
 func randomUint64() uint64 {

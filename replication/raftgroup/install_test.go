@@ -216,7 +216,7 @@ func TestLaggardIsServedFromTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
 		sent := countSnapshots(c)
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 16 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 480 << 10 } // 120 entries
 		for _, n := range c.nodes {
 			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
 			n.mustOpen()

@@ -1,9 +1,9 @@
 package raftgroup_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -34,6 +34,13 @@ func (o *onChange) MaybeError(op errorfs.Op) error {
 	return nil
 }
 
+// through makes what a group does to its disk, its log included, pass through something.
+func (n *node) through(cfg *raftgroup.Config, wrap func(vfs.FS) vfs.FS) {
+	n.closeLog()
+	cfg.FS = wrap(n.fs)
+	cfg.Log = n.diskLog(cfg.FS)
+}
+
 // A crash before any change of Create: the directory does not open, or it opens complete; Create
 // again makes it whole in any case.
 func TestCreateCrash(t *testing.T) {
@@ -50,11 +57,12 @@ func createCrash(t *testing.T, n, percent int) bool {
 	var after *vfs.MemFS
 	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
 	cfg := a.config()
-	cfg.FS = errorfs.Wrap(a.fs, &onChange{f: func(k int) {
+	crash := func(k int) {
 		if k == n {
 			after = a.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
 		}
-	}})
+	}
+	a.through(&cfg, func(fs vfs.FS) vfs.FS { return errorfs.Wrap(fs, &onChange{f: crash}) })
 	require.NoError(t, raftgroup.Create(cfg, members("a")))
 	if after == nil {
 		return false
@@ -117,23 +125,40 @@ func TestWipedReplicaDoesNotOpen(t *testing.T) {
 		whole := a.fs.CrashClone(vfs.CrashCloneCfg{})
 		names, err := whole.List(dir)
 		require.NoError(t, err)
-		require.Contains(t, names, "stable")
-		for _, name := range names {
-			a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
-			require.NoError(t, a.fs.Remove(dir+"/"+name))
-			err := a.open()
-			if name == "superblock" {
-				require.ErrorIs(t, err, trivet.ErrNotFound)
-				require.ErrorIs(t, raftgroup.Create(a.config(), members("a")), trivet.ErrCorrupt, "it is not ours to wipe")
-				continue
-			}
-			require.ErrorIs(t, err, trivet.ErrCorrupt, "without %s", name)
-		}
+		require.Equal(t, []string{"superblock"}, names, "all else is in the log")
+		a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
+		require.NoError(t, a.fs.Remove(dir+"/superblock"))
+		require.ErrorIs(t, a.open(), trivet.ErrNotFound)
+		require.ErrorIs(t, raftgroup.Create(a.config(), members("a")), trivet.ErrCorrupt, "it is not ours to wipe")
+
 		a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
 		require.NoError(t, a.fs.RemoveAll(dir))
 		require.ErrorIs(t, a.open(), trivet.ErrNotFound)
 		require.NoError(t, a.fs.MkdirAll(dir, 0o755))
 		require.ErrorIs(t, a.open(), trivet.ErrNotFound, "an empty directory")
+		require.ErrorIs(t, raftgroup.Create(a.config(), members("a")), trivet.ErrCorrupt, "the log knows it")
+
+		// A lost log is an empty one here, as if somebody had formatted it again.
+		a.fs = whole.CrashClone(vfs.CrashCloneCfg{})
+		require.NoError(t, a.fs.RemoveAll("/disk/log"))
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
+		require.ErrorContains(t, a.open(), "knows nothing of the group")
+		require.NoError(t, a.fs.RemoveAll("/machine"))
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt, "without anything applied, too: it may have voted")
+	})
+}
+
+// The same for one that joined, and never had an entry or a vote: its log says that it was created.
+func TestWipedJoinerDoesNotOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a")
+		a := c.nodes["a"]
+		require.NoError(t, raftgroup.Create(a.config(), nil))
+		a.mustOpen()
+		a.stop()
+		a.closeLog()
+		require.NoError(t, a.fs.RemoveAll("/disk/log"))
+		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
 	})
 }
 
@@ -178,6 +203,7 @@ func TestStateAndLogMustAgree(t *testing.T) {
 		copyDir(t, early, a.fs, "/machine")
 		require.ErrorIs(t, a.open(), trivet.ErrCorrupt)
 		require.ErrorContains(t, a.open(), "state is ahead of the log")
+		require.ErrorContains(t, a.open(), "replace it by a replica with a new ID")
 
 		a.fs = early.CrashClone(vfs.CrashCloneCfg{})
 		a.mustOpen()
@@ -213,35 +239,50 @@ func copyDir(t *testing.T, from, to *vfs.MemFS, dir string) {
 	}
 }
 
-// H23 at the level of a group: damage is refused, and never costs the other replicas anything.
+// H23 at the level of a group: damage is refused, and never costs the other replicas anything. Damage of
+// one entry refuses its group alone (H38): the log itself opens.
 func TestDamagedLogIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := startCluster(t, "a", "b", "c")
 		for k := range 20 {
-			c.mustPut(fmt.Sprint(k), "1")
+			c.mustPut(fmt.Sprint(k), "damage me")
 		}
 		c.converge()
 		b := c.nodes["b"]
-		b.stop()
-		path := b.config().Dir + "/log-0000000000000001"
-		f, err := b.fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+		b.die()
+		names, err := b.fs.List("/disk/log")
 		require.NoError(t, err)
-		whole, err := io.ReadAll(f)
-		require.NoError(t, err)
-		_, err = f.WriteAt([]byte{whole[len(whole)/2] ^ 1}, int64(len(whole)/2))
-		require.NoError(t, errors.Join(err, f.Close()))
+		found := false
+		for _, name := range names {
+			data, err := b.fs.UnsafeGetFileDataBuffer("/disk/log/" + name)
+			require.NoError(t, err)
+			if at := bytes.Index(data, []byte("=damage me")); at >= 0 && !found {
+				data[at+1] ^= 1
+				found = true
+			}
+		}
+		require.True(t, found)
+		before := diskFiles(t, b.fs, "/disk/log")
 		require.ErrorIs(t, b.open(), trivet.ErrCorrupt)
-		require.Equal(t, len(whole), fileSize(t, b.fs, path), "a damaged log is not cut")
+		b.closeLog()
+		require.Subset(t, diskFiles(t, b.fs, "/disk/log"), before, "a damaged log is not cut")
 		c.mustPut("more", "1")
 		c.converge()
 	})
 }
 
-func fileSize(t *testing.T, fs vfs.FS, path string) int {
+// diskFiles returns the sizes of the files of a directory.
+func diskFiles(t *testing.T, fs vfs.FS, dir string) map[string]int64 {
 	t.Helper()
-	s, err := fs.Stat(path)
+	names, err := fs.List(dir)
 	require.NoError(t, err)
-	return int(s.Size())
+	out := map[string]int64{}
+	for _, name := range names {
+		s, err := fs.Stat(dir + "/" + name)
+		require.NoError(t, err)
+		out[name] = s.Size()
+	}
+	return out
 }
 
 // H1: the log is never cut above what the state machine has made durable. A crash that loses all that
@@ -310,11 +351,12 @@ func destroyCrash(t *testing.T, n, percent int) bool {
 	var after *vfs.MemFS
 	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
 	cfg := a.config()
-	cfg.FS = slowRemove{errorfs.Wrap(a.fs, &onChange{f: func(k int) {
+	crash := func(k int) {
 		if k == n {
 			after = a.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
 		}
-	}})}
+	}
+	a.through(&cfg, func(fs vfs.FS) vfs.FS { return slowRemove{errorfs.Wrap(fs, &onChange{f: crash})} })
 	require.NoError(t, raftgroup.Destroy(cfg))
 	require.NoError(t, raftgroup.Destroy(cfg))
 	if after == nil {

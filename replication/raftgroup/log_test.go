@@ -3,9 +3,9 @@ package raftgroup
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -13,25 +13,38 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
-const logGroup = trivet.VolumeID(0x11)
+const (
+	logGroup     = trivet.VolumeID(0x11)
+	testDisk     = trivet.DiskID("11111111-2222-4333-8444-555555555555")
+	testSegBytes = 64 << 10
+)
 
-func testLogOptions(fs vfs.FS) logOptions {
-	return logOptions{fs: fs, dir: "/disk/v", group: logGroup, segmentBytes: 2048}
+func testLogOptions(dir segment.Dir) segment.Options {
+	return segment.Options{Dir: dir, Disk: testDisk, Lanes: 1, SegmentBytes: testSegBytes, CacheBytes: 8 << 10}
 }
 
-// newTestLog makes and opens a log.
-func newTestLog(t *testing.T, fs vfs.FS) *segmentLog {
+// mustOpenLog opens the log of a disk, and formats it when it is new.
+func mustOpenLog(t *testing.T, dir segment.Dir) *segment.Log {
 	t.Helper()
-	require.NoError(t, makeDir(fs, "/disk/v"))
-	require.NoError(t, createSlots(fs, "/disk/v", fileMark, magicMark, put64(nil, 0, 0)))
-	l, err := createLog(testLogOptions(fs))
+	names, err := dir.List()
 	require.NoError(t, err)
-	require.NoError(t, l.close())
-	l, err = openLog(testLogOptions(fs))
+	if len(names) == 0 {
+		require.NoError(t, segment.Format(testLogOptions(dir)))
+	}
+	l, err := segment.Open(testLogOptions(dir))
 	require.NoError(t, err)
+	t.Cleanup(func() { _ = l.Close() }) // what matters was closed and checked before
 	return l
+}
+
+func newTestStore(t *testing.T, log *segment.Log, guard *diskGuard) *logStore {
+	t.Helper()
+	s, err := newLogStore(newGroupLog(log, logGroup), guard, groupConfig{})
+	require.NoError(t, err)
+	return s
 }
 
 // logModel is what a log should hold.
@@ -46,21 +59,20 @@ func (m logModel) clone() logModel {
 	return logModel{m.first, append([]raft.Log(nil), m.entries...)}
 }
 
-// matches returns "" when the log holds exactly what the model does.
-func (m logModel) matches(l *segmentLog) string {
-	first, last := l.bounds()
+// matches returns "" when the store holds exactly what the model does.
+func (m logModel) matches(s *logStore) string {
+	first, err1 := s.FirstIndex()
+	last, err2 := s.LastIndex()
+	want := [2]uint64{m.first, m.last()}
 	if len(m.entries) == 0 {
-		if last >= first {
-			return fmt.Sprintf("has entries %d to %d, want none", first, last)
-		}
-		return ""
+		want = [2]uint64{}
 	}
-	if first != m.first || last != m.last() {
-		return fmt.Sprintf("has entries %d to %d, want %d to %d", first, last, m.first, m.last())
+	if got := [2]uint64{first, last}; err1 != nil || err2 != nil || got != want {
+		return fmt.Sprintf("has entries %v, want %v (%v, %v)", got, want, err1, err2)
 	}
 	for _, want := range m.entries {
 		var got raft.Log
-		if err := l.read(want.Index, &got); err != nil {
+		if err := s.GetLog(want.Index, &got); err != nil {
 			return err.Error()
 		}
 		if got.Index != want.Index || got.Term != want.Term || got.Type != want.Type || !bytes.Equal(got.Data, want.Data) {
@@ -69,366 +81,153 @@ func (m logModel) matches(l *segmentLog) string {
 	}
 	var e raft.Log
 	for _, index := range []uint64{0, m.first - 1, m.last() + 1} {
-		if err := l.read(index, &e); err != raft.ErrLogNotFound { //nolint:errorlint // identity is the contract
+		if err := s.GetLog(index, &e); err != raft.ErrLogNotFound { //nolint:errorlint // identity is the contract
 			return fmt.Sprintf("read of missing entry %d: %v", index, err)
 		}
 	}
 	return ""
 }
 
-// logStep makes one random change of a log and of its model.
-func logStep(rng *rand.Rand, l *segmentLog, m *logModel, term *uint64) error {
+// append adds random entries from index on to a model, as a log that holds older ones would take them.
+func (m *logModel) append(rng *rand.Rand, from uint64, term *uint64, bytesMax int) []*raft.Log {
+	if len(m.entries) == 0 {
+		m.first = from
+	}
+	m.entries = m.entries[:from-m.first]
+	var batch []*raft.Log
+	for range 1 + rng.IntN(6) {
+		if rng.IntN(5) == 0 {
+			*term++
+		}
+		e := raft.Log{Index: m.last() + 1, Term: *term, Data: make([]byte, rng.IntN(bytesMax)), Type: raft.LogCommand}
+		if rng.IntN(8) == 0 {
+			e.Type = raft.LogNoop
+		}
+		for i := range e.Data {
+			e.Data[i] = byte(rng.Uint32())
+		}
+		m.entries = append(m.entries, e)
+		batch = append(batch, &e)
+	}
+	return batch
+}
+
+// logStep makes one random change of a store and of its model.
+func logStep(rng *rand.Rand, s *logStore, m *logModel, term *uint64) error {
+	bytesMax := []int{300, 300, s.log.entryMax}[rng.IntN(3)]
+	n := len(m.entries)
 	switch op := rng.IntN(20); {
-	case op < 13:
-		var batch []*raft.Log
+	case op < 10 || n < 2:
 		next := m.last() + 1
-		if len(m.entries) == 0 && rng.IntN(2) == 0 {
+		if n == 0 {
 			next += uint64(rng.IntN(5))
 		}
-		if len(m.entries) == 0 {
-			m.first = next
-		}
-		for range 1 + rng.IntN(4) {
-			if rng.IntN(5) == 0 {
-				*term++
-			}
-			e := raft.Log{Index: next, Term: *term, Data: make([]byte, rng.IntN(300)), Type: raft.LogCommand}
-			if rng.IntN(8) == 0 {
-				e.Type = raft.LogNoop
-			}
-			for i := range e.Data {
-				e.Data[i] = byte(rng.Uint32())
-			}
-			batch = append(batch, &e)
-			m.entries = append(m.entries, e)
-			next++
-		}
-		return l.append(batch)
-	case op < 16:
-		if len(m.entries) < 2 {
-			return nil
-		}
-		last := m.first + uint64(rng.IntN(len(m.entries)-1))
-		m.entries = m.entries[:last+1-m.first]
+		return s.StoreLogs(m.append(rng, next, term, bytesMax))
+	case op < 13: // over a tail, as it comes when a crash followed an append that nobody was told of
 		*term++
-		return l.truncate(last)
+		return s.StoreLogs(m.append(rng, m.first+1+uint64(rng.IntN(n-1)), term, bytesMax))
+	case op < 16:
+		from := m.first + 1 + uint64(rng.IntN(n-1))
+		last := m.last()
+		m.entries = m.entries[:from-m.first]
+		*term++
+		return s.DeleteRange(from, last)
 	case op < 19:
-		if len(m.entries) < 2 {
-			return nil
-		}
-		first := m.first + 1 + uint64(rng.IntN(len(m.entries)-1))
-		m.entries = m.entries[first-m.first:]
-		m.first = first
-		return l.trim(first)
+		to := m.first + uint64(rng.IntN(n-1))
+		was := m.first
+		m.entries, m.first = m.entries[to+1-m.first:], to+1
+		return s.DeleteRange(was-min(was, 3), to)
 	default:
-		next := m.last() + 1 + uint64(rng.IntN(10))
-		*m = logModel{first: next}
-		return l.reset(next)
+		index := m.last() + uint64(rng.IntN(10))
+		*m = logModel{first: index + 1}
+		return s.install(index, groupConfig{})
 	}
 }
 
-// The log against a slice, with a restart now and then.
+// The LogStore row of the library's contracts, against a slice: each operation is whole and durable when it
+// returns, so a crash at any moment within leaves what was before, what is after, or, of an append that was
+// too much for one batch, a part without a hole. Every crash keeps another share of the unsynced data.
 func TestLogModel(t *testing.T) {
-	steps := 20_000
-	if testing.Short() {
-		steps = 2000
-	}
-	rng := rand.New(rand.NewPCG(1, 1))
-	fs := vfs.NewCrashableMem()
-	l := newTestLog(t, fs)
-	m, term := logModel{first: 1}, uint64(1)
-	for i := range steps {
-		require.NoError(t, logStep(rng, l, &m, &term), "step %d", i)
-		if i%10 == 0 {
-			require.Empty(t, m.matches(l), "step %d", i)
-		}
-		if rng.IntN(50) == 0 {
-			require.NoError(t, l.close())
-			var err error
-			l, err = openLog(testLogOptions(fs))
-			require.NoError(t, err, "step %d", i)
-			require.Empty(t, m.matches(l), "step %d after a restart", i)
-		}
-		if rng.IntN(50) == 0 { // power cut between two operations: all was durable
-			fs = fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rng})
-			require.NoError(t, l.close())
-			var err error
-			l, err = openLog(testLogOptions(fs))
-			require.NoError(t, err, "step %d", i)
-			require.Empty(t, m.matches(l), "step %d after a crash", i)
-		}
-	}
-	require.NoError(t, l.close())
-}
-
-// A crash before every change that a workload makes: the log holds what was acknowledged, and of the
-// operation under way a part of it or nothing.
-func TestLogCrash(t *testing.T) {
-	atEveryCrash(t, func(t *testing.T, n, percent int) bool {
-		mem := vfs.NewCrashableMem()
-		l := newTestLog(t, mem)
-		require.NoError(t, l.close())
-		fs := newCrashAt(mem, n, percent, 7)
-		l, err := openLog(testLogOptions(fs))
-		require.NoError(t, err)
-		rng := rand.New(rand.NewPCG(3, 3))
+	for seed := range uint64(6) {
+		rng := rand.New(rand.NewPCG(seed, 21))
+		dir := segment.NewMemDir()
+		guard := &diskGuard{fatal: func(err error) { require.NoError(t, err) }}
+		log := mustOpenLog(t, dir)
+		s := newTestStore(t, log, guard)
 		m, term := logModel{first: 1}, uint64(1)
-		before := m.clone()
-		steps := 60
-		for range steps {
-			before = m.clone()
-			require.NoError(t, logStep(rng, l, &m, &term))
-			if fs.crashed() != nil {
-				break
+		for step := range 300 {
+			before := m.clone()
+			var photo *segment.MemDir
+			n, at, percent := 0, rng.IntN(4), []int{0, 30, 70, 100}[rng.IntN(4)]
+			crashRng := rand.New(rand.NewPCG(seed, uint64(step)))
+			dir.SetHook(func(op segment.MemOp) (f segment.MemFault) {
+				if op.Kind != segment.MemRead {
+					if n == at {
+						photo = dir.CrashLocked(percent, rng.IntN(2) == 0, crashRng)
+					}
+					n++
+				}
+				return f
+			})
+			require.NoError(t, logStep(rng, s, &m, &term))
+			dir.SetHook(nil)
+			require.Empty(t, m.matches(s), "seed %d, step %d", seed, step)
+			if photo == nil {
+				photo, before = dir.Crash(percent, true, crashRng), m // between two operations
+			}
+			left := mustOpenLog(t, photo)
+			checkCrashed(t, newTestStore(t, left, guard), before, m)
+			require.NoError(t, left.Close())
+			if step%50 == 49 {
+				require.NoError(t, log.Close())
+				log = mustOpenLog(t, dir)
+				s = newTestStore(t, log, guard)
+				require.Empty(t, m.matches(s), "seed %d, step %d: after a restart", seed, step)
 			}
 		}
-		require.NoError(t, l.close())
-		after := fs.crashed()
-		if after == nil {
-			return false
-		}
-		l, err = openLog(testLogOptions(after))
-		require.NoError(t, err, "crash %d", n)
-		checkCrashed(t, l, before, m)
-		// And it goes on from there.
-		_, last := l.bounds()
-		next := last + 1
-		require.NoError(t, l.append([]*raft.Log{{Index: next, Term: term + 9, Data: []byte("on")}}))
-		require.NoError(t, l.close())
-		l, err = openLog(testLogOptions(after))
-		require.NoError(t, err)
-		var e raft.Log
-		require.NoError(t, l.read(next, &e))
-		require.Equal(t, "on", string(e.Data))
-		require.NoError(t, l.close())
-		return true
-	})
+		require.NoError(t, log.Close())
+	}
 }
 
 // checkCrashed accepts the state before an operation, after it, or after a part of an append.
-func checkCrashed(t *testing.T, l *segmentLog, before, after logModel) {
+func checkCrashed(t *testing.T, s *logStore, before, after logModel) {
 	t.Helper()
-	var why []string
-	for n := len(before.entries); n <= max(len(before.entries), len(after.entries)); n++ {
-		m := before.clone()
-		if n > len(before.entries) {
-			m = logModel{after.first, after.entries[:n]}
-		}
-		diff := m.matches(l)
-		if diff == "" {
+	why := before.matches(s)
+	if why == "" || after.matches(s) == "" {
+		return
+	}
+	for n := len(after.entries) - 1; n > 0; n-- {
+		if part := (logModel{after.first, after.entries[:n]}); part.matches(s) == "" {
 			return
 		}
-		why = append(why, diff)
 	}
-	if diff := after.matches(l); diff != "" {
-		require.Fail(t, "neither before nor after", "%v; %s", why, diff)
+	require.Fail(t, "neither before nor after", "%s; %s", why, after.matches(s))
+}
+
+func configEntry(index uint64, names ...string) *raft.Log {
+	var m []Member
+	for _, n := range names {
+		m = append(m, Member{Replica: trivet.ReplicaID(strings.Repeat(n, 8) + "-0000-4000-8000-000000000000"), Node: "n"})
+	}
+	return &raft.Log{
+		Index: index, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(m)),
 	}
 }
 
-// image of a disk, to see that nothing changed and to damage it.
-func diskBytes(t *testing.T, fs *vfs.MemFS) map[string][]byte {
-	t.Helper()
-	names, err := fs.List("/disk/v")
-	require.NoError(t, err)
-	out := map[string][]byte{}
-	for _, name := range names {
-		f, err := fs.Open("/disk/v/" + name)
-		require.NoError(t, err)
-		b, err := io.ReadAll(f)
-		require.NoError(t, err)
-		require.NoError(t, f.Close())
-		out[name] = b
-	}
-	return out
-}
-
-func diskOf(t *testing.T, files map[string][]byte) *vfs.MemFS {
-	t.Helper()
-	fs := vfs.NewCrashableMem()
-	require.NoError(t, makeDir(fs, "/disk/v"))
-	for name, b := range files {
-		require.NoError(t, writeFile(fs, "/disk/v", name, bytes.Clone(b)))
-	}
-	return fs
-}
-
-// H23: one flipped bit anywhere in what was acknowledged is damage, never the end of the log, and
-// the files are left as they are. The log was not even closed: its last batch is what a power cut
-// leaves. Only rot within that last batch may be taken for a torn one, and then only before the mark
-// was written.
-func TestLogRot(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	l := newTestLog(t, mem)
-	for i := range uint64(16) {
-		require.NoError(t, l.append([]*raft.Log{{Index: i + 1, Term: 1, Data: make([]byte, 150)}}))
-	}
-	lastBatch := recordSize(150)
-	unmarked := diskBytes(t, mem)
-	require.NoError(t, l.writeMark())
-	marked := diskBytes(t, mem)
-	tail := segmentName(l.tail.seq)
-	end := int64(len(unmarked[tail]))
-	require.Greater(t, end, segmentHeader+3*lastBatch, "the last segment must hold several batches")
-	require.Greater(t, l.tail.seq, uint64(1))
-	require.NoError(t, l.close())
-
-	flip := func(files map[string][]byte, name string, at int) (*vfs.MemFS, map[string][]byte) {
-		damaged := map[string][]byte{}
-		for k, v := range files {
-			damaged[k] = v
-		}
-		damaged[name] = bytes.Clone(files[name])
-		damaged[name][at] ^= 0x10
-		return diskOf(t, damaged), damaged
-	}
-	for name, b := range unmarked {
-		if !strings.HasPrefix(name, segmentPrefix) {
-			continue
-		}
-		for at := 0; at < len(b); at += 7 {
-			fs, damaged := flip(unmarked, name, at)
-			l, err := openLog(testLogOptions(fs))
-			if name == tail && int64(at) >= end-lastBatch {
-				require.NoError(t, err, "rot at %d of %s looks like a torn batch", at, name)
-				_, last := l.bounds()
-				require.Equal(t, uint64(15), last)
-				require.NoError(t, l.close())
-				continue
-			}
-			require.ErrorIs(t, err, trivet.ErrCorrupt, "rot at %d of %s", at, name)
-			require.NotErrorIs(t, err, raft.ErrLogNotFound)
-			require.Equal(t, damaged, diskBytes(t, fs), "a refused log must not be changed")
-		}
-	}
-	for at := 0; at < len(marked[tail]); at += 7 {
-		fs, _ := flip(marked, tail, at)
-		_, err := openLog(testLogOptions(fs))
-		require.ErrorIs(t, err, trivet.ErrCorrupt, "rot at %d of the marked tail", at)
-	}
-}
-
-// A segment, or the mark, that is gone is damage too.
-func TestLogLostFile(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	l := newTestLog(t, mem)
-	for i := range uint64(40) {
-		require.NoError(t, l.append([]*raft.Log{{Index: i + 1, Term: 1, Data: make([]byte, 150)}}))
-	}
-	require.NoError(t, l.close())
-	files := diskBytes(t, mem)
-	require.Greater(t, len(files), 3)
-	for name := range files {
-		rest := map[string][]byte{}
-		for k, v := range files {
-			if k != name {
-				rest[k] = v
-			}
-		}
-		_, err := openLog(testLogOptions(diskOf(t, rest)))
-		require.ErrorIs(t, err, trivet.ErrCorrupt, "without %s", name)
-	}
-}
-
-// After a torn batch nothing is appended in its place: what was left of it must not come to life
-// behind a new entry.
-func TestLogTornBatchStaysDead(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	l := newTestLog(t, mem)
-	require.NoError(t, l.append([]*raft.Log{{Index: 1, Term: 1, Data: make([]byte, 40)}}))
-	at := l.tail.end
-	require.NoError(t, l.append([]*raft.Log{
-		{Index: 2, Term: 1, Data: make([]byte, 40)}, {Index: 3, Term: 1, Data: make([]byte, 40)},
-	}))
-	files := diskBytes(t, mem)
-	require.NoError(t, l.close())
-	files[segmentName(1)][at+recordHeader] ^= 1 // the first record of the batch did not reach the disk
-	fs := diskOf(t, files)
-	l, err := openLog(testLogOptions(fs))
-	require.NoError(t, err)
-	_, last := l.bounds()
-	require.Equal(t, uint64(1), last)
-	require.NoError(t, l.append([]*raft.Log{{Index: 2, Term: 1, Data: bytes.Repeat([]byte{9}, 40)}}))
-	require.NoError(t, l.close())
-	l, err = openLog(testLogOptions(fs))
-	require.NoError(t, err)
-	_, last = l.bounds()
-	require.Equal(t, uint64(2), last)
-	require.NoError(t, l.close())
-}
-
-// A crash between the new segment's name and its header leaves a file that counts for nothing; the
-// same file before another one, or before the mark, is damage.
-func TestLogSegmentWithoutHeader(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	l := newTestLog(t, mem)
-	for i := range uint64(20) {
-		require.NoError(t, l.append([]*raft.Log{{Index: i + 1, Term: 1, Data: make([]byte, 150)}}))
-	}
-	seq := l.tail.seq
-	require.NoError(t, l.close())
-	files := diskBytes(t, mem)
-	files[segmentName(seq+1)] = make([]byte, 30)
-	l, err := openLog(testLogOptions(diskOf(t, files)))
-	require.NoError(t, err)
-	_, last := l.bounds()
-	require.Equal(t, uint64(20), last)
-	require.NoError(t, l.close())
-	for _, lost := range []uint64{seq, 1} {
-		files := diskBytes(t, mem)
-		files[segmentName(lost)] = make([]byte, 30)
-		_, err = openLog(testLogOptions(diskOf(t, files)))
-		require.ErrorIs(t, err, trivet.ErrCorrupt, "segment %d of %d", lost, seq)
-	}
-}
-
-// Segments of another group, or under another number, are refused (H24).
-func TestLogForeignSegment(t *testing.T) {
-	mem := vfs.NewCrashableMem()
-	l := newTestLog(t, mem)
-	require.NoError(t, l.append([]*raft.Log{{Index: 1, Term: 1, Data: []byte("x")}}))
-	require.NoError(t, l.close())
-	opts := testLogOptions(mem)
-	opts.group++
-	_, err := openLog(opts)
-	require.ErrorIs(t, err, trivet.ErrCorrupt)
-	files := diskBytes(t, mem)
-	files[segmentName(2)] = files[segmentName(1)]
-	_, err = openLog(testLogOptions(diskOf(t, files)))
-	require.ErrorIs(t, err, trivet.ErrCorrupt)
-}
-
-func TestLogRefusesGaps(t *testing.T) {
-	l := newTestLog(t, vfs.NewCrashableMem())
-	defer func() { require.NoError(t, l.close()) }()
-	require.NoError(t, l.append([]*raft.Log{{Index: 5, Term: 1}, {Index: 6, Term: 1}}))
-	require.ErrorIs(t, l.append([]*raft.Log{{Index: 8, Term: 1}}), trivet.ErrInvalid)
-	require.ErrorIs(t, l.append([]*raft.Log{{Index: 6, Term: 1}}), trivet.ErrInvalid)
-	require.ErrorIs(t, l.trim(9), trivet.ErrInvalid)
-	require.ErrorIs(t, l.truncate(3), trivet.ErrInvalid)
-}
-
-// logStore over a log: what the library is promised.
+// What else the library is promised.
 func TestLogStore(t *testing.T) {
-	mem := vfs.NewCrashableMem()
 	var fatal []error
 	guard := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
-	s, err := newLogStore(newTestLog(t, mem), guard, groupConfig{})
-	require.NoError(t, err)
-	require.True(t, s.IsMonotonic())
+	log := mustOpenLog(t, segment.NewMemDir())
+	s := newTestStore(t, log, guard)
+	require.False(t, s.IsMonotonic(), "D6")
 	first, err := s.FirstIndex()
 	require.NoError(t, err)
 	require.Zero(t, first)
 
-	conf := func(index uint64, names ...string) *raft.Log {
-		var m []Member
-		for _, n := range names {
-			m = append(m, Member{Replica: trivet.ReplicaID(strings.Repeat(n, 8) + "-0000-4000-8000-000000000000"), Node: "n"})
-		}
-		return &raft.Log{
-			Index: index, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(toConfiguration(m)),
-		}
-	}
-	require.NoError(t, s.StoreLogs([]*raft.Log{conf(1, "a"), {Index: 2, Term: 1, Data: []byte("two")}, conf(3, "a", "b")}))
+	require.NoError(t, s.StoreLogs([]*raft.Log{
+		configEntry(1, "a"), {Index: 2, Term: 1, Data: []byte("two")}, configEntry(3, "a", "b"),
+	}))
 	require.Len(t, s.latestConfig().members, 2)
 	require.Equal(t, uint64(1), s.configAt(2).index)
 	require.NoError(t, s.DeleteRange(3, 3))
@@ -436,42 +235,147 @@ func TestLogStore(t *testing.T) {
 	require.NoError(t, s.StoreLog(&raft.Log{Index: 3, Term: 2, Data: []byte("three")}))
 	var e raft.Log
 	require.NoError(t, s.GetLog(3, &e))
-	require.Equal(t, "three", string(e.Data), "the cache must forget what was overwritten")
+	require.Equal(t, "three", string(e.Data), "the cache must forget what was overwritten (cockroach #63302)")
 	require.NoError(t, s.DeleteRange(1, 2))
 	require.Equal(t, uint64(1), s.latestConfig().index, "a configuration that was compacted still rules")
 	require.Equal(t, raft.ErrLogNotFound, s.GetLog(2, &e))
 	require.Equal(t, raft.ErrLogNotFound, s.GetLog(4, &e))
 	require.Error(t, s.StoreLog(&raft.Log{Index: 4, Term: 2, Type: raft.LogConfiguration, Data: []byte("junk")}))
+	require.NoError(t, s.DeleteRange(4, 3), "nothing")
 	require.Empty(t, fatal)
-
-	// Damage at run time: the library gets no error that it panics on, and the group is dead.
-	s.cache = nil
-	data, err := mem.UnsafeGetFileDataBuffer("/disk/v/" + segmentName(s.log.tail.seq))
-	require.NoError(t, err)
-	data[s.log.refs[0].off+recordHeader] ^= 1
-	require.ErrorIs(t, s.log.read(3, &e), trivet.ErrCorrupt)
-	require.NotErrorIs(t, s.log.read(3, &e), raft.ErrLogNotFound)
-	require.NoError(t, s.GetLog(3, &e))
-	require.Len(t, fatal, 1)
-	require.ErrorIs(t, fatal[0], trivet.ErrCorrupt)
-	require.Error(t, s.StoreLog(&raft.Log{Index: 4, Term: 2}), "nothing is written after a failure")
-	require.Error(t, s.DeleteRange(3, 3))
-	require.NoError(t, s.log.close())
+	require.Equal(t, int64(pageBytes), s.log.sizeAfter(0))
+	require.Zero(t, s.log.sizeAfter(3))
+	require.Equal(t, int64(4*pageBytes), s.appendedBytes(), "what was cut off included")
+	require.NoError(t, log.Close())
+	require.ErrorIs(t, s.GetLog(3, &e), trivet.ErrClosed, "no damage")
+	require.Empty(t, fatal)
 }
 
-// The cache never holds more than its bound, and never an entry that is not in the log.
-func TestLogStoreCache(t *testing.T) {
-	mem := vfs.NewMem()
-	s, err := newLogStore(newTestLog(t, mem), &diskGuard{}, groupConfig{})
+// Damage at run time is never a missing entry; the library gets no error that it panics on, and the group is
+// dead. Nothing is written after it.
+func TestLogStoreDamage(t *testing.T) {
+	var fatal []error
+	guard := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
+	dir := segment.NewMemDir()
+	log := mustOpenLog(t, dir)
+	s := newTestStore(t, log, guard)
+	for i := range uint64(8) { // more than stays in memory
+		require.NoError(t, s.StoreLog(&raft.Log{Index: i + 1, Term: 1, Data: bytes.Repeat([]byte{0xaa}, 4<<10)}))
+	}
+	names, err := dir.List()
 	require.NoError(t, err)
-	for i := range uint64(80) {
-		require.NoError(t, s.StoreLog(&raft.Log{Index: i + 1, Term: 1, Data: bytes.Repeat([]byte{byte(i)}, 64<<10)}))
-		require.LessOrEqual(t, s.cacheBytes, cacheBytesMax)
+	for _, name := range names {
+		for at := int64(2 * pageBytes); at < testSegBytes; at += 256 {
+			dir.Flip(name, at)
+		}
 	}
-	for i := range uint64(80) {
-		var e raft.Log
-		require.NoError(t, s.GetLog(i+1, &e))
-		require.Equal(t, byte(i), e.Data[100])
+	var e raft.Log
+	require.ErrorIs(t, s.log.read(1, &e), trivet.ErrCorrupt)
+	require.NotErrorIs(t, s.log.read(1, &e), raft.ErrLogNotFound)
+	require.NoError(t, s.GetLog(1, &e))
+	require.Empty(t, e.Data)
+	require.Len(t, fatal, 1)
+	require.ErrorIs(t, fatal[0], trivet.ErrCorrupt)
+	require.Error(t, s.StoreLog(&raft.Log{Index: 9, Term: 2}), "nothing is written after a failure")
+	require.Error(t, s.DeleteRange(3, 8))
+}
+
+// H25: the log owns the data of an entry once it is stored. Whoever changes it afterwards is found out, and
+// the changed bytes are never served.
+func TestLogStoreOwnsItsData(t *testing.T) {
+	var fatal []error
+	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }})
+	data := []byte("mine no more")
+	require.NoError(t, s.StoreLog(&raft.Log{Index: 1, Term: 1, Data: data}))
+	data[0] ^= 1
+	var e raft.Log
+	require.NoError(t, s.GetLog(1, &e))
+	require.Empty(t, e.Data)
+	require.Len(t, fatal, 1)
+	require.ErrorIs(t, fatal[0], trivet.ErrCorrupt)
+}
+
+// H26: a disk without room for another segment makes no write fail that was begun, so the group lives on and
+// goes on when there is room. But a follower that has deleted its tail for the entries that now have no place
+// would go on with a wrong idea of its log (raft.go:1562): that one is dead.
+func TestLogStoreWithoutRoom(t *testing.T) {
+	var fatal []error
+	guard := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
+	dir := segment.NewMemDir()
+	s := newTestStore(t, mustOpenLog(t, dir), guard)
+	require.NoError(t, s.StoreLog(&raft.Log{Index: 1, Term: 1}))
+	dir.SetHook(func(op segment.MemOp) (f segment.MemFault) {
+		if op.Kind == segment.MemCreate {
+			f.Err = syscall.ENOSPC
+		}
+		return f
+	})
+	last := uint64(1)
+	fill := func() (err error) {
+		for err == nil {
+			err = s.StoreLog(&raft.Log{Index: last + 1, Term: 1, Data: make([]byte, 4000)})
+			if err == nil {
+				last++
+			}
+		}
+		return err
 	}
-	require.NoError(t, s.log.close())
+	require.ErrorIs(t, fill(), trivet.ErrNoSpace)
+	require.NoError(t, guard.failed())
+	before := last
+	require.NoError(t, s.DeleteRange(1, last-1))
+	require.ErrorIs(t, fill(), trivet.ErrNoSpace)
+	require.Greater(t, last, before, "what was compacted is used again")
+	require.Empty(t, fatal)
+
+	require.NoError(t, s.DeleteRange(last, last))
+	big := &raft.Log{Index: last, Term: 2, Data: make([]byte, s.log.entryMax)}
+	require.ErrorIs(t, s.StoreLog(big), trivet.ErrNoSpace)
+	require.Len(t, fatal, 1)
+}
+
+func TestLogStoreRefusesGaps(t *testing.T) {
+	for _, bad := range [][]*raft.Log{
+		{{Index: 8, Term: 1}},
+		{{Index: 7, Term: 1}, {Index: 9, Term: 1}},
+		{{Index: 7, Term: 0}},
+		{{Index: 3, Term: 1}},
+		{{Index: 7, Term: 1, Extensions: []byte{1}}},
+		{{Index: 7, Term: 1, Data: make([]byte, testSegBytes)}},
+	} {
+		s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), &diskGuard{})
+		require.NoError(t, s.StoreLogs([]*raft.Log{{Index: 5, Term: 1}, {Index: 6, Term: 1}}))
+		require.ErrorIs(t, s.StoreLogs(bad), trivet.ErrInvalid)
+		require.Error(t, s.StoreLogs([]*raft.Log{{Index: 7, Term: 1}}), "after that nothing is taken")
+	}
+	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), &diskGuard{})
+	require.NoError(t, s.StoreLogs([]*raft.Log{{Index: 5, Term: 1}, {Index: 6, Term: 1}, {Index: 7, Term: 1}}))
+	require.ErrorIs(t, s.DeleteRange(6, 6), trivet.ErrInvalid, "a hole")
+}
+
+// What Create made of a group is not there for the next one of that name on the disk: neither entries nor
+// vote (H10, H35).
+func TestGroupMadeAgainStartsEmpty(t *testing.T) {
+	fs := vfs.NewCrashableMem()
+	log := mustOpenLog(t, LogDir(fs, "/disk/log"))
+	cfg := Config{Group: logGroup, Replica: idA, FS: fs, Dir: "/disk/groups/v", Log: log}
+	own := []Member{{Replica: idA, Node: "n"}}
+	require.NoError(t, Create(cfg, own))
+	g := newGroupLog(log, logGroup)
+	require.NoError(t, g.append([]*raft.Log{{Index: 2, Term: 7}}))
+	require.NoError(t, g.SetStable(segment.Stable{Term: 7, VoteTerm: 7, Vote: "somebody"}))
+	require.NoError(t, fs.RemoveAll(cfg.Dir))
+	require.ErrorIs(t, Create(cfg, own), trivet.ErrCorrupt, "it lost its directory, and must not begin anew (H10)")
+	require.NoError(t, Destroy(cfg))
+	require.True(t, g.pristine())
+
+	cfg.Replica = idB
+	require.NoError(t, Create(cfg, nil))
+	first, last := g.bounds()
+	require.Equal(t, []uint64{1, 0}, []uint64{first, last})
+	require.Equal(t, segment.Stable{Term: 1}, g.Stable())
+	require.NoError(t, Destroy(cfg))
+	require.True(t, g.pristine())
+	require.NoError(t, log.Close())
+	require.True(t, newGroupLog(mustOpenLog(t, LogDir(fs, "/disk/log")), logGroup).pristine(), "after a restart")
 }

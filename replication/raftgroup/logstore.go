@@ -10,29 +10,23 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// cacheBytesMax bounds the entries of one group that are kept in memory for its followers and its
-// own apply.
-const cacheBytesMax = 2 << 20
-
 // groupConfig is one configuration and the index of its entry.
 type groupConfig struct {
 	index   uint64
 	members []Member
 }
 
-// logStore is the library's LogStore over a segmentLog. It keeps the newest entries in memory,
-// knows the configurations in the log (the library tells nobody their indexes), and poisons itself
-// on the first failed write.
+// logStore is the library's LogStore over the group's log. It knows the configurations in the log (the
+// library tells nobody their indexes). What was stored last is read from the memory of the shared log.
 type logStore struct {
-	log      *segmentLog
+	log      *groupLog
 	guard    *diskGuard
 	onAppend func() // called after entries were stored, without locks
 
-	mu         sync.Mutex
-	configs    []groupConfig // of the log, in order; before them the one of the snapshot
-	cache      []raft.Log    // the newest entries, in order; data is shared and never written to
-	cacheBytes int
-	appended   int64 // bytes of data stored since Open
+	mu       sync.Mutex
+	configs  []groupConfig // of the log, in order; before them the one of the snapshot
+	appended int64         // bytes stored since Open, as entryBytes counts them
+	cut      bool          // a tail was deleted and nothing stored in its place yet
 }
 
 var (
@@ -42,13 +36,18 @@ var (
 
 // newLogStore takes the log over. base is the configuration of the snapshot. It returns ErrCorrupt
 // when a configuration in the log cannot be read: the library would panic on it.
-func newLogStore(log *segmentLog, guard *diskGuard, base groupConfig) (*logStore, error) {
+func newLogStore(log *groupLog, guard *diskGuard, base groupConfig) (*logStore, error) {
 	s := &logStore{log: log, guard: guard}
 	if base.index > 0 {
 		s.configs = append(s.configs, base)
 	}
-	for _, index := range log.configIndexes() {
-		if index <= base.index {
+	first, last := log.bounds()
+	for index := max(first, base.index+1); index <= last; index++ {
+		_, typ, err := log.TermType(index)
+		if err != nil {
+			return nil, err
+		}
+		if raft.LogType(typ) != raft.LogConfiguration {
 			continue
 		}
 		var e raft.Log
@@ -57,15 +56,17 @@ func newLogStore(log *segmentLog, guard *diskGuard, base groupConfig) (*logStore
 		}
 		members, err := decodeConfiguration(e.Data)
 		if err != nil {
-			return nil, fmt.Errorf("entry %d of %s: %v: %w", index, log.opts.group, err, trivet.ErrCorrupt)
+			return nil, fmt.Errorf("entry %d of %s: %v: %w", index, log.id, err, trivet.ErrCorrupt)
 		}
 		s.configs = append(s.configs, groupConfig{index, members})
 	}
 	return s, nil
 }
 
-// IsMonotonic tells the library that indexes have no gaps.
-func (s *logStore) IsMonotonic() bool { return true }
+// IsMonotonic says no, though indexes have no gaps: of a store that says yes the library empties the log
+// under an installed snapshot and remembers a last entry that is gone (D6). No snapshot of ours passes
+// through it, but this need not rest on that alone.
+func (s *logStore) IsMonotonic() bool { return false }
 
 // FirstIndex returns the index of the first entry, 0 when there is none.
 func (s *logStore) FirstIndex() (uint64, error) {
@@ -89,9 +90,6 @@ func (s *logStore) LastIndex() (uint64, error) {
 // with == (replication.go:223). Damage is fatal, and the library never hears of it, as it panics on
 // any other error (raft.go:1331): it gets an empty entry in a group that is dead (diskGuard).
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
-	if s.cached(index, out) {
-		return nil
-	}
 	err := s.log.read(index, out)
 	if err == nil || errors.Is(err, raft.ErrLogNotFound) || errors.Is(err, trivet.ErrClosed) {
 		return err
@@ -104,20 +102,14 @@ func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	return nil
 }
 
-func (s *logStore) cached(index uint64, out *raft.Log) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.cache) == 0 || index < s.cache[0].Index || index-s.cache[0].Index >= uint64(len(s.cache)) {
-		return false
-	}
-	*out = s.cache[index-s.cache[0].Index]
-	return true
-}
-
 // StoreLog stores one entry.
 func (s *logStore) StoreLog(e *raft.Log) error { return s.StoreLogs([]*raft.Log{e}) }
 
-// StoreLogs returns once the entries are on stable storage.
+// StoreLogs returns once the entries are on stable storage. Their data belongs to the log from then on.
+//
+// ErrNoSpace leaves the group alive, as nothing was written: a leader gives up leadership for it, and a
+// follower answers that it could not. But a follower that has deleted a tail for these entries would go on
+// with a wrong idea of its last one (raft.go:1562), so there it is fatal like any other error (H26).
 func (s *logStore) StoreLogs(entries []*raft.Log) error {
 	var configs []groupConfig
 	for _, e := range entries {
@@ -126,39 +118,53 @@ func (s *logStore) StoreLogs(entries []*raft.Log) error {
 		}
 		members, err := decodeConfiguration(e.Data)
 		if err != nil {
-			return fmt.Errorf("store entry %d of %s: %w", e.Index, s.log.opts.group, err)
+			return fmt.Errorf("store entry %d of %s: %w", e.Index, s.log.id, err)
 		}
 		configs = append(configs, groupConfig{e.Index, members})
 	}
-	if err := s.guard.run("store entries", func() error { return s.log.append(entries) }); err != nil {
+	s.mu.Lock()
+	cut := s.cut
+	s.mu.Unlock()
+	var full error
+	err := s.guard.run("store entries", func() error {
+		err := s.log.append(entries)
+		if errors.Is(err, trivet.ErrNoSpace) && !cut {
+			full, err = err, nil
+		}
+		return err
+	})
+	if err = errors.Join(err, full); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.configs = append(s.configs, configs...)
-	for _, e := range entries {
-		s.cache = append(s.cache, raft.Log{Index: e.Index, Term: e.Term, Type: e.Type, Data: e.Data})
-		s.cacheBytes += len(e.Data)
-		s.appended += recordSize(len(e.Data))
-	}
-	s.evictLocked()
-	s.mu.Unlock()
+	s.stored(entries, configs)
 	if s.onAppend != nil {
 		s.onAppend()
 	}
 	return nil
 }
 
-func (s *logStore) evictLocked() {
-	n := 0
-	for n < len(s.cache) && s.cacheBytes > cacheBytesMax {
-		s.cacheBytes -= len(s.cache[n].Data)
-		n++
+func (s *logStore) stored(entries []*raft.Log, configs []groupConfig) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cut = false
+	if len(entries) > 0 {
+		s.dropConfigsLocked(entries[0].Index)
 	}
-	clear(s.cache[:n])
-	s.cache = s.cache[n:]
+	s.configs = append(s.configs, configs...)
+	for _, e := range entries {
+		s.appended += entryBytes(len(e.Data))
+	}
 }
 
-// DeleteRange removes a prefix or a suffix, durably before it returns.
+// dropConfigsLocked forgets the configurations from an index on.
+func (s *logStore) dropConfigsLocked(from uint64) {
+	for len(s.configs) > 0 && s.configs[len(s.configs)-1].index >= from {
+		s.configs = s.configs[:len(s.configs)-1]
+	}
+}
+
+// DeleteRange removes a prefix or a suffix, durably before it returns, in one step: a hole would lose
+// acknowledged entries (braft issue 119).
 func (s *logStore) DeleteRange(lo, hi uint64) error {
 	first, last := s.log.bounds()
 	if lo > hi || last < first || hi < first || lo > last {
@@ -166,52 +172,31 @@ func (s *logStore) DeleteRange(lo, hi uint64) error {
 	}
 	if lo > first && hi < last {
 		return fmt.Errorf("delete entries %d to %d of %s, has %d to %d: %w",
-			lo, hi, s.log.opts.group, first, last, trivet.ErrInvalid)
+			lo, hi, s.log.id, first, last, trivet.ErrInvalid)
 	}
-	s.forget(lo, hi)
+	if hi >= last { // of a prefix the newest configuration still rules, whether or not its entry is there
+		s.mu.Lock()
+		s.dropConfigsLocked(lo)
+		s.cut = true
+		s.mu.Unlock()
+	}
 	return s.guard.run("delete entries", func() error {
-		switch {
-		case lo <= first && hi >= last:
-			return s.log.reset(last + 1)
-		case lo <= first:
-			return s.log.trim(hi + 1)
-		default:
-			return s.log.truncate(lo - 1)
+		if lo <= first {
+			return s.log.TrimPrefix(hi)
 		}
+		return s.log.TruncateSuffix(lo)
 	})
-}
-
-// forget drops what is in memory of entries that are about to go. Before they go, so that nobody
-// reads an entry from memory that its successor has replaced on disk.
-func (s *logStore) forget(lo, hi uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	keep := s.cache[:0:0]
-	s.cacheBytes = 0
-	for _, e := range s.cache {
-		if e.Index < lo || e.Index > hi {
-			keep = append(keep, e)
-			s.cacheBytes += len(e.Data)
-		}
-	}
-	s.cache = keep
-	if _, last := s.log.bounds(); hi < last {
-		return // a prefix: its newest configuration still rules, whether or not its entry is there
-	}
-	for len(s.configs) > 0 && s.configs[len(s.configs)-1].index >= lo {
-		s.configs = s.configs[:len(s.configs)-1]
-	}
 }
 
 // install replaces the whole log by a snapshot that ends at index.
 func (s *logStore) install(index uint64, base groupConfig) error {
-	err := s.guard.run("reset log", func() error { return s.log.reset(index + 1) })
+	err := s.guard.run("reset log", func() error { return s.log.Reset(index + 1) })
 	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.cache, s.cacheBytes, s.configs = nil, 0, []groupConfig{base}
+	s.configs, s.cut = []groupConfig{base}, false
 	return nil
 }
 

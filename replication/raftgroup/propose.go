@@ -100,13 +100,13 @@ func (g *Group) enqueueWait() time.Duration { return 4 * g.cfg.Timing.Heartbeat 
 
 // Propose appends data and returns what Apply returned for it. It returns ErrNotLeader when the
 // entry is definitely not applied, and never will be; ErrUnavailable when its fate is unknown, at
-// once when leadership is lost; ErrInvalid when it is larger than EntryBytesMax; ErrClosed after
+// once when leadership is lost; ErrInvalid when it is larger than EntryBytesMax, or than the log takes; ErrClosed after
 // Close. A context error tells nothing about the outcome either. The group owns data from the call
 // on.
 func (g *Group) Propose(ctx context.Context, data []byte) (any, error) {
-	if len(data) > EntryBytesMax {
+	if most := g.seglog.entryMax; len(data) > most {
 		return nil, fmt.Errorf("propose %d bytes to %s, at most %d are allowed: %w",
-			len(data), g.cfg.Group, EntryBytesMax, trivet.ErrInvalid)
+			len(data), g.cfg.Group, most, trivet.ErrInvalid)
 	}
 	select {
 	case g.slots <- struct{}{}:

@@ -107,7 +107,7 @@ func TestCloseWaitsForApply(t *testing.T) {
 func TestLargeEntries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
-		c.configure = func(cfg *raftgroup.Config) { cfg.SegmentBytes = 4 << 20 }
+		c.segmentBytes = 8 << 20
 		for _, n := range c.nodes {
 			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
 			n.mustOpen()

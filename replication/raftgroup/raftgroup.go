@@ -6,10 +6,10 @@
 // the adapters: its log, its vote, its snapshots, its messages and its reads all pass through code
 // of this package, and nothing here needs a fork.
 //
-//	Create   writes the group's directory, once, on the word of the catalogue
+//	Create   writes the group's directory and its place in the disk's log, once, on the word of the catalogue
 //	Open     checks that directory, state machine and log agree, and starts the replica
 //	Propose  appends an entry; ReadGate says whether a read may be served here and now
-//	Close    stops it; Destroy removes the directory
+//	Close    stops it; Destroy removes the directory and what the log has of it
 //
 // What it leaves to its caller: where replicas are and who may change that, retries, and what the
 // entries mean (StateMachine). DESIGN.md tells the path of a message and the failure cases.
@@ -24,6 +24,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -38,7 +39,6 @@ const (
 
 	heartbeatDefault     = time.Second
 	snapshotBytesDefault = 64 << 20
-	segmentBytesDefault  = 8 << 20
 	appendEntriesMax     = 32      // entries in one AppendEntries
 	appendBytesMax       = 4 << 20 // bytes of entries in one AppendEntries; one entry may pass it
 	commitTimeout        = time.Second
@@ -112,16 +112,19 @@ type Config struct {
 	Group   trivet.VolumeID
 	Replica trivet.ReplicaID
 	FS      vfs.FS // vfs.Default when nil
-	Dir     string // owned by the group: superblock, log, stable store, snapshot
+	Dir     string // owned by the group: superblock and snapshot
+	// Log is the log of the disk that Dir is on. It keeps the group's entries, term and vote, under its
+	// Group, so no two replicas of a group may share one. It must be open for as long as the group is. An
+	// entry must fit into a quarter of a segment on every member: 8 MiB segments take any. Must be set.
+	Log     *segment.Log
 	Network *Mux
 	Machine StateMachine
 	Timing  Timing
-	// SnapshotBytes of log after which the log is compacted (and a snapshot record written). 0 = 64 MiB.
+	// SnapshotBytes of log after which the log is compacted (and a snapshot record written), each entry
+	// counted in pages of 4 KiB, as it takes them on the disk. 0 = 64 MiB.
 	// Up to four times as much is kept for followers that lag.
 	SnapshotBytes int64
-	// SegmentBytes is the size of a log file. 0 = 8 MiB.
-	SegmentBytes int64
-	Logger       *slog.Logger // nil = discard
+	Logger        *slog.Logger // nil = discard
 	// Fatal is told of an I/O error or a broken invariant and must stop the process. It is called
 	// once, with locks held: it must not call the group. If it returns, as in tests, the group answers
 	// nothing more. Must be set.
@@ -141,7 +144,7 @@ type Config struct {
 
 // Validate returns ErrInvalid naming the first field that Open cannot work with.
 func (c Config) Validate() error {
-	if err := c.validateStore(); err != nil {
+	if err := c.validateLog(); err != nil {
 		return err
 	}
 	t := c.Timing.withDefaults()
@@ -157,17 +160,23 @@ func (c Config) Validate() error {
 		what = fmt.Sprintf("heartbeat %v is below 20ms", t.Heartbeat)
 	case t.Lease <= 0 || t.Lease >= t.Heartbeat:
 		what = fmt.Sprintf("lease %v is not below the heartbeat %v", t.Lease, t.Heartbeat)
-	case c.SnapshotBytes < 0 || c.SegmentBytes < 0:
-		what = "snapshot bytes or segment bytes are negative"
-	case c.SegmentBytes > 1<<30:
-		what = fmt.Sprintf("segment of %d bytes is over 1 GiB", c.SegmentBytes)
+	case c.SnapshotBytes < 0:
+		what = "snapshot bytes are negative"
 	default:
 		return nil
 	}
 	return fmt.Errorf("group %s: %s: %w", c.Group, what, trivet.ErrInvalid)
 }
 
-// validateStore checks the fields that Create, Exists and Destroy use.
+// validateLog checks the fields that Create and Destroy use.
+func (c Config) validateLog() error {
+	if c.Log == nil {
+		return fmt.Errorf("group %s: log is nil: %w", c.Group, trivet.ErrInvalid)
+	}
+	return c.validateStore()
+}
+
+// validateStore checks the fields that Exists uses.
 func (c Config) validateStore() error {
 	if c.Dir == "" {
 		return fmt.Errorf("group %s: dir is empty: %w", c.Group, trivet.ErrInvalid)
@@ -185,9 +194,6 @@ func (c Config) withDefaults() Config {
 	}
 	if c.SnapshotBytes == 0 {
 		c.SnapshotBytes = snapshotBytesDefault
-	}
-	if c.SegmentBytes == 0 {
-		c.SegmentBytes = segmentBytesDefault
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

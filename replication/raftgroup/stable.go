@@ -5,15 +5,13 @@ import (
 	"fmt"
 	"sync"
 
-	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
-	magicStable = "trvtvot\x01"
-
 	keyCurrentTerm  = "CurrentTerm"
 	keyLastVoteTerm = "LastVoteTerm"
 	keyLastVoteCand = "LastVoteCand"
@@ -23,56 +21,40 @@ const (
 var errKeyNotFound = errors.New("not found")
 
 // stableRecord is all that the library keeps in its stable store.
-//
-//	term u64 | vote term u64 | candidate string
 type stableRecord struct {
 	term, voteTerm uint64
 	candidate      string // an address; empty = never voted
 }
 
-func (r stableRecord) encode() []byte { return putString(put64(nil, r.term, r.voteTerm), r.candidate) }
-
-func decodeStable(b []byte) (stableRecord, error) {
-	d := decoder{b: b}
-	r := stableRecord{term: d.u64(), voteTerm: d.u64(), candidate: d.str()}
-	if err := d.finish("stable record"); err != nil {
-		return stableRecord{}, err
-	}
-	if r.voteTerm > r.term {
-		return stableRecord{}, fmt.Errorf("voted in term %d, after the current term %d: %w",
-			r.voteTerm, r.term, trivet.ErrCorrupt)
-	}
-	return r, nil
+func (r stableRecord) stable() segment.Stable {
+	return segment.Stable{Term: r.term, VoteTerm: r.voteTerm, Vote: r.candidate}
 }
 
-// stableStore is the library's StableStore over one slot file. The term of a vote is held back
-// until its candidate follows, so both reach the disk in one record or not at all: with two
-// records a crash between them made a replica grant a vote to a candidate with a stale log (D5).
+// stableStore is the library's StableStore over the group's log. The term of a vote is held back until its
+// candidate follows, so both reach the disk in one record or not at all: with two records a crash
+// between them made a replica grant a vote to a candidate with a stale log (D5).
 type stableStore struct {
+	log   *groupLog
 	guard *diskGuard
 	onSet func() // called after a change of term, without locks
 
-	mu       sync.Mutex // spans disk I/O: votes are rare, and must not pass each other
-	file     *slotFile
+	// turn is held over a write: votes are rare, and must not pass each other. It is a channel, not a mutex,
+	// because the clock of a synctest bubble stands still while somebody waits for a mutex.
+	turn chan struct{}
+
+	mu       sync.Mutex
 	rec      stableRecord
 	voteTerm uint64 // given by SetUint64, waits for its candidate; 0 = none
 }
 
 var _ raft.StableStore = (*stableStore)(nil)
 
-func openStable(fs vfs.FS, dir string, guard *diskGuard) (*stableStore, error) {
-	f, b, err := openSlots(fs, dir, fileStable, magicStable)
-	if isNotExist(err) {
-		return nil, fmt.Errorf("file %s is gone: %w", fileStable, trivet.ErrCorrupt)
+func newStableStore(log *groupLog, guard *diskGuard) *stableStore {
+	s := log.Stable()
+	return &stableStore{
+		log: log, guard: guard, turn: make(chan struct{}, 1),
+		rec: stableRecord{term: s.Term, voteTerm: s.VoteTerm, candidate: s.Vote},
 	}
-	if err != nil {
-		return nil, err
-	}
-	rec, err := decodeStable(b)
-	if err != nil {
-		return nil, errors.Join(err, f.close())
-	}
-	return &stableStore{guard: guard, file: f, rec: rec}, nil
 }
 
 func (s *stableStore) record() stableRecord {
@@ -81,6 +63,7 @@ func (s *stableStore) record() stableRecord {
 	return s.rec
 }
 
+// GetUint64 implements raft.StableStore.
 func (s *stableStore) GetUint64(key []byte) (uint64, error) {
 	rec := s.record()
 	switch {
@@ -92,6 +75,7 @@ func (s *stableStore) GetUint64(key []byte) (uint64, error) {
 	return 0, errKeyNotFound
 }
 
+// Get implements raft.StableStore.
 func (s *stableStore) Get(key []byte) ([]byte, error) {
 	if rec := s.record(); string(key) == keyLastVoteCand && rec.candidate != "" {
 		return []byte(rec.candidate), nil
@@ -99,6 +83,7 @@ func (s *stableStore) Get(key []byte) ([]byte, error) {
 	return nil, errKeyNotFound
 }
 
+// SetUint64 implements raft.StableStore.
 func (s *stableStore) SetUint64(key []byte, v uint64) error {
 	switch string(key) {
 	case keyLastVoteTerm:
@@ -122,45 +107,46 @@ func (s *stableStore) SetUint64(key []byte, v uint64) error {
 // handler runs beside its main goroutine, and the loser of their race must not take back a term in
 // which this replica may have voted.
 func (s *stableStore) setTerm(v uint64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if v <= s.rec.term {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	rec := s.record()
+	if v <= rec.term {
 		return nil
 	}
-	rec := s.rec
 	rec.term = v
-	err := s.writeLocked(rec)
+	err := s.write(rec)
 	if s.guard.failed() != nil {
 		return nil // the library panics on an error; of a failed group nothing leaves any more (diskGuard)
 	}
 	return err
 }
 
+// Set implements raft.StableStore.
 func (s *stableStore) Set(key, v []byte) error {
 	if string(key) != keyLastVoteCand {
 		return fmt.Errorf("stable store: no key %q: %w", key, trivet.ErrInvalid)
 	}
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.voteTerm == 0 {
+	term := s.voteTerm
+	rec := stableRecord{term: max(s.rec.term, term), voteTerm: term, candidate: string(v)}
+	s.voteTerm = 0
+	s.mu.Unlock()
+	if term == 0 {
 		return fmt.Errorf("stable store: vote for %q without a term: %w", v, trivet.ErrInvalid)
 	}
-	rec := stableRecord{term: max(s.rec.term, s.voteTerm), voteTerm: s.voteTerm, candidate: string(v)}
-	s.voteTerm = 0
-	return s.writeLocked(rec)
+	return s.write(rec)
 }
 
-func (s *stableStore) writeLocked(rec stableRecord) error {
-	err := s.guard.run("write term and vote", func() error { return s.file.write(rec.encode()) })
+// write makes a record durable and then visible. REQUIRES: turn.
+func (s *stableStore) write(rec stableRecord) error {
+	err := s.guard.run("write term and vote", func() error { return s.log.SetStable(rec.stable()) })
 	if err != nil {
 		return err
 	}
-	s.rec = rec
-	return nil
-}
-
-func (s *stableStore) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.file.close()
+	s.rec = rec
+	return nil
 }

@@ -2,16 +2,18 @@ package raftgroup
 
 import (
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -19,11 +21,9 @@ const (
 	idB = trivet.ReplicaID("bbbbbbbb-0000-4000-8000-000000000000")
 )
 
-func newTestStable(t *testing.T, fs vfs.FS) *stableStore {
+func newTestStable(t *testing.T, dir segment.Dir) *stableStore {
 	t.Helper()
-	s, err := openStable(fs, "/disk/v", &diskGuard{})
-	require.NoError(t, err)
-	return s
+	return newStableStore(newGroupLog(mustOpenLog(t, dir), logGroup), &diskGuard{})
 }
 
 func votePair(t *testing.T, s *stableStore) (uint64, string) {
@@ -41,9 +41,8 @@ func votePair(t *testing.T, s *stableStore) (uint64, string) {
 }
 
 func TestStableStore(t *testing.T) {
-	fs, dir := memDir(t)
-	require.NoError(t, createSlots(fs, dir, fileStable, magicStable, stableRecord{}.encode()))
-	s := newTestStable(t, fs)
+	dir := segment.NewMemDir()
+	s := newTestStable(t, dir)
 	for _, key := range []string{keyCurrentTerm, keyLastVoteTerm} {
 		_, err := s.GetUint64([]byte(key))
 		require.EqualError(t, err, "not found", "the library compares the text")
@@ -58,9 +57,8 @@ func TestStableStore(t *testing.T) {
 	require.Empty(t, cand)
 	require.NoError(t, s.Set([]byte(keyLastVoteCand), []byte("x")))
 	require.NoError(t, s.SetUint64([]byte(keyCurrentTerm), 3), "a lower term is not an error")
-	require.NoError(t, s.close())
 
-	s = newTestStable(t, fs.CrashClone(vfs.CrashCloneCfg{}))
+	s = newTestStable(t, dir.Crash(0, false, rand.New(rand.NewPCG(1, 1))))
 	term, cand = votePair(t, s)
 	require.Equal(t, uint64(4), term)
 	require.Equal(t, "x", cand)
@@ -70,7 +68,6 @@ func TestStableStore(t *testing.T) {
 	require.Error(t, s.Set([]byte("other"), nil))
 	require.Error(t, s.SetUint64([]byte("other"), 1))
 	require.Error(t, s.Set([]byte(keyLastVoteCand), []byte("y")), "a vote without a term")
-	require.NoError(t, s.close())
 }
 
 // D5: a crash before any change of the disk between term, vote term and candidate leaves the old
@@ -78,69 +75,76 @@ func TestStableStore(t *testing.T) {
 // is never behind a vote. Then the library answers rightly: a vote recorded for this term goes to
 // its candidate alone, and without one the log decides, for a stale candidate and a fresh one.
 func TestVoteIsNeverTorn(t *testing.T) {
-	atEveryCrash(t, func(t *testing.T, n, percent int) bool {
-		mem, dir := memDir(t)
-		old := stableRecord{term: 3, voteTerm: 3, candidate: "old"}
-		require.NoError(t, createSlots(mem, dir, fileStable, magicStable, old.encode()))
-		fs := newCrashAt(mem, n, percent, 5)
-		s := newTestStable(t, fs)
-		// raft.go:1690 and persistVote, raft.go:2153.
-		require.NoError(t, s.SetUint64([]byte(keyCurrentTerm), 5))
-		granted := fs.crashed() == nil
-		require.NoError(t, s.SetUint64([]byte(keyLastVoteTerm), 5))
-		require.NoError(t, s.Set([]byte(keyLastVoteCand), []byte("new")))
-		granted = granted && fs.crashed() == nil
-		require.NoError(t, s.close())
-		after := fs.crashed()
-		if after == nil {
-			return false
+	for _, percent := range []int{0, 30, 100} {
+		n := 0
+		for tornVote(t, n, percent) {
+			n++
 		}
-		s = newTestStable(t, after)
-		term, cand := votePair(t, s)
-		if granted {
-			require.Equal(t, "new", cand)
-		}
-		switch cand {
-		case "old":
-			require.Equal(t, uint64(3), term)
-		case "new":
-			require.Equal(t, uint64(5), term)
-		default:
-			require.Fail(t, "vote for nobody", "%q", cand)
-		}
-		current, err := s.GetUint64([]byte(keyCurrentTerm))
-		require.NoError(t, err)
-		require.GreaterOrEqual(t, current, term)
-		require.NoError(t, s.close())
-		return true
-	})
+		require.Greater(t, n, 3, "changes of the disk")
+	}
 }
 
-// Rot of either copy of a record loses nothing; of both, it is seen.
-func TestSlotsRot(t *testing.T) {
-	fs, dir := memDir(t)
-	require.NoError(t, createSlots(fs, dir, "x", magicMark, []byte("first")))
-	s, _, err := openSlots(fs, dir, "x", magicMark)
-	require.NoError(t, err)
-	require.NoError(t, s.write([]byte("second")))
-	require.NoError(t, s.close())
-	whole := diskBytes(t, fs)["x"]
-	for at := range whole {
-		damaged := append([]byte(nil), whole...)
-		damaged[at] ^= 4
-		fs := diskOf(t, map[string][]byte{"x": damaged})
-		s, got, err := openSlots(fs, dir, "x", magicMark)
-		require.NoError(t, err, "rot at %d", at)
-		require.Equal(t, "second", string(got))
-		require.NoError(t, s.close())
-		_, _, ok, err := decodeSlots(magicMark, diskBytes(t, fs)["x"])
-		require.NoError(t, err)
-		require.True(t, ok, "the damaged copy must be made whole again")
+// tornVote crashes before change n of the disk; false when there were not so many.
+func tornVote(t *testing.T, n, percent int) bool {
+	dir := segment.NewMemDir()
+	s := newTestStable(t, dir)
+	require.NoError(t, s.SetUint64([]byte(keyCurrentTerm), 3))
+	require.NoError(t, s.SetUint64([]byte(keyLastVoteTerm), 3))
+	require.NoError(t, s.Set([]byte(keyLastVoteCand), []byte("old")))
+	var after *segment.MemDir
+	var crashed atomic.Bool
+	count := 0
+	rng := rand.New(rand.NewPCG(uint64(n), uint64(percent)))
+	dir.SetHook(func(op segment.MemOp) (f segment.MemFault) {
+		if op.Kind == segment.MemRead {
+			return f
+		}
+		if count == n {
+			after = dir.CrashLocked(percent, false, rng)
+			crashed.Store(true)
+		}
+		count++
+		return f
+	})
+	// raft.go:1690 and persistVote, raft.go:2153.
+	require.NoError(t, s.SetUint64([]byte(keyCurrentTerm), 5))
+	require.NoError(t, s.SetUint64([]byte(keyLastVoteTerm), 5))
+	require.NoError(t, s.Set([]byte(keyLastVoteCand), []byte("new")))
+	granted := !crashed.Load()
+	dir.SetHook(nil)
+	if after == nil {
+		return false
 	}
-	whole[20] ^= 1
-	whole[slotStride+20] ^= 1
-	_, _, err = openSlots(diskOf(t, map[string][]byte{"x": whole}), dir, "x", magicMark)
-	require.ErrorIs(t, err, trivet.ErrCorrupt)
+	s = newTestStable(t, after)
+	term, cand := votePair(t, s)
+	switch cand {
+	case "old":
+		require.Equal(t, uint64(3), term)
+		require.False(t, granted)
+	case "new":
+		require.Equal(t, uint64(5), term)
+	default:
+		require.Fail(t, "vote for nobody", "%q", cand)
+	}
+	current, err := s.GetUint64([]byte(keyCurrentTerm))
+	require.NoError(t, err)
+	require.GreaterOrEqual(t, current, term)
+	return true
+}
+
+// A vote that was given is on the disk: whatever a crash right after it loses, the candidate is known.
+func TestVoteIsDurable(t *testing.T) {
+	dir := segment.NewMemDir()
+	s := newTestStable(t, dir)
+	for term := uint64(2); term < 40; term++ {
+		require.NoError(t, s.SetUint64([]byte(keyCurrentTerm), term))
+		after := newTestStable(t, dir.Crash(0, false, rand.New(rand.NewPCG(term, 1))))
+		require.Equal(t, term, after.record().term)
+		require.NoError(t, s.SetUint64([]byte(keyLastVoteTerm), term))
+		require.NoError(t, s.Set([]byte(keyLastVoteCand), fmt.Append(nil, "c", term)))
+		after = newTestStable(t, dir.Crash(0, false, rand.New(rand.NewPCG(term, 2))))
+		require.Equal(t, s.record(), after.record())
+	}
 }
 
 func TestGuard(t *testing.T) {
@@ -387,11 +391,12 @@ func TestRaftConfig(t *testing.T) {
 }
 
 func TestConfigValidate(t *testing.T) {
-	good := Config{Replica: idA, Dir: "/d", Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {}}
+	good := Config{Replica: idA, Dir: "/d", Log: &segment.Log{}, Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {}}
 	require.NoError(t, good.Validate())
 	for name, change := range map[string]func(*Config){
 		"replica": func(c *Config) { c.Replica = "x" },
 		"dir":     func(c *Config) { c.Dir = "" },
+		"log":     func(c *Config) { c.Log = nil },
 		"network": func(c *Config) { c.Network = nil },
 		"machine": func(c *Config) { c.Machine = nil },
 		"fatal":   func(c *Config) { c.Fatal = nil },
