@@ -19,7 +19,7 @@ const (
 	fileStable     = "stable"
 	fileMark       = "mark"
 	fileSnapshot   = "snapshot"
-	fileInstall    = "install" // a received snapshot that must be restored
+	fileInstall    = "install" // of which snapshot an image is being restored
 	tmpSuffix      = ".tmp"
 	segmentPrefix  = "log-"
 )

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"golang.org/x/time/rate"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -117,7 +118,7 @@ type Config struct {
 	Machine StateMachine
 	Timing  Timing
 	// SnapshotBytes of log after which the log is compacted (and a snapshot record written). 0 = 64 MiB.
-	// Up to four times as much is kept for followers that lag.
+	// Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
 	SnapshotBytes int64
 	// SegmentBytes is the size of a log file. 0 = 8 MiB.
 	SegmentBytes int64
@@ -134,9 +135,14 @@ type Config struct {
 	// is not known. Within a Heartbeat of the end of an earlier run a replica votes for nobody, because it
 	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.
 	RestedSince time.Time
+	// CatchUpLimit bounds in bytes per second what this replica pulls of the state of others; shared by the
+	// groups of a process, it bounds them together. nil = no limit.
+	CatchUpLimit *rate.Limiter
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.
 	BootTime func() time.Duration
+
+	pieceBytes int // of images that this replica shows; tests have small ones
 }
 
 // Validate returns ErrInvalid naming the first field that Open cannot work with.
@@ -194,6 +200,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.BootTime == nil {
 		c.BootTime = bootTime
+	}
+	if c.pieceBytes == 0 {
+		c.pieceBytes = pieceBytes
 	}
 	return c
 }
