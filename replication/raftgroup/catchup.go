@@ -166,15 +166,21 @@ func (g *Group) catchUpLoop() {
 	}
 	began := time.Now()
 	idle := 0 // rounds in a row that brought nothing
+	refused := false
 	for failed := 0; ; failed++ {
-		from, ok := g.nextSource(began, failed)
+		from, leads, ok := g.nextSource(began, failed)
 		if !ok {
 			return
 		}
-		got, err := g.round(from)
+		want := g.cfg.Machine.Want()
+		if refused && !leads {
+			want = nil // a whole image may be older than what a begun Restore has taken
+		}
+		got, err := g.round(from, want)
 		if err == nil {
 			break
 		}
+		refused = refused || errors.Is(err, errRefused)
 		if g.life.Err() != nil || g.guard.failed() != nil {
 			return
 		}
@@ -246,8 +252,9 @@ func (g *Group) resume() {
 }
 
 // nextSource waits for somebody to pull from: the leader first, and after a failure, or where nobody has
-// led for a while, the other members in turn. ok is false when the group closes.
-func (g *Group) nextSource(began time.Time, failed int) (from raft.ServerAddress, ok bool) {
+// led for a while, the other members in turn. leads says that there is a leader; ok is false when the group
+// closes.
+func (g *Group) nextSource(began time.Time, failed int) (from raft.ServerAddress, leads, ok bool) {
 	for {
 		g.catch.mu.Lock()
 		leader, heard := g.catch.leader, g.catch.heard
@@ -260,7 +267,7 @@ func (g *Group) nextSource(began time.Time, failed int) (from raft.ServerAddress
 		missing := time.Until(heard.Add(patience))
 		if fresh || missing <= 0 {
 			if list := g.sources(leader, fresh); len(list) > 0 {
-				return list[failed%len(list)], true
+				return list[failed%len(list)], fresh, true
 			}
 			missing = g.cfg.Timing.Heartbeat
 		}
@@ -270,7 +277,7 @@ func (g *Group) nextSource(began time.Time, failed int) (from raft.ServerAddress
 		case <-g.catch.wake:
 		case <-g.life.Done():
 			timer.Stop()
-			return "", false
+			return "", false, false
 		}
 		timer.Stop()
 	}
@@ -291,8 +298,8 @@ func (g *Group) sources(leader raft.ServerAddress, fresh bool) []raft.ServerAddr
 }
 
 // round pulls one image and takes it over. got is how much arrived. REQUIRES: the library is stopped.
-func (g *Group) round(from raft.ServerAddress) (got int64, err error) {
-	p, err := g.openPull(g.life, from)
+func (g *Group) round(from raft.ServerAddress, want []byte) (got int64, err error) {
+	p, err := g.openPull(g.life, from, want)
 	if err != nil {
 		return 0, err
 	}
@@ -339,9 +346,12 @@ func (g *Group) restore(p *pull, rec snapshotRecord) error {
 	if err == nil {
 		return nil
 	}
-	if p.failed() != nil {
+	switch {
+	case p.failed() != nil:
 		err = fmt.Errorf("%w: %v", p.failed(), err)
-	} else if !mayRetryRestore(err) {
+	case errors.Is(err, trivet.ErrInvalid):
+		err = fmt.Errorf("%w: %w", errRefused, err)
+	case !mayRetryRestore(err):
 		g.guard.fail(fmt.Errorf("restore the state at index %d: %w", rec.index, err))
 		return err
 	}
@@ -351,10 +361,12 @@ func (g *Group) restore(p *pull, rec snapshotRecord) error {
 	return errors.Join(err, g.endInstall()) // nothing has changed
 }
 
-// mayRetryRestore tells an image that this machine refuses, and a disk that is full, from a disk that
-// fails.
+// errRefused: the state machine does not take the image.
+var errRefused = errors.New("image is refused")
+
+// mayRetryRestore tells an image that is damaged, and a disk that is full, from a disk that fails.
 func mayRetryRestore(err error) bool {
-	return errors.Is(err, trivet.ErrInvalid) || errors.Is(err, trivet.ErrCorrupt) || errors.Is(err, trivet.ErrNoSpace) ||
+	return errors.Is(err, trivet.ErrCorrupt) || errors.Is(err, trivet.ErrNoSpace) ||
 		errors.Is(err, trivet.ErrInUse) || errors.Is(err, trivet.ErrClosed)
 }
 

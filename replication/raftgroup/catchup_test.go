@@ -162,6 +162,7 @@ func TestLeaderDiesDuringCatchUp(t *testing.T) {
 			c := newCluster(t, names...)
 			behind(t, c)
 			l := c.leader()
+			pass(2 * heartbeat) // the other followers are told what is committed
 			hook, there, release := stuckAt(120)
 			slow := c.nodes["c"]
 			slow.openWith(hook)
@@ -176,6 +177,41 @@ func TestLeaderDiesDuringCatchUp(t *testing.T) {
 			c.converge()
 		})
 	}
+}
+
+// The only image that is left is older than what was pulled before: its source has the entry in its log,
+// but was not told that it is committed, and cannot be elected. Patched together the two would be no state at
+// all, so the machine refuses it, and takes it whole.
+func TestOlderImageIsTakenWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		l := c.leader()
+		other := c.nodes[c.others(l.name)[0]]
+		release := c.net.Hold(transport.OfKind(transport.KindImageOpen))
+		hook, there, free := stuckAt(150)
+		slow := c.nodes["c"]
+		slow.openWith(hook)
+		c.eventually("it asks", func() bool { return c.net.Held() > 0 })
+		var x, have uint64
+		for have == x {
+			l.mustSet("first", fmt.Sprint(x))
+			x, _ = l.machine.Applied()
+			have, _ = other.machine.Applied()
+		}
+		c.net.Cut(trivet.NodeID(l.name), trivet.NodeID(other.name))
+		release()
+		<-there
+		have, _ = other.machine.Applied()
+		require.Less(t, have, x, "it was told that the entry is committed")
+		l.die()
+		c.net.HealAll()
+		free()
+		c.converge()
+		require.Greater(t, slow.machine.taken(), behindRows+150, "nothing was pulled whole")
+		l.mustOpen()
+		c.converge()
+	})
 }
 
 // Leadership moves on in the middle of a transfer. The old leader still has the image, and the follower
@@ -399,6 +435,59 @@ func TestDamagedPieceIsReadAgain(t *testing.T) {
 			c.converge()
 			require.Equal(t, int64(1), opens.Load())
 			require.Greater(t, n.Load(), hit)
+		})
+	}
+}
+
+// forger claims in the first answers of a follower that it is done, somewhere.
+type forger struct {
+	*transport.MemoryNode
+	forge func(body []byte) []byte
+}
+
+func (w forger) Call(ctx context.Context, to trivet.NodeID, m transport.Message) (transport.Message, error) {
+	reply, err := w.MemoryNode.Call(ctx, to, m)
+	if err == nil && m.Kind == transport.KindFetch {
+		reply.Body = w.forge(reply.Body)
+	}
+	return reply, err
+}
+
+// A leader believes a follower that is done only where it knows the entry as committed itself: else the
+// library would count the follower for entries that it does not have.
+func TestLeaderChecksWhereTheFollowerIs(t *testing.T) {
+	for name, ahead := range map[string]int{"ahead": 5, "another term": 0} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var c *cluster
+				var n atomic.Int64
+				c = newClusterOn(t, func(x *node) transport.Network {
+					return forger{x.link, func(body []byte) []byte {
+						if n.Add(1) > 4 {
+							return body
+						}
+						_, last := raftgroup.LogBounds(x.group)
+						index, term := last+uint64(ahead), raftgroup.RaftTerm(x.group)
+						if ahead == 0 {
+							index, _ = x.machine.Applied()
+							term = raftgroup.LogTerm(x.group, index) + 1
+						}
+						return raftgroup.ForgeDone(body, index, term)
+					}}
+				}, "a", "b", "c")
+				behind(t, c)
+				hook, there, release := stuckAt(100)
+				c.nodes["c"].openWith(hook)
+				<-there
+				for range 300 {
+					pass(heartbeat / 5)
+					s := c.leader().group.Status()
+					require.Less(t, s.Match[replicaID("c")], s.Commit)
+				}
+				require.Greater(t, n.Load(), int64(5))
+				release()
+				c.converge()
+			})
 		})
 	}
 }

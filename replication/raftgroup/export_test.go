@@ -151,3 +151,19 @@ func SnapshotIndex(g *Group) uint64 { return g.snaps.record().index }
 
 // OpenImages returns how many images the groups of a process show.
 func (m *Mux) OpenImages() int { return len(m.images) }
+
+// ForgeDone turns the answer to FetchBody into one that claims to be done at an entry.
+func ForgeDone(body []byte, index, term uint64) []byte {
+	r, err := decodeFetchReply(body)
+	if err != nil {
+		panic(err)
+	}
+	r.done, r.at = true, logPosition{term: term, index: index}
+	return r.encode()
+}
+
+// LogTerm returns the term of an entry of the log.
+func LogTerm(g *Group, index uint64) uint64 {
+	term, _ := g.seglog.term(index)
+	return term
+}

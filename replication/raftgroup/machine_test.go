@@ -26,7 +26,6 @@ type kv struct {
 	dir string
 
 	lieOnFlush bool // claim to have flushed without doing so (H1)
-	whole      bool // want everything, always
 
 	mu      sync.Mutex
 	state   kvState
@@ -188,19 +187,11 @@ type kvImage struct {
 func (i kvImage) Size() int64  { return i.size }
 func (i kvImage) Close() error { return nil }
 
-func (m *kv) wantLocked() *kvWant {
-	if m.whole {
-		return nil
-	}
-	return &kvWant{m.state.Index, m.state.Partial}
-}
+func (m *kv) wantLocked() *kvWant { return &kvWant{m.state.Index, m.state.Partial} }
 
 func (m *kv) Want() []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.whole {
-		return nil
-	}
 	b, err := json.Marshal(m.wantLocked())
 	if err != nil {
 		panic(err)
@@ -288,11 +279,15 @@ func (m *kv) beginRestore(head kvHead) error {
 	if w := m.wantLocked(); head.For != nil && !reflect.DeepEqual(head.For, w) {
 		return fmt.Errorf("image for %v, machine wants %v: %w", head.For, w, trivet.ErrInvalid)
 	}
-	if m.state.Partial == nil {
-		m.state.Partial = &kvPartial{}
+	if p := m.state.Partial; p != nil && head.For != nil && head.Index < p.Target {
+		return fmt.Errorf("image at %d, restore of %d was begun: %w", head.Index, p.Target, trivet.ErrInvalid)
 	}
-	if m.whole {
+	if head.For == nil {
+		index, term := m.state.Index, m.state.Term
 		m.state = newKVState()
+		m.state.Index, m.state.Term = index, term
+	}
+	if m.state.Partial == nil {
 		m.state.Partial = &kvPartial{}
 	}
 	return m.saveLocked()

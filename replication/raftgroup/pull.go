@@ -62,9 +62,9 @@ func (g *Group) send(ctx context.Context, to raft.ServerAddress, kind transport.
 	return reply.Body, err
 }
 
-// openPull asks for an image of what this replica lacks. The caller must close it.
-func (g *Group) openPull(ctx context.Context, from raft.ServerAddress) (*pull, error) {
-	b, err := g.send(ctx, from, transport.KindImageOpen, imageOpen{want: g.cfg.Machine.Want()}.encode(), pieceTimeout)
+// openPull asks for an image for a machine with that Want. The caller must close it.
+func (g *Group) openPull(ctx context.Context, from raft.ServerAddress, want []byte) (*pull, error) {
+	b, err := g.send(ctx, from, transport.KindImageOpen, imageOpen{want: want}.encode(), pieceTimeout)
 	if err != nil {
 		return nil, err
 	}

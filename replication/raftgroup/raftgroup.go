@@ -80,7 +80,10 @@ type StateMachine interface {
 	Image(want []byte) (Image, error)
 	// Restore brings the state to that of an image. Durable when it returns. It may be repeated after a
 	// crash or an error, with another image made for the Want of then; until one has finished,
-	// Restoring is true, across restarts too.
+	// Restoring is true, across restarts too. ErrInvalid, and nothing is changed: the image is older than
+	// Applied, or it leaves out what this machine has and is older than what a begun Restore has taken. A
+	// whole one (of Want nil) is good whatever was begun. ErrCorrupt: the image is damaged, and another one
+	// may be tried; ErrNoSpace: it may be tried again. Other errors than these and those of r are fatal.
 	Restore(r io.Reader) error
 	// Restoring reports an interrupted Restore (H5).
 	Restoring() bool

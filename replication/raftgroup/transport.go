@@ -218,10 +218,12 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 			return nil
 		case err == nil && r.done:
 			known, err := t.committed(req.Term, r.at)
-			if err != nil {
+			switch {
+			case errors.Is(err, trivet.ErrNotFound): // our log was cut beyond it: another round, from here
+				body = fetchAsk{term: req.Term, rec: t.g.snaps.record()}.encode()
+			case err != nil:
 				return fmt.Errorf("%s has pulled the state: %w", to, err)
-			}
-			if known {
+			case known:
 				offer.meta.Index, offer.meta.Term = r.at.index, r.at.term
 				req.LastLogIndex, req.LastLogTerm = r.at.index, r.at.term
 				resp.Term, resp.Success = req.Term, true
