@@ -69,6 +69,9 @@ type Config struct {
 	Timing    raftgroup.Timing // the zero value means the defaults
 	IOTimeout time.Duration    // how long I/O waits for a leader before it fails; 0 = 60 s
 
+	// CatchUpBytesPerSecond is that of replication.HostConfig; 0 = no limit.
+	CatchUpBytesPerSecond int64
+
 	// ParkAfter is how long the replica of a detached volume runs on before it is stopped, to be started
 	// again when the volume is attached; negative = never stopped (DefaultConfig: 30 s).
 	ParkAfter time.Duration
@@ -155,7 +158,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
-		Logger: cfg.Logger, Fatal: cfg.Fatal,
+		CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond, Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())

@@ -193,6 +193,7 @@ func TestConfigValidate(t *testing.T) {
 			"Fatal":         func(c *replication.HostConfig) { c.Fatal = nil },
 			"Timing":        func(c *replication.HostConfig) { c.Timing.Lease = -1 },
 			"SnapshotBytes": func(c *replication.HostConfig) { c.SnapshotBytes = -1 },
+			"CatchUpBytes":  func(c *replication.HostConfig) { c.CatchUpBytesPerSecond = 1 },
 		} {
 			cfg := ok
 			spoil(&cfg)

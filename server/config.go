@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -41,6 +42,11 @@ type Config struct {
 
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
+
+	// CatchUpBytesPerSecond bounds what all replicas of this node together pull from other nodes, when they
+	// were away for longer than a log keeps, or are new; 0 = no limit, else at least 64 KiB. The catalogue,
+	// which is small, is not counted.
+	CatchUpBytesPerSecond int64
 
 	// Network replaces the TLS connections between nodes, in tests of three servers in one process.
 	// The administration port stays as it is. Nil = TLS.
@@ -91,6 +97,10 @@ func (c *Config) Validate() error {
 	if c.Register != "" && c.CSI == "" {
 		return fmt.Errorf("kubelet's plugin directory %q is given, but no csi endpoint to register: %w", c.Register,
 			trivet.ErrInvalid)
+	}
+	if c.CatchUpBytesPerSecond != 0 && c.CatchUpBytesPerSecond < replication.CatchUpBytesPerSecondMin {
+		return fmt.Errorf("catch-up bandwidth of %d bytes a second: want 0 or at least %d: %w", c.CatchUpBytesPerSecond,
+			replication.CatchUpBytesPerSecondMin, trivet.ErrInvalid)
 	}
 	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
 		if _, _, err := net.SplitHostPort(addr); err != nil {

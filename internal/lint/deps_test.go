@@ -86,6 +86,7 @@ var homes = []struct {
 		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
 		"replication/transport",
 	}},
+	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
 	{"github.com/stretchr/testify", []string{"internal/faultdev/devtest", "internal/testutil", "sanity"}},
 }

@@ -20,19 +20,24 @@ func (g *Group) receive(ctx context.Context, from trivet.NodeID, m transport.Mes
 	if g.guard.failed() != nil {
 		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
 	}
-	i := g.running()
-	if i == nil {
-		return nil, fmt.Errorf("group is between two runs: %w", trivet.ErrUnavailable)
-	}
-	body, err := g.dispatch(ctx, i, address(m.From, from), m)
+	body, err := g.dispatch(ctx, address(m.From, from), m)
 	if g.guard.failed() != nil { // meanwhile: what the library answers may rest on nothing
 		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
 	}
 	return body, err
 }
 
-func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAddress, m transport.Message,
-) ([]byte, error) {
+func (g *Group) dispatch(ctx context.Context, sender raft.ServerAddress, m transport.Message) ([]byte, error) {
+	switch m.Kind {
+	case transport.KindFetch:
+		return g.onFetch(sender, m.Body)
+	case transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose:
+		return g.onImage(ctx, m.Kind, sender, m.Body)
+	}
+	i := g.running()
+	if i == nil {
+		return g.receiveStopped(sender, m)
+	}
 	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(m.From), Addr: []byte(sender)}
 	switch m.Kind {
 	case transport.KindAppendEntries:
@@ -45,12 +50,6 @@ func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAdd
 		return i.onStanding(m.Body)
 	case transport.KindTransfer:
 		return i.onTransfer(header, m.Body)
-	case transport.KindSnapshotBegin:
-		return g.onSnapshotBegin(sender, m.Body)
-	case transport.KindSnapshotChunk:
-		return g.onSnapshotChunk(sender, m.Body)
-	case transport.KindSnapshotEnd:
-		return g.onSnapshotEnd(sender, m.Body)
 	}
 	return nil, fmt.Errorf("kind %d: %w", m.Kind, trivet.ErrInvalid)
 }
@@ -60,8 +59,9 @@ func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAdd
 // thing between a group and any other holder of a valid certificate.
 //
 //   - A replica in the group's configuration must be on the node that the configuration says.
-//   - Another one may send entries and snapshots only, to a replica that waits to be added or lags
-//     behind, and only if the catalogue, where it is asked, knows it as a member on that node.
+//   - Another one may send entries and the call to fetch the state only, to a replica that waits to be
+//     added or lags behind, or pull an image, and only if the catalogue, where it is asked, knows it as a
+//     member on that node.
 //
 // Nothing in a message says who its leader or candidate is: that is made from the sender.
 func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.NodeID) error {
