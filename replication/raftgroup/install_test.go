@@ -23,7 +23,7 @@ import (
 func behind(t *testing.T, c *cluster) {
 	t.Helper()
 	c.configure = func(cfg *raftgroup.Config) {
-		cfg.SnapshotBytes = 2 << 10
+		cfg.SnapshotBytes = 128 << 10
 		raftgroup.SetPieceBytes(cfg, 512)
 	}
 	var names []string
@@ -84,7 +84,7 @@ func TestInstallSnapshotUnderLongerLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
 		sent := countSnapshots(c)
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 		for _, n := range c.nodes {
 			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
 			n.mustOpen()
@@ -153,7 +153,7 @@ func installCrash(t *testing.T, n, percent int) bool {
 		}
 	}})
 	c.configure = func(cfg *raftgroup.Config) {
-		cfg.SnapshotBytes = 2 << 10
+		cfg.SnapshotBytes = 128 << 10
 		raftgroup.SetPieceBytes(cfg, 512)
 		if cfg.Replica == replicaID("c") && slow.fs == disk {
 			cfg.FS = watched
