@@ -575,10 +575,10 @@ func TestLearnerIsFilledUnderLoad(t *testing.T) {
 		delete(c.nodes, "d")
 		behind(t, c)
 		c.nodes["c"].mustOpen()
-		stop := c.keepWriting()
 		c.nodes["d"] = d
 		require.NoError(t, raftgroup.Create(d.config(), nil))
 		d.openWith(func(int) { pass(10 * time.Millisecond) })
+		stop := c.keepWriting()
 		require.NoError(t, c.leader().group.AddLearner(t.Context(), member("d")))
 		c.mustPromote("d")
 		stop()
