@@ -254,7 +254,9 @@ func TestFollowerRestartsDuringCatchUp(t *testing.T) {
 		slow.stop()
 		slow.connect()
 
-		c.net.Isolate("c")
+		lose := c.net.Lose(func(e transport.Envelope) bool {
+			return e.Message.Kind == transport.KindImageOpen && e.From == "c" && !e.Reply
+		})
 		slow.mustOpen()
 		require.True(t, slow.machine.Restoring())
 		for range 20 {
@@ -266,7 +268,6 @@ func TestFollowerRestartsDuringCatchUp(t *testing.T) {
 		require.ErrorIs(t, slow.set("x", "1"), trivet.ErrNotLeader)
 		_, err := slow.group.ReadGate()
 		require.ErrorIs(t, err, trivet.ErrNotLeader)
-		c.net.HealAll()
 		for kind, body := range map[transport.Kind][]byte{
 			transport.KindRequestVote:   raftgroup.VoteBody(1000, 1e9, 999, true),
 			transport.KindStanding:      raftgroup.StandingBody(1000),
@@ -278,6 +279,7 @@ func TestFollowerRestartsDuringCatchUp(t *testing.T) {
 			})
 			require.ErrorIs(t, err, trivet.ErrUnavailable, "kind %d", kind)
 		}
+		lose()
 		c.converge()
 		require.Less(t, slow.machine.taken(), behindRows-100, "it began anew")
 		require.Empty(t, slow.fatals())
@@ -517,13 +519,19 @@ func TestCatchUpOverBadNetwork(t *testing.T) {
 	})
 }
 
-// While an image is pulled, the log is kept from it on, so one round does, however slow; but not for any
-// price: what is then missing comes with a second round, which brings what has changed only.
+// While an image is pulled, and until the follower has gone on from it, the log is kept from it on, so one
+// round does, however slow; but not for any price: what is then missing comes with a second round, which
+// brings what has changed only.
 func TestLogIsHeldForCatchUp(t *testing.T) {
 	for name, row := range map[string]struct {
-		entries int // written meanwhile
-		rounds  int64
-	}{"held": {60, 1}, "too much": {600, 2}} {
+		entries, bytes int // written meanwhile; 2 KiB make a snapshot, and 64 entries are kept in any case
+		afterwards     bool
+		rounds         int64
+	}{
+		"during":     {130, 100, false, 1},
+		"afterwards": {130, 100, true, 1},
+		"too much":   {600, 350, false, 2},
+	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCluster(t, "a", "b", "c")
@@ -534,14 +542,22 @@ func TestLogIsHeldForCatchUp(t *testing.T) {
 				slow.openWith(hook)
 				<-there
 				image, _ := c.leader().machine.Applied()
-				for k := range row.entries { // of about 400 bytes; 2 KiB make a snapshot
-					c.mustPut(fmt.Sprint("meanwhile", k%10), strings.Repeat("v", 350))
+				hear := func() {}
+				if row.afterwards { // the follower is done, and the leader does not hear of it for a while
+					hear = c.net.Lose(func(e transport.Envelope) bool { return e.Message.Kind == transport.KindFetch })
+					release()
+					c.eventually("it is done", func() bool { return !slow.group.Status().CatchUp.Active })
 				}
+				for k := range row.entries {
+					c.mustPut(fmt.Sprint("meanwhile", k%10), strings.Repeat("v", row.bytes))
+				}
+				l := c.leader()
 				if row.rounds > 1 {
-					c.leader().compacted(image + 100)
+					l.compacted(image + 100)
 				} else {
-					c.eventually("a snapshot", func() bool { return raftgroup.SnapshotIndex(c.leader().group) > image+20 })
+					c.eventually("snapshots", func() bool { return raftgroup.SnapshotIndex(l.group) > image+90 })
 				}
+				hear()
 				release()
 				c.converge()
 				require.Equal(t, row.rounds, sent.Load())
@@ -559,10 +575,10 @@ func TestLearnerIsFilledUnderLoad(t *testing.T) {
 		delete(c.nodes, "d")
 		behind(t, c)
 		c.nodes["c"].mustOpen()
-		stop := c.keepWriting()
 		c.nodes["d"] = d
 		require.NoError(t, raftgroup.Create(d.config(), nil))
 		d.openWith(func(int) { pass(10 * time.Millisecond) })
+		stop := c.keepWriting()
 		require.NoError(t, c.leader().group.AddLearner(t.Context(), member("d")))
 		c.mustPromote("d")
 		stop()

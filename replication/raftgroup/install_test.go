@@ -36,6 +36,8 @@ func behind(t *testing.T, c *cluster) {
 	}
 	c.mustPut("first", "1")
 	c.converge()
+	_, err := c.nodes["c"].machine.Flush() // so that it is not empty when it comes back
+	require.NoError(t, err)
 	c.nodes["c"].die()
 	for k := range 200 {
 		c.mustPut(fmt.Sprint(k), strings.Repeat("v", 100))

@@ -61,7 +61,7 @@ type Entry struct {
 }
 
 // StateMachine is what a group replicates. Apply is called by one goroutine at a time; Flush, Image
-// and Applied may be called while it runs; Restore is called while nothing else is.
+// and Applied may be called while it runs; Restore is called while nothing else is but Applied.
 type StateMachine interface {
 	// Apply applies entries in order, skipping those at or below Applied, as one atomic step with
 	// the applied index, and returns one result per entry (nil for skipped and configuration entries).
@@ -142,7 +142,8 @@ type Config struct {
 	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.
 	RestedSince time.Time
 	// CatchUpLimit bounds in bytes per second what this replica pulls of the state of others; shared by the
-	// groups of a process, it bounds them together. nil = no limit.
+	// groups of a process, it bounds them together. Its burst, at least 1, is what may pass at once. nil = no
+	// limit.
 	CatchUpLimit *rate.Limiter
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.
