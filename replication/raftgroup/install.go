@@ -155,9 +155,8 @@ func (g *Group) onSnapshotChunk(sender raft.ServerAddress, body []byte) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	if c.offset != s.have || int64(len(c.data)) > s.begin.sizeBytes-s.have {
-		return nil, fmt.Errorf("chunk of %d bytes at %d, have %d of %d: %w",
-			len(c.data), c.offset, s.have, s.begin.sizeBytes, trivet.ErrInvalid)
+	if c.offset != s.have {
+		return nil, fmt.Errorf("chunk of %d bytes at %d, have %d: %w", len(c.data), c.offset, s.have, trivet.ErrInvalid)
 	}
 	s.sum = crc32.Update(s.sum, crcTable(), c.data)
 	if _, err := s.f.Write(c.data); err != nil {
@@ -181,9 +180,13 @@ func (g *Group) onSnapshotEnd(sender raft.ServerAddress, body []byte) ([]byte, e
 	if err != nil {
 		return nil, err
 	}
-	if s.have != s.begin.sizeBytes || s.sum != e.sum {
-		return nil, errors.Join(fmt.Errorf("image has %d of %d bytes, checksum %08x, sent %08x: %w",
-			s.have, s.begin.sizeBytes, s.sum, e.sum, trivet.ErrCorrupt), g.dropSpoolLocked())
+	if s.sum != e.sum {
+		return nil, errors.Join(fmt.Errorf("image of %d bytes has checksum %08x, sent %08x: %w",
+			s.have, s.sum, e.sum, trivet.ErrCorrupt), g.dropSpoolLocked())
+	}
+	s.begin.sizeBytes = s.have // announced was an estimate
+	if _, err := s.f.WriteAt(s.begin.header(), 0); err != nil {
+		return nil, errors.Join(err, g.dropSpoolLocked())
 	}
 	if _, err := s.f.Write(put32(nil, s.sum)); err != nil {
 		return nil, errors.Join(err, g.dropSpoolLocked())

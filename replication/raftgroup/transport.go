@@ -205,7 +205,7 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 		return err
 	}
 	if v.id != 0 {
-		if v, err = t.sendImage(id, to, v.id, img, req.Size); err != nil {
+		if v, err = t.sendImage(id, to, v.id, img); err != nil {
 			return err
 		}
 	}
@@ -217,14 +217,17 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 }
 
 func (t *peerTransport) sendImage(id raft.ServerID, to raft.ServerAddress, transfer uint64, r io.Reader,
-	sizeBytes int64,
 ) (verdict, error) {
-	buf := make([]byte, min(chunkBytes, max(sizeBytes, 1)))
+	buf := make([]byte, chunkBytes)
 	var sum uint32
-	for off := int64(0); off < sizeBytes; {
-		n, err := io.ReadFull(r, buf[:min(int64(len(buf)), sizeBytes-off)])
-		if err != nil {
-			return verdict{}, fmt.Errorf("read image at %d of %d bytes: %w", off, sizeBytes, err)
+	for off, done := int64(0), false; !done; {
+		n, err := io.ReadFull(r, buf)
+		done = errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+		if err != nil && !done {
+			return verdict{}, fmt.Errorf("read image at byte %d: %w", off, err)
+		}
+		if n == 0 {
+			break
 		}
 		sum = crc32.Update(sum, crcTable(), buf[:n])
 		chunk := snapshotChunk{id: transfer, offset: off, data: buf[:n]}
