@@ -72,7 +72,7 @@ func (c *catchup) open(fs *vfs.MemFS) *stampReplica {
 func newCatchup(t *testing.T, seed uint64) *catchup {
 	c := &catchup{t: t, rng: rand.New(rand.NewPCG(seed, 77)), at: [][]uint32{make([]uint32, catchupBlocksMax)}}
 	for range 3 {
-		c.sources = append(c.sources, c.open(vfs.NewMem()))
+		c.sources = append(c.sources, c.open(vfs.NewCrashableMem()))
 	}
 	c.target = c.open(vfs.NewCrashableMem())
 	c.known = make([]uint64, catchupBlocksMax)
@@ -410,6 +410,13 @@ func (c *catchup) step() {
 		}
 	case k < 7:
 		c.crash(nil, 0, 0)
+	case k < 8 && !c.target.v.Restoring(): // what was restored is a source like any other
+		i := c.rng.IntN(len(c.sources))
+		c.target, c.sources[i] = c.sources[i], c.target
+		c.ceiling = c.target.v.State().AppliedIndex
+		for i := range c.known {
+			c.known[i] = c.ceiling
+		}
 	default:
 		c.catchUp(c.sources[c.rng.IntN(len(c.sources))])
 	}
