@@ -129,6 +129,31 @@ func TestRestoreReadsBack(t *testing.T) {
 	}
 }
 
+// Nothing is claimed before it was verified, whatever was written.
+func TestRestoreClaimsWhatItVerified(t *testing.T) {
+	p := newPair(t, 256<<10)
+	image := p.stream(t)
+	r := bytes.NewReader(image)
+	seen := map[trivet.LBA]bool{}
+	require.NoError(t, p.v.Restore(&watched{r: r, before: func() {
+		ir, err := newImageReader(bytes.NewReader(image[:len(image)-r.Len()]))
+		if err != nil {
+			return
+		}
+		verified := trivet.LBA(0)
+		for part, err := ir.next(); err == nil; part, err = ir.next() {
+			if part.kind == partDigest {
+				verified = part.to
+			}
+		}
+		seen[verified] = true
+		if verified < 512 {
+			require.Equal(t, uint64(8), p.have(t).lowest(verified, 512), "verified up to %d", verified)
+		}
+	}}))
+	require.Greater(t, len(seen), 3)
+}
+
 // watched calls before ahead of each read.
 type watched struct {
 	r      io.Reader
@@ -247,9 +272,30 @@ func TestImageOfOtherWants(t *testing.T) {
 	for name, w := range map[string][]byte{
 		"malformed":      {wantVersion, 1, 2, 3},
 		"another volume": appendWant(nil, &want{damagedID + 1, 1, wholly(1)}),
+		"above ceiling":  appendWant(nil, &want{damagedID, 9, wholly(10)}),
 		"from ahead":     appendWant(nil, &want{damagedID, 17, wholly(16)}),
 	} {
 		_, err := p.src.Image(w)
 		require.ErrorIs(t, err, trivet.ErrInvalid, name)
 	}
+}
+
+// What a disk must have room for is what the source has, not what was wiped.
+func TestImageEstimates(t *testing.T) {
+	p := newPair(t, 64<<10)
+	size := func(w []byte) int64 {
+		i, err := p.src.Image(w)
+		require.NoError(t, err)
+		defer func() { require.NoError(t, i.Close()) }()
+		return i.Size()
+	}
+	require.NoError(t, p.e.db.Flush())
+	require.InDelta(t, 512*trivet.BlockSize, size(nil), 100<<10)
+	require.InDelta(t, 32*trivet.BlockSize, size(appendWant(nil, &want{damagedID, 15, wholly(15)})), 10<<10)
+	b := p.src.NewBatch()
+	require.NoError(t, b.Zero(0, 1<<30))
+	st := p.src.State()
+	st.AppliedIndex, st.SizeBytes = 17, 1<<42
+	require.NoError(t, b.Commit(st))
+	require.Less(t, size(p.v.Want()), int64(4<<20))
 }

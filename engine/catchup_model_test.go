@@ -421,3 +421,28 @@ func (c *catchup) step() {
 		c.catchUp(c.sources[c.rng.IntN(len(c.sources))])
 	}
 }
+
+// All generations of a block arrive, also when they are more than one part holds, and replace all that was there.
+func TestImageCarriesAllGenerations(t *testing.T) {
+	c := newCatchup(t, 1)
+	defer c.close()
+	src := c.sources[0]
+	src.e.imageRangeBytes = trivet.BlockSize // so that each version is a part
+	for gen := range trivet.Generation(4) {
+		require.NoError(t, writeNumbered(src.v, uint32(10+gen), 5, 3))
+		st := src.v.State()
+		st.Generation = gen + 1
+		require.NoError(t, src.v.NewBatch().Commit(st))
+		require.NoError(t, writeNumbered(c.target.v, uint32(90+gen), trivet.LBA(4+gen), 2))
+		st = c.target.v.State()
+		st.Generation = 2 * (gen + 1)
+		require.NoError(t, c.target.v.NewBatch().Commit(st))
+	}
+	want := src.newest(t, false)
+	require.Len(t, want, 12)
+	img, err := src.v.Image(nil)
+	require.NoError(t, err)
+	require.NoError(t, c.target.v.Restore(img))
+	require.NoError(t, img.Close())
+	require.Equal(t, want, c.target.newest(t, false))
+}

@@ -145,25 +145,34 @@ func (c coverage) cut(x extent, index uint64, add func(extent)) {
 	}
 }
 
-// estimate is about how long the stream will be: from the index of the tables where all is sent, and as if
-// no block that changed had been discarded elsewhere.
+// estimate is about how long the stream will be: from the index of the tables where all is sent, as if no
+// block that changed had been discarded elsewhere, and never more than the source has, so that a
+// wipe of a large volume is not taken for a large image.
 func (i *Image) estimate(base coverage, needed *BlockSet) (uint64, error) {
+	used := func(start, end trivet.LBA) (uint64, error) {
+		lower, upper := appendBlockPrefix(nil, i.volume, start), appendBlockPrefix(nil, i.volume, end)
+		n, err := i.e.db.EstimateDiskUsage(lower, upper)
+		return n, toErr(err)
+	}
 	n, all := uint64(0), int64(0)
 	for k, s := range base {
 		if s.index > 0 {
 			continue
 		}
-		start := base.start(k)
-		all += int64(s.end - start)
-		lower, upper := appendBlockPrefix(nil, i.volume, start), appendBlockPrefix(nil, i.volume, s.end)
-		used, err := i.e.db.EstimateDiskUsage(lower, upper)
+		all += int64(s.end - base.start(k))
+		bytes, err := used(base.start(k), s.end)
 		if err != nil {
-			return 0, toErr(err)
+			return 0, err
 		}
-		n += used
+		n += bytes
 	}
 	changedN := min(needed.Len()-all, i.state.SizeBytes/trivet.BlockSize)
-	return n + uint64(changedN)*imageVersionBytesMax, nil
+	has, err := used(0, lbaMax)
+	if err != nil {
+		return 0, err
+	}
+	has += i.e.db.Metrics().MemTable.Size
+	return min(n+uint64(changedN)*imageVersionBytesMax, has), nil
 }
 
 // Size estimates the bytes of the whole stream, for progress.

@@ -22,7 +22,7 @@ import (
 //	+---------+--------------+------------------------------+-----------------------------+
 //
 // uv is an unsigned varint. Extents rise and do not touch; a gap is the number of blocks since the end
-// of the extent before. A batch of one extent takes 11 to 19 bytes beside a key of 17.
+// of the extent before. A batch of one extent takes 8 to 16 bytes beside a key of 17.
 //
 // The journal of a volume is bounded (Config.JournalBytes). Its oldest part goes first, by a range delete in
 // the batch that would exceed the bound; the volume record says in the same batch from which index on

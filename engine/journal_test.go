@@ -2,6 +2,7 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"testing"
@@ -381,4 +382,33 @@ func mustReadAll(t *testing.T, i *Image) (b []byte) {
 	b, err := readUntil(i, math.MaxInt)
 	require.NoError(t, errors.Join(err, i.Close()))
 	return b
+}
+
+// BenchmarkJournal is what a commit pays for its journal, apart from Pebble's work: one extent, and 32 scattered.
+func BenchmarkJournal(b *testing.B) {
+	for _, n := range []int{1, 32} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			e, v := mustStore(b, Config{FS: vfs.NewMem(), Dir: "disk"}, 1<<20)
+			defer func() { require.NoError(b, e.Close()) }()
+			batch := v.NewBatch()
+			rng := rand.New(rand.NewPCG(1, 1))
+			xs := make([]extent, n)
+			for i := range xs {
+				xs[i] = extent{trivet.LBA(rng.Int64N(1<<20 - 16)), 16}
+			}
+			old, index := v.rec, uint64(0)
+			b.ReportAllocs()
+			for b.Loop() {
+				index++
+				batch.touched = append(batch.touched[:0], xs...)
+				j, err := batch.journalNext(&old, index)
+				require.NoError(b, err)
+				if batch.b.Len() > 1<<20 {
+					batch.b.Reset()
+				}
+				b.ReportMetric(float64(j.bytes), "B/batch")
+			}
+			require.NoError(b, batch.Close())
+		})
+	}
 }
