@@ -2,6 +2,7 @@ package replication
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -143,24 +144,29 @@ func (m *machine) Flush() (uint64, error) {
 }
 
 // Want implements raftgroup.StateMachine.
-func (m *machine) Want() []byte { return nil }
+func (m *machine) Want() []byte { return m.vol.Want() }
 
 // Image implements raftgroup.StateMachine.
-func (m *machine) Image([]byte) (raftgroup.Image, error) {
-	img, err := m.vol.Image()
+func (m *machine) Image(want []byte) (raftgroup.Image, error) {
+	img, err := m.vol.Image(want)
 	if err != nil {
 		return nil, fmt.Errorf("image of %s: %w", m.id, err)
 	}
 	return img, nil
 }
 
-// Restore implements raftgroup.StateMachine.
+// Restore implements raftgroup.StateMachine. After an error from the middle nothing counts as applied any more,
+// as after a restart; a refused image changes nothing.
 func (m *machine) Restore(r io.Reader) error {
 	before := m.view.Load().Epoch
 	m.restored.Store(true)
 	defer m.restored.Store(false)
 	if err := m.vol.Restore(r); err != nil {
-		return fmt.Errorf("restore %s: %w", m.id, err)
+		err = fmt.Errorf("restore %s: %w", m.id, err)
+		if m.vol.Restoring() {
+			err = errors.Join(err, m.load())
+		}
+		return err
 	}
 	if err := m.load(); err != nil {
 		return err

@@ -68,6 +68,7 @@ var homes = []struct {
 		"replication/raftgroup", "server",
 	}},
 	{"github.com/cockroachdb/pebble", []string{"engine"}},
+	{"github.com/RoaringBitmap/roaring", []string{"engine"}},
 	{"github.com/container-storage-interface/", []string{"driver", "internal/demo"}},
 	{"github.com/kubernetes-csi/csi-lib-utils", []string{"driver"}},
 	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},

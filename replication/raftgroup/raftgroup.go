@@ -92,7 +92,8 @@ type StateMachine interface {
 // Image is a pinned image of a state machine.
 type Image interface {
 	io.ReadCloser
-	Size() int64 // exact, bytes
+	// Size estimates the bytes of the whole image, for progress only: it may turn out longer or shorter.
+	Size() int64
 }
 
 // Timing holds the periods of a group. They must be the same on all its members.
