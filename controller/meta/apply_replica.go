@@ -299,7 +299,7 @@ func (r *RemoveReplica) apply(d *draft) error {
 	case ReplicaFilling:
 		v.leave(rep)
 	case ReplicaReady, ReplicaFaulted, ReplicaCreating, ReplicaRemoved, ReplicaLeaving, ReplicaLeft:
-		if ready, left := v.without(rep.ID); 2*ready <= left {
+		if ready, left := d.without(v, rep.ID); 2*ready <= left {
 			return fmt.Errorf("%d of the %d replicas that remain would be ready, which is no majority: %w",
 				ready, left, trivet.ErrInvalid)
 		}
@@ -309,14 +309,15 @@ func (r *RemoveReplica) apply(d *draft) error {
 	return nil
 }
 
-// without counts the replicas that remain without one, and how many of those are Ready.
-func (v *Volume) without(id trivet.ReplicaID) (ready, left int) {
+// without counts the replicas that remain without one, and how many of those are Ready on a disk that is
+// there: one whose disk is gone is about to be reported.
+func (d *draft) without(v *Volume, id trivet.ReplicaID) (ready, left int) {
 	for _, r := range v.Replicas {
 		if r.ID == id {
 			continue
 		}
 		left++
-		if r.State == ReplicaReady {
+		if r.State == ReplicaReady && d.diskOwner(r.Disk) == r.Node {
 			ready++
 		}
 	}

@@ -205,8 +205,8 @@ type AddReplica struct {
 // RemoveReplica takes a replica out of its volume: Leaving until its group has let it go, then retired.
 // A Joining one, which is no member yet, is retired at once. ErrPending and phases as for AddReplica, but
 // a replica that is Joining or Filling may itself be removed, which gives that change up. ErrInvalid when
-// it is the last Ready one, or when those that remain would not have a majority of Ready ones. No effect
-// when it is Leaving or retired; ErrNotFound when the volume has no such replica.
+// it is the last Ready one, or when those that remain would not have a majority of Ready ones on disks that
+// are there. No effect when it is Leaving or retired; ErrNotFound when the volume has no such replica.
 type RemoveReplica struct {
 	Volume     trivet.VolumeID  `json:"volume"`
 	Replica    trivet.ReplicaID `json:"replica"`

@@ -105,6 +105,10 @@ const (
 	ReplicaLeft    ReplicaState = "Left"    // no member of the group any more: only reported, see Volume.Retired
 )
 
+// ReasonDiskAbsent begins the reason of a replica that is Faulted because its disk is not among those of
+// its node. It is the one fault that heals by itself: when the disk is back, so is the replica.
+const ReasonDiskAbsent = "disk is not on the node: "
+
 // Changing reports whether a replica in that state is on its way into the group or out of it.
 func (s ReplicaState) Changing() bool {
 	return s == ReplicaJoining || s == ReplicaFilling || s == ReplicaLeaving
