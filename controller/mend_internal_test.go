@@ -126,15 +126,29 @@ func (b *mendBench) says() string {
 	return out
 }
 
-// TestMend: what is decided in a situation, each in a word.
-func TestMend(t *testing.T) {
+// mendCase is what is decided in a situation, in short.
+type mendCase struct {
+	name string
+	do   func(b *mendBench)
+	want string
+}
+
+func runMendCases(t *testing.T, cases []mendCase) {
+	t.Helper()
+	for _, tc := range cases {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			b := newMendBench(t)
+			tc.do(b)
+			assert.Equal(t, tc.want, b.says())
+		})
+	}
+}
+
+func TestMendReplaces(t *testing.T) {
 	t.Parallel()
 	absent := meta.ReasonDiskAbsent + testUUID(0xd, 3)
-	for _, tc := range []struct {
-		name string
-		do   func(b *mendBench)
-		want string
-	}{
+	runMendCases(t, []mendCase{
 		{"all is well", func(*mendBench) {}, ""},
 		{"just dead", func(b *mendBench) { b.dead(3, 59*time.Second) }, ""},
 		{"dead for long", func(b *mendBench) { b.dead(3, time.Minute) }, "v1 +n5-n3; "},
@@ -201,6 +215,12 @@ func TestMend(t *testing.T) {
 				Volume: 2, Replica: volumeReplica(25), State: meta.ReplicaFaulted, Reason: "wiped",
 			}})
 		}, "v2 +n5-n5; v1 +n5; "},
+	})
+}
+
+func TestMendCounts(t *testing.T) {
+	t.Parallel()
+	runMendCases(t, []mendCase{
 		{"more", func(b *mendBench) { b.count(5) }, "v1 +n5; "},
 		{"fewer: not where it is attached, the fullest disk", func(b *mendBench) { b.count(1) }, "v1 -n2; "},
 		{"fewer: the one on a cordoned node", func(b *mendBench) { b.cordon(3, false); b.count(1) }, "v1 -n3; "},
@@ -230,6 +250,12 @@ func TestMend(t *testing.T) {
 			b.says()
 			b.dead(5, time.Second)
 		}, ""},
+	})
+}
+
+func TestMendLeads(t *testing.T) {
+	t.Parallel()
+	runMendCases(t, []mendCase{
 		{"leads on a cordoned node that holds it", func(b *mendBench) { b.cordon(1, false) }, ""},
 		{"leads on a draining node that holds it", func(b *mendBench) { b.cordon(1, true) }, "v1 leader n2; "},
 		{"leads on a cordoned node that does not", func(b *mendBench) {
@@ -249,14 +275,7 @@ func TestMend(t *testing.T) {
 			b.do(meta.Command{Fail: &meta.Fail{Volume: 2, Reason: "x"}})
 			b.dead(3, time.Hour)
 		}, "v1 +n5-n3; "},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			b := newMendBench(t)
-			tc.do(b)
-			assert.Equal(t, tc.want, b.says())
-		})
-	}
+	})
 }
 
 // TestMendDrainsLeaderThenReplica: leadership goes at once, the replica in its turn, and the wish for a

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -37,6 +38,10 @@ type Config struct {
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
 
+	// ReplaceAfter is how long a node may be dead, or a disk away, before its replicas are replaced by new
+	// ones elsewhere; 0 = 10 min. It counts on the node that leads the catalogue.
+	ReplaceAfter time.Duration
+
 	// Network replaces the TLS connections between nodes, in tests of three servers in one process.
 	// The administration port stays as it is. Nil = TLS.
 	Network transport.Network
@@ -50,6 +55,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
+		ReplaceAfter: controller.DefaultReplaceAfter,
 	}
 }
 
@@ -86,6 +92,9 @@ func (c *Config) Validate() error {
 	if c.Register != "" && c.CSI == "" {
 		return fmt.Errorf("kubelet's plugin directory %q is given, but no csi endpoint to register: %w", c.Register,
 			trivet.ErrInvalid)
+	}
+	if c.ReplaceAfter < 0 {
+		return fmt.Errorf("replace after %v: want zero or more: %w", c.ReplaceAfter, trivet.ErrInvalid)
 	}
 	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
 		if _, _, err := net.SplitHostPort(addr); err != nil {
