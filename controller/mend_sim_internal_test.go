@@ -79,7 +79,9 @@ func (s *mendSim) createVolume(n int) {
 	if len(nodes) < count {
 		count = 3
 	}
-	placed, err := Place(nodes, PlaceRequest{SizeBytes: gibForTests, Replicas: count, Load: LoadOf(s.m.State().Volumes())}, s.now)
+	placed, err := Place(nodes, PlaceRequest{
+		SizeBytes: gibForTests, Replicas: count, Load: LoadOf(s.m.State().Volumes()),
+	}, s.now)
 	require.NoError(s.t, err)
 	for i := range placed {
 		placed[i].ID = s.set.newID()

@@ -100,7 +100,7 @@ const (
 	// A replica that is added to a volume goes Joining → Filling → Ready, one that is taken away
 	// Leaving → Left, and is then Retired. At most one replica of a volume is in these states.
 	ReplicaJoining ReplicaState = "Joining" // wanted in addition; the agent has not made it yet
-	ReplicaFilling ReplicaState = "Filling" // made, empty; the leader adds it as a learner and promotes it once it has everything
+	ReplicaFilling ReplicaState = "Filling" // made, empty; the leader adds it as a learner, and promotes it in the end
 	ReplicaLeaving ReplicaState = "Leaving" // the leader takes it out of the group
 	ReplicaLeft    ReplicaState = "Left"    // no member of the group any more: only reported, see Volume.Retired
 )
