@@ -27,7 +27,8 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 	case c.TakeOver != nil:
 		ok = c.TakeOver.Node == from
 	case c.ReportReplica != nil:
-		ok = owns(s, c.ReportReplica.Volume, c.ReportReplica.Replica, from) || byLeader(s, c.ReportReplica, from)
+		r := c.ReportReplica
+		ok = owns(s, r.Volume, r.Replica, from) || byLeader(s, r, from)
 	case c.ReportLeader != nil:
 		ok = owns(s, c.ReportLeader.Volume, c.ReportLeader.Replica, from)
 	case c.ReportFence != nil:
@@ -69,7 +70,8 @@ func byLeader(s *meta.State, c *meta.ReportReplica, node trivet.NodeID) bool {
 		return false
 	}
 	r := v.Replica(c.Replica)
-	promoted := r != nil && (r.State == meta.ReplicaFilling || r.State == meta.ReplicaReady) // Ready: said again
+	// Ready: it is said again.
+	promoted := r != nil && (r.State == meta.ReplicaFilling || r.State == meta.ReplicaReady)
 	return c.State == meta.ReplicaLeft || c.State == meta.ReplicaReady && promoted && c.Reason == ""
 }
 

@@ -317,7 +317,8 @@ func removal(v *meta.Volume, r *meta.Replica) meta.Command {
 }
 
 // removeOne chooses the replica that is of least use: a faulted one, one on a node that is down, draining
-// or cordoned, one that is not where the volume is attached, one on the fullest disk.
+// or cordoned, one that shares its zone with others, one that is not where the volume is attached, one on
+// the fullest disk.
 func (m *mendPass) removeOne(v *meta.Volume) (meta.Command, error) {
 	var may []*meta.Replica
 	for i := range v.Replicas {
@@ -329,13 +330,20 @@ func (m *mendPass) removeOne(v *meta.Volume) (meta.Command, error) {
 		return meta.Command{}, fmt.Errorf("%d replicas, want %d: without any of them no majority would be ready: %w",
 			len(v.Replicas), v.Want(), trivet.ErrUnavailable)
 	}
-	holder := v.Holder()
+	holder, zones := v.Holder(), zonesOf(m.nodes, v.Replicas)
+	sharing := func(r *meta.Replica) int {
+		if n := m.byID[r.Node]; n != nil {
+			return zones[n.Zone]
+		}
+		return 0
+	}
 	least := slices.MinFunc(may, func(a, b *meta.Replica) int {
 		return cmp.Or(
 			-compareBool(a.State == meta.ReplicaFaulted, b.State == meta.ReplicaFaulted),
 			compareBool(m.alive(a.Node), m.alive(b.Node)),
 			-compareBool(m.draining(a.Node), m.draining(b.Node)),
 			-compareBool(m.cordoned(a.Node), m.cordoned(b.Node)),
+			-cmp.Compare(sharing(a), sharing(b)),
 			compareBool(a.Node == holder, b.Node == holder),
 			cmp.Compare(m.freeOn(a), m.freeOn(b)),
 			cmp.Compare(a.ID, b.ID),

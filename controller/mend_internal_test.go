@@ -225,6 +225,14 @@ func TestMendCounts(t *testing.T) {
 		{"fewer: not where it is attached, the fullest disk", func(b *mendBench) { b.count(1) }, "v1 -n2; "},
 		{"fewer: the one on a cordoned node", func(b *mendBench) { b.cordon(3, false); b.count(1) }, "v1 -n3; "},
 		{"fewer: one that drains rather than be moved", func(b *mendBench) { b.cordon(3, true); b.count(1) }, "v1 -n3; "},
+		{"fewer: one of two in a zone", func(b *mendBench) {
+			for n, zone := range map[int]string{1: "a", 2: "b", 3: "a"} {
+				nd, _ := b.m.State().Node(benchNode(n))
+				nd.Zone = zone
+				b.do(meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}})
+			}
+			b.count(1)
+		}, "v1 -n3; "},
 		{"fewer: the dead one", func(b *mendBench) { b.dead(3, time.Second); b.count(1) }, "v1 -n3; "},
 		{"fewer: the faulted one rather than the dead", func(b *mendBench) {
 			b.do(meta.Command{SetReplicas: &meta.SetReplicas{Volume: 1, Count: 3}})
@@ -299,7 +307,8 @@ func TestMendLimits(t *testing.T) {
 	b := newMendBench(t)
 	for id := 2; id <= 6; id++ {
 		b.volume(id, 1, 2, 3)
-		b.do(meta.Command{ReportLeader: &meta.ReportLeader{Volume: trivet.VolumeID(id), Replica: volumeReplica(10*id + 1 + id%2)}})
+		leader := volumeReplica(10*id + 1 + id%2)
+		b.do(meta.Command{ReportLeader: &meta.ReportLeader{Volume: trivet.VolumeID(id), Replica: leader}})
 	}
 	b.cordon(3, true)
 	b.do(meta.Command{ReportReplica: &meta.ReportReplica{

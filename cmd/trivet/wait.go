@@ -28,8 +28,8 @@ func await(ctx context.Context, what string, look func(ctx context.Context) (lef
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s: not finished (%w): %s\n  It goes on; the same command waits again, and --timeout gives it longer",
-				what, context.Cause(ctx), left)
+			return fmt.Errorf("%s: not finished (%w): %s\n  It goes on; the same command waits again, and --timeout gives it "+
+				"longer", what, context.Cause(ctx), left)
 		case <-time.After(waitEvery):
 		}
 	}
