@@ -9,9 +9,8 @@ import (
 
 // authorize returns ErrInvalid unless the node, as its certificate says, may send the command (S4).
 // A node speaks for itself: its registration, its lease, its replicas, its take-overs. What is said
-// of a volume's group (fence, wipe, leader, who has become a voter or left) must come from a node with a
-// replica in it. What users
-// want may come from every node of the cluster: its server has authenticated the user.
+// of a volume's group (fence, wipe, leader, who votes or has left) must come from a node with a replica in
+// it. What users want may come from every node of the cluster: its server has authenticated the user.
 //
 // A node that is not registered yet may be registered by another one, which lets it in.
 func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
@@ -44,8 +43,8 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 	return nil
 }
 
-// owns reports whether the replica, which may be retired, is on the node, or there is no such volume or replica: then the
-// state machine has the say.
+// owns reports whether the replica, which may be retired, is on the node, or there is no such volume or
+// replica: then the state machine has the say.
 func owns(s *meta.State, volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool {
 	v, ok := s.Volume(volume)
 	if !ok {
