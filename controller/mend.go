@@ -101,7 +101,8 @@ type need struct {
 // give the same answer; in a state in which nothing is to be done, or can be, there are no commands.
 //
 // A volume gets at most one change at a time, and none while the one before is under way (I11), except that
-// a replica which joins on a node that is dead is given up. What it needs is looked at in this order:
+// a replica which joins on a node that is dead is given up. What it needs is looked at in this order, and
+// the first that can be done is done:
 //
 //  1. more replicas than wanted: one is removed. This comes first, so that nothing is replaced that goes anyway;
 //  2. a faulted replica is replaced, on another node or else on its own. One whose disk is merely away gets

@@ -91,7 +91,7 @@ func drainLeft(st *api.NodeStatus) (string, error) {
 	if n == 0 {
 		return "", nil
 	}
-	return fmt.Sprintf("%d replicas are left", n), nil
+	return fmt.Sprintf("replicas left: %d", n), nil
 }
 
 type drainView struct {

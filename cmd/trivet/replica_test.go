@@ -76,7 +76,7 @@ func TestDrainShowsWhatIsLeft(t *testing.T) {
 	}
 	left, err = drainLeft(st)
 	require.NoError(t, err)
-	assert.Equal(t, "1 replicas are left", left, "what is only attached is not waited for")
+	assert.Equal(t, "replicas left: 1", left, "what is only attached is not waited for")
 
 	var out bytes.Buffer
 	cmd := &cobra.Command{}

@@ -1,8 +1,6 @@
 package meta_test
 
 import (
-	"encoding/binary"
-	"hash/crc32"
 	"math/rand"
 	"slices"
 	"testing"
@@ -213,9 +211,7 @@ func FuzzImage(f *testing.F) {
 	}
 	f.Add(image[16 : len(image)-4])
 	f.Fuzz(func(t *testing.T, body []byte) {
-		b := append([]byte("TMIM\x01\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
-		b = append(b, body...)
-		b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+		b := framed(body)
 		if _, err := meta.DecodeImage(body); err == nil {
 			t.Fatal("accepted without a frame")
 		}

@@ -1,10 +1,13 @@
 package meta_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -250,6 +253,38 @@ func TestCodecRefuses(t *testing.T) {
 	} {
 		require.ErrorIs(t, c.Validate(), trivet.ErrInvalid, name)
 	}
+}
+
+// TestImageRefusesWhatCannotBe: a valid frame around a volume with two replicas on their way (I11), one that
+// is there twice, or one that is retired as a member.
+func TestImageRefusesWhatCannotBe(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1, 2, 3)}})
+	b := mustImage(t, m.State())
+	body := string(b[16 : len(b)-4])
+	two := strings.ReplaceAll(body, string(replicaID(12)), string(replicaID(11)))
+	retired := strings.Replace(body, `"wantReplicas":3`, `"wantReplicas":3,"retired":[{"id":"`+string(replicaID(99))+
+		`","node":"n1","disk":"`+string(diskID(1))+`","state":"Ready"}]`, 1)
+	for want, bad := range map[string]string{
+		"3 replicas on their way": strings.ReplaceAll(body, `"state":"Creating"`, `"state":"Filling"`),
+		"is there twice":          two,
+		"is retired as Ready":     retired,
+	} {
+		require.NotEqual(t, body, bad)
+		_, err := meta.DecodeImage(framed([]byte(bad)))
+		require.ErrorIs(t, err, trivet.ErrCorrupt)
+		require.ErrorContains(t, err, want)
+	}
+	_, err := meta.DecodeImage(framed([]byte(body)))
+	require.NoError(t, err)
+}
+
+// framed makes an image of a body, whatever that holds.
+func framed(body []byte) []byte {
+	b := append([]byte("TMIM\x02\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
+	b = append(b, body...)
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
 }
 
 // TestImageDamage flips each byte and cuts at each length: never accepted, never a panic.
