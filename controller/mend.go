@@ -238,18 +238,15 @@ func (m *mendPass) diskOf(r *meta.Replica) *meta.Disk {
 	return nil
 }
 
-// majority reports whether more than half of the replicas of v, but for one, are well.
-func (m *mendPass) majority(v *meta.Volume, but trivet.ReplicaID) bool {
-	well, all := 0, 0
+// majority reports whether more than half of the replicas of v are well.
+func (m *mendPass) majority(v *meta.Volume) bool {
+	well := 0
 	for i := range v.Replicas {
-		if r := &v.Replicas[i]; r.ID != but {
-			all++
-			if m.well(r) {
-				well++
-			}
+		if m.well(&v.Replicas[i]) {
+			well++
 		}
 	}
-	return 2*well > all
+	return 2*well > len(v.Replicas)
 }
 
 // needsOf returns the changes that v needs, the most urgent first.
@@ -300,12 +297,12 @@ func (m *mendPass) meet(n need) (meta.Command, error) {
 	if n.urgency == giveUp {
 		return removal(n.volume, n.replica), nil
 	}
-	if !m.majority(n.volume, "") {
+	if !m.majority(n.volume) {
 		return meta.Command{}, fmt.Errorf("no majority of its replicas is ready on living nodes: %w", trivet.ErrUnavailable)
 	}
 	switch n.urgency {
 	case excess:
-		return m.removeOne(n.volume)
+		return removal(n.volume, m.leastUse(n.volume)), nil
 	case lack:
 		return m.add(n.volume, nil)
 	case giveUp, fault, death, drain:
@@ -317,19 +314,16 @@ func removal(v *meta.Volume, r *meta.Replica) meta.Command {
 	return meta.Command{RemoveReplica: &meta.RemoveReplica{Volume: v.ID, Replica: r.ID, IfRevision: v.Revision}}
 }
 
-// removeOne chooses the replica that is of least use: a faulted one, one on a node that is down, draining
-// or cordoned, one that shares its zone with others, one that is not where the volume is attached, one on
+// leastUse chooses the replica to be removed: a faulted one, one that is not well, one on a draining or
+// cordoned node, one that shares its zone with others, one that is not where the volume is attached, one on
 // the fullest disk.
-func (m *mendPass) removeOne(v *meta.Volume) (meta.Command, error) {
-	var may []*meta.Replica
+//
+// That leaves a majority as there was one: h well ones of n, h > n/2, without one that is not are h of n-1;
+// and where all are well, so are those that remain.
+func (m *mendPass) leastUse(v *meta.Volume) *meta.Replica {
+	all := make([]*meta.Replica, len(v.Replicas))
 	for i := range v.Replicas {
-		if m.majority(v, v.Replicas[i].ID) {
-			may = append(may, &v.Replicas[i])
-		}
-	}
-	if len(may) == 0 {
-		return meta.Command{}, fmt.Errorf("%d replicas, want %d: without any of them no majority would be ready: %w",
-			len(v.Replicas), v.Want(), trivet.ErrUnavailable)
+		all[i] = &v.Replicas[i]
 	}
 	holder, zones := v.Holder(), zonesOf(m.nodes, v.Replicas)
 	sharing := func(r *meta.Replica) int {
@@ -338,10 +332,10 @@ func (m *mendPass) removeOne(v *meta.Volume) (meta.Command, error) {
 		}
 		return 0
 	}
-	least := slices.MinFunc(may, func(a, b *meta.Replica) int {
+	return slices.MinFunc(all, func(a, b *meta.Replica) int {
 		return cmp.Or(
 			-compareBool(a.State == meta.ReplicaFaulted, b.State == meta.ReplicaFaulted),
-			compareBool(m.alive(a.Node), m.alive(b.Node)),
+			compareBool(m.well(a), m.well(b)),
 			-compareBool(m.draining(a.Node), m.draining(b.Node)),
 			-compareBool(m.cordoned(a.Node), m.cordoned(b.Node)),
 			-cmp.Compare(sharing(a), sharing(b)),
@@ -350,7 +344,6 @@ func (m *mendPass) removeOne(v *meta.Volume) (meta.Command, error) {
 			cmp.Compare(a.ID, b.ID),
 		)
 	})
-	return removal(v, least), nil
 }
 
 // freeOn returns the free bytes of a replica's disk.

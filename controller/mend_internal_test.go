@@ -233,6 +233,11 @@ func TestMendCounts(t *testing.T) {
 			}
 			b.count(1)
 		}, "v1 -n3; "},
+		{"fewer: the one whose disk is gone before one that drains", func(b *mendBench) {
+			b.cordon(2, true)
+			b.node(3, b.now.Add(time.Second), false)
+			b.count(1)
+		}, "v1 -n3; "},
 		{"fewer: the dead one", func(b *mendBench) { b.dead(3, time.Second); b.count(1) }, "v1 -n3; "},
 		{"fewer: the faulted one rather than the dead", func(b *mendBench) {
 			b.do(meta.Command{SetReplicas: &meta.SetReplicas{Volume: 1, Count: 3}})

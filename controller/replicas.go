@@ -88,7 +88,7 @@ func moveOf(s *meta.State, v *meta.Volume, from, to trivet.NodeID, now time.Time
 		return nil, fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrPending)
 	}
 	m := newMendPass(s, newHistory(time.Time{}), defaultMendSettings(DefaultReplaceAfter), now)
-	if !m.majority(v, "") {
+	if !m.majority(v) {
 		return nil, fmt.Errorf("no majority of its replicas is ready on living nodes: %w", trivet.ErrUnavailable)
 	}
 	where, err := Place([]meta.Node{target}, PlaceRequest{

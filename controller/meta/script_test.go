@@ -191,6 +191,9 @@ func line(v *meta.Volume) string {
 			b.WriteString("(wanted)")
 		}
 	}
+	if v.Leader != "" && v.Replica(v.Leader) == nil {
+		b.WriteString(" led by nobody")
+	}
 	for _, r := range v.Retired {
 		fmt.Fprintf(b, " retired=%s:%s", r.Node, r.State)
 	}
