@@ -413,3 +413,21 @@ func TestRetiredIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// TestCreateWithoutReplicas: it claims what is there, and makes nothing.
+func TestCreateWithoutReplicas(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	bare := volume(1, meta.ReclaimDelete)
+	bare.ID = 99 // a proposer draws a new one each time
+	claim := meta.Command{CreateVolume: &meta.CreateVolume{Volume: bare, Claim: true}}
+	require.ErrorIs(t, m.Apply(claim).Err, trivet.ErrNotFound)
+	assert.False(t, m.State().Used(99))
+
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+	mustApply(t, m, report(1, 1, meta.ReplicaReady))
+	res := mustApply(t, m, claim)
+	assert.Equal(t, trivet.VolumeID(1), res.Volume.ID)
+	assert.Equal(t, meta.PhaseBound, res.Volume.Phase)
+	assert.Equal(t, 1, res.Volume.WantReplicas)
+}
