@@ -106,6 +106,8 @@ func (s *Server) open(ctx context.Context) error {
 	}
 	s.group.Go(func() error { s.stayJoined(life); return nil })
 	s.group.Go(func() error { s.learnAddresses(life); return nil })
+	mender := controller.NewMender(s.catalogue, s.cfg.Node, s.cfg.ReplaceAfter, s.log)
+	s.group.Go(func() error { mender.Run(life); return nil })
 	return nil
 }
 
