@@ -31,6 +31,9 @@ type VolumeConfig struct {
 	// one in each epoch, so a second Volume with the same epoch would be taken for copies of the first.
 	Epoch   trivet.Epoch
 	Members []raftgroup.Member // where replicas are
+	// FindMembers, when set, says where they are now. It is asked after each attempt that found no leader, so
+	// it must be fast and must not call the Volume; an empty answer changes nothing. nil: Members for good.
+	FindMembers func() []raftgroup.Member
 	// IOTimeout bounds how long one call waits across leader changes; 0 = 60 s.
 	IOTimeout time.Duration
 	Network   transport.Network
@@ -97,7 +100,7 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 	v := &Volume{
 		cfg:     cfg,
 		log:     cfg.Logger.With("component", "replication", "volume", cfg.ID.String(), "epoch", uint64(cfg.Epoch)),
-		route:   newRoute(cfg.Members, cfg.Network.Local()),
+		route:   newRoute(cfg.Members, cfg.FindMembers, cfg.Network.Local()),
 		session: newSession(),
 		slots:   make(chan struct{}, requestsInFlight),
 	}

@@ -48,7 +48,7 @@ func (s *sim) stubborn(ctx context.Context, node *Node) {
 	at := s.holder()
 	v, err := s.cluster.openVolume(ProbeNode, at.epoch, probeTimeout, []raftgroup.Member{
 		{Replica: node.ReplicaID(), Node: node.ID()},
-	})
+	}, nil)
 	if err != nil {
 		s.violate(err)
 		return
@@ -71,7 +71,7 @@ func (s *sim) stubborn(ctx context.Context, node *Node) {
 // openAt opens the volume for requests to one machine only.
 func (s *sim) openAt(rnd *rand.Rand, epoch trivet.Epoch) (*replication.Volume, error) {
 	members := s.cluster.Members()
-	return s.cluster.openVolume(ClientNode, epoch, probeTimeout, []raftgroup.Member{members[rnd.IntN(len(members))]})
+	return s.cluster.openVolume(ClientNode, epoch, probeTimeout, []raftgroup.Member{members[rnd.IntN(len(members))]}, nil)
 }
 
 // stale is the holder of an epoch that was fenced, which does not give up: it asks every machine, also
