@@ -2,6 +2,7 @@ package meta
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -102,6 +103,10 @@ func (r *ReportReplica) apply(d *draft) error {
 		return err
 	}
 	rep := v.Replica(r.Replica)
+	if r.member(v) { // wt-node: minimal
+		d.put(v)
+		return nil
+	}
 	if rep == nil {
 		return fmt.Errorf("volume has no such replica: %w", trivet.ErrNotFound)
 	}
@@ -129,6 +134,31 @@ func (r *ReportReplica) apply(d *draft) error {
 	}
 	d.put(v)
 	return nil
+}
+
+// member applies what is reported of replicas that come and go. wt-node: minimal
+func (r *ReportReplica) member(v *Volume) bool {
+	is := func(x Replica) bool { return x.ID == r.Replica }
+	rep, i := v.Replica(r.Replica), slices.IndexFunc(v.Retired, is)
+	switch {
+	case rep == nil && i >= 0 && r.State == ReplicaRemoved:
+		if v.Retired = slices.Delete(v.Retired, i, i+1); len(v.Retired) == 0 {
+			v.Retired = nil
+		}
+	case rep != nil && r.State == ReplicaLeft:
+		gone := *rep
+		gone.State = ReplicaLeft
+		v.Retired = append(v.Retired, gone)
+		v.Replicas = slices.DeleteFunc(v.Replicas, is)
+	case rep != nil && rep.State == ReplicaFilling && r.State == ReplicaReady:
+		if old := v.Replica(rep.Replaces); old != nil {
+			old.State = ReplicaLeaving
+		}
+		rep.State, rep.Replaces = ReplicaReady, ""
+	default:
+		return false
+	}
+	return true
 }
 
 func (v *Volume) all(state ReplicaState) bool { return v.count(state) == len(v.Replicas) }

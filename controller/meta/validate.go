@@ -164,6 +164,7 @@ func validateReplicas(rs []Replica) error {
 func (r *ReportReplica) validate() error {
 	switch r.State {
 	case ReplicaReady, ReplicaFaulted, ReplicaRemoved:
+	case ReplicaFilling, ReplicaLeft: // wt-node: minimal
 	case ReplicaCreating:
 		return fmt.Errorf("state %s cannot be reported: a replica is never made again under its name: %w",
 			r.State, trivet.ErrInvalid)
