@@ -155,7 +155,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
-		Logger: cfg.Logger, Fatal: cfg.Fatal,
+		IsMember: memberChecker(cfg.Catalogue), Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())
