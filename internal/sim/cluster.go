@@ -58,9 +58,9 @@ type Cluster struct {
 	mu       sync.Mutex
 	members  []raftgroup.Member // where replicas are that may lead: what a catalogue would say
 	joined   int                // replicas that were given a new ID
-	failures []error // Fatal of machines that ran and had no reason
-	exits    uint64  // of machines that had one
-	lives    uint64  // machines booted
+	failures []error            // Fatal of machines that ran and had no reason
+	exits    uint64             // of machines that had one
+	lives    uint64             // machines booted
 }
 
 // ClientNode is the machine without a replica.

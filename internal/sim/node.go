@@ -30,10 +30,10 @@ type Node struct {
 	replica trivet.ReplicaID   // "" = none
 	members []raftgroup.Member // with which it was made; nil when it joined
 	made    bool               // it was made, durably
-	mem     *vfs.MemFS // as the last crash left it
-	life    *life      // nil while down
-	exited  bool       // it stopped itself, and was not booted since
-	remains []*life    // of machines that stopped themselves, not cleared away yet
+	mem     *vfs.MemFS         // as the last crash left it
+	life    *life              // nil while down
+	exited  bool               // it stopped itself, and was not booted since
+	remains []*life            // of machines that stopped themselves, not cleared away yet
 }
 
 // life is what a machine runs between boot and crash.
