@@ -262,6 +262,7 @@ type fakeReplica struct {
 	fenced   []trivet.Epoch
 	wiped    []trivet.Epoch
 	fenceErr error
+	stays    bool // leadership, whatever TransferTo wants
 	lags     bool // its learners
 	promotes int
 }
@@ -320,6 +321,12 @@ func (r *fakeReplica) Wipe(_ context.Context, epoch trivet.Epoch) error {
 }
 
 func (r *fakeReplica) TransferTo(context.Context, trivet.ReplicaID) error {
+	r.mu.Lock()
+	stays := r.stays
+	r.mu.Unlock()
+	if stays {
+		return trivet.ErrUnavailable
+	}
 	r.lead(false)
 	return nil
 }

@@ -78,7 +78,7 @@ func (b *groupBench) until(what string, cond func() bool) {
 	b.t.Helper()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.Now().Add(5 * time.Minute); !cond(); <-tick.C {
+	for end := time.Now().Add(2 * time.Minute); !cond(); <-tick.C {
 		if b.trip != nil {
 			if g := b.trip.victim(); g != nil {
 				g.kill()
@@ -284,7 +284,7 @@ func (b *groupBench) write(d *replication.Volume) (stop func()) {
 				if !assert.NoError(b.t, err) || !assert.Equal(b.t, want[0], got[0], "block %d", i) {
 					return
 				}
-				<-time.After(5 * time.Millisecond)
+				<-time.After(30 * time.Millisecond)
 			}
 		})
 	}

@@ -206,6 +206,26 @@ func TestAgentChangesByLinearizableRead(t *testing.T) {
 	})
 }
 
+// Leadership is wanted on a node that is dead: its replica is replaced all the same.
+func TestAgentReplacesWhereLeadershipIsWanted(t *testing.T) {
+	t.Parallel()
+	bench(t, 4, func(t *testing.T, b *agentBench) {
+		r := b.ready(t, 3)
+		r.stays = true
+		b.cat.must(meta.Command{WantLeader: &meta.WantLeader{Volume: vol, Replica: ours(2)}})
+		b.cat.edit(vol, func(v *meta.Volume) {
+			v.Replicas = append(v.Replicas, meta.Replica{
+				ID: ours(4), Node: "n4", Disk: testDisk(4), State: meta.ReplicaFilling, Replaces: ours(2),
+			})
+		})
+		settle()
+		v := b.cat.volume(vol)
+		assert.Equal(t, meta.ReplicaReady, v.Replica(ours(4)).State)
+		assert.Nil(t, v.Replica(ours(2)))
+		assert.Equal(t, ours(2), v.Retired[0].ID)
+	})
+}
+
 // A replica that leaves its group and has lost its data is not reported: it goes in any case, and a report would
 // take it for one that is to be replaced.
 func TestAgentLeavingReplicaWithoutData(t *testing.T) {

@@ -89,8 +89,10 @@ func (w *worker) restless(acts []action) time.Duration {
 }
 
 // act runs the actions in order up to the first error, and returns how long to wait before planning
-// again if nothing changes until then.
+// again if nothing changes until then. Leadership that cannot move, because the node where it is wanted is
+// dead, holds up nothing else: that node's replica may be about to be replaced.
 func (w *worker) act(ctx context.Context, acts []action, retry time.Duration) time.Duration {
+	wait := retryMin
 	for _, a := range acts {
 		err := w.do(ctx, a)
 		switch {
@@ -102,13 +104,15 @@ func (w *worker) act(ctx context.Context, acts []action, retry time.Duration) ti
 			return retryMin // leadership moved between plan and action
 		case errors.Is(err, trivet.ErrPending):
 			w.log.Debug("reconcile waits", "do", a.verb, "replica", a.id, "target", a.target, "err", err)
-			return pollEvery
+			return max(wait, pollEvery)
 		default:
 			w.log.Warn("reconcile will be tried again", "do", a.verb, "replica", a.id, "epoch", a.epoch, "err", err)
-			return min(2*retry, retryMax)
+			if wait = min(2*retry, retryMax); a.verb != doMove {
+				return wait
+			}
 		}
 	}
-	return retryMin
+	return wait
 }
 
 // plan gathers what is wanted and what there is. The second result is false when the volume has

@@ -132,8 +132,9 @@ func TestSim(t *testing.T) {
 func TestSimMembers(t *testing.T) {
 	var mu sync.Mutex
 	var sum sim.Report
+	n := uint64(max(3, *seedN))
 	t.Run("seeds", func(t *testing.T) {
-		for seed := *firstSeed; seed < *firstSeed+3; seed++ {
+		for seed := *firstSeed; seed < *firstSeed+n; seed++ {
 			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 				t.Parallel()
 				o := options(t, seed)
