@@ -106,7 +106,9 @@ func (g *groupNode) boot() {
 		require.NoError(t, root.Close())
 	}
 	var err error
-	g.eng, err = engine.Open(engine.Config{FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Fatal: g.fatal})
+	g.eng, err = engine.Open(engine.Config{
+		FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Fatal: g.fatal,
+	})
 	require.NoError(t, err)
 	g.link = g.b.net.Node(testNodeID(g.n))
 	g.host, err = replication.NewHost(replication.HostConfig{
@@ -254,7 +256,8 @@ func (b *groupBench) attach() *replication.Volume {
 		return mayLead(&now)
 	}
 	d, err := replication.OpenVolume(replication.VolumeConfig{
-		ID: vol, SizeBytes: v.SizeBytes, Epoch: v.Epoch, Members: mayLead(&v), FindMembers: find, Network: b.net.Node("client"),
+		ID: vol, SizeBytes: v.SizeBytes, Epoch: v.Epoch, Members: mayLead(&v), FindMembers: find,
+		Network: b.net.Node("client"),
 	})
 	require.NoError(b.t, err)
 	return d

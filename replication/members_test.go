@@ -252,6 +252,7 @@ func TestMembersAllReplaced(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, late.WriteAt(t.Context(), fill(1, 1), 0))
 		require.NoError(t, late.Close())
+		require.ErrorIs(t, v.WriteAt(t.Context(), fill(1, 9), 0), trivet.ErrFenced, "none of them met epoch 1")
 	})
 }
 

@@ -122,7 +122,8 @@ func (n *nemesis) attempt(ctx context.Context) error {
 	try, cancel := context.WithTimeout(ctx, changePatience)
 	defer cancel()
 	err := n.do(try, ch)
-	n.sim.log.Debug("change of members", "step", int(ch.step), "joiner", ch.joiner.name(), "leaver", ch.leaver.Node, "err", err)
+	n.sim.log.Debug("change of members", "step", int(ch.step), "joiner", ch.joiner.name(), "leaver", ch.leaver.Node,
+		"err", err)
 	switch {
 	case errors.Is(err, errDiskGone):
 		return err
@@ -168,7 +169,9 @@ func (n *nemesis) do(ctx context.Context, ch *change) error {
 		if ch.leaver.Replica == "" {
 			ch.leaver = n.leaver(ch.joiner)
 		}
-		n.voters.maybe = slices.DeleteFunc(slices.Clone(n.voters.sure), func(m raftgroup.Member) bool { return m == ch.leaver })
+		n.voters.maybe = slices.DeleteFunc(slices.Clone(n.voters.sure), func(m raftgroup.Member) bool {
+			return m == ch.leaver
+		})
 		if err := c.Remove(ctx, ch.leaver.Replica); err != nil {
 			return err
 		}
