@@ -11,8 +11,9 @@
 //
 // What it guarantees: no two processes use one disk (I9); a replica whose data is gone is never made
 // anew under its ID (H10); nothing on a disk is removed unless the catalogue says, read
-// linearizably, that its volume was deleted, or that the replica left its group or is replaced (H35); a device is only shown once everything older than
-// its epoch is fenced (H12); a volume is never formatted unless it could be read and was blank (H31).
+// linearizably, that its volume was deleted, or that the replica left its group or is replaced (H35);
+// a device is only shown once everything older than its epoch is fenced (H12); a volume is never
+// formatted unless it could be read and was blank (H31).
 //
 // What it leaves to its caller: opening the disks (FormatDisk, OpenDisk) before Open and closing them
 // after Close; running the catalogue; stopping the process when Fatal is called.

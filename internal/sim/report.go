@@ -35,10 +35,10 @@ func (r Report) String() string {
 		share = 100 * r.Succeeded / r.Calls
 	}
 	return fmt.Sprintf("calls=%d served=%d (%d%%) writes=%d reads=%d probes=%d staleWrites=%d crashes=%d exits=%d "+
-		"refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d longestGap=%v healed=%v violations=%d\n"+
-		"    faults: %v", r.Calls, r.Succeeded, share, r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits,
-		r.Refused, r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
-		r.Healed.Round(time.Millisecond), r.Violations, r.Faults)
+		"refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d longestGap=%v healed=%v "+
+		"violations=%d\n    faults: %v", r.Calls, r.Succeeded, share, r.Writes, r.Reads, r.Probes, r.StaleWrites,
+		r.Crashes(), r.Exits, r.Refused, r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes,
+		r.LongestGap.Round(time.Millisecond), r.Healed.Round(time.Millisecond), r.Violations, r.Faults)
 }
 
 // Crashes returns how often a machine lost power.
