@@ -136,6 +136,11 @@ func TestPlanMembers(t *testing.T) {
 			l.status.Match = map[trivet.ReplicaID]uint64{"r2": 8, "r3": 9}
 			l.avoid = map[trivet.NodeID]bool{"n3": true}
 		}, do(doMove, "r2")},
+		{"it leaves itself: past a cordoned node", state(0, meta.ReplicaLeaving), func(l *local) {
+			l.status.Members[2].Learner = false
+			l.status.Match = map[trivet.ReplicaID]uint64{"r2": 9, "r3": 8}
+			l.avoid = map[trivet.NodeID]bool{"n2": true}
+		}, do(doMove, "r3")},
 		{"it leaves itself: to a cordoned node if there is no other", state(0, meta.ReplicaLeaving), func(l *local) {
 			l.avoid = map[trivet.NodeID]bool{"n2": true, "n3": true}
 		}, do(doMove, "r2")},

@@ -20,6 +20,7 @@ type change struct {
 	leaver raftgroup.Member // who goes, once that is decided
 	grow   bool             // nobody goes
 	step   changeStep
+	goal   uint64 // what was committed when the joiner's promotion was first asked for
 }
 
 type changeStep int
@@ -159,12 +160,7 @@ func (n *nemesis) do(ctx context.Context, ch *change) error {
 	case stepLearner:
 		return c.AddLearner(ctx, ch.joiner)
 	case stepPromote:
-		m := raftgroup.Member{Replica: ch.joiner.ReplicaID(), Node: ch.joiner.ID()}
-		n.voters.maybe = append(slices.Clone(n.voters.sure), m)
-		if err := c.Promote(ctx, ch.joiner); err != nil {
-			return err
-		}
-		n.voters.settled()
+		return n.promote(ctx, ch)
 	case stepRemove:
 		if ch.leaver.Replica == "" {
 			ch.leaver = n.leaver(ch.joiner)
@@ -180,6 +176,27 @@ func (n *nemesis) do(ctx context.Context, ch *change) error {
 	case stepRetire:
 		return n.retire(ctx, ch.leaver)
 	case stepDone:
+	}
+	return nil
+}
+
+// promote gives the joiner its vote. It must have everything then that was committed when that was first asked
+// for (I14), whichever attempt it was that succeeded.
+func (n *nemesis) promote(ctx context.Context, ch *change) error {
+	m := raftgroup.Member{Replica: ch.joiner.ReplicaID(), Node: ch.joiner.ID()}
+	n.voters.maybe = append(slices.Clone(n.voters.sure), m)
+	if leader := n.leader(); ch.goal == 0 && leader != nil {
+		if r, ok := leader.Replica(); ok {
+			ch.goal = r.Status().Commit
+		}
+	}
+	if err := n.sim.cluster.Promote(ctx, ch.joiner); err != nil {
+		return err
+	}
+	n.voters.settled()
+	if r, ok := ch.joiner.Replica(); ok && r.Status().LastIndex < ch.goal {
+		n.sim.violate(fmt.Errorf("replica on %s got a vote with entries to %d, %d was committed",
+			ch.joiner.ID(), r.Status().LastIndex, ch.goal))
 	}
 	return nil
 }
