@@ -31,7 +31,7 @@ func planVolume(edit func(*meta.Volume)) *meta.Volume {
 func running(leads bool) local {
 	return local{
 		disks: map[trivet.DiskID]bool{"d1": true}, onDisk: []placed{{"d1", "r1"}}, running: true,
-		status: replication.ReplicaStatus{Status: raftgroup.Status{IsLeader: leads, Term: 3, Members: []raftgroup.Member{
+		status: replication.ReplicaStatus{Replica: "r1", Status: raftgroup.Status{IsLeader: leads, Term: 3, Members: []raftgroup.Member{
 			{Replica: "r1", Node: "n1"}, {Replica: "r2", Node: "n2"}, {Replica: "r3", Node: "n3", Learner: true},
 		}}},
 	}

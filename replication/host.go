@@ -38,6 +38,11 @@ type HostConfig struct {
 	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
 	// The state machine checks the epoch in any case.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
+	// IsMember, when set, answers from the catalogue whether a replica of the volume is on that node. A
+	// replica asks it about one that its own configuration does not know: the leader of a group that it joins,
+	// or whose members all changed while it was away. nil: one that joins takes its log from any sender, and
+	// one whose configuration is older than all members takes it from none.
+	IsMember func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
@@ -114,8 +119,9 @@ type ReplicaSpec struct {
 	Volume  trivet.VolumeID
 	Replica trivet.ReplicaID
 	Disk    Disk
-	// SizeBytes is the size with which the volume began. It must be the same for every replica that
-	// is created with Members, because what fits is decided by it until the log says Resize (I13).
+	// SizeBytes is the size with which the volume began, also for a replica that joins after a Resize:
+	// it may be given the log from its first entry on, and what fits is decided by this size until
+	// the log says Resize (I13). A replica that is given an image takes the size from there.
 	SizeBytes int64
 	// Members is the initial configuration: every replica, this one included. Empty for a replica
 	// that joins a group that exists.
@@ -246,7 +252,7 @@ func (h *Host) exclusive(ctx context.Context, id trivet.VolumeID, f func() error
 // groupConfig returns the raftgroup configuration of a replica, without its machine.
 func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 	fs := s.Disk.fs()
-	return raftgroup.Config{
+	cfg := raftgroup.Config{
 		Group:         s.Volume,
 		Replica:       s.Replica,
 		FS:            fs,
@@ -259,6 +265,10 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Logger:        h.log.With("volume", s.Volume.String()),
 		Fatal:         h.cfg.Fatal,
 	}
+	if ask := h.cfg.IsMember; ask != nil {
+		cfg.IsMember = func(id trivet.ReplicaID, node trivet.NodeID) bool { return ask(s.Volume, id, node) }
+	}
+	return cfg
 }
 
 // Validate returns ErrInvalid naming a field that is not usable.

@@ -32,9 +32,10 @@ type Replica struct {
 // ReplicaStatus says how a replica is doing.
 type ReplicaStatus struct {
 	raftgroup.Status
-	Epoch     trivet.Epoch // as applied here: a follower may lag
-	SizeBytes int64        // as applied here
-	UsedBytes int64        // space that the blocks take on this disk; -1 when it could not be read
+	Replica   trivet.ReplicaID // whose status it is
+	Epoch     trivet.Epoch     // as applied here: a follower may lag
+	SizeBytes int64            // as applied here
+	UsedBytes int64            // space that the blocks take on this disk; -1 when it could not be read
 }
 
 // startReplica starts the goroutine that tells the batcher who leads.
@@ -89,7 +90,9 @@ func (r *Replica) Status() ReplicaStatus {
 	if err != nil {
 		used = -1
 	}
-	return ReplicaStatus{Status: r.group.Status(), Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used}
+	return ReplicaStatus{
+		Status: r.group.Status(), Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+	}
 }
 
 // leader returns the node that leads, as far as this replica knows, in which term, and what is closed

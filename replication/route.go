@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,25 +34,34 @@ var errIOTimeout = errors.New("i/o timeout")
 
 // route remembers which node led last, and the highest term that any reply carried.
 type route struct {
+	// find, when set, says where the members are now. It is asked without mu.
+	find func() []raftgroup.Member
+
 	mu     sync.Mutex
-	nodes  []trivet.NodeID // of the members
+	nodes  []trivet.NodeID // of the members, each once
 	target trivet.NodeID
 	term   uint64
 }
 
 // newRoute begins with the local replica, if there is one: leadership follows the attachment.
-func newRoute(members []raftgroup.Member, local trivet.NodeID) *route {
-	r := &route{}
-	for _, m := range members {
-		r.nodes = append(r.nodes, m.Node)
-		if m.Node == local {
-			r.target = local
-		}
-	}
-	if r.target == "" {
-		r.target = r.nodes[0]
+func newRoute(members []raftgroup.Member, find func() []raftgroup.Member, local trivet.NodeID) *route {
+	r := &route{find: find, nodes: nodesOf(members)}
+	r.target = r.nodes[0]
+	if slices.Contains(r.nodes, local) {
+		r.target = local
 	}
 	return r
+}
+
+// nodesOf returns the nodes of members in their order, each once.
+func nodesOf(members []raftgroup.Member) []trivet.NodeID {
+	var nodes []trivet.NodeID
+	for _, m := range members {
+		if !slices.Contains(nodes, m.Node) {
+			nodes = append(nodes, m.Node)
+		}
+	}
+	return nodes
 }
 
 func (r *route) node() trivet.NodeID {
@@ -76,8 +86,15 @@ func (r *route) accept(term uint64) error {
 // that names itself has just been elected and needs a moment. When another call has moved on already, it
 // stays there.
 func (r *route) failed(node, hint trivet.NodeID) {
+	var now []trivet.NodeID
+	if r.find != nil { // the members may all have changed since
+		now = nodesOf(r.find())
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(now) > 0 {
+		r.nodes = now
+	}
 	if r.target != node {
 		return
 	}
@@ -91,7 +108,7 @@ func (r *route) failed(node, hint trivet.NodeID) {
 			return
 		}
 	}
-	r.target = r.nodes[0] // node was a hint from outside the members
+	r.target = r.nodes[0] // node was a hint from outside the members, or is a member no more
 }
 
 // attemptFunc sends a request to a node once. A reply with codeNotLeader is not an error.

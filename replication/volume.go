@@ -33,6 +33,9 @@ type VolumeConfig struct {
 	Members []raftgroup.Member // where replicas are
 	// ReadConsistency says who may answer reads; "" = ReadStrong. See the constants for what each costs.
 	ReadConsistency trivet.ReadConsistency
+	// FindMembers, when set, says where they are now. It is asked after each attempt that found no leader, so
+	// it must be fast and must not call the Volume; an empty answer changes nothing. nil: Members for good.
+	FindMembers func() []raftgroup.Member
 	// IOTimeout bounds how long one call waits across leader changes; 0 = 60 s.
 	IOTimeout time.Duration
 	Network   transport.Network
@@ -102,7 +105,7 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 	v := &Volume{
 		cfg:     cfg,
 		log:     cfg.Logger.With("component", "replication", "volume", cfg.ID.String(), "epoch", uint64(cfg.Epoch)),
-		route:   newRoute(cfg.Members, cfg.Network.Local()),
+		route:   newRoute(cfg.Members, cfg.FindMembers, cfg.Network.Local()),
 		session: newSession(),
 		slots:   make(chan struct{}, requestsInFlight),
 	}

@@ -63,6 +63,10 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 		return true, nil
 	case FaultResize:
 		return n.resize(ctx)
+	case FaultMove:
+		return n.move(), nil
+	case FaultReplace:
+		return n.replace(ctx)
 	}
 	return false, nil
 }

@@ -56,7 +56,7 @@ func (s *sim) stubborn(ctx context.Context, node *Node) {
 	at := s.holder()
 	v, err := s.cluster.openVolume(ProbeNode, at.epoch, probeTimeout, []raftgroup.Member{
 		{Replica: node.ReplicaID(), Node: node.ID()},
-	}, trivet.ReadStrong)
+	}, nil, trivet.ReadStrong)
 	if err != nil {
 		s.violate(err)
 		return
@@ -80,7 +80,7 @@ func (s *sim) stubborn(ctx context.Context, node *Node) {
 func (s *sim) openAt(rnd *rand.Rand, epoch trivet.Epoch) (*replication.Volume, error) {
 	members := s.cluster.Members()
 	one := []raftgroup.Member{members[rnd.IntN(len(members))]}
-	return s.cluster.openVolume(ClientNode, epoch, probeTimeout, one, trivet.ReadStrong)
+	return s.cluster.openVolume(ClientNode, epoch, probeTimeout, one, nil, trivet.ReadStrong)
 }
 
 // stale is the holder of an epoch that was fenced, which does not give up: it asks every machine, also

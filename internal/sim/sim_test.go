@@ -124,6 +124,33 @@ func TestSim(t *testing.T) {
 	assert.Positive(t, sum.StaleWrites, "writes of fenced epochs")
 	assert.Positive(t, sum.Exits, "machines that stopped themselves")
 	assert.Positive(t, sum.Restores, "snapshots installed")
+	assert.Positive(t, sum.Changes, "changes of members")
+}
+
+// TestSimMembers changes the members all the time, among crashes and cuts: what is committed stays so, and
+// the changes get done.
+func TestSimMembers(t *testing.T) {
+	var mu sync.Mutex
+	var sum sim.Report
+	n := uint64(max(3, *seedN))
+	t.Run("seeds", func(t *testing.T) {
+		for seed := *firstSeed; seed < *firstSeed+n; seed++ {
+			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+				t.Parallel()
+				o := options(t, seed)
+				o.Only = []sim.Fault{
+					sim.FaultMove, sim.FaultReplace, sim.FaultCrash, sim.FaultRestart, sim.FaultIsolate, sim.FaultOneWay,
+					sim.FaultTransfer, sim.FaultTakeOver, sim.FaultPause, sim.FaultHoldLog,
+				}
+				r, err := run(t, o)
+				mu.Lock()
+				sum.Add(r)
+				mu.Unlock()
+				require.NoError(t, err, "seed %d", seed)
+			})
+		}
+	})
+	assert.Positive(t, sum.Changes, "changes of members")
 }
 
 // skipFlush claims that all is flushed and flushes nothing (H1).

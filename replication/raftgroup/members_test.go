@@ -259,3 +259,34 @@ func TestUnknownLeader(t *testing.T) {
 		require.Equal(t, uint64(1), last)
 	})
 }
+
+// H37: once a replica is out of the configuration, the others refuse all that it says, whatever its term, and
+// on whoever's word it still runs.
+func TestRemovedMemberIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		l := c.leader()
+		gone := c.nodes[c.others(l.name)[0]]
+		third := c.nodes[c.others(l.name, gone.name)[0]]
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(gone.name)))
+		c.eventually("the others know", func() bool { return len(third.group.Status().Members) == 2 })
+		term := raftgroup.RaftTerm(third.group)
+		_, last := raftgroup.LogBounds(third.group)
+		for kind, body := range map[transport.Kind][]byte{
+			transport.KindAppendEntries:  raftgroup.AppendBody(term+100, last, term, []byte("x=evil")),
+			transport.KindRequestVote:    raftgroup.VoteBody(term+100, last+9, term+1, true),
+			transport.KindRequestPreVote: raftgroup.VoteBody(term+100, last+9, term+1, true),
+			transport.KindTimeoutNow:     raftgroup.TimeoutNowBody(l.group, replicaID(third.name)),
+		} {
+			_, err := gone.link.Call(t.Context(), trivet.NodeID(third.name), transport.Message{
+				Kind: kind, Group: testGroup, From: replicaID(gone.name), To: replicaID(third.name), Body: body,
+			})
+			require.ErrorIs(t, err, trivet.ErrInvalid, "kind %v", kind)
+		}
+		pass(10 * heartbeat)
+		require.Equal(t, term, raftgroup.RaftTerm(third.group))
+		require.Equal(t, l, c.leader())
+		require.Equal(t, "1", third.machine.get("x"))
+	})
+}
