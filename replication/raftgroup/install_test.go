@@ -22,7 +22,7 @@ import (
 // is stopped; each is to reopen it as it likes.
 func behind(t *testing.T, c *cluster) {
 	t.Helper()
-	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 	for _, n := range c.nodes {
 		require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
 		n.mustOpen()
@@ -73,7 +73,7 @@ func TestInstallSnapshotUnderLongerLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
 		sent := countSnapshots(c)
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 		for _, n := range c.nodes {
 			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")))
 			n.mustOpen()
@@ -139,7 +139,7 @@ func installCrash(t *testing.T, n, percent int) bool {
 		}
 	}})
 	c.configure = func(cfg *raftgroup.Config) {
-		cfg.SnapshotBytes = 2 << 10
+		cfg.SnapshotBytes = 128 << 10
 		if cfg.Replica == replicaID("c") && slow.fs == disk {
 			cfg.FS = watched
 		}

@@ -84,7 +84,7 @@ func TestPromoteRefusesLaggard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b")
 		sent := countSnapshots(c)
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 		a, b := c.nodes["a"], c.nodes["b"]
 		require.NoError(t, raftgroup.Create(a.config(), members("a")))
 		a.mustOpen()
