@@ -287,7 +287,8 @@ func TestLogStoreDamage(t *testing.T) {
 // the changed bytes are never served.
 func TestLogStoreOwnsItsData(t *testing.T) {
 	var fatal []error
-	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }})
+	guard := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
+	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), guard)
 	data := []byte("mine no more")
 	require.NoError(t, s.StoreLog(&raft.Log{Index: 1, Term: 1, Data: data}))
 	data[0] ^= 1

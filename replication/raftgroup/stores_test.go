@@ -402,7 +402,9 @@ func TestRaftConfig(t *testing.T) {
 }
 
 func TestConfigValidate(t *testing.T) {
-	good := Config{Replica: idA, Dir: "/d", Log: &segment.Log{}, Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {}}
+	good := Config{
+		Replica: idA, Dir: "/d", Log: &segment.Log{}, Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {},
+	}
 	require.NoError(t, good.Validate())
 	for name, change := range map[string]func(*Config){
 		"replica": func(c *Config) { c.Replica = "x" },
