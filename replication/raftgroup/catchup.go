@@ -307,10 +307,8 @@ func (g *Group) round(from raft.ServerAddress, want []byte) (got int64, err erro
 	defer func() { p.close(restored) }()
 	g.catch.pulling(from, p.opened.sizeBytes)
 	rec := p.opened.rec
-	applied, _ := g.cfg.Machine.Applied()
-	if own := g.snaps.record(); rec.index < own.index || rec.machine < applied { // I7
-		return 0, fmt.Errorf("image of %s is at %d (machine %d), this replica is at %d (machine %d): %w", from,
-			rec.index, rec.machine, own.index, applied, trivet.ErrInvalid)
+	if err := g.notBehind(rec); err != nil {
+		return 0, fmt.Errorf("image of %s: %w", from, err)
 	}
 	g.log.Info("state is pulled", "from", string(from), "index", rec.index, "term", rec.term, "bytes", p.opened.sizeBytes)
 	r := installRecord{term: max(g.term(), rec.term), rec: rec}
@@ -327,6 +325,17 @@ func (g *Group) round(from raft.ServerAddress, want []byte) (got int64, err erro
 		return p.gotBytes.Load(), err
 	}
 	return p.gotBytes.Load(), nil
+}
+
+// notBehind returns ErrInvalid for an image that is older than this replica: neither state nor snapshot go
+// back (I7), and the log goes on from the snapshot, no-ops included.
+func (g *Group) notBehind(rec snapshotRecord) error {
+	applied, _ := g.cfg.Machine.Applied()
+	if own := g.snaps.record(); rec.index < own.index || rec.machine < applied {
+		return fmt.Errorf("it is at %d (machine %d), this replica is at %d (machine %d): %w",
+			rec.index, rec.machine, own.index, applied, trivet.ErrInvalid)
+	}
+	return nil
 }
 
 // restore does step 2 (install.go). What went wrong decides what is next: a source that failed, or an

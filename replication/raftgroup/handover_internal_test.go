@@ -7,6 +7,8 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
 )
 
 // handMachine stands at 3, and at the snapshot's index once it is restored.
@@ -184,4 +186,37 @@ func TestOldLeaderIsNoSource(t *testing.T) {
 	r, err := decodeFetchReply(b)
 	require.NoError(t, err)
 	require.Equal(t, fetchReply{term: 7}, r)
+}
+
+// What was restored is not done before the library runs.
+func TestDoneOnlyWhenItRuns(t *testing.T) {
+	fs, dir := memDir(t)
+	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir}, nil))
+	g := handGroup(t, fs, dir, &handMachine{fakeMachine: &fakeMachine{index: 9}})
+	defer g.closeStores(t)
+	g.catch.active = true
+	require.NoError(t, g.finishInstall(installRecord{term: 3, rec: testRecord(10)}))
+	b, err := g.onFetch("now", fetchAsk{term: 3, rec: testRecord(10)}.encode())
+	require.NoError(t, err)
+	r, err := decodeFetchReply(b)
+	require.NoError(t, err)
+	require.Equal(t, fetchReply{term: 3}, r)
+}
+
+// I7: an image that would take state or snapshot back is refused before anything is pulled.
+func TestImageBehindIsRefused(t *testing.T) {
+	fs, dir := memDir(t)
+	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir}, nil))
+	g := handGroup(t, fs, dir, &handMachine{fakeMachine: &fakeMachine{index: 9}})
+	defer g.closeStores(t)
+	require.NoError(t, g.snaps.put(testRecord(10))) // machine 9: entry 10 is a no-op
+	require.NoError(t, g.notBehind(testRecord(10)))
+	require.NoError(t, g.notBehind(testRecord(11)))
+	require.ErrorIs(t, g.notBehind(testRecord(9)), trivet.ErrInvalid)
+	sameState := testRecord(9)
+	sameState.machine = 9
+	require.ErrorIs(t, g.notBehind(sameState), trivet.ErrInvalid, "its log would begin before the snapshot")
+	lessState := testRecord(11)
+	lessState.machine = 8
+	require.ErrorIs(t, g.notBehind(lessState), trivet.ErrInvalid)
 }
