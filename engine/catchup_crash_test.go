@@ -73,7 +73,7 @@ func TestCrashAtEveryFileOperationOfCatchUp(t *testing.T) {
 	sizes := []struct {
 		blockN trivet.LBA
 		every  int // crashes are taken at each so many operations
-	}{{64, 1}, {1024, 32}}
+	}{{64, 2}, {1024, 48}}
 	if testing.Short() {
 		sizes[0].every, sizes[1].every = 7, 101
 	}

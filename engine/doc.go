@@ -44,7 +44,8 @@
 //
 // Which entry may apply (epochs, sequences, repeated entries), what Session and Config mean, and the
 // order of entries: a Batch trusts them, except that index, term, epoch, generation and size never go
-// back. That equal indexes mean equal content on all replicas is what a log gives; images rest on it. The caller asks HasRoom before it accepts a write; a full disk is a background I/O error (H26).
+// back. That equal indexes mean equal content on all replicas is what a log gives; images rest on it.
+// The caller asks HasRoom before it accepts a write; a full disk is a background I/O error (H26).
 // Loss of the store's manifest, or a damaged manifest that Pebble reads as a shorter one, gives an older
 // but consistent state: the caller must compare State with its log before it starts (H4, I1).
 package engine

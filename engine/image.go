@@ -37,7 +37,7 @@ type Image struct {
 	inside bool   // a version of run's first block is sent, another follows
 	sent   bool   // all blocks are
 
-	sum       hash.Hash // of the versions since the last digest
+	sum       *versionHash // of the versions since the last digest
 	versionN  uint64
 	rangeLen  int // bytes since the last digest
 	lastRange bool
@@ -65,7 +65,7 @@ func (v *Volume) image(wanted []byte) (_ *Image, err error) {
 	if err != nil {
 		return nil, errors.Join(err, toErr(snap.Close()))
 	}
-	i := &Image{e: v.e, volume: v.id, state: r.state, snap: snap, it: it, sum: sha256.New()}
+	i := &Image{e: v.e, volume: v.id, state: r.state, snap: snap, it: it, sum: newVersionHash()}
 	if err := i.begin(v, &r, wanted); err != nil {
 		return nil, errors.Join(closeIter(it, err), toErr(snap.Close()))
 	}
@@ -284,7 +284,7 @@ func (i *Image) produceVersion(bk blockKey) error {
 		return err
 	}
 	i.out.version(bk, sum, data)
-	hashVersion(i.sum, bk, data == nil, sum)
+	i.sum.add(bk, data == nil, sum)
 	i.versionN++
 	i.it.Next()
 	i.inside = false
@@ -304,12 +304,20 @@ func (i *Image) produceVersion(bk blockKey) error {
 	return nil
 }
 
-// hashVersion adds a version of a block to the digest of a range: LBA (8), generation (4), 1 for a
-// tombstone, else 0, and the checksum that the source has.
-func hashVersion(h hash.Hash, bk blockKey, tombstone bool, sum uint32) {
-	var b [17]byte
+// versionHash is the digest of versions of blocks: of each LBA (8), generation (4), 1 for a tombstone, else 0,
+// and the checksum that the source has (4).
+type versionHash struct {
+	hash.Hash
+	scratch [17]byte // here, or each call would allocate it
+}
+
+func newVersionHash() *versionHash { return &versionHash{Hash: sha256.New()} }
+
+func (h *versionHash) add(bk blockKey, tombstone bool, sum uint32) {
+	b := &h.scratch
 	binary.BigEndian.PutUint64(b[:], uint64(bk.lba))
 	binary.BigEndian.PutUint32(b[8:], uint32(bk.gen))
+	b[12] = 0
 	if tombstone {
 		b[12] = 1
 	}

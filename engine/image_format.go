@@ -25,7 +25,7 @@ import (
 //	+--------+---------+      +----------+---------+----------------+---------+-----------------------+
 //	                      or  | 0x03 (1) | LBA (8) | blocks (8)     |  none of these has a version
 //	                          +----------+---------+----------------+
-//	digest, 0x03: SHA-256 over the versions (hashVersion) since the digest before
+//	digest, 0x03: SHA-256 over the versions (versionHash) since the digest before
 //	+--------+--------------+-------------+
 //	| to (8) | versions (8) | SHA-256 (32)|
 //	+--------+--------------+-------------+

@@ -2,10 +2,8 @@ package engine
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -51,7 +49,7 @@ func (v *Volume) restore(r io.Reader) error {
 	if err := v.beginRestore(&ir.begin); err != nil {
 		return err
 	}
-	x := &restorer{v: v, begin: &ir.begin, received: sha256.New()}
+	x := &restorer{v: v, begin: &ir.begin, received: newVersionHash()}
 	if err := x.run(ir); err != nil {
 		return errors.Join(err, x.settle())
 	}
@@ -146,11 +144,11 @@ type restorer struct {
 	v     *Volume
 	begin *imageBegin
 
-	claimed  trivet.LBA // below it everything is verified, durable but for the record, and claimed
-	written  trivet.LBA // below it everything is in the store
-	extents  []extent   // the blocks that the image has had items of since claimed
-	received hash.Hash  // of their versions, as received
-	inside   trivet.LBA // one past the last block that has had an item
+	claimed  trivet.LBA   // below it everything is verified, durable but for the record, and claimed
+	written  trivet.LBA   // below it everything is in the store
+	extents  []extent     // the blocks that the image has had items of since claimed
+	received *versionHash // of their versions, as received
+	inside   trivet.LBA   // one past the last block that has had an item
 }
 
 // run works through all parts.
@@ -200,7 +198,7 @@ func (x *restorer) write(p *imagePart) error {
 		it := &p.items[i]
 		x.note(extent{it.lba, it.blockN})
 		if it.kind != itemAbsent {
-			hashVersion(x.received, blockKey{lba: it.lba, gen: it.gen}, it.kind == kindTombstone, it.sum)
+			x.received.add(blockKey{lba: it.lba, gen: it.gen}, it.kind == kindTombstone, it.sum)
 		}
 	}
 	x.written = p.to
@@ -333,7 +331,7 @@ func (x *restorer) claim(to trivet.LBA, index uint64) error {
 
 // readBack is the digest of what the store has of the blocks written since the last one.
 func (x *restorer) readBack() (d [32]byte, err error) {
-	h := sha256.New()
+	h := newVersionHash()
 	if len(x.extents) == 0 {
 		return [32]byte(h.Sum(nil)), nil
 	}
@@ -360,7 +358,7 @@ func (x *restorer) readBack() (d [32]byte, err error) {
 			if x.begin.volume != x.v.id { // the source's sum names its own volume
 				sum = BlockSum(x.begin.volume, bk.lba, data)
 			}
-			hashVersion(h, bk, data == nil, sum)
+			h.add(bk, data == nil, sum)
 		}
 		if err := it.Error(); err != nil {
 			return d, toErr(err)
