@@ -250,10 +250,25 @@ func TestRestoreRefusesOtherBase(t *testing.T) {
 	}
 	_, err := behind.Image(q.v.Want())
 	require.ErrorIs(t, err, trivet.ErrInvalid)
+	require.Equal(t, claimed, q.have(t))
+
+	// All of it is another thing: it begins anew, also when it stops half-way, and what the first one brought counts
+	// for nothing.
 	i, err := behind.Image(nil)
 	require.NoError(t, err)
-	require.ErrorIs(t, q.v.Restore(bytes.NewReader(mustReadAll(t, i))), trivet.ErrInvalid)
-	require.Equal(t, claimed, q.have(t))
+	all := mustReadAll(t, i)
+	require.ErrorIs(t, q.v.Restore(broken(all[:len(all)/2])), errSource)
+	require.LessOrEqual(t, q.have(t).ceiling(), uint64(12))
+	require.Zero(t, q.have(t).lowest(0, lbaMax))
+	i, err = behind.Image(q.v.Want())
+	require.NoError(t, err)
+	require.NoError(t, q.v.Restore(bytes.NewReader(mustReadAll(t, i))))
+	require.False(t, q.v.Restoring())
+	want, err := behind.Digest()
+	require.NoError(t, err)
+	got, err := q.v.Digest()
+	require.NoError(t, err)
+	require.Equal(t, want, got)
 }
 
 func TestImageOfOtherWants(t *testing.T) {

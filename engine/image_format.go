@@ -79,6 +79,9 @@ type imageBegin struct {
 	record        record
 }
 
+// startsOver reports whether the image replaces everything in a volume that is half restored.
+func (b *imageBegin) startsOver(restoring bool) bool { return restoring && b.base.ceiling() == 0 }
+
 // partWriter makes the parts of a stream, one at a time in one buffer: what a call returns is valid until
 // the next.
 type partWriter struct {

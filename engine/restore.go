@@ -24,8 +24,9 @@ import (
 //
 // ErrCorrupt: the stream is damaged, cut off or followed by something, or the volume does not hold what was
 // written to it; the latter is transferred again by the next Restore. ErrNoSpace: it does not fit.
-// ErrInvalid: the image builds on what the volume does not have, is older than it, by applied index or epoch, or
-// than what an interrupted Restore was moving to, or is of another format; ErrInUse: a batch is open.
+// ErrInvalid: the image builds on what the volume does not have, is older than it, by applied index or epoch, or,
+// unless it is of everything, than what an interrupted Restore was moving to, or is of another format; ErrInUse: a
+// batch is open.
 // These two change nothing.
 func (v *Volume) Restore(r io.Reader) error {
 	if err := v.restore(r); err != nil {
@@ -59,10 +60,13 @@ func (v *Volume) restore(r io.Reader) error {
 // mayRestore refuses an image before anything is touched.
 func (v *Volume) mayRestore(b *imageBegin) error {
 	v.mu.Lock()
-	old, have := v.rec.state, v.rec.covers()
+	old, have, restoring := v.rec.state, v.rec.covers(), v.rec.restoring
 	v.mu.Unlock()
 	next := &b.record.state
-	if next.AppliedIndex < old.AppliedIndex || next.Epoch < old.Epoch {
+	if b.startsOver(restoring) {
+		// It replaces all that an interrupted Restore had brought, so it need not be as new as that. Without this two
+		// of three replicas could wait for the third for ever: one half restored, the other a little behind.
+	} else if next.AppliedIndex < old.AppliedIndex || next.Epoch < old.Epoch {
 		return fmt.Errorf("image at index %d, epoch %d is older than the volume at %d, %d: %w", next.AppliedIndex,
 			next.Epoch, old.AppliedIndex, old.Epoch, trivet.ErrInvalid)
 	}
@@ -97,6 +101,9 @@ func (v *Volume) beginRestore(img *imageBegin) error {
 	v.mu.Lock()
 	next := record{replica: v.replica, restoring: true, state: v.rec.state.clone(), have: v.rec.covers()}
 	v.usable.Store(v.usable.Load() | 1)
+	if img.startsOver(v.rec.restoring) && img.record.state.AppliedIndex < next.state.AppliedIndex {
+		next.have = wholly(0) // what is claimed may be newer than the image
+	}
 	v.mu.Unlock()
 	next.state.AppliedIndex, next.state.Epoch = img.record.state.AppliedIndex, img.record.state.Epoch
 	b := v.e.newBatch()

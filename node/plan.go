@@ -36,11 +36,6 @@ const (
 	doRetire  verb = "retire"  // remove what has left the group, then report it Removed
 )
 
-// reasonDiskAbsent is the reason under which a replica is reported Faulted because its disk is not
-// among those of the node. It is the one fault that heals by itself: when the disk is back, the
-// replica's log and data are what they were.
-const reasonDiskAbsent = "disk is not on the node: "
-
 // action is one step towards what the catalogue wants.
 type action struct {
 	verb   verb
@@ -143,14 +138,14 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 	case v.Phase == meta.PhaseDeleting:
 		return one(doRemoved) // should the disk come back, its replica is a stray
 	case r.State == meta.ReplicaFaulted:
-		if present && strings.HasPrefix(r.Reason, reasonDiskAbsent) {
+		if present && strings.HasPrefix(r.Reason, meta.ReasonDiskAbsent) {
 			return one(doRevive)
 		}
 		return nil
 	case r.State == meta.ReplicaLeaving && (!present || l.lost[placed{r.Disk, r.ID}]):
 		return nil // it goes; nobody needs to be told that it is gone
 	case !present:
-		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: reasonDiskAbsent + string(r.Disk)}}
+		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: meta.ReasonDiskAbsent + string(r.Disk)}}
 	case r.State == meta.ReplicaCreating && v.Phase == meta.PhaseCreating:
 		return one(doCreate)
 	case r.State == meta.ReplicaCreating:
@@ -176,15 +171,10 @@ func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
-			!slices.ContainsFunc(v.Replicas, func(r meta.Replica) bool { return changing(r.State) })
+			v.Change() == nil
 	default:
 		return false
 	}
-}
-
-// changing reports whether a replica in that state is on its way into the group or out of it.
-func changing(s meta.ReplicaState) bool {
-	return s == meta.ReplicaJoining || s == meta.ReplicaFilling || s == meta.ReplicaLeaving
 }
 
 // planLeader is the work of the node whose replica leads the volume's group.

@@ -24,7 +24,7 @@ func TestPlanOwnReplica(t *testing.T) {
 	}
 	faultedAnd := func(disk trivet.DiskID, s meta.ReplicaState) *meta.Volume {
 		return with(meta.ReplicaFaulted, func(v *meta.Volume) {
-			v.Replicas[0].Reason = reasonDiskAbsent + "d1"
+			v.Replicas[0].Reason = meta.ReasonDiskAbsent + "d1"
 			v.Replicas = append(v.Replicas, meta.Replica{ID: "r4", Node: "n1", Disk: disk, State: s, Replaces: "r1"})
 		})
 	}
@@ -51,7 +51,7 @@ func TestPlanOwnReplica(t *testing.T) {
 		{"half made", with(meta.ReplicaJoining, nil), here, ours(doJoin, "r1")},
 		{
 			"nowhere to make it", with(meta.ReplicaJoining, nil), noDisk,
-			[]action{{verb: doFault, disk: "d1", id: "r1", reason: reasonDiskAbsent + "d1"}},
+			[]action{{verb: doFault, disk: "d1", id: "r1", reason: meta.ReasonDiskAbsent + "d1"}},
 		},
 		{"joins a volume that goes", with(meta.ReplicaJoining, func(v *meta.Volume) {
 			v.Phase = meta.PhaseDeleting

@@ -12,6 +12,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/internal/sim"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
@@ -237,7 +238,15 @@ func TestDestroyLeavesReplicaOnOtherDisk(t *testing.T) {
 		eng, err := engine.Open(engine.Config{FS: old.Disk.FS, Dir: "/disk2/engine", Fatal: func(err error) { t.Error(err) }})
 		require.NoError(t, err)
 		defer func() { require.NoError(t, eng.Close()) }()
-		old.Disk.Engine = eng
+		opts := segment.Options{
+			Dir: raftgroup.LogDir(old.Disk.FS, "/disk2/log"), Disk: "22222222-2222-4333-8444-555555555555", Lanes: 1,
+			SegmentBytes: 64 << 10,
+		}
+		require.NoError(t, segment.Format(opts))
+		log, err := segment.Open(opts)
+		require.NoError(t, err)
+		defer func() { require.NoError(t, log.Close()) }()
+		old.Disk.Engine, old.Disk.Log = eng, log
 		require.NoError(t, n.Host().CreateReplica(ctx, old))
 		before, ok := n.Replica()
 		require.True(t, ok)

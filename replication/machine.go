@@ -159,6 +159,9 @@ func (m *machine) Image(want []byte) (raftgroup.Image, error) {
 // as after a restart; a refused image changes nothing.
 func (m *machine) Restore(r io.Reader) error {
 	before := m.view.Load().Epoch
+	if m.vol.Restoring() {
+		before = 0 // what an interrupted Restore was moving to counts for nothing; the engine knows what does
+	}
 	m.restored.Store(true)
 	defer m.restored.Store(false)
 	if err := m.vol.Restore(r); err != nil {

@@ -31,7 +31,8 @@ func handGroup(t *testing.T, fs vfs.FS, dir string, m StateMachine) *Group {
 	t.Helper()
 	log := mustOpenLog(t, LogDir(fs, dir+"-log"))
 	g := &Group{
-		cfg: Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log, Machine: m}.withDefaults(), addr: address(idA, "a"),
+		cfg:  Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log, Machine: m}.withDefaults(),
+		addr: address(idA, "a"),
 		log: slog.New(slog.DiscardHandler), catch: newCatchUp(), guard: &diskGuard{fatal: func(err error) { t.Error(err) }},
 	}
 	require.NoError(t, g.openStores())
