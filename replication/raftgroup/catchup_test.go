@@ -77,6 +77,7 @@ func (c *cluster) keepWriting() (stop func()) {
 func TestCatchUpDisturbsNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b", "c")
+		c.segmentBytes = 1 << 20 // an entry has room in a quarter of one
 		behind(t, c)
 		big := strings.Repeat("v", 10<<10)
 		for k := range 200 {
@@ -535,6 +536,7 @@ func TestLogIsHeldForCatchUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCluster(t, "a", "b", "c")
+				c.segmentBytes = 1 << 20 // a lane has as many entries as a checkpoint has room for
 				behind(t, c)
 				sent := countSnapshots(c)
 				hook, there, release := stuckAt(100)
@@ -593,6 +595,7 @@ func TestCatchUpLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 64 << 10
 		c := newCluster(t, "a", "b", "c")
+		c.segmentBytes = 1 << 20
 		behind(t, c)
 		for k := range 40 {
 			c.mustPut(fmt.Sprint(k), strings.Repeat("v", 20<<10))

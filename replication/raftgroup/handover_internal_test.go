@@ -39,6 +39,14 @@ func handGroup(t *testing.T, fs vfs.FS, dir string, m StateMachine) *Group {
 	return g
 }
 
+// mustCreate makes a group without members, and its disk's log.
+func mustCreate(t *testing.T, fs vfs.FS, dir string) {
+	t.Helper()
+	log := mustOpenLog(t, LogDir(fs, dir+"-log"))
+	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log}, nil))
+	require.NoError(t, log.Close())
+}
+
 func (g *Group) closeStores(t *testing.T) {
 	t.Helper()
 	require.NoError(t, g.cfg.Log.Close())
@@ -81,9 +89,7 @@ func TestHandOver(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			atEveryCrash(t, func(t *testing.T, n, percent int) bool {
 				mem, dir := memDir(t)
-				log := mustOpenLog(t, LogDir(mem, dir+"-log"))
-				require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: mem, Dir: dir, Log: log}, nil))
-				require.NoError(t, log.Close())
+				mustCreate(t, mem, dir)
 				m := &handMachine{fakeMachine: &fakeMachine{index: 3}}
 				g := handGroup(t, mem, dir, m)
 				require.NoError(t, g.stable.setTerm(2))
@@ -162,9 +168,7 @@ func checkHandOver(t *testing.T, g *Group, first, last uint64) {
 // Who makes contact as a leader is a source only in this replica's own term or a higher one.
 func TestOldLeaderIsNoSource(t *testing.T) {
 	fs, dir := memDir(t)
-	log := mustOpenLog(t, LogDir(fs, dir+"-log"))
-	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log}, nil))
-	require.NoError(t, log.Close())
+	mustCreate(t, fs, dir)
 	g := handGroup(t, fs, dir, &handMachine{fakeMachine: &fakeMachine{index: 3}})
 	defer g.closeStores(t)
 	require.NoError(t, g.stable.setTerm(5))
@@ -192,7 +196,7 @@ func TestOldLeaderIsNoSource(t *testing.T) {
 // What was restored is not done before the library runs.
 func TestDoneOnlyWhenItRuns(t *testing.T) {
 	fs, dir := memDir(t)
-	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir}, nil))
+	mustCreate(t, fs, dir)
 	g := handGroup(t, fs, dir, &handMachine{fakeMachine: &fakeMachine{index: 9}})
 	defer g.closeStores(t)
 	g.catch.active = true
@@ -207,7 +211,7 @@ func TestDoneOnlyWhenItRuns(t *testing.T) {
 // I7: an image that would take state or snapshot back is refused before anything is pulled.
 func TestImageBehindIsRefused(t *testing.T) {
 	fs, dir := memDir(t)
-	require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir}, nil))
+	mustCreate(t, fs, dir)
 	g := handGroup(t, fs, dir, &handMachine{fakeMachine: &fakeMachine{index: 9}})
 	defer g.closeStores(t)
 	require.NoError(t, g.snaps.put(testRecord(10))) // machine 9: entry 10 is a no-op
