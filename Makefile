@@ -12,7 +12,7 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench fuzz sim sim-long chaos models image e2e-build \
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-replication fuzz sim sim-long chaos models image e2e-build \
 	e2e-smoke tools deps clean
 
 help: ## print this list
@@ -63,6 +63,9 @@ bench: ## run the Go benchmarks
 
 fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 	./internal/testutil/fuzz.sh $(FUZZTIME)
+
+bench-replication: ## measure replication against plain files, in ratios; needs fio and an idle machine, 5 minutes
+	$(GO) run ./internal/replbench $(REPLBENCH)
 
 sim: ## run the simulator, 3 simulated minutes a seed: make sim SEEDS=40 FIRST=7
 	$(GO) test ./internal/sim -count=1 -timeout 60m -run 'TestSim$$' -v -first $(FIRST) -seeds $(SEEDS)

@@ -65,6 +65,24 @@ type ReplicaID string
 // ClusterID is the UUID of a cluster; it is part of every certificate and superblock.
 type ClusterID string
 
+// ReadConsistency says which replica of a volume may answer a read, and so how old the answer may be. What
+// is read was committed in each case.
+type ReadConsistency string
+
+// The consistencies.
+const (
+	// ReadStrong: the leader answers, while it holds its lease. A read returns what the last write that was
+	// acknowledged before it left, whoever made it, or a later one (linearizable). The default.
+	ReadStrong ReadConsistency = "strong"
+	// ReadSession: any replica answers that has applied all that this attachment has written and read. The
+	// holder of an attachment sees no difference; a node that has lost it, without having noticed, may read
+	// what was so before.
+	ReadSession ReadConsistency = "session"
+	// ReadEventual: the replica beside the reader answers with whatever it has applied. Two reads may go back in
+	// time. It is for attachments that only read; on others it means ReadSession.
+	ReadEventual ReadConsistency = "eventual"
+)
+
 const volumeIDPrefix = "vol-"
 
 // NewVolumeID draws a volume ID at random. The catalogue refuses one that was ever used.

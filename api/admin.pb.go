@@ -433,6 +433,8 @@ type Node struct {
 	Role          string                 `protobuf:"bytes,5,opt,name=role,proto3" json:"role,omitempty"`   // Leader | Voter | Learner of the meta group
 	Disks         []*Disk                `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`
 	ReplicaCount  int32                  `protobuf:"varint,7,opt,name=replica_count,json=replicaCount,proto3" json:"replica_count,omitempty"`
+	Cordoned      bool                   `protobuf:"varint,8,opt,name=cordoned,proto3" json:"cordoned,omitempty"` // gets no new replicas, and keeps no leadership that another node can take
+	Draining      bool                   `protobuf:"varint,9,opt,name=draining,proto3" json:"draining,omitempty"` // cordoned, and its replicas move elsewhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -514,6 +516,20 @@ func (x *Node) GetReplicaCount() int32 {
 		return x.ReplicaCount
 	}
 	return 0
+}
+
+func (x *Node) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
+}
+
+func (x *Node) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
 }
 
 type Disk struct {
@@ -818,6 +834,9 @@ type Volume struct {
 	AttachedNode  string                 `protobuf:"bytes,10,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`
 	Device        string                 `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`   // block device, when attached to the server that was asked
 	Created       string                 `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"` // RFC 3339
+	WantReplicas  int32                  `protobuf:"varint,13,opt,name=want_replicas,json=wantReplicas,proto3" json:"want_replicas,omitempty"`
+	Retired       []*Replica             `protobuf:"bytes,14,rep,name=retired,proto3" json:"retired,omitempty"` // no members any more, but their data is still to be removed
+	Pending       string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"` // which change of its replicas it waits for, or why it does not get it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -936,6 +955,27 @@ func (x *Volume) GetCreated() string {
 	return ""
 }
 
+func (x *Volume) GetWantReplicas() int32 {
+	if x != nil {
+		return x.WantReplicas
+	}
+	return 0
+}
+
+func (x *Volume) GetRetired() []*Replica {
+	if x != nil {
+		return x.Retired
+	}
+	return nil
+}
+
+func (x *Volume) GetPending() string {
+	if x != nil {
+		return x.Pending
+	}
+	return ""
+}
+
 type Replica struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -949,6 +989,7 @@ type Replica struct {
 	Commit        uint64 `protobuf:"varint,8,opt,name=commit,proto3" json:"commit,omitempty"`
 	Term          uint64 `protobuf:"varint,9,opt,name=term,proto3" json:"term,omitempty"`
 	UsedBytes     int64  `protobuf:"varint,10,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	Replaces      string `protobuf:"bytes,11,opt,name=replaces,proto3" json:"replaces,omitempty"` // ID of the replica that leaves once this one is ready
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1051,6 +1092,13 @@ func (x *Replica) GetUsedBytes() int64 {
 		return x.UsedBytes
 	}
 	return 0
+}
+
+func (x *Replica) GetReplaces() string {
+	if x != nil {
+		return x.Replaces
+	}
+	return ""
 }
 
 type ReclaimVolumeRequest struct {
@@ -1157,6 +1205,367 @@ func (x *MoveLeaderRequest) GetNode() string {
 	return ""
 }
 
+type SetReplicasRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Count         int32                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"` // 1, 3 or 5
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetReplicasRequest) Reset() {
+	*x = SetReplicasRequest{}
+	mi := &file_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetReplicasRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetReplicasRequest) ProtoMessage() {}
+
+func (x *SetReplicasRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetReplicasRequest.ProtoReflect.Descriptor instead.
+func (*SetReplicasRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SetReplicasRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetReplicasRequest) GetCount() int32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type MoveReplicaRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"` // nodes
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveReplicaRequest) Reset() {
+	*x = MoveReplicaRequest{}
+	mi := &file_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveReplicaRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveReplicaRequest) ProtoMessage() {}
+
+func (x *MoveReplicaRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveReplicaRequest.ProtoReflect.Descriptor instead.
+func (*MoveReplicaRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *MoveReplicaRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MoveReplicaRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *MoveReplicaRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+type NodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeRequest) Reset() {
+	*x = NodeRequest{}
+	mi := &file_admin_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeRequest) ProtoMessage() {}
+
+func (x *NodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
+func (*NodeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *NodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type CordonNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Cordoned      bool                   `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	Draining      bool                   `protobuf:"varint,3,opt,name=draining,proto3" json:"draining,omitempty"` // implies cordoned
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CordonNodeRequest) Reset() {
+	*x = CordonNodeRequest{}
+	mi := &file_admin_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CordonNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CordonNodeRequest) ProtoMessage() {}
+
+func (x *CordonNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CordonNodeRequest.ProtoReflect.Descriptor instead.
+func (*CordonNodeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *CordonNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CordonNodeRequest) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
+}
+
+func (x *CordonNodeRequest) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+type NodeStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Remaining     []*Remaining           `protobuf:"bytes,2,rep,name=remaining,proto3" json:"remaining,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeStatus) Reset() {
+	*x = NodeStatus{}
+	mi := &file_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeStatus) ProtoMessage() {}
+
+func (x *NodeStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
+func (*NodeStatus) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *NodeStatus) GetNode() *Node {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *NodeStatus) GetRemaining() []*Remaining {
+	if x != nil {
+		return x.Remaining
+	}
+	return nil
+}
+
+// Remaining is what a node has to do with a volume.
+type Remaining struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"` // ID
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Replica       string                 `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"` // ID; empty = it has none, and the volume is only attached there
+	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`     // of the replica
+	Leader        bool                   `protobuf:"varint,5,opt,name=leader,proto3" json:"leader,omitempty"`
+	Attached      bool                   `protobuf:"varint,6,opt,name=attached,proto3" json:"attached,omitempty"` // for its user to end: nothing moves it
+	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`      // what the replica waits for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Remaining) Reset() {
+	*x = Remaining{}
+	mi := &file_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Remaining) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Remaining) ProtoMessage() {}
+
+func (x *Remaining) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Remaining.ProtoReflect.Descriptor instead.
+func (*Remaining) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Remaining) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *Remaining) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Remaining) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *Remaining) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Remaining) GetLeader() bool {
+	if x != nil {
+		return x.Leader
+	}
+	return false
+}
+
+func (x *Remaining) GetAttached() bool {
+	if x != nil {
+		return x.Attached
+	}
+	return false
+}
+
+func (x *Remaining) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type AttachVolumeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -1167,7 +1576,7 @@ type AttachVolumeResponse struct {
 
 func (x *AttachVolumeResponse) Reset() {
 	*x = AttachVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1588,7 @@ func (x *AttachVolumeResponse) String() string {
 func (*AttachVolumeResponse) ProtoMessage() {}
 
 func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1601,7 @@ func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeResponse.ProtoReflect.Descriptor instead.
 func (*AttachVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AttachVolumeResponse) GetVolume() *Volume {
@@ -1219,7 +1628,7 @@ type DetachVolumeRequest struct {
 
 func (x *DetachVolumeRequest) Reset() {
 	*x = DetachVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1231,7 +1640,7 @@ func (x *DetachVolumeRequest) String() string {
 func (*DetachVolumeRequest) ProtoMessage() {}
 
 func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1244,7 +1653,7 @@ func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DetachVolumeRequest) GetName() string {
@@ -1271,7 +1680,7 @@ type ServeVolumeRequest struct {
 
 func (x *ServeVolumeRequest) Reset() {
 	*x = ServeVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1283,7 +1692,7 @@ func (x *ServeVolumeRequest) String() string {
 func (*ServeVolumeRequest) ProtoMessage() {}
 
 func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1296,7 +1705,7 @@ func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ServeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ServeVolumeRequest) GetName() string {
@@ -1322,7 +1731,7 @@ type ServeVolumeResponse struct {
 
 func (x *ServeVolumeResponse) Reset() {
 	*x = ServeVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1334,7 +1743,7 @@ func (x *ServeVolumeResponse) String() string {
 func (*ServeVolumeResponse) ProtoMessage() {}
 
 func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1347,7 +1756,7 @@ func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ServeVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ServeVolumeResponse) GetUri() string {
@@ -1389,7 +1798,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x11ListNodesResponse\x12)\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x13.trivet.api.v1.NodeR\x05nodes\"\xbe\x01\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x13.trivet.api.v1.NodeR\x05nodes\"\xf6\x01\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
@@ -1397,7 +1806,9 @@ const file_admin_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
 	"\x04role\x18\x05 \x01(\tR\x04role\x12)\n" +
 	"\x05disks\x18\x06 \x03(\v2\x13.trivet.api.v1.DiskR\x05disks\x12#\n" +
-	"\rreplica_count\x18\a \x01(\x05R\freplicaCount\"h\n" +
+	"\rreplica_count\x18\a \x01(\x05R\freplicaCount\x12\x1a\n" +
+	"\bcordoned\x18\b \x01(\bR\bcordoned\x12\x1a\n" +
+	"\bdraining\x18\t \x01(\bR\bdraining\"h\n" +
 	"\x04Disk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1d\n" +
@@ -1420,7 +1831,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x14DeleteVolumeResponse\"\x14\n" +
 	"\x12ListVolumesRequest\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xc7\x03\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xb8\x04\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -1437,10 +1848,13 @@ const file_admin_proto_rawDesc = "" +
 	"\rattached_node\x18\n" +
 	" \x01(\tR\fattachedNode\x12\x16\n" +
 	"\x06device\x18\v \x01(\tR\x06device\x12\x18\n" +
-	"\acreated\x18\f \x01(\tR\acreated\x1a=\n" +
+	"\acreated\x18\f \x01(\tR\acreated\x12#\n" +
+	"\rwant_replicas\x18\r \x01(\x05R\fwantReplicas\x120\n" +
+	"\aretired\x18\x0e \x03(\v2\x16.trivet.api.v1.ReplicaR\aretired\x12\x18\n" +
+	"\apending\x18\x0f \x01(\tR\apending\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
 	"\aReplica\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
@@ -1453,13 +1867,39 @@ const file_admin_proto_rawDesc = "" +
 	"\x04term\x18\t \x01(\x04R\x04term\x12\x1d\n" +
 	"\n" +
 	"used_bytes\x18\n" +
-	" \x01(\x03R\tusedBytes\"B\n" +
+	" \x01(\x03R\tusedBytes\x12\x1a\n" +
+	"\breplaces\x18\v \x01(\tR\breplaces\"B\n" +
 	"\x14ReclaimVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\";\n" +
 	"\x11MoveLeaderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"]\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\">\n" +
+	"\x12SetReplicasRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x05R\x05count\"L\n" +
+	"\x12MoveReplicaRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\"!\n" +
+	"\vNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"_\n" +
+	"\x11CordonNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1a\n" +
+	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x12\x1a\n" +
+	"\bdraining\x18\x03 \x01(\bR\bdraining\"m\n" +
+	"\n" +
+	"NodeStatus\x12'\n" +
+	"\x04node\x18\x01 \x01(\v2\x13.trivet.api.v1.NodeR\x04node\x126\n" +
+	"\tremaining\x18\x02 \x03(\v2\x18.trivet.api.v1.RemainingR\tremaining\"\xb3\x01\n" +
+	"\tRemaining\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
+	"\areplica\x18\x03 \x01(\tR\areplica\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x16\n" +
+	"\x06leader\x18\x05 \x01(\bR\x06leader\x12\x1a\n" +
+	"\battached\x18\x06 \x01(\bR\battached\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\"]\n" +
 	"\x14AttachVolumeResponse\x12-\n" +
 	"\x06volume\x18\x01 \x01(\v2\x15.trivet.api.v1.VolumeR\x06volume\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\"?\n" +
@@ -1470,7 +1910,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri2\xd0\b\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri2\xef\n" +
+	"\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -1483,7 +1924,12 @@ const file_admin_proto_rawDesc = "" +
 	"\rReleaseVolume\x12\x1c.trivet.api.v1.VolumeRequest\x1a\x15.trivet.api.v1.Volume\x12K\n" +
 	"\rReclaimVolume\x12#.trivet.api.v1.ReclaimVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12E\n" +
 	"\n" +
-	"MoveLeader\x12 .trivet.api.v1.MoveLeaderRequest\x1a\x15.trivet.api.v1.Volume\x12Q\n" +
+	"MoveLeader\x12 .trivet.api.v1.MoveLeaderRequest\x1a\x15.trivet.api.v1.Volume\x12G\n" +
+	"\vSetReplicas\x12!.trivet.api.v1.SetReplicasRequest\x1a\x15.trivet.api.v1.Volume\x12G\n" +
+	"\vMoveReplica\x12!.trivet.api.v1.MoveReplicaRequest\x1a\x15.trivet.api.v1.Volume\x12I\n" +
+	"\n" +
+	"CordonNode\x12 .trivet.api.v1.CordonNodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12@\n" +
+	"\aGetNode\x12\x1a.trivet.api.v1.NodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12Q\n" +
 	"\fAttachVolume\x12\x1c.trivet.api.v1.VolumeRequest\x1a#.trivet.api.v1.AttachVolumeResponse\x12I\n" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
 	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01B\"Z github.com/trivet-csi/trivet/apib\x06proto3"
@@ -1500,7 +1946,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_admin_proto_goTypes = []any{
 	(*InitClusterRequest)(nil),    // 0: trivet.api.v1.InitClusterRequest
 	(*InitClusterResponse)(nil),   // 1: trivet.api.v1.InitClusterResponse
@@ -1521,59 +1967,76 @@ var file_admin_proto_goTypes = []any{
 	(*Replica)(nil),               // 16: trivet.api.v1.Replica
 	(*ReclaimVolumeRequest)(nil),  // 17: trivet.api.v1.ReclaimVolumeRequest
 	(*MoveLeaderRequest)(nil),     // 18: trivet.api.v1.MoveLeaderRequest
-	(*AttachVolumeResponse)(nil),  // 19: trivet.api.v1.AttachVolumeResponse
-	(*DetachVolumeRequest)(nil),   // 20: trivet.api.v1.DetachVolumeRequest
-	(*ServeVolumeRequest)(nil),    // 21: trivet.api.v1.ServeVolumeRequest
-	(*ServeVolumeResponse)(nil),   // 22: trivet.api.v1.ServeVolumeResponse
-	nil,                           // 23: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                           // 24: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                           // 25: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                           // 26: trivet.api.v1.Volume.ParametersEntry
+	(*SetReplicasRequest)(nil),    // 19: trivet.api.v1.SetReplicasRequest
+	(*MoveReplicaRequest)(nil),    // 20: trivet.api.v1.MoveReplicaRequest
+	(*NodeRequest)(nil),           // 21: trivet.api.v1.NodeRequest
+	(*CordonNodeRequest)(nil),     // 22: trivet.api.v1.CordonNodeRequest
+	(*NodeStatus)(nil),            // 23: trivet.api.v1.NodeStatus
+	(*Remaining)(nil),             // 24: trivet.api.v1.Remaining
+	(*AttachVolumeResponse)(nil),  // 25: trivet.api.v1.AttachVolumeResponse
+	(*DetachVolumeRequest)(nil),   // 26: trivet.api.v1.DetachVolumeRequest
+	(*ServeVolumeRequest)(nil),    // 27: trivet.api.v1.ServeVolumeRequest
+	(*ServeVolumeResponse)(nil),   // 28: trivet.api.v1.ServeVolumeResponse
+	nil,                           // 29: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                           // 30: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                           // 31: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                           // 32: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	23, // 0: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	29, // 0: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	8,  // 1: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	24, // 2: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	30, // 2: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	8,  // 3: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	9,  // 4: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	25, // 5: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	31, // 5: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	15, // 6: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	26, // 7: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	32, // 7: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	16, // 8: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	15, // 9: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	0,  // 10: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	2,  // 11: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	4,  // 12: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	6,  // 13: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	10, // 14: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	13, // 15: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	11, // 16: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	11, // 17: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	11, // 18: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	17, // 19: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	18, // 20: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	11, // 21: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	20, // 22: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	21, // 23: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	1,  // 24: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	3,  // 25: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	5,  // 26: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	7,  // 27: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	15, // 28: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	14, // 29: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	15, // 30: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	12, // 31: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	15, // 32: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	15, // 33: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	15, // 34: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 35: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	15, // 36: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	22, // 37: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	24, // [24:38] is the sub-list for method output_type
-	10, // [10:24] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	16, // 9: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	8,  // 10: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	24, // 11: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	15, // 12: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	0,  // 13: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	2,  // 14: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	4,  // 15: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	6,  // 16: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	10, // 17: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	13, // 18: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	11, // 19: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	11, // 20: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	11, // 21: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	17, // 22: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	18, // 23: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	19, // 24: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	20, // 25: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	22, // 26: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	21, // 27: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	11, // 28: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	26, // 29: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	27, // 30: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	1,  // 31: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	3,  // 32: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	5,  // 33: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	7,  // 34: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	15, // 35: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	14, // 36: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	15, // 37: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	12, // 38: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	15, // 39: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	15, // 40: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	15, // 41: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	15, // 42: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	15, // 43: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	23, // 44: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	23, // 45: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	25, // 46: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	15, // 47: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	28, // 48: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	31, // [31:49] is the sub-list for method output_type
+	13, // [13:31] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -1587,7 +2050,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -33,6 +33,10 @@ const (
 	Admin_ReleaseVolume_FullMethodName = "/trivet.api.v1.Admin/ReleaseVolume"
 	Admin_ReclaimVolume_FullMethodName = "/trivet.api.v1.Admin/ReclaimVolume"
 	Admin_MoveLeader_FullMethodName    = "/trivet.api.v1.Admin/MoveLeader"
+	Admin_SetReplicas_FullMethodName   = "/trivet.api.v1.Admin/SetReplicas"
+	Admin_MoveReplica_FullMethodName   = "/trivet.api.v1.Admin/MoveReplica"
+	Admin_CordonNode_FullMethodName    = "/trivet.api.v1.Admin/CordonNode"
+	Admin_GetNode_FullMethodName       = "/trivet.api.v1.Admin/GetNode"
 	Admin_AttachVolume_FullMethodName  = "/trivet.api.v1.Admin/AttachVolume"
 	Admin_DetachVolume_FullMethodName  = "/trivet.api.v1.Admin/DetachVolume"
 	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
@@ -61,6 +65,16 @@ type AdminClient interface {
 	ReleaseVolume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*Volume, error)
 	ReclaimVolume(ctx context.Context, in *ReclaimVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
 	MoveLeader(ctx context.Context, in *MoveLeaderRequest, opts ...grpc.CallOption) (*Volume, error)
+	// SetReplicas says how many replicas a volume should have. It returns at once; the cluster adds or
+	// removes them one by one.
+	SetReplicas(ctx context.Context, in *SetReplicasRequest, opts ...grpc.CallOption) (*Volume, error)
+	// MoveReplica has a replica of a volume moved from one node to another. It returns once that is
+	// decided, and is harmless when repeated while the move is under way.
+	MoveReplica(ctx context.Context, in *MoveReplicaRequest, opts ...grpc.CallOption) (*Volume, error)
+	// CordonNode says whether a node gets new replicas, and whether those it has move elsewhere.
+	CordonNode(ctx context.Context, in *CordonNodeRequest, opts ...grpc.CallOption) (*NodeStatus, error)
+	// GetNode returns a node and what it still has to do with volumes.
+	GetNode(ctx context.Context, in *NodeRequest, opts ...grpc.CallOption) (*NodeStatus, error)
 	// AttachVolume attaches a volume to the server that is asked, as a block device there.
 	AttachVolume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*AttachVolumeResponse, error)
 	// DetachVolume ends the attachment to the server that is asked; with force, of whichever node
@@ -189,6 +203,46 @@ func (c *adminClient) MoveLeader(ctx context.Context, in *MoveLeaderRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) SetReplicas(ctx context.Context, in *SetReplicasRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_SetReplicas_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) MoveReplica(ctx context.Context, in *MoveReplicaRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_MoveReplica_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) CordonNode(ctx context.Context, in *CordonNodeRequest, opts ...grpc.CallOption) (*NodeStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodeStatus)
+	err := c.cc.Invoke(ctx, Admin_CordonNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetNode(ctx context.Context, in *NodeRequest, opts ...grpc.CallOption) (*NodeStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodeStatus)
+	err := c.cc.Invoke(ctx, Admin_GetNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) AttachVolume(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*AttachVolumeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(AttachVolumeResponse)
@@ -251,6 +305,16 @@ type AdminServer interface {
 	ReleaseVolume(context.Context, *VolumeRequest) (*Volume, error)
 	ReclaimVolume(context.Context, *ReclaimVolumeRequest) (*Volume, error)
 	MoveLeader(context.Context, *MoveLeaderRequest) (*Volume, error)
+	// SetReplicas says how many replicas a volume should have. It returns at once; the cluster adds or
+	// removes them one by one.
+	SetReplicas(context.Context, *SetReplicasRequest) (*Volume, error)
+	// MoveReplica has a replica of a volume moved from one node to another. It returns once that is
+	// decided, and is harmless when repeated while the move is under way.
+	MoveReplica(context.Context, *MoveReplicaRequest) (*Volume, error)
+	// CordonNode says whether a node gets new replicas, and whether those it has move elsewhere.
+	CordonNode(context.Context, *CordonNodeRequest) (*NodeStatus, error)
+	// GetNode returns a node and what it still has to do with volumes.
+	GetNode(context.Context, *NodeRequest) (*NodeStatus, error)
 	// AttachVolume attaches a volume to the server that is asked, as a block device there.
 	AttachVolume(context.Context, *VolumeRequest) (*AttachVolumeResponse, error)
 	// DetachVolume ends the attachment to the server that is asked; with force, of whichever node
@@ -301,6 +365,18 @@ func (UnimplementedAdminServer) ReclaimVolume(context.Context, *ReclaimVolumeReq
 }
 func (UnimplementedAdminServer) MoveLeader(context.Context, *MoveLeaderRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method MoveLeader not implemented")
+}
+func (UnimplementedAdminServer) SetReplicas(context.Context, *SetReplicasRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetReplicas not implemented")
+}
+func (UnimplementedAdminServer) MoveReplica(context.Context, *MoveReplicaRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method MoveReplica not implemented")
+}
+func (UnimplementedAdminServer) CordonNode(context.Context, *CordonNodeRequest) (*NodeStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method CordonNode not implemented")
+}
+func (UnimplementedAdminServer) GetNode(context.Context, *NodeRequest) (*NodeStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetNode not implemented")
 }
 func (UnimplementedAdminServer) AttachVolume(context.Context, *VolumeRequest) (*AttachVolumeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AttachVolume not implemented")
@@ -530,6 +606,78 @@ func _Admin_MoveLeader_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_SetReplicas_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetReplicasRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SetReplicas(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SetReplicas_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SetReplicas(ctx, req.(*SetReplicasRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_MoveReplica_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MoveReplicaRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).MoveReplica(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_MoveReplica_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).MoveReplica(ctx, req.(*MoveReplicaRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_CordonNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CordonNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CordonNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CordonNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CordonNode(ctx, req.(*CordonNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetNode(ctx, req.(*NodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_AttachVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(VolumeRequest)
 	if err := dec(in); err != nil {
@@ -627,6 +775,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "MoveLeader",
 			Handler:    _Admin_MoveLeader_Handler,
+		},
+		{
+			MethodName: "SetReplicas",
+			Handler:    _Admin_SetReplicas_Handler,
+		},
+		{
+			MethodName: "MoveReplica",
+			Handler:    _Admin_MoveReplica_Handler,
+		},
+		{
+			MethodName: "CordonNode",
+			Handler:    _Admin_CordonNode_Handler,
+		},
+		{
+			MethodName: "GetNode",
+			Handler:    _Admin_GetNode_Handler,
 		},
 		{
 			MethodName: "AttachVolume",

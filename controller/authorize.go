@@ -9,8 +9,8 @@ import (
 
 // authorize returns ErrInvalid unless the node, as its certificate says, may send the command (S4).
 // A node speaks for itself: its registration, its lease, its replicas, its take-overs. What is said
-// of a volume's group (fence, wipe, leader) must come from a node with a replica in it. What users
-// want may come from every node of the cluster: its server has authenticated the user.
+// of a volume's group (fence, wipe, leader, who votes or has left) must come from a node with a replica in
+// it. What users want may come from every node of the cluster: its server has authenticated the user.
 //
 // A node that is not registered yet may be registered by another one, which lets it in.
 func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
@@ -26,7 +26,8 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 	case c.TakeOver != nil:
 		ok = c.TakeOver.Node == from
 	case c.ReportReplica != nil:
-		ok = owns(s, c.ReportReplica.Volume, c.ReportReplica.Replica, from)
+		r := c.ReportReplica
+		ok = owns(s, r.Volume, r.Replica, from) || byLeader(s, r, from)
 	case c.ReportLeader != nil:
 		ok = owns(s, c.ReportLeader.Volume, c.ReportLeader.Replica, from)
 	case c.ReportFence != nil:
@@ -42,15 +43,35 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 	return nil
 }
 
-// owns reports whether the replica is on the node, or there is no such volume or replica: then the
-// state machine has the say.
+// owns reports whether the replica, which may be retired, is on the node, or there is no such volume or
+// replica: then the state machine has the say.
 func owns(s *meta.State, volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool {
 	v, ok := s.Volume(volume)
 	if !ok {
 		return true
 	}
-	r := v.Replica(replica)
-	return r == nil || r.Node == node
+	if r := v.Replica(replica); r != nil {
+		return r.Node == node
+	}
+	for _, r := range v.Retired {
+		if r.ID == replica {
+			return r.Node == node
+		}
+	}
+	return true
+}
+
+// byLeader reports whether c is what the node whose replica leads says of another node's: that a Filling one
+// votes by now, or that a Leaving one is no member any more.
+func byLeader(s *meta.State, c *meta.ReportReplica, node trivet.NodeID) bool {
+	v, ok := s.Volume(c.Volume)
+	if !ok || v.ReplicaOn(node) == nil {
+		return false
+	}
+	r := v.Replica(c.Replica)
+	// Ready: it is said again.
+	promoted := r != nil && (r.State == meta.ReplicaFilling || r.State == meta.ReplicaReady)
+	return c.State == meta.ReplicaLeft || c.State == meta.ReplicaReady && promoted && c.Reason == ""
 }
 
 // hosts reports whether the node has a replica of the volume, or there is no such volume.

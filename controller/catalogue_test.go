@@ -385,7 +385,7 @@ func TestJoinBySnapshot(t *testing.T) {
 		}
 		var begun atomic.Int32
 		defer g.hub.Lose(func(e transport.Envelope) bool { // loses nothing: it counts
-			if e.Message.Kind == transport.KindSnapshotBegin && !e.Reply {
+			if e.Message.Kind == transport.KindFetch && !e.Reply {
 				begun.Add(1)
 			}
 			return false

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -104,7 +105,7 @@ type Status struct {
 	Nodes    []meta.Node
 	Down     []trivet.NodeID // nodes whose lease has run out
 	Volumes  map[meta.Phase]int
-	Degraded int // volumes with a faulted replica or one on a node that is down
+	Degraded int // volumes with a faulted replica, one on a node that is down, or fewer than are wanted
 }
 
 // Status returns a summary of the cluster as it is now.
@@ -125,11 +126,11 @@ func (c *Controller) Status(ctx context.Context) (Status, error) {
 	}
 	for _, v := range s.Volumes() {
 		st.Volumes[v.Phase]++
-		for _, r := range v.Replicas {
-			if r.State == meta.ReplicaFaulted || down[r.Node] {
-				st.Degraded++
-				break
-			}
+		short := v.Phase != meta.PhaseDeleting && len(v.Replicas) < v.Want()
+		if short || slices.ContainsFunc(v.Replicas, func(r meta.Replica) bool {
+			return r.State == meta.ReplicaFaulted || down[r.Node]
+		}) {
+			st.Degraded++
 		}
 	}
 	return st, nil

@@ -97,6 +97,35 @@ func TestCreateUnclaimedThenClaimed(t *testing.T) {
 	})
 }
 
+// TestCreateWhileMembersChange: the same create again finds its volume also when that has two or four
+// replicas by now, or two on one node, and when the nodes would not have room for another one.
+func TestCreateWhileMembersChange(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		b := newBench(t, 4)
+		v := b.create(t, "pvc-1", nil)
+		free := trivet.NodeID("")
+		for n := 1; n <= 4; n++ {
+			if v.ReplicaOn(nodeID(n)) == nil {
+				free = nodeID(n)
+			}
+		}
+		nd, _ := b.store.Local().Node(free)
+		b.store.must(t, meta.Command{AddReplica: &meta.AddReplica{
+			Volume: v.ID, IfRevision: v.Revision,
+			Replica: meta.Replica{ID: trivet.ReplicaID(uuid(0xe, 1)), Node: free, Disk: nd.Disks[0].ID},
+		}})
+		for n := 1; n <= 4; n++ {
+			b.store.must(t, meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: true}})
+		}
+		again := b.create(t, "pvc-1", nil)
+		assert.Equal(t, v.ID, again.ID)
+		assert.Len(t, again.Replicas, 4)
+		_, err := b.CreateVolume(soon(t), controller.CreateRequest{Name: "pvc-2", RequiredBytes: gib})
+		require.ErrorIs(t, err, trivet.ErrNoSpace)
+		require.ErrorContains(t, err, "cordoned: n1, n2, n3, n4")
+	})
+}
+
 func TestCreateRefuses(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		b := newBench(t, 3)

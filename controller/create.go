@@ -144,17 +144,14 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 		if v.Request != want.Request {
 			return meta.Volume{}, fmt.Errorf("%s has that name and other parameters %v: %w", v.ID, v.Params, trivet.ErrExists)
 		}
-		// Proposed all the same: it may have to be claimed, and the catalogue has the last word.
-		for _, r := range v.Replicas {
-			r.State, r.Reason = meta.ReplicaCreating, ""
-			want.Replicas = append(want.Replicas, r)
-		}
+		// Proposed all the same, without replicas of its own: it may have to be claimed, and the catalogue
+		// has the last word.
 	} else if want.Replicas, err = w.place(s); err != nil {
 		return meta.Volume{}, err
 	}
 	res, err := c.store.Propose(ctx, meta.Command{CreateVolume: &meta.CreateVolume{Volume: want, Claim: !w.Unclaimed}})
 	switch {
-	case errors.Is(err, trivet.ErrNotFound): // a disk went away since the placement
+	case errors.Is(err, trivet.ErrNotFound): // a disk, or the volume of that name, went away since the read
 		return meta.Volume{}, fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
 	case err != nil:
 		return meta.Volume{}, err
@@ -258,7 +255,7 @@ func capacity(nodes []meta.Node, p Params, segment map[string]string, now time.T
 	}
 	var sizes []int64
 	for _, n := range nodes {
-		if !n.Alive(now) {
+		if !n.Alive(now) || n.Cordoned {
 			continue
 		}
 		sizes = append(sizes, freeBytes(&n))

@@ -129,6 +129,60 @@ func TestAuthorize(t *testing.T) {
 	}
 }
 
+// TestAuthorizeMembers: n4 fills a replica of volume 1 and one of n3's is retired. A member's node may say
+// that another one votes or has left; whatever else is for the replica's own node to say.
+func TestAuthorizeMembers(t *testing.T) {
+	t.Parallel()
+	m := meta.NewMachine(testState(t, time.Now()))
+	apply := func(c meta.Command) { require.NoError(t, m.Apply(c).Err) }
+	report := func(n int, state meta.ReplicaState) meta.Command {
+		return meta.Command{ReportReplica: &meta.ReportReplica{Volume: 1, Replica: volumeReplica(n), State: state}}
+	}
+	add := func(n int, replaces trivet.ReplicaID) meta.Command {
+		v, _ := m.State().Volume(1)
+		return meta.Command{AddReplica: &meta.AddReplica{Volume: 1, IfRevision: v.Revision, Replica: meta.Replica{
+			ID: volumeReplica(n), Node: trivet.NodeID(fmt.Sprintf("n%d", n)), Disk: trivet.DiskID(testUUID(0xd, n)),
+			Replaces: replaces,
+		}}}
+	}
+	for n := 1; n <= 3; n++ {
+		apply(report(n, meta.ReplicaReady))
+	}
+	apply(add(5, volumeReplica(3)))
+	apply(report(5, meta.ReplicaFilling))
+	apply(report(5, meta.ReplicaReady))
+	apply(report(3, meta.ReplicaLeft))
+	apply(add(4, ""))
+	apply(report(4, meta.ReplicaFilling))
+	for _, tc := range []struct {
+		n     int
+		state meta.ReplicaState
+		may   string // of n1 to n5, which nodes
+	}{
+		{4, meta.ReplicaReady, "n1 n2 n4 n5"},
+		{4, meta.ReplicaLeft, "n1 n2 n4 n5"},
+		{4, meta.ReplicaFilling, "n4"},
+		{4, meta.ReplicaFaulted, "n4"},
+		{1, meta.ReplicaReady, "n1 n2 n4 n5"}, // said again
+		{1, meta.ReplicaLeft, "n1 n2 n4 n5"},
+		{1, meta.ReplicaFaulted, "n1"},
+		{3, meta.ReplicaRemoved, "n3"},
+		{3, meta.ReplicaReady, "n3"},
+		{3, meta.ReplicaLeft, "n1 n2 n3 n4 n5"},
+	} {
+		may := ""
+		for n := 1; n <= 5; n++ {
+			if node := fmt.Sprintf("n%d", n); authorize(m.State(), trivet.NodeID(node), report(tc.n, tc.state)) == nil {
+				may += " " + node
+			}
+		}
+		require.Equal(t, " "+tc.may, may, "replica %d %s", tc.n, tc.state)
+	}
+	apply(report(1, meta.ReplicaFaulted))
+	require.ErrorIs(t, authorize(m.State(), "n2", report(1, meta.ReplicaReady)), trivet.ErrInvalid,
+		"that a lost replica is back is for its node to say")
+}
+
 func TestNextChange(t *testing.T) {
 	t.Parallel()
 	now := time.Now()

@@ -173,6 +173,12 @@ func (a *agents) round() {
 	defer a.mu.Unlock()
 	for _, v := range a.truth().Volumes() {
 		for _, r := range v.Replicas {
+			if r.State == meta.ReplicaLeaving { // the leader's to report, which is somewhere
+				a.report(meta.Command{ReportReplica: &meta.ReportReplica{
+					Volume: v.ID, Replica: r.ID, State: meta.ReplicaLeft,
+				}})
+				continue
+			}
 			if a.dead[r.Node] {
 				continue
 			}
@@ -182,11 +188,22 @@ func (a *agents) round() {
 				state = meta.ReplicaRemoved
 			case r.State == meta.ReplicaCreating && a.faulty[r.Node]:
 				state = meta.ReplicaFaulted
-			case r.State == meta.ReplicaCreating:
+			case r.State == meta.ReplicaCreating, r.State == meta.ReplicaFilling:
 				state = meta.ReplicaReady
+			case r.State == meta.ReplicaJoining && a.faulty[r.Node]:
+				state = meta.ReplicaFaulted
+			case r.State == meta.ReplicaJoining:
+				state = meta.ReplicaFilling
 			}
 			if state != r.State {
 				a.report(meta.Command{ReportReplica: &meta.ReportReplica{Volume: v.ID, Replica: r.ID, State: state}})
+			}
+		}
+		for _, r := range v.Retired {
+			if !a.dead[r.Node] {
+				a.report(meta.Command{ReportReplica: &meta.ReportReplica{
+					Volume: v.ID, Replica: r.ID, State: meta.ReplicaRemoved,
+				}})
 			}
 		}
 		if v.Phase == meta.PhaseDeleting || v.Phase == meta.PhaseCreating || a.noFence {

@@ -23,6 +23,7 @@ const (
 	ParamBandwidthLimit = "bandwidthLimit"            // bytes/s, a quantity; 0 or absent = none
 	ParamFSType         = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
 	ParamSpread         = "spread"                    // node (default) or zone
+	ParamReads          = "readConsistency"           // strong (default), session or eventual
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -42,11 +43,12 @@ type Params struct {
 	BandwidthLimit int64 // bytes/s; 0 = none
 	FSType         string
 	Spread         Spread
+	Reads          trivet.ReadConsistency
 }
 
 // DefaultParams returns what a StorageClass without parameters gets.
 func DefaultParams() Params {
-	return Params{Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode}
+	return Params{Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong}
 }
 
 // ignoredParams are added by the provisioner's --extra-create-metadata. They name the claim, so they
@@ -90,6 +92,9 @@ func (p *Params) set(lower, value string) error {
 		p.BandwidthLimit, err = parseQuantity(value)
 	case ParamFSType:
 		err = oneOf(value, func(v string) { p.FSType = v }, "ext4", "xfs")
+	case strings.ToLower(ParamReads):
+		err = oneOf(value, func(v string) { p.Reads = trivet.ReadConsistency(v) },
+			string(trivet.ReadStrong), string(trivet.ReadSession), string(trivet.ReadEventual))
 	case ParamSpread:
 		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
 	default:
@@ -148,7 +153,7 @@ func parseQuantity(s string) (int64, error) {
 }
 
 // Map returns the canonical parameters: what was defaulted is spelled out, what is unlimited or
-// unset is left out.
+// unset is left out, and so are strong reads.
 func (p Params) Map() map[string]string {
 	m := map[string]string{
 		ParamReplicas:      strconv.Itoa(p.Replicas),
@@ -163,6 +168,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.FSType != "" {
 		m[ParamFSType] = p.FSType
+	}
+	if p.Reads != "" && p.Reads != trivet.ReadStrong {
+		m[ParamReads] = string(p.Reads)
 	}
 	return m
 }

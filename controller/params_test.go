@@ -39,6 +39,9 @@ func TestParseParams(t *testing.T) {
 		{"bandwidth", map[string]string{"bandwidthLimit": "10Mi"}, with(func(p *params) { p.BandwidthLimit = 10 << 20 }), ""},
 		{"fstype", map[string]string{"csi.storage.k8s.io/fsType": "xfs"}, with(func(p *params) { p.FSType = "xfs" }), ""},
 		{"spread", map[string]string{"spread": "zone"}, with(func(p *params) { p.Spread = controller.SpreadZone }), ""},
+		{"reads", map[string]string{"readConsistency": "SESSION"}, with(func(p *params) { p.Reads = "session" }), ""},
+		{"strong reads", map[string]string{"readConsistency": "strong"}, def, ""},
+		{"stale reads", map[string]string{"readConsistency": "stale"}, def, `"stale"`},
 		{"metadata", map[string]string{
 			"csi.storage.k8s.io/pvc/name": "x", "csi.storage.k8s.io/pvc/namespace": "y",
 			"csi.storage.k8s.io/pv/name": "z",

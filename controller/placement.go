@@ -32,6 +32,12 @@ type PlaceRequest struct {
 
 	// Load is what the disks carry already.
 	Load map[trivet.DiskID]Load
+
+	// Beside are the replicas that the volume has and keeps. Their nodes get no other one, and their
+	// zones count as taken.
+	Beside []meta.Replica
+	// Avoid are nodes that must not be chosen now, for a reason that passes.
+	Avoid map[trivet.NodeID]bool
 }
 
 // Load is what the catalogue has placed on a disk. Volumes are thin: ProvisionedBytes is what they
@@ -46,16 +52,22 @@ func LoadOf(volumes []meta.Volume) map[trivet.DiskID]Load {
 	out := map[trivet.DiskID]Load{}
 	for _, v := range volumes {
 		for _, r := range v.Replicas {
-			if r.State == meta.ReplicaRemoved {
-				continue
+			if r.State != meta.ReplicaRemoved {
+				addLoad(out, r.Disk, v.SizeBytes)
 			}
-			l := out[r.Disk]
-			l.Replicas++
-			l.ProvisionedBytes += v.SizeBytes
-			out[r.Disk] = l
+		}
+		for _, r := range v.Retired { // their data is there still
+			addLoad(out, r.Disk, v.SizeBytes)
 		}
 	}
 	return out
+}
+
+func addLoad(load map[trivet.DiskID]Load, disk trivet.DiskID, sizeBytes int64) {
+	l := load[disk]
+	l.Replicas++
+	l.ProvisionedBytes += sizeBytes
+	load[disk] = l
 }
 
 // candidate is a node that can take a replica, with the best of its disks.
@@ -73,10 +85,11 @@ type candidate struct {
 // pure: the same arguments, in whatever order the nodes come, give the same answer. The replicas
 // have no ID yet.
 //
-// A node qualifies when its lease is live at now and one of its disks has SizeBytes free. Among
-// those, replicas go to as many zones as possible, then to the disks with most room once every
-// volume there has grown to its full size, then to those with fewest replicas. ErrNoSpace, naming
-// how many nodes qualify and why others do not, when there are too few.
+// A node qualifies when its lease is live at now, it is not cordoned, has no replica of the volume yet
+// (Beside) and one of its disks has SizeBytes free. Among those, replicas go to as many zones as
+// possible, then to the disks with most room once every volume there has grown to its full size, then
+// to those with fewest replicas. ErrNoSpace, naming how many nodes qualify and why others do not, when
+// there are too few.
 func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, error) {
 	candidates, refused := qualify(nodes, req, now)
 	if len(candidates) < req.Replicas {
@@ -92,6 +105,10 @@ func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, 
 		return nil, fmt.Errorf("place %d replicas of %d bytes: none of %d qualifying nodes is in the required topology%s: %w",
 			req.Replicas, req.SizeBytes, len(candidates), refused, trivet.ErrNoSpace)
 	}
+	taken := zonesOf(nodes, req.Beside)
+	if req.Spread == SpreadZone { // the volume must not get two replicas in one zone
+		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return taken[c.zone] > 0 })
+	}
 	if required >= req.Replicas && (req.Spread != SpreadZone || zonesN(candidates, true) >= req.Replicas) {
 		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return !c.required })
 	}
@@ -99,12 +116,24 @@ func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, 
 		return nil, fmt.Errorf("place %d replicas of %d bytes in a zone each: %d zones have a qualifying node%s: %w",
 			req.Replicas, req.SizeBytes, n, refused, trivet.ErrNoSpace)
 	}
-	return choose(candidates, req.Replicas), nil
+	return choose(candidates, req.Replicas, taken), nil
 }
 
-// choose picks one by one; each pick prefers a zone that has fewest replicas so far.
-func choose(candidates []candidate, n int) []meta.Replica {
+// zonesOf counts replicas by the zones of their nodes.
+func zonesOf(nodes []meta.Node, replicas []meta.Replica) map[string]int {
 	zones := map[string]int{}
+	for _, r := range replicas {
+		for i := range nodes {
+			if nodes[i].ID == r.Node {
+				zones[nodes[i].Zone]++
+			}
+		}
+	}
+	return zones
+}
+
+// choose picks one by one; each pick prefers a zone that has fewest replicas so far, and is counted there.
+func choose(candidates []candidate, n int, zones map[string]int) []meta.Replica {
 	out := make([]meta.Replica, 0, n)
 	for len(out) < n {
 		first := len(out) == 0
@@ -151,17 +180,28 @@ func zonesN(candidates []candidate, required bool) int {
 
 // reasons say why nodes do not qualify; they print as the middle of an error.
 type reasons struct {
-	down  []string
-	small []string
+	down     []string
+	cordoned []string
+	taken    []string
+	avoided  []string
+	small    []string
 }
 
 func (r reasons) String() string {
 	var b strings.Builder
-	if len(r.down) > 0 {
-		fmt.Fprintf(&b, "; down: %s", strings.Join(r.down, ", "))
-	}
-	if len(r.small) > 0 {
-		fmt.Fprintf(&b, "; too little room: %s", strings.Join(r.small, ", "))
+	for _, why := range []struct {
+		text  string
+		nodes []string
+	}{
+		{"down", r.down},
+		{"cordoned", r.cordoned},
+		{"with a replica of it", r.taken},
+		{"busy or tried lately", r.avoided},
+		{"too little room", r.small},
+	} {
+		if len(why.nodes) > 0 {
+			fmt.Fprintf(&b, "; %s: %s", why.text, strings.Join(why.nodes, ", "))
+		}
 	}
 	return b.String()
 }
@@ -180,6 +220,18 @@ func qualify(nodes []meta.Node, req PlaceRequest, now time.Time) ([]candidate, r
 	for _, n := range nodes {
 		if !n.Alive(now) {
 			why.down = append(why.down, string(n.ID))
+			continue
+		}
+		if n.Cordoned {
+			why.cordoned = append(why.cordoned, string(n.ID))
+			continue
+		}
+		if slices.ContainsFunc(req.Beside, func(r meta.Replica) bool { return r.Node == n.ID }) {
+			why.taken = append(why.taken, string(n.ID))
+			continue
+		}
+		if req.Avoid[n.ID] {
+			why.avoided = append(why.avoided, string(n.ID))
 			continue
 		}
 		c, ok := bestDisk(&n, req)

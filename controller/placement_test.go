@@ -2,6 +2,7 @@ package controller_test
 
 import (
 	"math/rand"
+	"slices"
 	"testing"
 	"time"
 
@@ -202,5 +203,50 @@ func TestPlaceBalances(t *testing.T) {
 	}
 	for disk, load := range controller.LoadOf(volumes) {
 		assert.InDelta(t, 180, load.Replicas, 2, "disk %s", disk)
+	}
+}
+
+// TestPlaceOneMore: a replica beside others goes to a free node in a free zone, and not where it must not.
+func TestPlaceOneMore(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	nodes := make([]meta.Node, 0, 6)
+	for n := 1; n <= 6; n++ { // zones z0 z1 z2 z0 z1 z2
+		nodes = append(nodes, testNode(n, now))
+	}
+	beside := []meta.Replica{{Node: "n1"}, {Node: "n2"}}
+	one := func(r controller.PlaceRequest, change func(nodes []meta.Node)) (trivet.NodeID, error) {
+		r.SizeBytes, r.Replicas, r.Beside = gib, 1, beside
+		nodes := slices.Clone(nodes)
+		if change != nil {
+			change(nodes)
+		}
+		got, err := controller.Place(nodes, r, now)
+		if err != nil {
+			return "", err
+		}
+		return got[0].Node, nil
+	}
+	got, err := one(controller.PlaceRequest{}, nil)
+	require.NoError(t, err)
+	assert.Equal(t, trivet.NodeID("n3"), got, "the only zone without a replica")
+	got, err = one(controller.PlaceRequest{}, func(nodes []meta.Node) { nodes[2].Cordoned = true })
+	require.NoError(t, err)
+	assert.Equal(t, trivet.NodeID("n6"), got, "not the cordoned one")
+	got, err = one(controller.PlaceRequest{Avoid: map[trivet.NodeID]bool{"n3": true, "n6": true}}, nil)
+	require.NoError(t, err)
+	assert.Equal(t, trivet.NodeID("n4"), got, "a zone twice rather than nothing")
+	_, err = one(controller.PlaceRequest{
+		Spread: controller.SpreadZone, Avoid: map[trivet.NodeID]bool{"n3": true, "n6": true},
+	}, nil)
+	require.ErrorIs(t, err, trivet.ErrNoSpace, "no zone twice where that was ruled out")
+	_, err = one(controller.PlaceRequest{Avoid: map[trivet.NodeID]bool{"n5": true}}, func(nodes []meta.Node) {
+		nodes[2].Cordoned, nodes[3].LeaseUntil, nodes[5].Disks = true, now, nil
+	})
+	require.ErrorIs(t, err, trivet.ErrNoSpace)
+	for _, why := range []string{
+		"down: n4", "cordoned: n3", "with a replica of it: n1, n2", "busy or tried lately: n5", "too little room: n6",
+	} {
+		require.ErrorContains(t, err, why)
 	}
 }

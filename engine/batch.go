@@ -32,13 +32,8 @@ type Batch struct {
 	end trivet.LBA // one past the highest block touched
 	err error      // why NewBatch gave no real batch
 
+	touched []extent // all of it, for the journal; the buffer is the volume's
 	written []extent // only while older generations may exist: what Zero cannot find in the store yet
-}
-
-// extent is a run of blocks.
-type extent struct {
-	lba trivet.LBA
-	n   int64
 }
 
 // NewBatch starts a batch. One may be open at a time: while another batch is, or a Restore runs, all
@@ -49,9 +44,9 @@ func (v *Volume) NewBatch() *Batch {
 		return &Batch{v: v, err: err}
 	}
 	v.mu.Lock()
-	gen := v.rec.state.Generation
+	gen, touched := v.rec.state.Generation, v.touched[:0]
 	v.mu.Unlock()
-	return &Batch{v: v, gen: gen, b: v.e.newBatch()}
+	return &Batch{v: v, gen: gen, b: v.e.newBatch(), touched: touched}
 }
 
 func (e *Engine) newBatch() *pebble.Batch {
@@ -138,6 +133,13 @@ func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
 		return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
 	}
 	b.end = max(b.end, lba+trivet.LBA(n))
+	switch k := len(b.touched); {
+	case n == 0:
+	case k > 0 && b.touched[k-1].end() == lba:
+		b.touched[k-1].n += n
+	default:
+		b.touched = append(b.touched, extent{lba, n})
+	}
 	return nil
 }
 
@@ -233,16 +235,20 @@ func (b *Batch) commit(st State) error {
 	}
 	v := b.v
 	v.mu.Lock()
-	err := st.follows(&v.rec.state)
+	old := v.rec // only the applier changes it
 	v.mu.Unlock()
-	if err != nil {
+	if err := st.follows(&old.state); err != nil {
 		return err
 	}
 	if err := v.e.enterWrite(); err != nil {
 		return err
 	}
 	defer v.e.exit()
-	return v.apply(b.b, &record{replica: v.replica, state: st})
+	j, err := b.journalNext(&old, st.AppliedIndex)
+	if err != nil {
+		return err
+	}
+	return v.apply(b.b, &record{replica: v.replica, state: st, journal: j})
 }
 
 // follows returns ErrInvalid when s cannot come after old. An equal index is allowed: a commit may
@@ -273,6 +279,7 @@ func (b *Batch) Close() error {
 	}
 	err := b.b.Close()
 	b.b = nil
-	b.v.endApplier()
+	b.v.endApplier(b.touched)
+	b.touched = nil
 	return err
 }

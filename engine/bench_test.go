@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"io"
 	"math/rand/v2"
 	"testing"
 
@@ -65,5 +66,57 @@ func BenchmarkRead(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		require.NoError(b, v.ReadAt(block, trivet.LBA(r.IntN(benchBlocksN))))
+	}
+}
+
+// fillBench writes the whole volume in entries of 16 blocks.
+func fillBench(b *testing.B, v *engine.Volume, blockN trivet.LBA) {
+	b.Helper()
+	data := make([]byte, 16*trivet.BlockSize)
+	for i := range data {
+		data[i] = byte(i*7 + 1)
+	}
+	for lba := trivet.LBA(0); lba < blockN; lba += 16 {
+		st := v.State()
+		st.AppliedIndex++
+		st.AppliedTerm = 1
+		batch := v.NewBatch()
+		require.NoError(b, batch.Write(lba, data))
+		require.NoError(b, batch.Commit(st))
+	}
+}
+
+// BenchmarkImage reads a whole image, without sending it.
+func BenchmarkImage(b *testing.B) {
+	e, v := benchVolume(b)
+	fillBench(b, v, benchBlocksN)
+	require.NoError(b, e.Flush())
+	b.SetBytes(benchBlocksN * trivet.BlockSize)
+	b.ReportAllocs()
+	for b.Loop() {
+		i, err := v.Image(nil)
+		require.NoError(b, err)
+		_, err = io.Copy(io.Discard, i)
+		require.NoError(b, err)
+		require.NoError(b, i.Close())
+	}
+}
+
+// BenchmarkCatchUp transfers the last quarter of a volume from one engine to another, flushes, read-back and all.
+func BenchmarkCatchUp(b *testing.B) {
+	_, src := benchVolume(b)
+	_, v := benchVolume(b)
+	fillBench(b, src, benchBlocksN)
+	fillBench(b, v, benchBlocksN)
+	b.SetBytes(benchBlocksN / 4 * trivet.BlockSize)
+	b.ReportAllocs()
+	for b.Loop() {
+		b.StopTimer()
+		fillBench(b, src, benchBlocksN/4)
+		b.StartTimer()
+		i, err := src.Image(v.Want())
+		require.NoError(b, err)
+		require.NoError(b, v.Restore(i))
+		require.NoError(b, i.Close())
 	}
 }

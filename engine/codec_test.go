@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"flag"
+	"hash/crc32"
 	"math"
 	"os"
 	"path/filepath"
@@ -28,11 +29,16 @@ func golden(t *testing.T, name string, got []byte) {
 		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
 		require.NoError(t, os.WriteFile(path, []byte(s.String()), 0o644))
 	}
-	text, err := os.ReadFile(path)
+	require.Equal(t, goldenBytes(t, name), got, "the format has changed: stores in the field cannot be read")
+}
+
+func goldenBytes(t *testing.T, name string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("testdata", "golden", name))
 	require.NoError(t, err)
-	want, err := hex.DecodeString(strings.ReplaceAll(string(text), "\n", ""))
+	b, err := hex.DecodeString(strings.ReplaceAll(string(text), "\n", ""))
 	require.NoError(t, err)
-	require.Equal(t, want, got, "the format has changed: stores in the field cannot be read")
+	return b
 }
 
 func chunks(s string, n int) func(yield func(string) bool) {
@@ -56,10 +62,14 @@ func patternBlock() []byte {
 }
 
 func fullRecord() record {
-	return record{replica: "11112222-3333-4444-5555-666677778888", restoring: true, state: State{
-		SizeBytes: 10 << 30, Generation: 3, Epoch: 0x0102030405060708, AppliedIndex: 42, AppliedTerm: 7,
-		Session: []byte("session"), Config: []byte("config"),
-	}}
+	return record{
+		replica: "11112222-3333-4444-5555-666677778888", restoring: true, state: State{
+			SizeBytes: 10 << 30, Generation: 3, Epoch: 0x0102030405060708, AppliedIndex: 42, AppliedTerm: 7,
+			Session: []byte("session"), Config: []byte("config"),
+		},
+		journal: journal{floor: 17, bytes: 1 << 20},
+		have:    coverage{{0x1234, 42}, {0x5678, 0}, {lbaMax, 30}},
+	}
 }
 
 func TestGolden(t *testing.T) {
@@ -76,8 +86,29 @@ func TestGolden(t *testing.T) {
 	r := fullRecord()
 	golden(t, "volume_record", appendRecord(nil, id, &r))
 	golden(t, "store_format", appendStoreFormat(nil, storeVersion))
-	golden(t, "image_header", appendImageHeader(nil, &imageHeader{id, 3, 2, 99}))
-	golden(t, "image_record_head", appendImageRecordHead(nil, kindData, blockKey{id, lba, 5}, 0xfeedbeef))
+	jkey := appendJournalKey(nil, id, 0x99)
+	golden(t, "journal_key", jkey)
+	golden(t, "journal_value", appendJournalValue(nil, jkey, testExtents()))
+	golden(t, "want", appendWant(nil, &want{id, 42, r.have}))
+}
+
+func testExtents() []extent { return []extent{{0, 1}, {130, 16}, {lbaMax - 3, 3}} }
+
+// A record of version 1, from before the journal, is still read.
+func TestRecordVersion1(t *testing.T) {
+	const id = trivet.VolumeID(0x0123456789abcdef)
+	old := goldenBytes(t, "volume_record_v1")
+	got, err := decodeRecord(id, old)
+	require.NoError(t, err)
+	want := fullRecord()
+	want.journal, want.have = journal{floor: 42}, wholly(0)
+	require.Equal(t, want, got)
+	for i := range old {
+		b := bytes.Clone(old)
+		b[i] ^= 0x11
+		_, err := decodeRecord(id, b)
+		require.ErrorIs(t, err, trivet.ErrCorrupt, "byte %d", i)
+	}
 }
 
 func TestRoundTrip(t *testing.T) {
@@ -120,7 +151,7 @@ func TestEveryFlipIsSeen(t *testing.T) {
 	putData(value, patternBlock(), place(key))
 	tomb := make([]byte, valueHeadBytes)
 	putTombstone(tomb, place(key))
-	r := fullRecord()
+	r, jkey := fullRecord(), appendJournalKey(nil, id, 5)
 	for name, c := range map[string]struct {
 		bytes  []byte
 		decode func(b []byte) error
@@ -128,14 +159,16 @@ func TestEveryFlipIsSeen(t *testing.T) {
 		"value":     {value, func(b []byte) error { _, _, err := decodeValue(b, key, bk); return err }},
 		"tombstone": {tomb, func(b []byte) error { _, _, err := decodeValue(b, key, bk); return err }},
 		"record":    {appendRecord(nil, id, &r), func(b []byte) error { _, err := decodeRecord(id, b); return err }},
-		"store":     {appendStoreFormat(nil, 1), func(b []byte) error { _, err := decodeStoreFormat(b); return err }},
-		"header": {appendImageHeader(nil, &imageHeader{id, 3, 2, 99}), func(b []byte) error {
-			_, err := decodeImageHeader(b)
-			return err
+		"store":     {appendStoreFormat(nil, 2), func(b []byte) error { _, err := decodeStoreFormat(b); return err }},
+		"journal": {appendJournalValue(nil, jkey, testExtents()), func(b []byte) error {
+			return decodeJournalValue(b, jkey, func(extent) {})
 		}},
-		"record head": {appendImageRecordHead(nil, kindData, bk, 5), func(b []byte) error {
-			_, _, _, err := decodeImageRecordHead(b, id)
-			return err
+		"want": {appendWant(nil, &want{id, 42, r.have}), func(b []byte) error {
+			if _, err := decodeWant(b); err != nil {
+				require.ErrorIs(t, err, trivet.ErrInvalid)
+				return trivet.ErrCorrupt
+			}
+			return nil
 		}},
 	} {
 		require.NoError(t, c.decode(c.bytes), name)
@@ -145,9 +178,6 @@ func TestEveryFlipIsSeen(t *testing.T) {
 				b[i] ^= mask
 				require.ErrorIs(t, c.decode(b), trivet.ErrCorrupt, "%s, byte %d, mask %x", name, i, mask)
 			}
-		}
-		if name == "record head" {
-			continue // always read whole
 		}
 		for n := range c.bytes {
 			require.ErrorIs(t, c.decode(c.bytes[:n]), trivet.ErrCorrupt, "%s cut at %d", name, n)
@@ -171,10 +201,12 @@ func be32(x uint32) []byte { return []byte{byte(x >> 24), byte(x >> 16), byte(x 
 // The properties that Pebble demands of a comparer, on all kinds of keys that we have.
 func TestComparer(t *testing.T) {
 	c := newComparer().EnsureDefaults()
-	keys := [][]byte{{tableFormat}, {tableVolume}, {tableBlock}, {tableEnd}, appendVolumeKey(nil, 1)}
+	keys := [][]byte{{tableFormat}, {tableVolume}, {tableBlock}, {tableJournal}, {tableEnd}, appendVolumeKey(nil, 1)}
 	for _, id := range []trivet.VolumeID{1, 2, 0xff, math.MaxUint64} {
 		lower, upper := volumeBlocks(id)
 		keys = append(keys, lower, upper, appendVolumeKey(nil, id))
+		lower, upper = volumeJournal(id)
+		keys = append(keys, lower, upper, appendJournalKey(nil, id, 0), appendJournalKey(nil, id, math.MaxUint64))
 		for _, lba := range []trivet.LBA{0, 1, 0x80, 0x81, 0xff, 0xffff, 0x10000, math.MaxUint64} {
 			keys = append(keys, appendBlockPrefix(nil, id, lba))
 			for _, gen := range []trivet.Generation{0, 1, math.MaxUint32} {
@@ -262,6 +294,47 @@ func FuzzDecodeRecord(f *testing.F) {
 			require.True(t, isAny(err, trivet.ErrCorrupt, trivet.ErrInvalid), "%v", err)
 			return
 		}
-		require.Equal(t, b, appendRecord(nil, 1, &r))
+		if b[0] == recordVersion {
+			require.Equal(t, b, appendRecord(nil, 1, &r))
+		}
+	})
+}
+
+func FuzzDecodeJournal(f *testing.F) {
+	key := appendJournalKey(nil, 1, 2)
+	f.Add(appendJournalValue(nil, key, testExtents()), true)
+	f.Fuzz(func(t *testing.T, b []byte, fixSum bool) {
+		if fixSum && len(b) >= 4 {
+			b = append(bytes.Clone(b[:len(b)-4]), be32(journalSum(key, b[:len(b)-4]))...)
+		}
+		var xs []extent
+		err := decodeJournalValue(b, key, func(x extent) { xs = append(xs, x) })
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrCorrupt)
+			return
+		}
+		again := appendJournalValue(nil, key, xs) // shorter, where b has long varints
+		require.Len(t, again, journalValueBytes(xs))
+		require.LessOrEqual(t, len(again), len(b))
+		require.NotEmpty(t, xs)
+		require.LessOrEqual(t, xs[len(xs)-1].end(), trivet.LBA(lbaMax))
+	})
+}
+
+func FuzzDecodeWant(f *testing.F) {
+	r := fullRecord()
+	f.Add(appendWant(nil, &want{1, 42, r.have}), true)
+	f.Fuzz(func(t *testing.T, b []byte, fixSum bool) {
+		if fixSum && len(b) >= 4 {
+			b = append(bytes.Clone(b[:len(b)-4]), be32(crc32.Checksum(b[:len(b)-4], castagnoli))...)
+		}
+		w, err := decodeWant(b)
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrInvalid)
+			return
+		}
+		require.NoError(t, w.have.check())
+		again := appendWant(nil, &w)
+		require.Equal(t, b, again)
 	})
 }

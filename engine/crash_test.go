@@ -227,7 +227,7 @@ func requireRestoring(t *testing.T, e *engine.Engine) {
 	require.ErrorIs(t, v.ReadAt(make([]byte, bs), 0), trivet.ErrUnavailable)
 	_, err = v.Digest()
 	require.ErrorIs(t, err, trivet.ErrUnavailable)
-	_, err = v.Image()
+	_, err = v.Image(nil)
 	require.ErrorIs(t, err, trivet.ErrUnavailable)
 	st := v.State()
 	st.AppliedIndex = 2000

@@ -22,7 +22,10 @@ type Config struct {
 	CacheBytes int64  // block cache; 0 = 64 MiB
 	// MemTableBytes is the size of the write buffer; 0 = 64 MiB. Up to four of them are in memory.
 	MemTableBytes int64
-	Logger        *slog.Logger // nil: none
+	// JournalBytes bounds the change journal of each volume; 0 = 16 MiB, enough for the last 600 000 batches
+	// of one extent. A replica that was away for longer than the journal reaches back gets everything anew.
+	JournalBytes int64
+	Logger       *slog.Logger // nil: none
 
 	// Fatal is called once, on the first I/O error in the background. From then on nothing that
 	// changes or flushes succeeds. It runs on a goroutine of Pebble, with locks held: it must not
@@ -36,6 +39,7 @@ type Config struct {
 	OnCorruption func(error)
 
 	tableBlockBytes int // tests only; 0 = tableBlockBytesDefault
+	imageRangeBytes int // tests only; 0 = imageRangeBytesDefault
 }
 
 // Validate returns ErrInvalid and names the bad field.
@@ -47,6 +51,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("engine config: CacheBytes is %d: %w", c.CacheBytes, trivet.ErrInvalid)
 	case c.MemTableBytes < 0 || c.MemTableBytes > 1<<30:
 		return fmt.Errorf("engine config: MemTableBytes is %d: %w", c.MemTableBytes, trivet.ErrInvalid)
+	case c.JournalBytes < 0:
+		return fmt.Errorf("engine config: JournalBytes is %d: %w", c.JournalBytes, trivet.ErrInvalid)
 	}
 	return nil
 }
@@ -57,6 +63,9 @@ type Engine struct {
 	lock   *pebble.Lock
 	health *health
 	space  *space
+
+	journalBytes    int64 // bound per volume
+	imageRangeBytes int
 
 	// life is held shared during each call and exclusively by Close. Calls must not nest it.
 	life   sync.RWMutex
@@ -89,8 +98,14 @@ func Open(cfg Config) (*Engine, error) {
 	if cfg.MemTableBytes == 0 {
 		cfg.MemTableBytes = memTableBytesDefault
 	}
+	if cfg.JournalBytes == 0 {
+		cfg.JournalBytes = journalBytesDefault
+	}
 	if cfg.tableBlockBytes == 0 {
 		cfg.tableBlockBytes = tableBlockBytesDefault
+	}
+	if cfg.imageRangeBytes == 0 {
+		cfg.imageRangeBytes = imageRangeBytesDefault
 	}
 	e, err := open(cfg)
 	if err != nil {
@@ -120,6 +135,9 @@ func open(cfg Config) (*Engine, error) {
 		health: h,
 		open:   make(map[trivet.VolumeID]*Volume),
 		images: make(map[*Image]struct{}),
+
+		journalBytes:    cfg.JournalBytes,
+		imageRangeBytes: cfg.imageRangeBytes,
 	}
 	e.space = newSpace(cfg.FS, cfg.Dir, func() uint64 { return db.Metrics().MemTable.Size })
 	if err := e.checkFormat(); err != nil {
@@ -164,10 +182,11 @@ func toErr(err error) error {
 }
 
 // The store format record, big endian: "trvt", version (4), CRC32C of both (4). The version counts
-// changes to keys, values and records that an older program must not touch.
+// changes to keys, values and records that an older program must not touch: 2 came with the change
+// journal, which an older program would not go on writing.
 const (
 	storeMagic         = "trvt"
-	storeVersion       = 1
+	storeVersion       = 2
 	storeFormatBytes   = 12
 	storeFormatSumFrom = 8
 )
@@ -200,10 +219,13 @@ func (e *Engine) checkFormat() error {
 	if err := errors.Join(err, closer.Close()); err != nil {
 		return err
 	}
-	if version != storeVersion {
-		return fmt.Errorf("store format %d, this program knows %d: %w", version, storeVersion, trivet.ErrInvalid)
+	switch version {
+	case storeVersion:
+		return nil
+	case 1: // records without a journal say that it begins at their index (decodeRecord)
+		return e.setFormat()
 	}
-	return nil
+	return fmt.Errorf("store format %d, this program knows %d: %w", version, storeVersion, trivet.ErrInvalid)
 }
 
 func (e *Engine) initFormat() error {
@@ -218,6 +240,11 @@ func (e *Engine) initFormat() error {
 	if has {
 		return fmt.Errorf("store has keys but no format record: %w", trivet.ErrCorrupt)
 	}
+	return e.setFormat()
+}
+
+// setFormat marks the store as of this program's version, durably.
+func (e *Engine) setFormat() error {
 	b := e.db.NewBatch()
 	defer func() { _ = b.Close() }() // memory only
 	if err := b.Set([]byte{tableFormat}, appendStoreFormat(nil, storeVersion), nil); err != nil {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"hash/crc32"
 	"io"
 	"sync"
 
@@ -15,144 +14,48 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// The image stream, version 1, big endian. Records are of fixed size per kind and counted beforehand,
-// so the length of the whole is known before the first byte is sent:
-//
-//	header, 44 bytes
-//	+----------+-------------+-----------+-----------+----------------+------------------+-----+
-//	| "TRVIMG" | version (2) | volume(8) | blocks (8)| tombstones (8) | state length (4) | ... |
-//	+----------+-------------+-----------+-----------+----------------+------------------+-----+
-//	... reserved, zero (4) | CRC32C of the header (4)
-//	state: the volume record of the source, as stored (it has its own CRC)
-//	records, in the order of block keys: LBA up, then generation down
-//	+----------+----------------+---------+---------+-----------------------+---------------------+
-//	| kind (1) | generation (4) | LBA (8) | sum (4) | CRC32C of the 17 (4)  | data, 4096, or none |
-//	+----------+----------------+---------+---------+-----------------------+---------------------+
-//	trailer, 41 bytes
-//	+----------+---------------------+--------------------------------------------------------------+
-//	| 0xff (1) | records (8)         | SHA-256 of header, state, each record's 21 bytes, the 9 (32) |
-//	+----------+---------------------+--------------------------------------------------------------+
-//
-// kind and sum are those of the stored value; the sum covers the data, its volume and LBA. Nothing
-// follows the trailer.
-const (
-	imageMagic           = "TRVIMG"
-	imageVersion         = 1
-	imageHeaderBytes     = 44
-	imageRecordHeadBytes = 1 + 4 + 8 + 4 + 4
-	imageTrailerKind     = 0xff
-	imageTrailerBytes    = 1 + 8 + sha256.Size
-)
-
-// imageHeader is the decoded header.
-type imageHeader struct {
-	volume     trivet.VolumeID
-	blockN     uint64
-	tombstoneN uint64
-	stateBytes uint32
-}
-
-// size is the length of the whole stream in bytes.
-func (h *imageHeader) size() int64 {
-	return imageHeaderBytes + int64(h.stateBytes) +
-		int64(h.blockN)*(imageRecordHeadBytes+trivet.BlockSize) +
-		int64(h.tombstoneN)*imageRecordHeadBytes + imageTrailerBytes
-}
-
-func appendImageHeader(dst []byte, h *imageHeader) []byte {
-	be, start := binary.BigEndian, len(dst)
-	dst = be.AppendUint16(append(dst, imageMagic...), imageVersion)
-	dst = be.AppendUint64(dst, uint64(h.volume))
-	dst = be.AppendUint64(dst, h.blockN)
-	dst = be.AppendUint64(dst, h.tombstoneN)
-	dst = be.AppendUint32(dst, h.stateBytes)
-	dst = be.AppendUint32(dst, 0)
-	return be.AppendUint32(dst, crc32.Checksum(dst[start:], castagnoli))
-}
-
-// decodeImageHeader returns ErrCorrupt for what appendImageHeader does not make, or what no volume can
-// have, and ErrInvalid for a newer version.
-func decodeImageHeader(b []byte) (imageHeader, error) {
-	be := binary.BigEndian
-	if len(b) != imageHeaderBytes || string(b[:6]) != imageMagic {
-		return imageHeader{}, fmt.Errorf("image header: not an image: %w", trivet.ErrCorrupt)
-	}
-	stored, got := be.Uint32(b[40:]), crc32.Checksum(b[:40], castagnoli)
-	if stored != got {
-		return imageHeader{}, fmt.Errorf("image header: checksum %08x stored, %08x computed: %w", stored, got,
-			trivet.ErrCorrupt)
-	}
-	if v := be.Uint16(b[6:]); v > imageVersion {
-		return imageHeader{}, fmt.Errorf("image header: version %d is newer than %d, which this program knows: %w",
-			v, imageVersion, trivet.ErrInvalid)
-	}
-	h := imageHeader{
-		volume:     trivet.VolumeID(be.Uint64(b[8:])),
-		blockN:     be.Uint64(b[16:]),
-		tombstoneN: be.Uint64(b[24:]),
-		stateBytes: be.Uint32(b[32:]),
-	}
-	// Each block may have as many versions as there are generations; more than this is nonsense.
-	const recordsMax = 1 << 48
-	if be.Uint16(b[6:]) == 0 || be.Uint32(b[36:]) != 0 || h.blockN > recordsMax || h.tombstoneN > recordsMax ||
-		h.stateBytes < recordBytesMin || h.stateBytes > recordBytesMax {
-		return imageHeader{}, fmt.Errorf("image header %x: values out of range: %w", b, trivet.ErrCorrupt)
-	}
-	return h, nil
-}
-
-func appendImageRecordHead(dst []byte, kind byte, bk blockKey, sum uint32) []byte {
-	be, start := binary.BigEndian, len(dst)
-	dst = be.AppendUint32(append(dst, kind), uint32(bk.gen))
-	dst = be.AppendUint64(dst, uint64(bk.lba))
-	dst = be.AppendUint32(dst, sum)
-	return be.AppendUint32(dst, crc32.Checksum(dst[start:], castagnoli))
-}
-
-// decodeImageRecordHead is the inverse; it returns ErrCorrupt for anything else. REQUIRES: len(b) is
-// imageRecordHeadBytes.
-func decodeImageRecordHead(b []byte, id trivet.VolumeID) (kind byte, bk blockKey, sum uint32, err error) {
-	be := binary.BigEndian
-	stored, got := be.Uint32(b[17:]), crc32.Checksum(b[:17], castagnoli)
-	bk = blockKey{volume: id, gen: trivet.Generation(be.Uint32(b[1:])), lba: trivet.LBA(be.Uint64(b[5:]))}
-	if stored != got || (b[0] != kindData && b[0] != kindTombstone) || bk.lba >= lbaMax {
-		return 0, bk, 0, fmt.Errorf("image record %x: checksum %08x computed: %w", b, got, trivet.ErrCorrupt)
-	}
-	return b[0], bk, be.Uint32(b[13:]), nil
-}
-
-// Image is a pinned, consistent image of a volume as a stream of exact size, for Restore elsewhere. It
-// carries the State of its own moment (H7), all generations, and checksums of everything. A damaged
-// block ends it with ErrCorrupt, so that damage never spreads (H21). It holds disk space that the
-// volume gives up meanwhile, so Close it soon. Read and Close may be called concurrently.
+// Image is a pinned, consistent image of a volume as a stream, for Restore elsewhere (image_format.go).
+// It carries the State of its own moment (H7), all generations of the blocks that are wanted, and
+// checksums of everything. A damaged block ends it with ErrCorrupt, so that damage never spreads (H21). It
+// holds disk space that the volume gives up meanwhile, so Close it soon. Read and Close may be called
+// concurrently.
 type Image struct {
 	e      *Engine
 	volume trivet.VolumeID
 	state  State
 	size   int64
 
-	mu      sync.Mutex
-	snap    *pebble.Snapshot // nil after Close
-	it      *pebble.Iterator
-	sum     hash.Hash
-	buf     []byte // produced, not read yet
-	scratch []byte
-	recordN uint64
-	sent    int64
-	end     error // what Read returns after buf
+	mu   sync.Mutex
+	snap *pebble.Snapshot // nil after Close
+	it   *pebble.Iterator // at the first key not sent, when run is not empty
+	out  partWriter
+	buf  []byte // produced, not read yet
+	end  error  // what Read returns after buf
+
+	needed *blockCursor
+	run    extent // what is left of the run that is being sent; its first block may be sent in part
+	inside bool   // a version of run's first block is sent, another follows
+	sent   bool   // all blocks are
+
+	sum       *versionHash // of the versions since the last digest
+	versionN  uint64
+	rangeLen  int // bytes since the last digest
+	lastRange bool
 }
 
-// Image pins an image of the volume. It reads the whole volume once, to count and to verify:
-// ErrCorrupt when a block is damaged. ErrUnavailable: Restoring. ErrNotFound: dropped.
-func (v *Volume) Image() (*Image, error) {
-	i, err := v.image()
+// Image pins an image that turns what a volume with that Want has into this one's content and State; nil
+// wants everything. When the change journal does not reach back to an index that is wanted, or cannot
+// be read, the blocks concerned are sent whole. ErrInvalid: the want is malformed, another volume's, or of
+// a later index than this volume's. ErrUnavailable: Restoring. ErrNotFound: dropped.
+func (v *Volume) Image(want []byte) (*Image, error) {
+	i, err := v.image(want)
 	if err != nil {
 		return nil, fmt.Errorf("image of %s: %w", v.id, err)
 	}
 	return i, nil
 }
 
-func (v *Volume) image() (*Image, error) {
+func (v *Volume) image(wanted []byte) (_ *Image, err error) {
 	if err := v.e.enter(); err != nil {
 		return nil, err
 	}
@@ -162,49 +65,124 @@ func (v *Volume) image() (*Image, error) {
 	if err != nil {
 		return nil, errors.Join(err, toErr(snap.Close()))
 	}
-	h := imageHeader{volume: v.id, stateBytes: uint32(r.encodedBytes())}
-	if err := h.count(it); err != nil {
+	i := &Image{e: v.e, volume: v.id, state: r.state, snap: snap, it: it, sum: newVersionHash()}
+	if err := i.begin(v, &r, wanted); err != nil {
 		return nil, errors.Join(closeIter(it, err), toErr(snap.Close()))
 	}
-	i := &Image{e: v.e, volume: v.id, state: r.state, size: h.size(), snap: snap, it: it, sum: sha256.New()}
-	i.scratch = appendRecord(appendImageHeader(nil, &h), v.id, &r)
-	i.sum.Write(i.scratch) //nolint:errcheck // a hash never fails
-	i.buf, i.sent = i.scratch, int64(len(i.scratch))
-	it.First()
 	v.e.imagesMu.Lock()
 	v.e.images[i] = struct{}{}
 	v.e.imagesMu.Unlock()
 	return i, nil
 }
 
-// count verifies and counts all blocks.
-func (h *imageHeader) count(it *pebble.Iterator) error {
-	for ok := it.First(); ok; ok = it.Next() {
-		bk, err := decodeBlockKey(it.Key())
-		if err != nil {
-			return err
-		}
-		data, _, err := blockAt(it, bk)
-		if err != nil {
-			return err
-		}
-		if data == nil {
-			h.tombstoneN++
-		} else {
-			h.blockN++
-		}
+// begin finds out what is needed and makes the first part.
+func (i *Image) begin(v *Volume, r *record, wanted []byte) error {
+	have, err := v.wanted(wanted, r)
+	if err != nil {
+		return err
 	}
-	return toErr(it.Error())
+	base, needed := i.difference(have, r)
+	i.needed = needed.cursor()
+	b := imageBegin{volume: v.id, base: base, record: record{replica: r.replica, state: r.state}}
+	if b.estimateBytes, err = i.estimate(base, needed); err != nil {
+		return err
+	}
+	i.size = int64(b.estimateBytes)
+	i.buf = i.out.beginStream(&b)
+	return nil
 }
 
-// Size of the whole stream in bytes, exact.
+// wanted decodes a want of this volume and says what the other one has. Of a want that a newer program made,
+// nothing is understood.
+func (v *Volume) wanted(b []byte, r *record) (coverage, error) {
+	if len(b) == 0 || b[0] > wantVersion {
+		return wholly(0), nil
+	}
+	w, err := decodeWant(b)
+	if err != nil {
+		return nil, err
+	}
+	if w.volume != v.id || w.ceiling > r.state.AppliedIndex {
+		return nil, fmt.Errorf("want of %s from index %d, have %s at %d: %w", w.volume, w.ceiling, v.id,
+			r.state.AppliedIndex, trivet.ErrInvalid)
+	}
+	return w.have, nil
+}
+
+// difference returns what can be built on, of what the other volume has, and which blocks it needs then.
+func (i *Image) difference(have coverage, r *record) (coverage, *BlockSet) {
+	base, since := wholly(0), uint64(0)
+	for k, s := range have {
+		if s.index > 0 && s.index >= r.journal.floor {
+			base = base.set(have.start(k), s.end, s.index)
+			if since == 0 || s.index < since {
+				since = s.index
+			}
+		}
+	}
+	needed := new(BlockSet)
+	if since > 0 {
+		err := readJournal(i.snap, i.volume, since, func(index uint64, x extent) { base.cut(x, index, needed.add) })
+		if err != nil { // it only saves work
+			base, needed = wholly(0), new(BlockSet)
+		}
+	}
+	for k, s := range base {
+		if s.index == 0 {
+			needed.add(extent{base.start(k), int64(s.end - base.start(k))})
+		}
+	}
+	return base, needed
+}
+
+// cut calls add with the parts of x that c claims below an index.
+func (c coverage) cut(x extent, index uint64, add func(extent)) {
+	for k, s := range c {
+		from, to := max(x.lba, c.start(k)), min(x.end(), s.end)
+		if from < to && s.index < index {
+			add(extent{from, int64(to - from)})
+		}
+	}
+}
+
+// estimate is about how long the stream will be: from the index of the tables where all is sent, as if no
+// block that changed had been discarded elsewhere, and never more than the source has, so that a
+// wipe of a large volume is not taken for a large image.
+func (i *Image) estimate(base coverage, needed *BlockSet) (uint64, error) {
+	used := func(start, end trivet.LBA) (uint64, error) {
+		lower, upper := appendBlockPrefix(nil, i.volume, start), appendBlockPrefix(nil, i.volume, end)
+		n, err := i.e.db.EstimateDiskUsage(lower, upper)
+		return n, toErr(err)
+	}
+	n, all := uint64(0), int64(0)
+	for k, s := range base {
+		if s.index > 0 {
+			continue
+		}
+		all += int64(s.end - base.start(k))
+		bytes, err := used(base.start(k), s.end)
+		if err != nil {
+			return 0, err
+		}
+		n += bytes
+	}
+	changedN := min(needed.Len()-all, i.state.SizeBytes/trivet.BlockSize)
+	has, err := used(0, lbaMax)
+	if err != nil {
+		return 0, err
+	}
+	has += i.e.db.Metrics().MemTable.Size
+	return min(n+uint64(changedN)*imageVersionBytesMax, has), nil
+}
+
+// Size estimates the bytes of the whole stream, for progress.
 func (i *Image) Size() int64 { return i.size }
 
 // State that the image carries. The slices are the image's.
 func (i *Image) State() State { return i.state }
 
-// Read implements io.Reader. ErrCorrupt: a block is damaged, the stream is not complete and must not
-// be used. ErrClosed after Close, of the image or the engine.
+// Read implements io.Reader. ErrCorrupt: a block is damaged, the stream is not complete. ErrClosed after
+// Close, of the image or the engine.
 func (i *Image) Read(p []byte) (n int, err error) {
 	if err := i.e.enter(); err != nil {
 		return 0, fmt.Errorf("read image of %s: %w", i.volume, err)
@@ -233,50 +211,118 @@ func (i *Image) Read(p []byte) (n int, err error) {
 	return 0, fmt.Errorf("read image of %s: %w", i.volume, i.end)
 }
 
-// produce puts the next record, or the trailer, into buf. It returns io.EOF with the trailer.
+// produce puts the next part into buf. It returns io.EOF with the last one.
 func (i *Image) produce() error {
-	if i.snap == nil {
+	switch {
+	case i.snap == nil:
 		return trivet.ErrClosed
+	case i.lastRange:
+		i.buf = i.out.end()
+		return io.EOF
+	case !i.inside && (i.sent || i.rangeLen >= i.e.imageRangeBytes):
+		i.buf = i.out.digest(i.at(), i.versionN, i.sum.Sum(nil))
+		i.sum.Reset()
+		i.versionN, i.rangeLen, i.lastRange = 0, 0, i.sent
+		return nil
 	}
-	if !i.it.Valid() {
-		if err := i.it.Error(); err != nil {
-			return toErr(err)
+	return i.produceBlocks()
+}
+
+// at is one past the last block that is sent, or needs not be.
+func (i *Image) at() trivet.LBA {
+	if i.sent {
+		return lbaMax
+	}
+	return i.run.lba
+}
+
+// produceBlocks makes one part of blocks. A run of absent blocks costs one item, however long.
+func (i *Image) produceBlocks() error {
+	i.out.beginBlocks()
+	for i.out.len() < min(imagePartBytes, i.e.imageRangeBytes) {
+		if i.run.n == 0 {
+			next, ok := i.needed.next()
+			if !ok {
+				i.sent = true
+				break
+			}
+			i.run = next
+			i.it.SeekGE(appendBlockPrefix(i.out.key[:0], i.volume, next.lba))
 		}
-		return i.produceTrailer()
+		if err := i.produceItem(); err != nil {
+			return err
+		}
 	}
-	bk, err := decodeBlockKey(i.it.Key())
-	if err != nil {
-		return err
+	i.buf = i.out.endBlocks(i.at())
+	i.rangeLen += len(i.buf)
+	return nil
+}
+
+// produceItem appends the next version of a block of the run, or the blocks up to it that have none.
+func (i *Image) produceItem() error {
+	next := i.run.end()
+	if i.it.Valid() {
+		bk, err := decodeBlockKey(i.it.Key())
+		if err != nil {
+			return err
+		}
+		next = min(next, bk.lba)
+		if next == i.run.lba {
+			return i.produceVersion(bk)
+		}
+	} else if err := i.it.Error(); err != nil {
+		return toErr(err)
 	}
+	i.out.absent(i.run.lba, int64(next-i.run.lba))
+	i.run = extent{next, int64(i.run.end() - next)}
+	return nil
+}
+
+func (i *Image) produceVersion(bk blockKey) error {
 	data, sum, err := blockAt(i.it, bk)
 	if err != nil {
 		return err
 	}
-	kind := kindData
-	if data == nil {
-		kind = kindTombstone
-	}
-	i.scratch = appendImageRecordHead(i.scratch[:0], kind, bk, sum)
-	i.sum.Write(i.scratch) //nolint:errcheck // a hash never fails
-	i.scratch = append(i.scratch, data...)
-	i.buf = i.scratch
-	i.recordN++
-	i.sent += int64(len(i.buf))
+	i.out.version(bk, sum, data)
+	i.sum.add(bk, data == nil, sum)
+	i.versionN++
 	i.it.Next()
+	i.inside = false
+	if i.it.Valid() {
+		next, err := decodeBlockKey(i.it.Key())
+		if err != nil {
+			return err
+		}
+		i.inside = next.lba == bk.lba
+	} else if err := i.it.Error(); err != nil {
+		return toErr(err) // or an older version might be left out
+	}
+	if !i.inside {
+		i.run.lba++
+		i.run.n--
+	}
 	return nil
 }
 
-func (i *Image) produceTrailer() error {
-	i.scratch = binary.BigEndian.AppendUint64(append(i.scratch[:0], imageTrailerKind), i.recordN)
-	i.sum.Write(i.scratch) //nolint:errcheck // a hash never fails
-	i.scratch = i.sum.Sum(i.scratch)
-	i.sent += int64(len(i.scratch))
-	if i.sent != i.size {
-		// The snapshot is pinned, so this is no writer's doing: a scan lost or gained keys.
-		return fmt.Errorf("%d bytes where %d were counted: %w", i.sent, i.size, trivet.ErrCorrupt)
+// versionHash is the digest of versions of blocks: of each LBA (8), generation (4), 1 for a tombstone, else 0,
+// and the checksum that the source has (4).
+type versionHash struct {
+	hash.Hash
+	scratch [17]byte // here, or each call would allocate it
+}
+
+func newVersionHash() *versionHash { return &versionHash{Hash: sha256.New()} }
+
+func (h *versionHash) add(bk blockKey, tombstone bool, sum uint32) {
+	b := &h.scratch
+	binary.BigEndian.PutUint64(b[:], uint64(bk.lba))
+	binary.BigEndian.PutUint32(b[8:], uint32(bk.gen))
+	b[12] = 0
+	if tombstone {
+		b[12] = 1
 	}
-	i.buf = i.scratch
-	return io.EOF
+	binary.BigEndian.PutUint32(b[13:], sum)
+	h.Write(b[:]) //nolint:errcheck // a hash never fails
 }
 
 // Close unpins the image. Idempotent.

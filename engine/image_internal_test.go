@@ -26,41 +26,87 @@ func isAny(err error, targets ...error) bool {
 	return false
 }
 
-// testImage builds a stream by hand, apart from the encoder under test: blocks at LBA 0 and 2, a
-// tombstone at LBA 1.
-func testImage() []byte {
-	r := record{replica: "r", state: State{SizeBytes: 4 * trivet.BlockSize, Generation: 1, AppliedIndex: 5}}
-	h := imageHeader{volume: 1, blockN: 2, tombstoneN: 1, stateBytes: uint32(r.encodedBytes())}
-	b := appendRecord(appendImageHeader(nil, &h), 1, &r)
-	sum := sha256.New()
-	sum.Write(b)
-	for lba := range trivet.LBA(3) {
-		kind, data := kindData, patternBlock()
-		if lba == 1 {
-			kind, data = kindTombstone, nil
-		}
-		head := appendImageRecordHead(nil, kind, blockKey{1, lba, 1}, BlockSum(1, lba, data))
-		sum.Write(head)
-		b = append(append(b, head...), data...)
-	}
-	trailer := binary.BigEndian.AppendUint64([]byte{imageTrailerKind}, 3)
-	sum.Write(trailer)
-	return append(b, sum.Sum(trailer)...)
+// testStream builds streams by hand, apart from the encoder under test.
+type testStream struct {
+	b   []byte
+	sum uint32
+	n   uint64
 }
 
-// readImage decodes a whole stream and counts its records.
+func newTestStream() *testStream {
+	b := append([]byte("TRVIMG"), 0, 2)
+	return &testStream{b: b, sum: crc32.Checksum(b, castagnoli)}
+}
+
+func (s *testStream) part(kind byte, body ...[]byte) *testStream {
+	all := slices.Concat(body...)
+	p := slices.Concat([]byte{kind}, be32(uint32(len(all))), all)
+	s.sum = crc32.Update(crc32.Checksum(be32(s.sum), castagnoli), castagnoli, p)
+	s.b = append(append(s.b, p...), be32(s.sum)...)
+	s.n++
+	return s
+}
+
+func be64(x uint64) []byte { return binary.BigEndian.AppendUint64(nil, x) }
+
+func (s *testStream) begin(base coverage) *testStream {
+	r := record{replica: "r", state: State{SizeBytes: 4 * trivet.BlockSize, Generation: 1, AppliedIndex: 5}}
+	return s.part(1, be64(1), be64(0), base.append(nil), appendRecord(nil, 1, &r))
+}
+
+func (s *testStream) blocks(to uint64, items ...[]byte) *testStream {
+	return s.part(2, be64(to), slices.Concat(items...))
+}
+
+// digest is that of versions, given as their LBA (8), generation (4), 1 for a tombstone (1), sum (4).
+func (s *testStream) digest(to uint64, versions ...[]byte) *testStream {
+	d := sha256.Sum256(slices.Concat(versions...))
+	return s.part(3, be64(to), be64(uint64(len(versions))), d[:])
+}
+
+func (s *testStream) end() []byte { return s.part(4, be64(s.n)).b }
+
+func dataItem(lba uint64, gen uint32) []byte {
+	sum := BlockSum(1, trivet.LBA(lba), patternBlock())
+	return slices.Concat([]byte{1}, be64(lba), be32(gen), be32(sum), patternBlock())
+}
+
+func tombItem(lba uint64, gen uint32) []byte {
+	return slices.Concat([]byte{2}, be64(lba), be32(gen), be32(BlockSum(1, trivet.LBA(lba), nil)))
+}
+
+func absentItem(lba, n uint64) []byte { return slices.Concat([]byte{3}, be64(lba), be64(n)) }
+
+func dataVersion(lba uint64, gen uint32) []byte {
+	return slices.Concat(be64(lba), be32(gen), []byte{0}, be32(BlockSum(1, trivet.LBA(lba), patternBlock())))
+}
+
+func tombVersion(lba uint64, gen uint32) []byte {
+	return slices.Concat(be64(lba), be32(gen), []byte{1}, be32(BlockSum(1, trivet.LBA(lba), nil)))
+}
+
+// testImage has blocks at LBA 0 and 2, and a tombstone at LBA 1.
+func testImage() []byte {
+	return newTestStream().begin(wholly(0)).
+		blocks(lbaMax, dataItem(0, 1), tombItem(1, 1), dataItem(2, 1), absentItem(3, lbaMax-3)).
+		digest(lbaMax, dataVersion(0, 1), tombVersion(1, 1), dataVersion(2, 1)).end()
+}
+
+// readImage decodes a whole stream and counts its items.
 func readImage(b []byte) (n int, err error) {
 	ir, err := newImageReader(bytes.NewReader(b))
 	if err != nil {
 		return 0, err
 	}
 	for {
-		if _, _, err := ir.next(); errors.Is(err, io.EOF) {
+		p, err := ir.next()
+		if errors.Is(err, io.EOF) {
 			return n, nil
-		} else if err != nil {
+		}
+		if err != nil {
 			return n, err
 		}
-		n++
+		n += len(p.items)
 	}
 }
 
@@ -68,11 +114,15 @@ func TestImageStreamRefusesEveryDamage(t *testing.T) {
 	good := testImage()
 	n, err := readImage(good)
 	require.NoError(t, err)
-	require.Equal(t, 3, n)
+	require.Equal(t, 4, n)
 	for i := range good {
 		b := bytes.Clone(good)
 		b[i] ^= 0x10
 		_, err := readImage(b)
+		if i == 6 || i == 7 {
+			require.ErrorIs(t, err, trivet.ErrInvalid, "another version")
+			continue
+		}
 		require.ErrorIs(t, err, trivet.ErrCorrupt, "byte %d", i)
 	}
 	for n := range good {
@@ -83,28 +133,74 @@ func TestImageStreamRefusesEveryDamage(t *testing.T) {
 	require.ErrorIs(t, err, trivet.ErrCorrupt, "followed by a byte")
 }
 
-// Whole records that are well formed, but lost, doubled, swapped or out of place.
-func TestImageStreamRefusesMovedRecords(t *testing.T) {
-	good := testImage()
-	const blockBytes = imageRecordHeadBytes + trivet.BlockSize
-	end := len(good) - imageTrailerBytes
-	start := end - 2*blockBytes - imageRecordHeadBytes
-	first, second, third := good[start:start+blockBytes],
-		good[start+blockBytes:start+blockBytes+imageRecordHeadBytes], good[end-blockBytes:end]
-	far := appendImageRecordHead(nil, kindTombstone, blockKey{1, 4, 1}, BlockSum(1, 4, nil))
-	young := appendImageRecordHead(nil, kindTombstone, blockKey{1, 1, 2}, BlockSum(1, 1, nil))
-	for name, records := range map[string][][]byte{
-		"lost":                  {first, third},
-		"doubled":               {first, first, second, third},
-		"swapped":               {second, first, third},
-		"other kinds":           {first, second, second},
-		"beyond the size":       {first, third, far},
-		"beyond the generation": {first, young, third},
+// Streams with good checksums that no source makes.
+func TestImageStreamRefusesNonsense(t *testing.T) {
+	full, part := wholly(0), coverage{{1, 3}, {lbaMax, 0}}
+	rest := absentItem(3, lbaMax-3)
+	end0, d0, d2 := absentItem(1, lbaMax-1), dataVersion(0, 1), dataVersion(2, 1)
+	begin := func() *testStream { return newTestStream().begin(full) }
+	good := begin().blocks(lbaMax, dataItem(0, 1), end0).digest(lbaMax, d0)
+	_, err := readImage(good.end())
+	require.NoError(t, err)
+	_, err = readImage(newTestStream().begin(part).blocks(lbaMax, end0).digest(lbaMax).end())
+	require.NoError(t, err, "block 0 is not needed")
+	_, err = readImage(begin().blocks(0, dataItem(0, 1)).blocks(lbaMax, dataItem(0, 0), end0).
+		digest(lbaMax, d0, dataVersion(0, 0)).end())
+	require.NoError(t, err, "a block in two parts")
+	for name, b := range map[string][]byte{
+		"nothing begins":        newTestStream().blocks(0).end(),
+		"begins twice":          begin().begin(full).end(),
+		"no base":               newTestStream().begin(nil).end(),
+		"base beyond the index": newTestStream().begin(wholly(6)).end(),
+		"a hole":                begin().blocks(lbaMax, dataItem(0, 1), dataItem(2, 1), rest).digest(lbaMax, d0, d2).end(),
+		"a hole before a run":   begin().blocks(lbaMax, end0).digest(lbaMax).end(),
+		"a hole at the end":     begin().blocks(lbaMax, dataItem(0, 1)).digest(lbaMax, d0).end(),
+		"a hole in part":        newTestStream().begin(part).blocks(lbaMax, absentItem(2, lbaMax-2)).digest(lbaMax).end(),
+		"swapped":               begin().blocks(lbaMax, end0, dataItem(0, 1)).digest(lbaMax, d0).end(),
+		"doubled":               begin().blocks(lbaMax, dataItem(0, 1), dataItem(0, 1), end0).end(),
+		"newer after older":     begin().blocks(lbaMax, dataItem(0, 0), dataItem(0, 1), end0).end(),
+		"older in another part": begin().blocks(1, dataItem(0, 1)).blocks(lbaMax, dataItem(0, 0), end0).end(),
+		"beyond the size":       begin().blocks(5, absentItem(0, 4), dataItem(4, 1)).end(),
+		"beyond the generation": begin().blocks(1, dataItem(0, 2)).end(),
+		"beyond all volumes":    begin().blocks(lbaMax, absentItem(0, lbaMax+1)).end(),
+		"an empty run":          begin().blocks(lbaMax, absentItem(0, 0)).end(),
+		"unknown item":          begin().blocks(1, slices.Concat([]byte{9}, be64(0), be64(1))).end(),
+		"cut item":              begin().blocks(1, dataItem(0, 1)[:100]).end(),
+		"goes back":             begin().blocks(2, absentItem(0, 2)).blocks(1).end(),
+		"complete too early":    begin().blocks(0, absentItem(0, 2)).end(),
+		"digest elsewhere":      begin().blocks(2, absentItem(0, 2)).digest(1).end(),
+		"digest inside a block": begin().blocks(0, dataItem(0, 1)).digest(0, d0).end(),
+		"digest of fewer":       begin().blocks(lbaMax, dataItem(0, 1), end0).digest(lbaMax).end(),
+		"no digest":             begin().blocks(lbaMax, absentItem(0, lbaMax)).end(),
+		"ends early":            begin().blocks(2, absentItem(0, 2)).digest(2).end(),
+		"other number of parts": good.part(4, be64(9)).b,
+		"unknown part":          begin().part(7).end(),
 	} {
-		b := bytes.Join(append(append([][]byte{good[:start]}, records...), good[end:]), nil)
 		_, err := readImage(b)
 		require.ErrorIs(t, err, trivet.ErrCorrupt, name)
 	}
+	item := dataItem(0, 1)
+	item[20] ^= 1
+	_, err = readImage(begin().blocks(1, item).end())
+	var be *BlockError
+	require.ErrorAs(t, err, &be, "a part is sound, a block in it is not")
+}
+
+// A stream without digests is refused before it fills the memory.
+func TestImageStreamNeedsDigests(t *testing.T) {
+	s := newTestStream().begin(coverage{{lbaMax - 1, 5}, {lbaMax, 0}})
+	run := bytes.Repeat(absentItem(0, 1), imagePartBytes/imageAbsentBytes)
+	lba := uint64(0)
+	for range imageRangeBytesMax/imagePartBytes + 1 {
+		for i := 0; i < len(run); i += imageAbsentBytes {
+			copy(run[i+1:], be64(lba))
+			lba += 2
+		}
+		s.blocks(lba, run)
+	}
+	_, err := readImage(s.b)
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
+	require.ErrorContains(t, err, "no digest")
 }
 
 // FuzzImage mutates a stream with its checksums made good again, so that the fuzzer gets inside.
@@ -113,20 +209,39 @@ func FuzzImage(f *testing.F) {
 	f.Add(testImage(), true)
 	f.Add([]byte(imageMagic), true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
-		if fix && len(b) >= imageHeaderBytes {
-			b = bytes.Clone(b)
-			binary.BigEndian.PutUint32(b[40:], crc32.Checksum(b[:40], castagnoli))
-			n := int(binary.BigEndian.Uint32(b[32:]))
-			if n >= 4 && n <= len(b)-imageHeaderBytes {
-				state := b[imageHeaderBytes : imageHeaderBytes+n]
-				id := trivet.VolumeID(binary.BigEndian.Uint64(b[8:]))
-				copy(state[n-4:], be32(recordSum(id, state[:n-4])))
-			}
+		if fix {
+			b = fixImage(bytes.Clone(b))
 		}
 		if _, err := readImage(b); err != nil {
 			require.True(t, isAny(err, trivet.ErrCorrupt, trivet.ErrInvalid), "%v", err)
 		}
 	})
+}
+
+// fixImage makes the checksums of parts, and of the record, good.
+func fixImage(b []byte) []byte {
+	if len(b) < imageHeadBytes {
+		return b
+	}
+	sum := crc32.Checksum(b[:imageHeadBytes], castagnoli)
+	for at := imageHeadBytes; len(b)-at >= partHeadBytes; {
+		n := int(binary.BigEndian.Uint32(b[at+1:]))
+		if n > len(b)-at-partHeadBytes-partSumBytes {
+			break
+		}
+		body := b[at+partHeadBytes : at+partHeadBytes+n]
+		if b[at] == partBegin && n > beginFixedBytes {
+			if _, rec, ok := cutCoverage(body[beginFixedBytes:]); ok && len(rec) >= 4 {
+				id := trivet.VolumeID(binary.BigEndian.Uint64(body))
+				copy(rec[len(rec)-4:], be32(recordSum(id, rec[:len(rec)-4])))
+			}
+		}
+		end := at + partHeadBytes + n
+		sum = partSum(sum, b[at:end])
+		copy(b[end:], be32(sum))
+		at = end + partSumBytes
+	}
+	return b
 }
 
 // The stream that the engine makes is, byte for byte, the one made by hand above and kept in testdata.
@@ -148,7 +263,7 @@ func TestGoldenImage(t *testing.T) {
 	}
 	require.NoError(t, b.Zero(1, 1))
 	require.NoError(t, b.Commit(st))
-	i, err := v.Image()
+	i, err := v.Image(nil)
 	require.NoError(t, err)
 	got, err := io.ReadAll(i)
 	require.NoError(t, err)

@@ -21,11 +21,15 @@ import (
 //	| 0x03 | volume         | LBA            | ^generation |  block
 //	+------+----------------+----------------+------------+
 //	 ------------- prefix (bloom filter) ----
+//	+------+----------------+----------------+
+//	| 0x04 | volume         | applied index  |               change journal
+//	+------+----------------+----------------+
 const (
-	tableFormat byte = 0x01
-	tableVolume byte = 0x02
-	tableBlock  byte = 0x03
-	tableEnd    byte = 0x04
+	tableFormat  byte = 0x01
+	tableVolume  byte = 0x02
+	tableBlock   byte = 0x03
+	tableJournal byte = 0x04
+	tableEnd     byte = 0x05
 
 	volumeKeyBytes   = 1 + 8
 	blockPrefixBytes = 1 + 8 + 8
@@ -51,13 +55,32 @@ func appendBlockKey(dst []byte, id trivet.VolumeID, lba trivet.LBA, gen trivet.G
 	return binary.BigEndian.AppendUint32(appendBlockPrefix(dst, id, lba), ^uint32(gen))
 }
 
+func appendJournalKey(dst []byte, id trivet.VolumeID, index uint64) []byte {
+	dst = binary.BigEndian.AppendUint64(append(dst, tableJournal), uint64(id))
+	return binary.BigEndian.AppendUint64(dst, index)
+}
+
 // volumeBlocks are the bounds [lower, upper) of all block keys of a volume.
-func volumeBlocks(id trivet.VolumeID) (lower, upper []byte) {
-	lower = binary.BigEndian.AppendUint64([]byte{tableBlock}, uint64(id))
+func volumeBlocks(id trivet.VolumeID) (lower, upper []byte) { return volumeRange(tableBlock, id) }
+
+// volumeJournal are the bounds of the keys of its journal.
+func volumeJournal(id trivet.VolumeID) (lower, upper []byte) { return volumeRange(tableJournal, id) }
+
+func volumeRange(table byte, id trivet.VolumeID) (lower, upper []byte) {
+	lower = binary.BigEndian.AppendUint64([]byte{table}, uint64(id))
 	if id == math.MaxUint64 {
-		return lower, []byte{tableEnd}
+		return lower, []byte{table + 1}
 	}
-	return lower, binary.BigEndian.AppendUint64([]byte{tableBlock}, uint64(id)+1)
+	return lower, binary.BigEndian.AppendUint64([]byte{table}, uint64(id)+1)
+}
+
+// decodeJournalKey returns ErrCorrupt for anything that appendJournalKey does not make.
+func decodeJournalKey(k []byte) (id trivet.VolumeID, index uint64, err error) {
+	if len(k) != journalKeyBytes || k[0] != tableJournal {
+		return 0, 0, fmt.Errorf("journal key %x: want %d bytes of table %#x: %w", k, journalKeyBytes, tableJournal,
+			trivet.ErrCorrupt)
+	}
+	return trivet.VolumeID(binary.BigEndian.Uint64(k[1:])), binary.BigEndian.Uint64(k[9:]), nil
 }
 
 // decodeVolumeKey returns ErrCorrupt for anything that appendVolumeKey does not make.

@@ -44,8 +44,7 @@ func (e *Engine) createVolume(id trivet.VolumeID, replica trivet.ReplicaID, size
 	b := e.db.NewBatch()
 	defer func() { _ = b.Close() }() // memory only
 	// Nothing should be there. If anything is, it is another volume's past, not this one's content.
-	lower, upper := volumeBlocks(id)
-	if err := b.DeleteRange(lower, upper, nil); err != nil {
+	if err := deleteContent(b, id); err != nil {
 		return err
 	}
 	if err := setRecord(b, id, &r); err != nil {
@@ -97,8 +96,7 @@ func (e *Engine) DropVolume(id trivet.VolumeID) error {
 func (e *Engine) dropLocked(id trivet.VolumeID) error {
 	b := e.db.NewBatch()
 	defer func() { _ = b.Close() }() // memory only
-	lower, upper := volumeBlocks(id)
-	if err := b.DeleteRange(lower, upper, nil); err != nil {
+	if err := deleteContent(b, id); err != nil {
 		return err
 	}
 	if err := b.Delete(appendVolumeKey(nil, id), nil); err != nil {
@@ -145,6 +143,17 @@ func (e *Engine) volumes() (ids []trivet.VolumeID, err error) {
 		ids = append(ids, id)
 	}
 	return ids, nil
+}
+
+// deleteContent adds the removal of all blocks of a volume, and of its journal, to a batch.
+func deleteContent(b *pebble.Batch, id trivet.VolumeID) error {
+	for _, bounds := range []func(trivet.VolumeID) (lower, upper []byte){volumeBlocks, volumeJournal} {
+		lower, upper := bounds(id)
+		if err := b.DeleteRange(lower, upper, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // setRecord adds the record of a volume to a batch.

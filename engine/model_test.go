@@ -172,14 +172,13 @@ func (m *machine) copyTo(from, to trivet.VolumeID) {
 	if dst == nil {
 		return
 	}
-	image, err := m.volume(from).Image()
+	image, err := m.volume(from).Image(nil)
 	require.NoError(m.t, err)
 	defer func() { require.NoError(m.t, image.Close()) }()
 	require.Equal(m.t, src.state, image.State())
 	m.apply(from, src) // must not show in the image
 	b, err := io.ReadAll(image)
 	require.NoError(m.t, err)
-	require.Len(m.t, b, int(image.Size()))
 	err = m.volume(to).Restore(bytes.NewReader(b))
 	if image.State().AppliedIndex < dst.state.AppliedIndex {
 		require.ErrorIs(m.t, err, trivet.ErrInvalid)

@@ -44,34 +44,41 @@ func (s State) check() error {
 	return nil
 }
 
-// record is what the volume key holds: the State, whose replica this is, and whether a Restore is
-// under way. While restoring, state is the one from before, kept as the floor for index and epoch.
+// record is what the volume key holds: the State, whose replica this is, how far the change journal
+// reaches, and whether a Restore is under way. While restoring, state is the one from before, with index
+// and epoch raised to what the Restore was moving to: the floor for any other image.
 type record struct {
 	replica   trivet.ReplicaID
 	restoring bool
 	state     State
+	journal   journal
+	have      coverage // set while restoring only, and never changed in place
 }
 
-// The volume record, version 1, big endian. crc is CRC32C over the volume ID (8) and all before it:
+// The volume record, version 2, big endian. crc is CRC32C over the volume ID (8) and all before it:
 //
-//	 0         1       2          4            12           16      24      32      40
-//	+---------+-------+----------+------------+------------+-------+-------+-------+
-//	| version | flags | reserved | size bytes | generation | epoch | index | term  |
-//	+---------+-------+----------+---+--------+----+-------+-+-----+--+----+---+---+
-//	| replica length (2) | replica | length (4)   | session | length (4) | config | crc (4) |
-//	+--------------------+---------+--------------+---------+------------+--------+---------+
+//	 0         1       2          4            12           16      24      32     40      48      56
+//	+---------+-------+----------+------------+------------+-------+-------+------+-------+-------+
+//	| version | flags | reserved | size bytes | generation | epoch | index | term | floor | bytes |
+//	+---------+-------+----------+---+--------+----+-------+-+-----+--+----+---+--+-------+-------+
+//	| replica length (2) | replica | length (4) | session | length (4) | config | coverage | crc (4) |
+//	+--------------------+---------+------------+---------+------------+--------+----------+---------+
 //
-// flags: bit 0 = restoring. Reserved and unknown bits are zero.
+// flags: bit 0 = restoring; a coverage (coverage.go) has spans then, and only then. Reserved and unknown
+// bits are zero. floor and bytes are those of the change journal (journal.go). Version 1 had neither
+// these two nor a coverage: its journal begins at its index, and of an interrupted Restore nothing is known.
 const (
-	recordVersion    byte = 1
-	flagRestoring    byte = 1
-	recordFixedBytes      = 40
-	recordBytesMin        = recordFixedBytes + 2 + 4 + 4 + 4
-	recordBytesMax        = recordBytesMin + replicaBytesMax + StateBytesMax
+	recordVersion      byte = 2
+	flagRestoring      byte = 1
+	recordFixedBytes        = 56
+	recordV1FixedBytes      = 40
+	recordBytesMin          = recordV1FixedBytes + 2 + 4 + 4 + 4
+	recordBytesMax          = recordFixedBytes + 2 + 4 + 4 + 4 + replicaBytesMax + StateBytesMax + 2 + 16*coverageSpansMax
 )
 
 func (r *record) encodedBytes() int {
-	return recordBytesMin + len(r.replica) + len(r.state.Session) + len(r.state.Config)
+	return recordFixedBytes + 2 + 4 + 4 + 4 + len(r.replica) + len(r.state.Session) + len(r.state.Config) +
+		r.have.encodedBytes()
 }
 
 // appendRecord appends the encoding of r as a record of the volume id.
@@ -87,9 +94,12 @@ func appendRecord(dst []byte, id trivet.VolumeID, r *record) []byte {
 	dst = be.AppendUint64(dst, uint64(s.Epoch))
 	dst = be.AppendUint64(dst, s.AppliedIndex)
 	dst = be.AppendUint64(dst, s.AppliedTerm)
+	dst = be.AppendUint64(dst, r.journal.floor)
+	dst = be.AppendUint64(dst, uint64(r.journal.bytes))
 	dst = append(be.AppendUint16(dst, uint16(len(r.replica))), r.replica...)
 	dst = append(be.AppendUint32(dst, uint32(len(s.Session))), s.Session...)
 	dst = append(be.AppendUint32(dst, uint32(len(s.Config))), s.Config...)
+	dst = r.have.append(dst)
 	return be.AppendUint32(dst, recordSum(id, dst[start:]))
 }
 
@@ -117,7 +127,7 @@ func decodeRecord(id trivet.VolumeID, b []byte) (record, error) {
 		return record{}, fmt.Errorf("record of %s: version %d is newer than %d, which this program knows: %w",
 			id, body[0], recordVersion, trivet.ErrInvalid)
 	}
-	if body[0] != recordVersion || body[1]&^flagRestoring != 0 || body[2] != 0 || body[3] != 0 {
+	if body[0] == 0 || body[1]&^flagRestoring != 0 || body[2] != 0 || body[3] != 0 {
 		return bad("version and flags %x", body[:4])
 	}
 	r := record{restoring: body[1]&flagRestoring != 0, state: State{
@@ -127,17 +137,34 @@ func decodeRecord(id trivet.VolumeID, b []byte) (record, error) {
 		AppliedIndex: be.Uint64(body[24:]),
 		AppliedTerm:  be.Uint64(body[32:]),
 	}}
-	rest := body[recordFixedBytes:]
+	rest := body[recordV1FixedBytes:]
+	if r.journal.floor = r.state.AppliedIndex; body[0] > 1 {
+		if len(body) < recordFixedBytes {
+			return bad("%d bytes are too few", len(b))
+		}
+		r.journal = journal{be.Uint64(body[40:]), int64(be.Uint64(body[48:]))}
+		rest = body[recordFixedBytes:]
+	}
 	replica, rest, ok1 := cutField(rest, 2)
 	session, rest, ok2 := cutField(rest, 4)
 	config, rest, ok3 := cutField(rest, 4)
-	if !ok1 || !ok2 || !ok3 || len(rest) != 0 || len(replica) == 0 || len(replica) > replicaBytesMax {
+	ok4 := true
+	if body[0] > 1 {
+		r.have, rest, ok4 = cutCoverage(rest)
+	} else if r.restoring {
+		r.have = wholly(0)
+	}
+	if !ok1 || !ok2 || !ok3 || !ok4 || len(rest) != 0 || len(replica) == 0 || len(replica) > replicaBytesMax {
 		return bad("lengths do not add up")
 	}
 	r.replica = trivet.ReplicaID(replica)
 	r.state.Session, r.state.Config = slices.Clone(session), slices.Clone(config)
 	if err := r.state.check(); err != nil {
 		return bad("%v", err)
+	}
+	if r.restoring != (r.have != nil) || r.have.ceiling() > r.state.AppliedIndex || r.journal.bytes < 0 {
+		return bad("restoring %t, coverage %v at index %d, journal of %d bytes", r.restoring, r.have,
+			r.state.AppliedIndex, r.journal.bytes)
 	}
 	return r, nil
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -10,19 +11,23 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// restoreBatchBytes bounds one batch of a Restore, and with it memory.
-const restoreBatchBytes = 1 << 20
-
-// Restore replaces blocks and State by an image, of this volume or of another; ID and Replica stay. r
-// must end with the image. It is durable when Restore returns.
+// Restore brings blocks and State to those of an image: one made for what Want tells, or of everything, of this
+// volume or of another; ID and Replica stay. r must end with the image. It is durable when Restore
+// returns.
 //
-// First the mark that a restore is under way goes to disk, then the content is replaced batch by batch,
-// and the last batch, with the State, takes the mark off. After a crash or an error in between the
-// volume is Restoring until a Restore completes; nothing of the old content comes back (H5).
+// First the mark that a restore is under way goes to disk, then blocks are replaced batch by batch. Whenever
+// the image has a digest, which is each 32 MiB, what was replaced is made durable, read back and compared, and
+// only then claimed by Want. The last batch, with the State, takes the mark off. After a crash or an error in
+// between, the volume is Restoring until a Restore completes: with the same image or with one of any source
+// that is not behind, made for the Want of then. Nothing of the old content comes back, and nothing
+// that was replaced counts as it was (H5). The change journal begins anew at the restored index.
 //
-// ErrCorrupt: the stream is damaged, cut off or followed by something. ErrInvalid: the image is older
-// than the volume, by applied index or epoch, or of a newer format; ErrNoSpace: it does not fit;
-// ErrInUse: a batch is open. These three change nothing.
+// ErrCorrupt: the stream is damaged, cut off or followed by something, or the volume does not hold what was
+// written to it; the latter is transferred again by the next Restore. ErrNoSpace: it does not fit.
+// ErrInvalid: the image builds on what the volume does not have, is older than it, by applied index or epoch, or,
+// unless it is of everything, than what an interrupted Restore was moving to, or is of another format; ErrInUse: a
+// batch is open.
+// These two change nothing.
 func (v *Volume) Restore(r io.Reader) error {
 	if err := v.restore(r); err != nil {
 		return fmt.Errorf("restore %s: %w", v.id, err)
@@ -34,122 +39,95 @@ func (v *Volume) restore(r io.Reader) error {
 	if err := v.becomeApplier(true); err != nil {
 		return err
 	}
-	defer v.endApplier()
+	defer v.endApplier(nil)
 	ir, err := newImageReader(r)
 	if err != nil {
 		return err
 	}
-	if err := v.mayRestore(ir); err != nil {
+	if err := v.mayRestore(&ir.begin); err != nil {
 		return err
 	}
-	if err := v.beginRestore(); err != nil {
+	if err := v.beginRestore(&ir.begin); err != nil {
 		return err
 	}
-	b := v.e.newBatch()
-	defer func() { _ = b.Close() }() // memory only
-	lower, upper := volumeBlocks(v.id)
-	if err := b.DeleteRange(lower, upper, nil); err != nil {
-		return err
+	x := &restorer{v: v, begin: &ir.begin, received: newVersionHash()}
+	if err := x.run(ir); err != nil {
+		return errors.Join(err, x.settle())
 	}
-	for {
-		bk, data, err := ir.next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		if err := v.restoreBlock(b, bk, data); err != nil {
-			return err
-		}
-		if b.Len() < restoreBatchBytes {
-			continue
-		}
-		if err := v.step(b, nil); err != nil {
-			return err
-		}
-		if err := b.Close(); err != nil {
-			return err
-		}
-		b = v.e.newBatch()
-	}
-	return v.finishRestore(b, &record{replica: v.replica, state: ir.record.state})
+	return v.finishRestore(&ir.begin)
 }
 
 // mayRestore refuses an image before anything is touched.
-func (v *Volume) mayRestore(ir *imageReader) error {
+func (v *Volume) mayRestore(b *imageBegin) error {
 	v.mu.Lock()
-	old, next := v.rec.state, ir.record.state
+	old, have, restoring := v.rec.state, v.rec.covers(), v.rec.restoring
 	v.mu.Unlock()
-	if next.AppliedIndex < old.AppliedIndex || next.Epoch < old.Epoch {
+	next := &b.record.state
+	if b.startsOver(restoring) {
+		// It replaces all that an interrupted Restore had brought, so it need not be as new as that. Without this two
+		// of three replicas could wait for the third for ever: one half restored, the other a little behind.
+	} else if next.AppliedIndex < old.AppliedIndex || next.Epoch < old.Epoch {
 		return fmt.Errorf("image at index %d, epoch %d is older than the volume at %d, %d: %w", next.AppliedIndex,
 			next.Epoch, old.AppliedIndex, old.Epoch, trivet.ErrInvalid)
+	}
+	if !have.covers(b.base) || b.base.ceiling() > 0 && b.volume != v.id {
+		return fmt.Errorf("image of %s builds on %v, the volume has %v: %w", b.volume, b.base, have, trivet.ErrInvalid)
 	}
 	if err := v.e.enterWrite(); err != nil {
 		return err
 	}
 	defer v.e.exit()
-	used, err := v.usedBytes() // comes back once the old content is dropped
-	if err != nil {
-		return err
+	need := int64(b.estimateBytes)
+	if b.base.ceiling() == 0 {
+		used, err := v.usedBytes() // comes back as the old content is replaced
+		if err != nil {
+			return err
+		}
+		need -= used
 	}
-	if need := ir.header.size() - used; need > 0 && !v.e.space.hasRoom(need) {
-		return fmt.Errorf("image of %d bytes, %d in use by the old content: %w", ir.header.size(), used,
-			trivet.ErrNoSpace)
+	if need > 0 && !v.e.space.hasRoom(need) {
+		return fmt.Errorf("image needs about %d bytes more: %w", need, trivet.ErrNoSpace)
 	}
 	return nil
 }
 
-// beginRestore makes the mark durable. From here on the blocks are unusable.
-func (v *Volume) beginRestore() error {
+// beginRestore makes the mark durable, with what the image moves to as the floor for any later one. From here
+// on the blocks are unusable, though none has changed: what was claimed before still holds.
+func (v *Volume) beginRestore(img *imageBegin) error {
 	if err := v.e.enterWrite(); err != nil {
 		return err
 	}
 	defer v.e.exit()
 	v.mu.Lock()
-	next := record{replica: v.replica, restoring: true, state: v.rec.state.clone()}
+	next := record{replica: v.replica, restoring: true, state: v.rec.state.clone(), have: v.rec.covers()}
 	v.usable.Store(v.usable.Load() | 1)
+	if img.startsOver(v.rec.restoring) && img.record.state.AppliedIndex < next.state.AppliedIndex {
+		next.have = wholly(0) // what is claimed may be newer than the image
+	}
 	v.mu.Unlock()
+	next.state.AppliedIndex, next.state.Epoch = img.record.state.AppliedIndex, img.record.state.Epoch
 	b := v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
+	var err error
+	if next.journal, err = v.journalAnew(b, next.state.AppliedIndex); err != nil {
+		return err
+	}
 	if err := v.apply(b, &next); err != nil {
 		return err
 	}
 	return v.e.flush()
 }
 
-// restoreBlock adds a block of the image to a batch. The checksum names volume and place, so it is made
-// anew for this volume; imageReader has just verified the data under the old one.
-func (v *Volume) restoreBlock(b *pebble.Batch, bk blockKey, data []byte) error {
-	n := dataValueBytes
-	if data == nil {
-		n = valueHeadBytes
-	}
-	op := b.SetDeferred(blockKeyBytes, n)
-	appendBlockKey(op.Key[:0], v.id, bk.lba, bk.gen)
-	if data == nil {
-		putTombstone(op.Value, place(op.Key))
-	} else {
-		putData(op.Value, data, place(op.Key))
-	}
-	return op.Finish()
-}
-
-// step commits one batch of a restore. The engine may close between two steps, never during one.
-func (v *Volume) step(b *pebble.Batch, next *record) error {
-	if err := v.e.enterWrite(); err != nil {
-		return err
-	}
-	defer v.e.exit()
-	return v.apply(b, next)
-}
-
 // finishRestore takes the mark off, with the new state, and makes it durable before anybody reads.
-func (v *Volume) finishRestore(b *pebble.Batch, next *record) error {
+func (v *Volume) finishRestore(img *imageBegin) error {
 	if err := v.e.enterWrite(); err != nil {
 		return err
 	}
 	defer v.e.exit()
+	next := &record{replica: v.replica, state: img.record.state}
+	next.journal.floor = next.state.AppliedIndex
+	b := v.e.newBatch()
+	defer func() { _ = b.Close() }() // memory only
 	if err := setRecord(b, v.id, next); err != nil {
 		return err
 	}
@@ -164,6 +142,249 @@ func (v *Volume) finishRestore(b *pebble.Batch, next *record) error {
 	defer v.mu.Unlock()
 	if !v.dropped {
 		v.usable.Store(v.usable.Load() + 1)
+	}
+	return nil
+}
+
+// restorer is a Restore after the mark. It works through the image in ranges, each up to a digest.
+type restorer struct {
+	v     *Volume
+	begin *imageBegin
+
+	claimed  trivet.LBA   // below it everything is verified, durable but for the record, and claimed
+	written  trivet.LBA   // below it everything is in the store
+	extents  []extent     // the blocks that the image has had items of since claimed
+	received *versionHash // of their versions, as received
+	inside   trivet.LBA   // one past the last block that has had an item
+}
+
+// run works through all parts.
+func (x *restorer) run(ir *imageReader) error {
+	for {
+		p, err := ir.next()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil // complete: nothing is left unclaimed, see imageReader
+		case err != nil:
+			return err
+		case p.kind == partDigest:
+			err = x.verify(p.to, p.digest)
+		default:
+			err = x.write(&p)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// write puts one part of blocks into the store. The engine may close between two, never during one.
+func (x *restorer) write(p *imagePart) error {
+	e := x.v.e
+	if err := e.enterWrite(); err != nil {
+		return err
+	}
+	defer e.exit()
+	b := e.newBatch()
+	defer func() { _ = b.Close() }() // memory only
+	if err := x.deleteOld(b, p.items); err != nil {
+		return err
+	}
+	for i := range p.items {
+		if err := x.put(b, &p.items[i]); err != nil {
+			return err
+		}
+	}
+	if !e.space.hasRoom(int64(b.Len())) {
+		return fmt.Errorf("part of an image up to block %d: %w", p.to, trivet.ErrNoSpace)
+	}
+	if err := x.v.apply(b, nil); err != nil {
+		return err
+	}
+	for i := range p.items {
+		it := &p.items[i]
+		x.note(extent{it.lba, it.blockN})
+		if it.kind != itemAbsent {
+			x.received.add(blockKey{lba: it.lba, gen: it.gen}, it.kind == kindTombstone, it.sum)
+		}
+	}
+	x.written = p.to
+	return nil
+}
+
+// note adds blocks that have had an item.
+func (x *restorer) note(n extent) {
+	x.inside = max(x.inside, n.end())
+	if k := len(x.extents); k > 0 && n.lba <= x.extents[k-1].end() {
+		x.extents[k-1].n = int64(max(x.extents[k-1].end(), n.end()) - x.extents[k-1].lba)
+		return
+	}
+	x.extents = append(x.extents, n)
+}
+
+// deleteOld removes all versions of the blocks that items stand for, but for a block that the part before began.
+func (x *restorer) deleteOld(b *pebble.Batch, items []imageItem) (err error) {
+	if len(items) == 0 {
+		return nil
+	}
+	last := items[len(items)-1]
+	it, err := x.v.e.db.NewIter(&pebble.IterOptions{
+		LowerBound: appendBlockPrefix(nil, x.v.id, items[0].lba),
+		UpperBound: appendBlockPrefix(nil, x.v.id, last.lba+trivet.LBA(last.blockN)),
+	})
+	if err != nil {
+		return toErr(err)
+	}
+	defer func() { err = closeIter(it, err) }()
+	run := extent{lba: x.inside}
+	for i := range items {
+		next := extent{items[i].lba, items[i].blockN}
+		switch {
+		case next.end() <= run.end(): // another version, or of the part before
+		case next.lba <= run.end():
+			run.n = int64(next.end() - run.lba)
+		default:
+			if err := deleteRun(b, it, x.v.id, run); err != nil {
+				return err
+			}
+			run = next
+		}
+	}
+	return deleteRun(b, it, x.v.id, run)
+}
+
+// deleteRun removes all versions of a run of blocks. One range tombstone stands for many points, and none
+// for none (deleteRangeFromN).
+func deleteRun(b *pebble.Batch, it *pebble.Iterator, id trivet.VolumeID, run extent) error {
+	if run.n == 0 {
+		return nil
+	}
+	start, end := appendBlockPrefix(nil, id, run.lba), appendBlockPrefix(nil, id, run.end())
+	ok := it.SeekGE(start) && bytes.Compare(it.Key(), end) < 0
+	if ok && run.n >= deleteRangeFromN {
+		return b.DeleteRange(start, end, nil)
+	}
+	for ; ok; ok = it.Next() && bytes.Compare(it.Key(), end) < 0 {
+		if err := b.Delete(it.Key(), nil); err != nil {
+			return err
+		}
+	}
+	return toErr(it.Error())
+}
+
+// put adds a version to a batch. The checksum names volume and place, so it is made anew for this
+// volume; imageReader has just verified the data under the old one.
+func (x *restorer) put(b *pebble.Batch, it *imageItem) error {
+	switch it.kind {
+	case kindData:
+		op := b.SetDeferred(blockKeyBytes, dataValueBytes)
+		appendBlockKey(op.Key[:0], x.v.id, it.lba, it.gen)
+		putData(op.Value, it.data, place(op.Key))
+		return op.Finish()
+	case kindTombstone:
+		op := b.SetDeferred(blockKeyBytes, valueHeadBytes)
+		appendBlockKey(op.Key[:0], x.v.id, it.lba, it.gen)
+		putTombstone(op.Value, place(op.Key))
+		return op.Finish()
+	}
+	return nil
+}
+
+// verify compares what the store has, since the digest before and up to a block, with a digest of the source or of
+// what was received. When they differ, nothing is claimed of it any more.
+func (x *restorer) verify(to trivet.LBA, digest [32]byte) error {
+	e := x.v.e
+	if err := e.enterWrite(); err != nil {
+		return err
+	}
+	defer e.exit()
+	if err := e.flush(); err != nil { // first: what is read back is what the disk has
+		return err
+	}
+	got, err := x.readBack()
+	if err == nil && got != digest {
+		err = fmt.Errorf("blocks %d to %d read back as %x, want %x: %w", x.claimed, to, got, digest, trivet.ErrCorrupt)
+	}
+	index := x.begin.record.state.AppliedIndex
+	if err != nil {
+		if !errors.Is(err, trivet.ErrCorrupt) {
+			return err
+		}
+		to, index = max(to, x.inside), 0
+	}
+	claimErr := x.claim(to, index)
+	x.claimed, x.extents = to, x.extents[:0]
+	x.received.Reset()
+	if err != nil && claimErr == nil {
+		claimErr = e.flush()
+	}
+	return errors.Join(err, claimErr)
+}
+
+// claim says from now on that the blocks not claimed yet, up to one, are as of an index. REQUIRES: entered.
+func (x *restorer) claim(to trivet.LBA, index uint64) error {
+	if to == x.claimed {
+		return nil
+	}
+	x.v.mu.Lock()
+	next := x.v.rec
+	next.state = next.state.clone()
+	x.v.mu.Unlock()
+	next.have = next.have.set(x.claimed, to, index)
+	b := x.v.e.newBatch()
+	defer func() { _ = b.Close() }() // memory only
+	return x.v.apply(b, &next)
+}
+
+// readBack is the digest of what the store has of the blocks written since the last one.
+func (x *restorer) readBack() (d [32]byte, err error) {
+	h := newVersionHash()
+	if len(x.extents) == 0 {
+		return [32]byte(h.Sum(nil)), nil
+	}
+	it, err := x.v.e.db.NewIter(&pebble.IterOptions{
+		LowerBound: appendBlockPrefix(nil, x.v.id, x.extents[0].lba),
+		UpperBound: appendBlockPrefix(nil, x.v.id, x.extents[len(x.extents)-1].end()),
+	})
+	if err != nil {
+		return d, toErr(err)
+	}
+	defer func() { err = closeIter(it, err) }()
+	for _, run := range x.extents {
+		end := appendBlockPrefix(nil, x.v.id, run.end())
+		ok := it.SeekGE(appendBlockPrefix(nil, x.v.id, run.lba))
+		for ; ok && bytes.Compare(it.Key(), end) < 0; ok = it.Next() {
+			bk, err := decodeBlockKey(it.Key())
+			if err != nil {
+				return d, err
+			}
+			data, sum, err := blockAt(it, bk)
+			if err != nil {
+				return d, err
+			}
+			if x.begin.volume != x.v.id { // the source's sum names its own volume
+				sum = BlockSum(x.begin.volume, bk.lba, data)
+			}
+			h.add(bk, data == nil, sum)
+		}
+		if err := it.Error(); err != nil {
+			return d, toErr(err)
+		}
+	}
+	return [32]byte(h.Sum(nil)), nil
+}
+
+// settle claims what was written before the image broke off, so that it need not come again. What it cannot
+// verify stays unclaimed.
+func (x *restorer) settle() error {
+	if len(x.extents) == 0 && x.written == x.claimed || x.written < x.claimed {
+		return nil
+	}
+	if err := x.verify(x.written, [32]byte(x.received.Sum(nil))); err != nil {
+		return fmt.Errorf("what arrived before: %w", err)
+	}
+	if err := x.v.e.Flush(); err != nil {
+		return fmt.Errorf("what arrived before: %w", err)
 	}
 	return nil
 }

@@ -129,17 +129,16 @@ func (s *script) image(d *datadriven.TestData, v *engine.Volume) error {
 	d.ScanArgs(s.t, "image", &name)
 	switch d.Cmd {
 	case "pin":
-		i, err := v.Image()
+		i, err := v.Image(nil)
 		s.pinned[name] = i
 		return err
 	case "unpin": // reads what was pinned
 		i := s.pinned[name]
 		b, err := io.ReadAll(i)
 		s.images[name] = b
-		require.Len(s.t, b, int(i.Size()))
 		return errors.Join(err, i.Close())
 	case "image":
-		i, err := v.Image()
+		i, err := v.Image(nil)
 		if err != nil {
 			return err
 		}

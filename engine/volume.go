@@ -30,6 +30,7 @@ type Volume struct {
 	rec     record
 	applier bool // a Batch is open or a Restore runs
 	dropped bool
+	touched []extent // buffer of the one Batch
 }
 
 func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
@@ -246,10 +247,14 @@ func (v *Volume) becomeApplier(restore bool) error {
 	return nil
 }
 
-func (v *Volume) endApplier() {
+// endApplier gives the volume free, and the buffer of a Batch back.
+func (v *Volume) endApplier(touched []extent) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.applier = false
+	if cap(touched) > 0 && cap(touched) <= touchedRetainedN {
+		v.touched = touched
+	}
 }
 
 // apply commits a batch of this volume, and sets its record when next is not nil.

@@ -58,7 +58,8 @@ type Agent struct {
 
 	mu      sync.Mutex
 	workers map[trivet.VolumeID]*worker
-	orphans map[trivet.VolumeID][]placed // found at the start, not yet given to a worker
+	orphans map[trivet.VolumeID][]placed      // found at the start, not yet given to a worker
+	fills   map[trivet.VolumeID]trivet.NodeID // volumes of which a new replica is filled from here, and where
 }
 
 // openAgent starts an agent.
@@ -70,6 +71,7 @@ func openAgent(cfg agentConfig, cat Catalogue, host replicaHost) *Agent {
 		cfg: cfg, cat: cat, host: host, diskSet: make(map[trivet.DiskID]bool, len(cfg.Disks)),
 		log: loggerOr(cfg.Logger), registered: make(chan struct{}), stop: cancel, group: group,
 		workers: make(map[trivet.VolumeID]*worker), orphans: maps.Clone(cfg.OnDisk),
+		fills: make(map[trivet.VolumeID]trivet.NodeID),
 	}
 	for id := range cfg.Disks {
 		a.diskSet[id] = true
@@ -124,7 +126,7 @@ func (a *Agent) wake(ctx context.Context) {
 		a.ensureLocked(ctx, id)
 	}
 	for _, v := range st.Volumes() {
-		if v.ReplicaOn(a.cfg.ID) != nil {
+		if concerns(a.cfg.ID, a.diskSet, &v) {
 			a.ensureLocked(ctx, v.ID)
 		}
 		if w := a.workers[v.ID]; w != nil && w.seen != v.Revision {
@@ -146,7 +148,7 @@ func (a *Agent) ensureLocked(ctx context.Context, id trivet.VolumeID) {
 	}
 	w := &worker{
 		agent: a, volume: id, poked: make(chan struct{}, 1), log: a.log.With("volume", id),
-		onDisk: a.orphans[id], ignored: make(map[placed]bool),
+		onDisk: a.orphans[id], ignored: make(map[placed]bool), lost: make(map[placed]bool),
 	}
 	delete(a.orphans, id)
 	a.workers[id] = w

@@ -12,6 +12,7 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
@@ -191,9 +192,13 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 }
 
 func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, error) {
+	find := func() []raftgroup.Member {
+		now, _ := a.cat.Local().Volume(v.ID) // gone: nobody
+		return mayLead(&now)
+	}
 	group, err := a.openGroup(replication.VolumeConfig{
-		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: epoch, IOTimeout: a.ioTimeout, Members: membersOf(v),
-		Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
+		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: epoch, IOTimeout: a.ioTimeout, Members: mayLead(v), FindMembers: find,
+		ReadConsistency: readsOf(v), Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)

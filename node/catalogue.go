@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 // Catalogue is the node's way to the catalogue: a local copy to plan by, a linearizable read for
@@ -59,6 +61,15 @@ func Authorizer(cat Catalogue) func(from trivet.NodeID, volume trivet.VolumeID, 
 	}
 }
 
+// memberChecker returns what a group asks about a replica that its own configuration does not know: whether
+// the local copy of the catalogue has it on that node, as one that may be in the group (H37).
+func memberChecker(cat Catalogue) func(trivet.VolumeID, trivet.ReplicaID, trivet.NodeID) bool {
+	return func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool {
+		v, ok := cat.Local().Volume(volume)
+		return ok && slices.Contains(mayLead(&v), raftgroup.Member{Replica: replica, Node: node})
+	}
+}
+
 // replicaHost is what the agent needs of replication.Host.
 type replicaHost interface {
 	CreateReplica(ctx context.Context, s replication.ReplicaSpec) error
@@ -77,6 +88,9 @@ type runningReplica interface {
 	Fence(ctx context.Context, epoch trivet.Epoch) error
 	Wipe(ctx context.Context, epoch trivet.Epoch) error
 	TransferTo(ctx context.Context, to trivet.ReplicaID) error
+	AddLearner(ctx context.Context, m raftgroup.Member) error
+	Promote(ctx context.Context, id trivet.ReplicaID) error
+	Remove(ctx context.Context, id trivet.ReplicaID) error
 }
 
 // realHost is the Host of package replication behind replicaHost.

@@ -2,7 +2,13 @@ package node
 
 import (
 	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"hash/crc32"
+	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -158,7 +164,8 @@ func (c *fakeCatalogue) report(id trivet.VolumeID, i int, s meta.ReplicaState) {
 type fakeHost struct {
 	mu       sync.Mutex
 	made     map[trivet.VolumeID]trivet.ReplicaID
-	lost     map[trivet.VolumeID]error // what OpenReplica says
+	members  map[trivet.VolumeID][]raftgroup.Member // of the spec it was made with
+	lost     map[trivet.VolumeID]error              // what OpenReplica says
 	open     map[trivet.VolumeID]*fakeReplica
 	created  int
 	blockOn  trivet.VolumeID // CreateReplica of it hangs
@@ -169,6 +176,7 @@ func newFakeHost() *fakeHost {
 	return &fakeHost{
 		made: make(map[trivet.VolumeID]trivet.ReplicaID), lost: make(map[trivet.VolumeID]error),
 		open: make(map[trivet.VolumeID]*fakeReplica), createIn: make(chan struct{}),
+		members: make(map[trivet.VolumeID][]raftgroup.Member),
 	}
 }
 
@@ -183,7 +191,7 @@ func (h *fakeHost) CreateReplica(ctx context.Context, s replication.ReplicaSpec)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.made[s.Volume] = s.Replica
+	h.made[s.Volume], h.members[s.Volume] = s.Replica, s.Members
 	h.created++
 	return nil
 }
@@ -199,7 +207,7 @@ func (h *fakeHost) OpenReplica(_ context.Context, s replication.ReplicaSpec) err
 	}
 	if h.open[s.Volume] == nil {
 		h.open[s.Volume] = &fakeReplica{changed: make(chan struct{}), status: replication.ReplicaStatus{
-			Status: raftgroup.Status{Members: s.Members},
+			Status: raftgroup.Status{Members: h.members[s.Volume]}, Replica: s.Replica,
 		}}
 	}
 	return nil
@@ -254,6 +262,9 @@ type fakeReplica struct {
 	fenced   []trivet.Epoch
 	wiped    []trivet.Epoch
 	fenceErr error
+	stays    bool // leadership, whatever TransferTo wants
+	lags     bool // its learners
+	promotes int
 }
 
 func (r *fakeReplica) lead(on bool) {
@@ -310,6 +321,84 @@ func (r *fakeReplica) Wipe(_ context.Context, epoch trivet.Epoch) error {
 }
 
 func (r *fakeReplica) TransferTo(context.Context, trivet.ReplicaID) error {
+	r.mu.Lock()
+	stays := r.stays
+	r.mu.Unlock()
+	if stays {
+		return trivet.ErrUnavailable
+	}
 	r.lead(false)
 	return nil
+}
+
+func (r *fakeReplica) AddLearner(_ context.Context, m raftgroup.Member) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m.Learner = true
+	r.status.Members = append(slices.Clone(r.status.Members), m)
+	return nil
+}
+
+func (r *fakeReplica) Promote(_ context.Context, id trivet.ReplicaID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.promotes++
+	if r.lags {
+		return trivet.ErrPending
+	}
+	r.status.Members = slices.Clone(r.status.Members)
+	for i := range r.status.Members {
+		if r.status.Members[i].Replica == id {
+			r.status.Members[i].Learner = false
+		}
+	}
+	return nil
+}
+
+func (r *fakeReplica) Remove(_ context.Context, id trivet.ReplicaID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Members = slices.DeleteFunc(slices.Clone(r.status.Members), func(m raftgroup.Member) bool {
+		return m.Replica == id
+	})
+	return nil
+}
+
+// edit changes a volume's record past all rules, for states that no command of this package's tests makes.
+func (c *fakeCatalogue) edit(id trivet.VolumeID, f func(*meta.Volume)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b, err := c.machine.State().EncodeImage()
+	if err != nil {
+		panic(err)
+	}
+	revision := c.machine.State().Revision() + 1
+	const header, trailer = 16, 4 // controller/meta/image.go
+	var im map[string]json.RawMessage
+	var vs []meta.Volume
+	if err := errors.Join(json.Unmarshal(b[header:len(b)-trailer], &im), json.Unmarshal(im["volumes"], &vs)); err != nil {
+		panic(err)
+	}
+	for i := range vs {
+		if vs[i].ID == id {
+			f(&vs[i])
+			vs[i].Revision = revision
+		}
+	}
+	if im["volumes"], err = json.Marshal(vs); err != nil {
+		panic(err)
+	}
+	im["revision"] = json.RawMessage(strconv.FormatUint(uint64(revision), 10))
+	body, err := json.Marshal(im)
+	if err != nil {
+		panic(err)
+	}
+	b = append(binary.LittleEndian.AppendUint64(b[:8:8], uint64(len(body))), body...)
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	st, err := meta.DecodeImage(b)
+	if err != nil {
+		panic(err)
+	}
+	c.machine = meta.NewMachine(st)
+	c.notifyLocked()
 }

@@ -4,15 +4,16 @@
 //
 //	disk.go, superblock.go      a disk is a directory that knows whose it is, and is no copy
 //	agent.go, plan.go,          the machine is made to match the catalogue: plan says what is to be
-//	reconcile.go                done (pure), one worker a volume does it
+//	reconcile.go, members.go    done (pure), one worker a volume does it
 //	attach.go, stack.go         the data path of a volume, opened at an epoch of this process alone
 //	stage.go, publish.go,       what the CSI driver asks for: attach, format, mount, bind
 //	mounter.go, record.go
 //
 // What it guarantees: no two processes use one disk (I9); a replica whose data is gone is never made
 // anew under its ID (H10); nothing on a disk is removed unless the catalogue says, read
-// linearizably, that its volume was deleted (H35); a device is only shown once everything older than
-// its epoch is fenced (H12); a volume is never formatted unless it could be read and was blank (H31).
+// linearizably, that its volume was deleted, or that the replica left its group or is replaced (H35);
+// a device is only shown once everything older than its epoch is fenced (H12); a volume is never
+// formatted unless it could be read and was blank (H31).
 //
 // What it leaves to its caller: opening the disks (FormatDisk, OpenDisk) before Open and closing them
 // after Close; running the catalogue; stopping the process when Fatal is called.
@@ -68,6 +69,9 @@ type Config struct {
 	Mux       *raftgroup.Mux
 	Timing    raftgroup.Timing // the zero value means the defaults
 	IOTimeout time.Duration    // how long I/O waits for a leader before it fails; 0 = 60 s
+
+	// CatchUpBytesPerSecond is that of replication.HostConfig; 0 = no limit.
+	CatchUpBytesPerSecond int64
 
 	// ParkAfter is how long the replica of a detached volume runs on before it is stopped, to be started
 	// again when the volume is attached; negative = never stopped (DefaultConfig: 30 s).
@@ -155,6 +159,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
+		CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond, IsMember: memberChecker(cfg.Catalogue),
 		Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {

@@ -78,6 +78,20 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// Reads of an attachment that writes are never older than its own writes.
+func TestReadsOf(t *testing.T) {
+	t.Parallel()
+	for _, reads := range []trivet.ReadConsistency{"", trivet.ReadStrong, trivet.ReadSession, trivet.ReadEventual} {
+		v := &meta.Volume{Params: map[string]string{paramReads: string(reads)}, Attached: &meta.Attachment{ReadOnly: true}}
+		assert.Equal(t, reads, readsOf(v))
+		v.Attached.ReadOnly = false
+		if reads == trivet.ReadEventual {
+			reads = trivet.ReadSession
+		}
+		assert.Equal(t, reads, readsOf(v))
+	}
+}
+
 // H12, S4: what a leader's node lets through on the strength of its copy of the catalogue.
 func TestAuthorizer(t *testing.T) {
 	t.Parallel()

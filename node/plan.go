@@ -27,19 +27,21 @@ const (
 	doMove    verb = "move-leader" // transfer leadership to target
 	doRevive  verb = "revive"      // start a replica whose disk is back, then report it Ready
 	doPark    verb = "park"        // stop it until somebody needs the volume
-)
 
-// reasonDiskAbsent is the reason under which a replica is reported Faulted because its disk is not
-// among those of the node. It is the one fault that heals by itself: when the disk is back, the
-// replica's log and data are what they were.
-const reasonDiskAbsent = "disk is not on the node: "
+	doJoin    verb = "join"    // make an empty replica of a group that there is, then report it Filling
+	doLearner verb = "learner" // add target to the group, without a vote
+	doPromote verb = "promote" // give target a vote once it has everything, then report it Ready
+	doShrink  verb = "shrink"  // take target out of the group, then report it Left
+	doEvict   verb = "evict"   // take a learner out of the group that the catalogue does not know
+	doRetire  verb = "retire"  // remove what has left the group, then report it Removed
+)
 
 // action is one step towards what the catalogue wants.
 type action struct {
 	verb   verb
 	disk   trivet.DiskID
 	id     trivet.ReplicaID
-	target trivet.ReplicaID // of doMove
+	target trivet.ReplicaID // of doMove and of changes of the group
 	epoch  trivet.Epoch     // of doFence and doWipe
 	term   uint64           // of doLead
 	reason string           // of doFault
@@ -57,8 +59,10 @@ type local struct {
 	onDisk  []placed               // replicas of the volume on them
 	ignored map[placed]bool        // strays that were looked at and left alone
 	awake   bool                   // replicas run whether anybody needs them or not
+	lost    map[placed]bool        // leaving replicas whose data is gone
+	avoid   map[trivet.NodeID]bool // nodes that should not lead: cordoned, or not alive
 	running bool
-	status  replication.ReplicaStatus // when running
+	status  replication.ReplicaStatus // when running, of whichever replica of the volume does
 }
 
 // plan says what this node has to do now for a volume, in order. v is nil when the catalogue does
@@ -66,25 +70,61 @@ type local struct {
 // every attempt, until it returns nothing.
 func plan(node trivet.NodeID, v *meta.Volume, l local) []action {
 	if v == nil {
-		return planStrays(l, "")
+		return planStrays(l, nil)
 	}
-	r := v.ReplicaOn(node)
-	if r == nil {
-		return planStrays(l, "")
+	var acts []action
+	known := make(map[trivet.ReplicaID]bool)
+	for _, r := range v.Retired {
+		if r.Node == node {
+			known[r.ID] = true
+			switch {
+			case l.disks[r.Disk]:
+				acts = append(acts, action{verb: doRetire, disk: r.Disk, id: r.ID})
+			case v.Phase == meta.PhaseDeleting: // as of any other: should the disk come back, it is a stray
+				acts = append(acts, action{verb: doRemoved, disk: r.Disk, id: r.ID})
+			}
+		}
 	}
-	return append(planReplica(v, r, l), planStrays(l, r.ID)...)
+	for i := range v.Replicas {
+		if r := &v.Replicas[i]; r.Node == node {
+			known[r.ID] = true
+			acts = append(acts, planOwn(v, r, l)...)
+		}
+	}
+	return append(acts, planStrays(l, known)...)
 }
 
-// planStrays asks for a look at every replica on disk but the wanted one. Nothing is ever removed on
-// the strength of the local copy of the catalogue: it may lag behind (H35).
-func planStrays(l local, wanted trivet.ReplicaID) []action {
+// concerns reports whether a volume is any business of node's, which has these disks.
+func concerns(node trivet.NodeID, disks map[trivet.DiskID]bool, v *meta.Volume) bool {
+	return v.ReplicaOn(node) != nil || slices.ContainsFunc(v.Retired, func(r meta.Replica) bool {
+		return r.Node == node && (disks[r.Disk] || v.Phase == meta.PhaseDeleting)
+	})
+}
+
+// planStrays asks for a look at every replica on disk that is not known to belong here. Nothing is ever
+// removed on the strength of the local copy of the catalogue: it may lag behind (H35).
+func planStrays(l local, known map[trivet.ReplicaID]bool) []action {
 	var acts []action
 	for _, p := range l.onDisk {
-		if p.id != wanted && !l.ignored[p] {
+		if !known[p.id] && !l.ignored[p] {
 			acts = append(acts, action{verb: doStray, disk: p.disk, id: p.id})
 		}
 	}
 	return acts
+}
+
+// planOwn is the work for one of the volume's replicas on this node. Only the latest runs here: one
+// before it is Faulted, or on its way out, and has its successor in it (meta.Volume.ReplicaOn).
+func planOwn(v *meta.Volume, r *meta.Replica, l local) []action {
+	latest := v.ReplicaOn(r.Node).ID == r.ID
+	switch other := l.status.Replica; {
+	case !latest && v.Phase != meta.PhaseDeleting:
+		return nil
+	case l.running && latest && other != r.ID && v.Phase != meta.PhaseDeleting:
+		l.running = false
+		return append([]action{{verb: doPark, id: other}}, planReplica(v, r, l)...)
+	}
+	return planReplica(v, r, l)
 }
 
 func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
@@ -98,16 +138,20 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 	case v.Phase == meta.PhaseDeleting:
 		return one(doRemoved) // should the disk come back, its replica is a stray
 	case r.State == meta.ReplicaFaulted:
-		if present && strings.HasPrefix(r.Reason, reasonDiskAbsent) {
+		if present && strings.HasPrefix(r.Reason, meta.ReasonDiskAbsent) {
 			return one(doRevive)
 		}
 		return nil
+	case r.State == meta.ReplicaLeaving && (!present || l.lost[placed{r.Disk, r.ID}]):
+		return nil // it goes; nobody needs to be told that it is gone
 	case !present:
-		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: reasonDiskAbsent + string(r.Disk)}}
+		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: meta.ReasonDiskAbsent + string(r.Disk)}}
 	case r.State == meta.ReplicaCreating && v.Phase == meta.PhaseCreating:
 		return one(doCreate)
 	case r.State == meta.ReplicaCreating:
 		return nil
+	case r.State == meta.ReplicaJoining:
+		return one(doJoin)
 	case !l.awake && restful(v) && l.running:
 		return one(doPark)
 	case !l.awake && restful(v) && slices.Contains(l.onDisk, placed{r.Disk, r.ID}):
@@ -115,25 +159,28 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 	case !l.running:
 		return one(doOpen) // which finds out if its data is not there
 	case l.status.IsLeader:
-		return planLeader(v, r, l.status)
+		return planLeader(v, r, l)
 	}
 	return nil
 }
 
 // restful reports whether nobody needs the volume's group: it is attached nowhere, nobody waits for a
-// fence, a wipe or another leader. Every node comes to the same answer by itself.
+// fence, a wipe or another leader, and its members do not change. Every node comes to the same answer by
+// itself.
 func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
-		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == ""
+		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
+			v.Change() == nil
 	default:
 		return false
 	}
 }
 
 // planLeader is the work of the node whose replica leads the volume's group.
-func planLeader(v *meta.Volume, r *meta.Replica, st replication.ReplicaStatus) []action {
+func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 	var acts []action
+	st := l.status
 	if v.FencedEpoch < v.Epoch {
 		acts = append(acts, action{verb: doFence, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}
@@ -143,8 +190,64 @@ func planLeader(v *meta.Volume, r *meta.Replica, st replication.ReplicaStatus) [
 	if st.Term >= v.LeaderTerm && (v.Leader != r.ID || v.WantLeader == r.ID) {
 		acts = append(acts, action{verb: doLead, disk: r.Disk, id: r.ID, term: st.Term})
 	}
-	if v.WantLeader != r.ID && canLead(v, st, v.WantLeader) {
-		acts = append(acts, action{verb: doMove, disk: r.Disk, id: r.ID, target: v.WantLeader})
+	if to := heir(v, r, l); to != "" {
+		acts = append(acts, action{verb: doMove, disk: r.Disk, id: r.ID, target: to})
+	}
+	return append(acts, planMembers(v, r, st)...)
+}
+
+// heir returns to which replica r has to pass leadership, "" to none. Where it is wanted, if that can lead; a
+// leader that is leaving passes it on in any case, to the one that has most of the log, and to one on a node
+// that should not lead only if there is no other.
+func heir(v *meta.Volume, r *meta.Replica, l local) trivet.ReplicaID {
+	switch {
+	case v.WantLeader != r.ID && canLead(v, l.status, v.WantLeader):
+		return v.WantLeader
+	case r.State != meta.ReplicaLeaving:
+		return ""
+	}
+	var best *meta.Replica
+	for i := range v.Replicas {
+		q := &v.Replicas[i]
+		if q.ID == r.ID || !canLead(v, l.status, q.ID) {
+			continue
+		}
+		switch {
+		case best == nil, l.avoid[best.Node] && !l.avoid[q.Node]:
+			best = q
+		case l.avoid[best.Node] == l.avoid[q.Node] && l.status.Match[q.ID] > l.status.Match[best.ID]:
+			best = q
+		}
+	}
+	if best == nil {
+		return ""
+	}
+	return best.ID
+}
+
+// planMembers is how the leader brings the group's configuration in line with the catalogue. It comes last: a
+// change may have to wait, and what is before it must not.
+func planMembers(v *meta.Volume, r *meta.Replica, st replication.ReplicaStatus) []action {
+	var acts []action
+	do := func(do verb, target trivet.ReplicaID) {
+		acts = append(acts, action{verb: do, disk: r.Disk, id: r.ID, target: target})
+	}
+	for i := range v.Replicas {
+		q := &v.Replicas[i]
+		_, member := st.Member(q.ID)
+		switch {
+		case q.State == meta.ReplicaFilling && !member:
+			do(doLearner, q.ID)
+		case q.State == meta.ReplicaFilling:
+			do(doPromote, q.ID) // a voter already is success
+		case q.State == meta.ReplicaLeaving && q.ID != r.ID:
+			do(doShrink, q.ID) // no member any more is success
+		}
+	}
+	for _, m := range st.Members { // of a change that was given up while a leader was making it
+		if m.Learner && v.Replica(m.Replica) == nil {
+			do(doEvict, m.Replica)
+		}
 	}
 	return acts
 }
@@ -154,15 +257,28 @@ func canLead(v *meta.Volume, st replication.ReplicaStatus, id trivet.ReplicaID) 
 	if r := v.Replica(id); r == nil || r.State != meta.ReplicaReady {
 		return false
 	}
-	return slices.ContainsFunc(st.Members, func(m raftgroup.Member) bool { return m.Replica == id && !m.Learner })
+	m, ok := st.Member(id)
+	return ok && !m.Learner
 }
 
 // membersOf returns the group's initial configuration: every replica in the catalogue's order, which
-// is the same on every node.
+// is the same on every node while the volume is being created, and must not be used later.
 func membersOf(v *meta.Volume) []raftgroup.Member {
 	members := make([]raftgroup.Member, len(v.Replicas))
 	for i, r := range v.Replicas {
 		members[i] = raftgroup.Member{Replica: r.ID, Node: r.Node}
+	}
+	return members
+}
+
+// mayLead returns the replicas at which the leader can be found: all but those that nobody has made yet. A
+// Filling one may have its vote already, and a Leaving or Faulted one have it still.
+func mayLead(v *meta.Volume) []raftgroup.Member {
+	var members []raftgroup.Member
+	for _, r := range v.Replicas {
+		if r.State != meta.ReplicaJoining && r.State != meta.ReplicaRemoved {
+			members = append(members, raftgroup.Member{Replica: r.ID, Node: r.Node})
+		}
 	}
 	return members
 }

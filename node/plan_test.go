@@ -31,9 +31,12 @@ func planVolume(edit func(*meta.Volume)) *meta.Volume {
 func running(leads bool) local {
 	return local{
 		disks: map[trivet.DiskID]bool{"d1": true}, onDisk: []placed{{"d1", "r1"}}, running: true,
-		status: replication.ReplicaStatus{Status: raftgroup.Status{IsLeader: leads, Term: 3, Members: []raftgroup.Member{
-			{Replica: "r1", Node: "n1"}, {Replica: "r2", Node: "n2"}, {Replica: "r3", Node: "n3", Learner: true},
-		}}},
+		status: replication.ReplicaStatus{
+			Replica: "r1",
+			Status: raftgroup.Status{IsLeader: leads, Term: 3, Members: []raftgroup.Member{
+				{Replica: "r1", Node: "n1"}, {Replica: "r2", Node: "n2"}, {Replica: "r3", Node: "n3", Learner: true},
+			}},
+		},
 	}
 }
 
@@ -113,17 +116,17 @@ func TestPlanReplica(t *testing.T) {
 		{"open one of a failed volume", state(meta.ReplicaReady, meta.PhaseFailed), notRunning(), ours(doOpen)},
 		{"faulted stays out", faulted("its log is gone"), notRunning(placed{"d1", "r1"}), nil},
 		{
-			"faulted for its disk, which is back", faulted(reasonDiskAbsent + "d1"), notRunning(placed{"d1", "r1"}),
+			"faulted for its disk, which is back", faulted(meta.ReasonDiskAbsent + "d1"), notRunning(placed{"d1", "r1"}),
 			ours(doRevive),
 		},
-		{"faulted for its disk, still away", faulted(reasonDiskAbsent + "d1"), noDisk, nil},
+		{"faulted for its disk, still away", faulted(meta.ReasonDiskAbsent + "d1"), noDisk, nil},
 		{
 			"disk is away", state(meta.ReplicaReady, meta.PhaseBound), noDisk,
-			[]action{{verb: doFault, disk: "d1", id: "r1", reason: reasonDiskAbsent + "d1"}},
+			[]action{{verb: doFault, disk: "d1", id: "r1", reason: meta.ReasonDiskAbsent + "d1"}},
 		},
 		{
 			"disk was wiped before it was made", state(meta.ReplicaCreating, meta.PhaseCreating), noDisk,
-			[]action{{verb: doFault, disk: "d1", id: "r1", reason: reasonDiskAbsent + "d1"}},
+			[]action{{verb: doFault, disk: "d1", id: "r1", reason: meta.ReasonDiskAbsent + "d1"}},
 		},
 		{"delete", state(meta.ReplicaReady, meta.PhaseDeleting), running(true), ours(doDestroy)},
 		{"delete one never made", state(meta.ReplicaCreating, meta.PhaseDeleting), notRunning(), ours(doDestroy)},

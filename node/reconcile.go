@@ -34,6 +34,7 @@ type worker struct {
 
 	onDisk    []placed
 	ignored   map[placed]bool
+	lost      map[placed]bool
 	restSince time.Time // since when the replica runs although nobody needs it; zero: somebody does
 }
 
@@ -51,6 +52,7 @@ func (w *worker) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed, running := w.replicaChanged() // before planning, so that no change is missed
 		acts, relevant := w.plan()
+		w.releaseFill(acts)
 		if !relevant {
 			return
 		}
@@ -87,39 +89,60 @@ func (w *worker) restless(acts []action) time.Duration {
 }
 
 // act runs the actions in order up to the first error, and returns how long to wait before planning
-// again if nothing changes until then.
+// again if nothing changes until then. Leadership that cannot move, because the node where it is wanted is
+// dead, holds up nothing else: that node's replica may be about to be replaced.
 func (w *worker) act(ctx context.Context, acts []action, retry time.Duration) time.Duration {
+	wait := retryMin
 	for _, a := range acts {
 		err := w.do(ctx, a)
 		switch {
 		case err == nil:
-			w.log.Debug("reconciled", "do", a.verb, "replica", a.id, "epoch", a.epoch)
+			w.log.Debug("reconciled", "do", a.verb, "replica", a.id, "target", a.target, "epoch", a.epoch)
 		case ctx.Err() != nil:
 			return retry
 		case errors.Is(err, trivet.ErrNotLeader):
 			return retryMin // leadership moved between plan and action
+		case errors.Is(err, trivet.ErrPending):
+			w.log.Debug("reconcile waits", "do", a.verb, "replica", a.id, "target", a.target, "err", err)
+			return max(wait, pollEvery)
 		default:
 			w.log.Warn("reconcile will be tried again", "do", a.verb, "replica", a.id, "epoch", a.epoch, "err", err)
-			return min(2*retry, retryMax)
+			if wait = min(2*retry, retryMax); a.verb != doMove {
+				return wait
+			}
 		}
 	}
-	return retryMin
+	return wait
 }
 
 // plan gathers what is wanted and what there is. The second result is false when the volume has
 // nothing to do with this node (any more).
 func (w *worker) plan() ([]action, bool) {
 	a := w.agent
-	l := local{disks: a.diskSet, onDisk: w.onDisk, ignored: w.ignored, awake: a.cfg.ParkAfter < 0}
+	l := local{disks: a.diskSet, onDisk: w.onDisk, ignored: w.ignored, lost: w.lost, awake: a.cfg.ParkAfter < 0}
 	r, running := a.host.running(w.volume)
 	if l.running = running; running {
 		l.status = r.Status()
 	}
-	v, known := a.cat.Local().Volume(w.volume)
+	st := a.cat.Local()
+	v, known := st.Volume(w.volume)
 	if !known {
 		return plan(a.cfg.ID, nil, l), len(w.onDisk) > 0
 	}
-	return plan(a.cfg.ID, &v, l), v.ReplicaOn(a.cfg.ID) != nil || len(w.onDisk) > 0
+	l.avoid = avoid(st, &v, time.Now())
+	return plan(a.cfg.ID, &v, l), concerns(a.cfg.ID, a.diskSet, &v) || len(w.onDisk) > 0
+}
+
+// avoid returns the nodes with a replica of v that should not lead: cordoned ones, and those whose lease has
+// run out.
+func avoid(st *meta.State, v *meta.Volume, now time.Time) map[trivet.NodeID]bool {
+	out := make(map[trivet.NodeID]bool)
+	for _, r := range v.Replicas {
+		if n, ok := st.Node(r.Node); !ok || n.Cordoned || !n.Alive(now) {
+			out[r.Node] = true
+		}
+	}
+	return out
 }
 
 func (w *worker) replicaChanged() (changed <-chan struct{}, running bool) {
@@ -144,7 +167,7 @@ func (w *worker) do(ctx context.Context, a action) error {
 	case doOpen, doRevive:
 		return w.open(ctx, a)
 	case doPark:
-		return w.agent.host.ParkReplica(ctx, w.spec(nil, a))
+		return w.agent.host.ParkReplica(ctx, w.spec(a))
 	case doFault:
 		return w.report(ctx, a, meta.ReplicaFaulted, a.reason)
 	case doDestroy:
@@ -153,6 +176,12 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.report(ctx, a, meta.ReplicaRemoved, "")
 	case doStray:
 		return w.stray(ctx, a)
+	case doJoin:
+		return w.join(ctx, a)
+	case doRetire:
+		return w.retire(ctx, a)
+	case doLearner, doPromote, doShrink, doEvict:
+		return w.change(ctx, a)
 	default:
 		return w.lead(ctx, a)
 	}
@@ -170,11 +199,13 @@ func (w *worker) create(ctx context.Context, a action) error {
 	if !ok {
 		return nil // the local copy will follow
 	}
-	r := v.ReplicaOn(w.agent.cfg.ID)
-	if r == nil || r.ID != a.id || r.State != meta.ReplicaCreating || v.Phase != meta.PhaseCreating {
+	r := v.Replica(a.id)
+	if r == nil || r.Node != w.agent.cfg.ID || r.State != meta.ReplicaCreating || v.Phase != meta.PhaseCreating {
 		return nil
 	}
-	err = w.agent.host.CreateReplica(ctx, w.spec(&v, a))
+	s := w.spec(a)
+	s.SizeBytes, s.Members = v.SizeBytes, membersOf(&v)
+	err = w.agent.host.CreateReplica(ctx, s)
 	switch {
 	case err == nil:
 		w.remember(a)
@@ -193,11 +224,15 @@ func (w *worker) open(ctx context.Context, a action) error {
 	if !ok {
 		return nil
 	}
-	err := w.agent.host.OpenReplica(ctx, w.spec(&v, a))
+	err := w.agent.host.OpenReplica(ctx, w.spec(a))
 	switch {
 	case err == nil && a.verb == doRevive:
 		return w.report(ctx, a, meta.ReplicaReady, "")
 	case err == nil:
+		return nil
+	case isLoss(err) && v.Replica(a.id) != nil && v.Replica(a.id).State == meta.ReplicaLeaving:
+		w.log.Warn("a replica that leaves its group has no data", "replica", a.id, "disk", a.disk, "err", err)
+		w.lost[placed{a.disk, a.id}] = true
 		return nil
 	case isLoss(err):
 		w.log.Error("replica lost its data and is out of service", "replica", a.id, "disk", a.disk, "err", err)
@@ -207,7 +242,7 @@ func (w *worker) open(ctx context.Context, a action) error {
 }
 
 func (w *worker) destroy(ctx context.Context, a action) error {
-	if err := w.agent.host.DestroyReplica(ctx, w.spec(nil, a)); err != nil {
+	if err := w.agent.host.DestroyReplica(ctx, w.spec(a)); err != nil {
 		return err
 	}
 	w.forget(a)
@@ -225,13 +260,13 @@ func (w *worker) stray(ctx context.Context, a action) error {
 	v, known := st.Volume(w.volume)
 	if !known && st.Used(w.volume) {
 		w.log.Info("removing the replica of a volume that was deleted", "replica", a.id, "disk", a.disk)
-		if err := w.agent.host.DestroyReplica(ctx, w.spec(nil, a)); err != nil {
+		if err := w.agent.host.DestroyReplica(ctx, w.spec(a)); err != nil {
 			return err
 		}
 		w.forget(a)
 		return nil
 	}
-	if r := v.ReplicaOn(w.agent.cfg.ID); known && r != nil && r.ID == a.id {
+	if known && w.knows(&v, a.id) {
 		return nil // the local copy lagged
 	}
 	w.log.Warn("a replica on disk is not in the catalogue and is left alone", "replica", a.id, "disk", a.disk)
@@ -275,13 +310,9 @@ func (w *worker) report(ctx context.Context, a action, s meta.ReplicaState, reas
 	return err
 }
 
-// spec describes the replica of a; v may be nil when it is to be destroyed.
-func (w *worker) spec(v *meta.Volume, a action) replication.ReplicaSpec {
-	s := replication.ReplicaSpec{Volume: w.volume, Replica: a.id, Disk: w.agent.cfg.Disks[a.disk]}
-	if v != nil {
-		s.SizeBytes, s.Members = v.SizeBytes, membersOf(v)
-	}
-	return s
+// spec names the replica of a.
+func (w *worker) spec(a action) replication.ReplicaSpec {
+	return replication.ReplicaSpec{Volume: w.volume, Replica: a.id, Disk: w.agent.cfg.Disks[a.disk]}
 }
 
 func (w *worker) remember(a action) {

@@ -15,6 +15,7 @@ import (
 const (
 	paramIOPSLimit      = "iopsLimit"
 	paramBandwidthLimit = "bandwidthLimit"
+	paramReads          = "readConsistency" // absent: ReadStrong
 )
 
 // stack builds the data path above the replicated volume; read it from the kernel device on the left
@@ -25,6 +26,16 @@ func stack(group trivet.Device, v *meta.Volume) (trivet.Device, error) {
 		return nil, fmt.Errorf("data path of %s: %w", v.ID, err)
 	}
 	return protect(iothrottle.New(group, limits), v.Attached != nil && v.Attached.ReadOnly), nil
+}
+
+// readsOf returns how reads of this attachment may be answered: one that can write sees its own writes,
+// whatever the volume allows.
+func readsOf(v *meta.Volume) trivet.ReadConsistency {
+	reads := trivet.ReadConsistency(v.Params[paramReads])
+	if reads == trivet.ReadEventual && (v.Attached == nil || !v.Attached.ReadOnly) {
+		return trivet.ReadSession
+	}
+	return reads
 }
 
 func limitsOf(params map[string]string) (iothrottle.Limits, error) {

@@ -214,7 +214,8 @@ func (h *Host) destroyReplica(s *ReplicaSpec) error {
 			return groupError(s, err)
 		}
 	}
-	if r, ok := h.Replica(s.Volume); ok {
+	// Another replica of the volume may run from another disk: it stays.
+	if r, ok := h.Replica(s.Volume); ok && r.spec.Replica == s.Replica {
 		if err := r.close(); err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
@@ -30,10 +31,18 @@ type HostConfig struct {
 	Timing raftgroup.Timing
 	// SnapshotBytes of log after which a group compacts it; 0 means raftgroup's default.
 	SnapshotBytes int64
+	// CatchUpBytesPerSecond bounds what all replicas of this Host together pull of the state of others, when
+	// they missed more than a log keeps. 0 = no limit; at least CatchUpBytesPerSecondMin.
+	CatchUpBytesPerSecond int64
 	// Authorize, when set, is asked before each volume I/O whether node may act for an attachment
 	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
 	// The state machine checks the epoch in any case.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
+	// IsMember, when set, answers from the catalogue whether a replica of the volume is on that node. A
+	// replica asks it about one that its own configuration does not know: the leader of a group that it joins,
+	// or whose members all changed while it was away. nil: one that joins takes its log from any sender, and
+	// one whose configuration is older than all members takes it from none.
+	IsMember func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
@@ -42,6 +51,13 @@ type HostConfig struct {
 	// Fatal is called on damage, on a failing disk and on a broken invariant: stop the process. Must be set.
 	Fatal func(error)
 }
+
+// CatchUpBytesPerSecondMin is the least limit of a catch-up: below it a volume would take weeks.
+const CatchUpBytesPerSecondMin = 64 << 10
+
+// catchUpBurst is for how long, as a share of a second, a limited catch-up may run at full speed: the limit
+// holds within a tenth over any two seconds.
+const catchUpBurst = 8
 
 // Validate returns ErrInvalid naming a field that is not usable.
 func (c *HostConfig) Validate() error {
@@ -56,8 +72,19 @@ func (c *HostConfig) Validate() error {
 		return fmt.Errorf("host config: Timing %v is negative: %w", c.Timing, trivet.ErrInvalid)
 	case c.SnapshotBytes < 0:
 		return fmt.Errorf("host config: SnapshotBytes %d is negative: %w", c.SnapshotBytes, trivet.ErrInvalid)
+	case c.CatchUpBytesPerSecond != 0 && c.CatchUpBytesPerSecond < CatchUpBytesPerSecondMin:
+		return fmt.Errorf("host config: CatchUpBytesPerSecond is %d, want 0 or at least %d: %w",
+			c.CatchUpBytesPerSecond, CatchUpBytesPerSecondMin, trivet.ErrInvalid)
 	}
 	return nil
+}
+
+// catchUpLimit returns the limit that all groups share; nil = none.
+func (c *HostConfig) catchUpLimit() *rate.Limiter {
+	if c.CatchUpBytesPerSecond == 0 {
+		return nil
+	}
+	return rate.NewLimiter(rate.Limit(c.CatchUpBytesPerSecond), int(c.CatchUpBytesPerSecond/catchUpBurst))
 }
 
 // lease returns the longest read lease of a group with this timing; see raftgroup.Timing.
@@ -92,8 +119,9 @@ type ReplicaSpec struct {
 	Volume  trivet.VolumeID
 	Replica trivet.ReplicaID
 	Disk    Disk
-	// SizeBytes is the size with which the volume began. It must be the same for every replica that
-	// is created with Members, because what fits is decided by it until the log says Resize (I13).
+	// SizeBytes is the size with which the volume began, also for a replica that joins after a Resize:
+	// it may be given the log from its first entry on, and what fits is decided by this size until
+	// the log says Resize (I13). A replica that is given an image takes the size from there.
 	SizeBytes int64
 	// Members is the initial configuration: every replica, this one included. Empty for a replica
 	// that joins a group that exists.
@@ -103,8 +131,9 @@ type ReplicaSpec struct {
 // Host runs this node's replicas and answers volume I/O for those that lead. It is safe for
 // concurrent use; creating, opening and destroying take turns per volume.
 type Host struct {
-	cfg HostConfig
-	log *slog.Logger
+	cfg     HostConfig
+	log     *slog.Logger
+	catchUp *rate.Limiter
 
 	mu       sync.Mutex
 	closed   bool
@@ -126,6 +155,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	h := &Host{
 		cfg:      cfg,
 		log:      cfg.Logger.With("component", "replication"),
+		catchUp:  cfg.catchUpLimit(),
 		replicas: make(map[trivet.VolumeID]*Replica),
 		busy:     make(map[trivet.VolumeID]chan struct{}),
 		rested:   make(map[trivet.ReplicaID]time.Time),
@@ -222,7 +252,7 @@ func (h *Host) exclusive(ctx context.Context, id trivet.VolumeID, f func() error
 // groupConfig returns the raftgroup configuration of a replica, without its machine.
 func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 	fs := s.Disk.fs()
-	return raftgroup.Config{
+	cfg := raftgroup.Config{
 		Group:         s.Volume,
 		Replica:       s.Replica,
 		FS:            fs,
@@ -231,9 +261,14 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Network:       h.cfg.Mux,
 		Timing:        h.cfg.Timing,
 		SnapshotBytes: h.cfg.SnapshotBytes,
+		CatchUpLimit:  h.catchUp,
 		Logger:        h.log.With("volume", s.Volume.String()),
 		Fatal:         h.cfg.Fatal,
 	}
+	if ask := h.cfg.IsMember; ask != nil {
+		cfg.IsMember = func(id trivet.ReplicaID, node trivet.NodeID) bool { return ask(s.Volume, id, node) }
+	}
+	return cfg
 }
 
 // Validate returns ErrInvalid naming a field that is not usable.

@@ -91,16 +91,45 @@ func (v *Volume) poison(err error) {
 	}
 }
 
-// readPiece fills p from one leader.
+// readBeside tries the replica on this node, if it may answer. Without an answer others are to be asked,
+// unless the error is that the volume is fenced, which any replica knows for good.
+func (v *Volume) readBeside(ctx context.Context, attempt attemptFunc) (done bool, err error) {
+	if v.level == levelStrong || v.cfg.Host == nil {
+		return false, nil
+	}
+	out, err := attempt(ctx, v.cfg.Network.Local())
+	switch {
+	case errors.Is(err, trivet.ErrFenced):
+		return false, err
+	case err != nil || out.code != codeDone:
+		return false, nil //nolint:nilerr // whatever it is, others may know better
+	}
+	v.note(out.index)
+	return true, nil
+}
+
+// note remembers what this session has seen.
+func (v *Volume) note(index uint64) {
+	for {
+		old := v.seen.Load()
+		if index <= old || v.seen.CompareAndSwap(old, index) {
+			return
+		}
+	}
+}
+
+// readPiece fills p from the leader, or from a replica that will do for the volume's consistency.
 func (v *Volume) readPiece(ctx context.Context, p []byte, lba trivet.LBA) error {
 	if err := v.takeSlot(ctx); err != nil {
 		return fmt.Errorf("read block %d of %s: %w", lba, v.cfg.ID, err)
 	}
 	defer func() { <-v.slots }()
-	req := readRequest{blockN: uint32(len(p) / trivet.BlockSize), epoch: v.cfg.Epoch, lba: lba}
-	err := v.callLeader(ctx, true, func(ctx context.Context, node trivet.NodeID) (reply, error) {
+	req := readRequest{
+		level: v.level, blockN: uint32(len(p) / trivet.BlockSize), epoch: v.cfg.Epoch, lba: lba, index: v.seen.Load(),
+	}
+	attempt := func(ctx context.Context, node trivet.NodeID) (reply, error) {
 		if v.cfg.Host != nil && node == v.cfg.Network.Local() {
-			return v.cfg.Host.read(node, v.cfg.ID, p, lba, v.cfg.Epoch)
+			return v.cfg.Host.read(node, v.cfg.ID, p, &req)
 		}
 		out, err := v.send(ctx, node, transport.KindVolumeRead, req.append(nil), len(p))
 		if err != nil || out.code != codeDone {
@@ -111,7 +140,11 @@ func (v *Volume) readPiece(ctx context.Context, p []byte, lba trivet.LBA) error 
 		}
 		copy(p, out.data)
 		return out, nil
-	})
+	}
+	done, err := v.readBeside(ctx, attempt)
+	if !done && err == nil {
+		err = v.callLeader(ctx, v.level == levelStrong, attempt)
+	}
 	if err != nil {
 		return fmt.Errorf("read block %d of %s: %w", lba, v.cfg.ID, err)
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/internal/sim"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
@@ -193,6 +195,7 @@ func TestConfigValidate(t *testing.T) {
 			"Fatal":         func(c *replication.HostConfig) { c.Fatal = nil },
 			"Timing":        func(c *replication.HostConfig) { c.Timing.Lease = -1 },
 			"SnapshotBytes": func(c *replication.HostConfig) { c.SnapshotBytes = -1 },
+			"CatchUpBytes":  func(c *replication.HostConfig) { c.CatchUpBytesPerSecond = 1 },
 		} {
 			cfg := ok
 			spoil(&cfg)
@@ -222,5 +225,35 @@ func TestConfigValidate(t *testing.T) {
 			require.ErrorIs(t, err, trivet.ErrInvalid)
 			assert.Contains(t, err.Error(), name)
 		}
+	})
+}
+
+// A machine may have a replica of the volume on each of two disks: one that runs, and one that has left the
+// group. Destroying the latter leaves the former alone.
+func TestDestroyLeavesReplicaOnOtherDisk(t *testing.T) {
+	onOneNode(t, func(t *testing.T, _ *sim.Cluster, n *sim.Node) {
+		ctx, old := t.Context(), n.Spec()
+		old.Replica, old.Members, old.Disk.Dir = "11111111-0000-4000-8000-000000000001", nil, "/disk2"
+		require.NoError(t, old.Disk.FS.MkdirAll(old.Disk.Dir, 0o700))
+		eng, err := engine.Open(engine.Config{FS: old.Disk.FS, Dir: "/disk2/engine", Fatal: func(err error) { t.Error(err) }})
+		require.NoError(t, err)
+		defer func() { require.NoError(t, eng.Close()) }()
+		opts := segment.Options{
+			Dir: raftgroup.LogDir(old.Disk.FS, "/disk2/log"), Disk: "22222222-2222-4333-8444-555555555555", Lanes: 1,
+			SegmentBytes: 64 << 10,
+		}
+		require.NoError(t, segment.Format(opts))
+		log, err := segment.Open(opts)
+		require.NoError(t, err)
+		defer func() { require.NoError(t, log.Close()) }()
+		old.Disk.Engine, old.Disk.Log = eng, log
+		require.NoError(t, n.Host().CreateReplica(ctx, old))
+		before, ok := n.Replica()
+		require.True(t, ok)
+		require.NoError(t, n.Host().DestroyReplica(ctx, old))
+		after, ok := n.Replica()
+		require.True(t, ok)
+		assert.Same(t, before, after)
+		require.NoError(t, after.Fence(ctx, 1), "it still runs")
 	})
 }

@@ -2,6 +2,7 @@ package replication
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -25,6 +26,11 @@ type machine struct {
 	reqs []request // scratch
 
 	view atomic.Pointer[engine.State] // as of the last commit; never changed in place
+	// newest is the index of the newest entry that a read may have seen the effect of: it rises before the
+	// commit, view after it.
+	newest atomic.Uint64
+	// restored is true while blocks may be newer than newest, at the end of a Restore.
+	restored atomic.Bool
 }
 
 var _ raftgroup.StateMachine = (*machine)(nil)
@@ -45,6 +51,7 @@ func (m *machine) load() error {
 		return fmt.Errorf("load state of %s at index %d: %w", m.id, st.AppliedIndex, err)
 	}
 	m.core = core{epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win}
+	m.newest.Store(max(m.newest.Load(), st.AppliedIndex))
 	m.view.Store(&st)
 	return nil
 }
@@ -84,6 +91,7 @@ func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
 	st.Session = m.core.win.append(nil)
+	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
 		return nil, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
 	}
@@ -136,22 +144,32 @@ func (m *machine) Flush() (uint64, error) {
 }
 
 // Want implements raftgroup.StateMachine.
-func (m *machine) Want() []byte { return nil }
+func (m *machine) Want() []byte { return m.vol.Want() }
 
 // Image implements raftgroup.StateMachine.
-func (m *machine) Image([]byte) (raftgroup.Image, error) {
-	img, err := m.vol.Image()
+func (m *machine) Image(want []byte) (raftgroup.Image, error) {
+	img, err := m.vol.Image(want)
 	if err != nil {
 		return nil, fmt.Errorf("image of %s: %w", m.id, err)
 	}
 	return img, nil
 }
 
-// Restore implements raftgroup.StateMachine.
+// Restore implements raftgroup.StateMachine. After an error from the middle nothing counts as applied any more,
+// as after a restart; a refused image changes nothing.
 func (m *machine) Restore(r io.Reader) error {
 	before := m.view.Load().Epoch
+	if m.vol.Restoring() {
+		before = 0 // what an interrupted Restore was moving to counts for nothing; the engine knows what does
+	}
+	m.restored.Store(true)
+	defer m.restored.Store(false)
 	if err := m.vol.Restore(r); err != nil {
-		return fmt.Errorf("restore %s: %w", m.id, err)
+		err = fmt.Errorf("restore %s: %w", m.id, err)
+		if m.vol.Restoring() {
+			err = errors.Join(err, m.load())
+		}
+		return err
 	}
 	if err := m.load(); err != nil {
 		return err

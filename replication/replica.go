@@ -32,9 +32,10 @@ type Replica struct {
 // ReplicaStatus says how a replica is doing.
 type ReplicaStatus struct {
 	raftgroup.Status
-	Epoch     trivet.Epoch // as applied here: a follower may lag
-	SizeBytes int64        // as applied here
-	UsedBytes int64        // space that the blocks take on this disk; -1 when it could not be read
+	Replica   trivet.ReplicaID // whose status it is
+	Epoch     trivet.Epoch     // as applied here: a follower may lag
+	SizeBytes int64            // as applied here
+	UsedBytes int64            // space that the blocks take on this disk; -1 when it could not be read
 }
 
 // startReplica starts the goroutine that tells the batcher who leads.
@@ -89,7 +90,9 @@ func (r *Replica) Status() ReplicaStatus {
 	if err != nil {
 		used = -1
 	}
-	return ReplicaStatus{Status: r.group.Status(), Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used}
+	return ReplicaStatus{
+		Status: r.group.Status(), Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+	}
 }
 
 // leader returns the node that leads, as far as this replica knows, in which term, and what is closed
@@ -119,30 +122,54 @@ func (r *Replica) write(ctx context.Context, req *request) (term uint64, err err
 	return r.batcher.submit(ctx, req)
 }
 
-// read fills p from lba. It returns the term in which this replica may answer; a client that has seen
-// a higher one must not use the data.
-func (r *Replica) read(p []byte, lba trivet.LBA, epoch trivet.Epoch) (term uint64, err error) {
-	if err := r.checkReadEpoch(epoch, false); err != nil {
+// read fills p. It returns the term in which this replica may answer; a client that has seen a higher
+// one must not use the data, unless it asked for less than ReadStrong. ErrNotLeader: ask the leader.
+func (r *Replica) read(p []byte, req *readRequest) (term uint64, err error) {
+	if err := r.checkReadEpoch(req.epoch, false); err != nil {
 		return 0, err
+	}
+	if req.level != levelStrong {
+		return r.readApplied(p, req)
 	}
 	term, err = r.group.ReadGate() // before the read: the answer is as new as the gate (I15)
 	if err != nil {
 		return 0, err
 	}
-	if err := r.checkReadEpoch(epoch, true); err != nil {
+	if err := r.checkReadEpoch(req.epoch, true); err != nil {
 		return 0, err
 	}
+	return term, r.readBlocks(p, req.lba)
+}
+
+// readApplied answers from what this replica has applied, whoever leads. For a session that must be all
+// that the session has written or read; until it has done either, the fence of its epoch stands for
+// what was there before.
+func (r *Replica) readApplied(p []byte, req *readRequest) (term uint64, err error) {
+	has := r.machine.view.Load()
+	if req.level == levelSession && (has.AppliedIndex < req.index || has.Epoch < req.epoch) {
+		return 0, fmt.Errorf("replica is at index %d, epoch %d, the session at %d, %d: %w",
+			has.AppliedIndex, has.Epoch, req.index, req.epoch, trivet.ErrNotLeader)
+	}
+	err = r.readBlocks(p, req.lba)
+	if errors.Is(err, trivet.ErrOutOfRange) || errors.Is(err, trivet.ErrCorrupt) {
+		r.log.Warn("read is left to the leader", "lba", req.lba, "err", err)
+		return 0, fmt.Errorf("%v: %w", err, trivet.ErrNotLeader) // not grown yet, or damaged here only
+	}
+	if r.machine.restored.Load() { // the reply could not tell how new the blocks are
+		return 0, fmt.Errorf("replica is being restored: %w", trivet.ErrUnavailable)
+	}
+	return r.group.Status().Term, err
+}
+
+func (r *Replica) readBlocks(p []byte, lba trivet.LBA) error {
 	size := r.machine.view.Load().SizeBytes
 	if lba >= lbaMax {
-		return 0, fmt.Errorf("block %d: %w", lba, trivet.ErrOutOfRange)
+		return fmt.Errorf("block %d: %w", lba, trivet.ErrOutOfRange)
 	}
 	if err := trivet.CheckRange(int64(lba)*trivet.BlockSize, int64(len(p)), size); err != nil {
-		return 0, err
+		return err
 	}
-	if err := r.machine.vol.ReadAt(p, lba); err != nil {
-		return 0, err
-	}
-	return term, nil
+	return r.machine.vol.ReadAt(p, lba)
 }
 
 // checkReadEpoch refuses an epoch below the volume's on any replica. Only one that leads knows that

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,25 +34,34 @@ var errIOTimeout = errors.New("i/o timeout")
 
 // route remembers which node led last, and the highest term that any reply carried.
 type route struct {
+	// find, when set, says where the members are now. It is asked without mu.
+	find func() []raftgroup.Member
+
 	mu     sync.Mutex
-	nodes  []trivet.NodeID // of the members
+	nodes  []trivet.NodeID // of the members, each once
 	target trivet.NodeID
 	term   uint64
 }
 
 // newRoute begins with the local replica, if there is one: leadership follows the attachment.
-func newRoute(members []raftgroup.Member, local trivet.NodeID) *route {
-	r := &route{}
-	for _, m := range members {
-		r.nodes = append(r.nodes, m.Node)
-		if m.Node == local {
-			r.target = local
-		}
-	}
-	if r.target == "" {
-		r.target = r.nodes[0]
+func newRoute(members []raftgroup.Member, find func() []raftgroup.Member, local trivet.NodeID) *route {
+	r := &route{find: find, nodes: nodesOf(members)}
+	r.target = r.nodes[0]
+	if slices.Contains(r.nodes, local) {
+		r.target = local
 	}
 	return r
+}
+
+// nodesOf returns the nodes of members in their order, each once.
+func nodesOf(members []raftgroup.Member) []trivet.NodeID {
+	var nodes []trivet.NodeID
+	for _, m := range members {
+		if !slices.Contains(nodes, m.Node) {
+			nodes = append(nodes, m.Node)
+		}
+	}
+	return nodes
 }
 
 func (r *route) node() trivet.NodeID {
@@ -76,8 +86,15 @@ func (r *route) accept(term uint64) error {
 // that names itself has just been elected and needs a moment. When another call has moved on already, it
 // stays there.
 func (r *route) failed(node, hint trivet.NodeID) {
+	var now []trivet.NodeID
+	if r.find != nil { // the members may all have changed since
+		now = nodesOf(r.find())
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(now) > 0 {
+		r.nodes = now
+	}
 	if r.target != node {
 		return
 	}
@@ -91,7 +108,7 @@ func (r *route) failed(node, hint trivet.NodeID) {
 			return
 		}
 	}
-	r.target = r.nodes[0] // node was a hint from outside the members
+	r.target = r.nodes[0] // node was a hint from outside the members, or is a member no more
 }
 
 // attemptFunc sends a request to a node once. A reply with codeNotLeader is not an error.
@@ -99,13 +116,13 @@ type attemptFunc func(ctx context.Context, node trivet.NodeID) (reply, error)
 
 // callLeader sends a request until a leader answers it. Errors other than ErrNotLeader and
 // ErrUnavailable are answers. When ctx ends it returns the cause together with the last failure.
-// read tells that a reply of a lower term than seen must not be used.
-func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc) error {
+// strong tells that a reply of a lower term than seen must not be used.
+func (v *Volume) callLeader(ctx context.Context, strong bool, attempt attemptFunc) error {
 	started := time.Now()
 	var heard uint64              // term of the newest leader that this node heard of and that was tried
 	for n, since := 0, 0; ; n++ { // since: attempts since then
 		node := v.route.node()
-		hint, err := v.try(ctx, n, node, read, attempt)
+		hint, err := v.try(ctx, n, node, strong, attempt)
 		if err == nil || !retryable(err) {
 			if n > 0 {
 				v.stats.pause(time.Since(started))
@@ -132,7 +149,7 @@ func (v *Volume) callLeader(ctx context.Context, read bool, attempt attemptFunc)
 	}
 }
 
-func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, read bool, attempt attemptFunc) (
+func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, strong bool, attempt attemptFunc) (
 	hint trivet.NodeID, err error,
 ) {
 	actx, cancel := context.WithTimeout(ctx, min(attemptMin<<min(n, 8), attemptMax))
@@ -146,9 +163,10 @@ func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, read bool, 
 	case out.code == codeNotLeader:
 		return out.node, fmt.Errorf("node %s: %w", node, trivet.ErrNotLeader)
 	}
-	if err := v.route.accept(out.term); err != nil && read {
+	if err := v.route.accept(out.term); err != nil && strong {
 		return "", fmt.Errorf("node %s: %w", node, err)
 	}
+	v.note(out.index)
 	return "", nil
 }
 

@@ -29,7 +29,7 @@ func (h *Host) handleRead(_ context.Context, from trivet.NodeID, m transport.Mes
 		return transport.Message{}, err
 	}
 	body, data := newReadReply(int(req.blockN) * trivet.BlockSize)
-	out, err := h.read(from, m.Group, data, req.lba, req.epoch)
+	out, err := h.read(from, m.Group, data, &req)
 	if err != nil {
 		return transport.Message{}, err
 	}
@@ -88,17 +88,15 @@ func (h *Host) write(ctx context.Context, from trivet.NodeID, id trivet.VolumeID
 }
 
 // read fills p for node from.
-func (h *Host) read(from trivet.NodeID, id trivet.VolumeID, p []byte, lba trivet.LBA, epoch trivet.Epoch) (
-	reply, error,
-) {
-	r, err := h.admit(from, id, epoch)
+func (h *Host) read(from trivet.NodeID, id trivet.VolumeID, p []byte, req *readRequest) (reply, error) {
+	r, err := h.admit(from, id, req.epoch)
 	if err != nil {
 		return reply{}, err
 	}
 	if r == nil {
 		return reply{code: codeNotLeader}, nil
 	}
-	term, err := r.read(p, lba, epoch)
+	term, err := r.read(p, req)
 	return r.reply(term, err)
 }
 
@@ -125,5 +123,7 @@ func (r *Replica) reply(term uint64, err error) (reply, error) {
 	case err != nil:
 		return reply{}, err
 	}
-	return reply{code: codeDone, term: term, epoch: r.machine.view.Load().Epoch}, nil
+	return reply{
+		code: codeDone, term: term, epoch: r.machine.view.Load().Epoch, index: r.machine.newest.Load(),
+	}, nil
 }

@@ -31,6 +31,11 @@ type VolumeConfig struct {
 	// one in each epoch, so a second Volume with the same epoch would be taken for copies of the first.
 	Epoch   trivet.Epoch
 	Members []raftgroup.Member // where replicas are
+	// ReadConsistency says who may answer reads; "" = ReadStrong. See the constants for what each costs.
+	ReadConsistency trivet.ReadConsistency
+	// FindMembers, when set, says where they are now. It is asked after each attempt that found no leader, so
+	// it must be fast and must not call the Volume; an empty answer changes nothing. nil: Members for good.
+	FindMembers func() []raftgroup.Member
 	// IOTimeout bounds how long one call waits across leader changes; 0 = 60 s.
 	IOTimeout time.Duration
 	Network   transport.Network
@@ -56,7 +61,8 @@ func (c *VolumeConfig) Validate() error {
 	case c.IOTimeout < 0:
 		return fmt.Errorf("volume config of %s: IOTimeout %v is negative: %w", c.ID, c.IOTimeout, trivet.ErrInvalid)
 	}
-	return nil
+	_, err := levelOf(c.ReadConsistency)
+	return err
 }
 
 // Volume is a trivet.Device over the group of a volume, from any node of the cluster. It is
@@ -72,6 +78,8 @@ type Volume struct {
 	slots   chan struct{} // one per request in flight
 	stats   stats
 	size    atomic.Int64
+	level   readLevel
+	seen    atomic.Uint64 // newest entry whose effect this Volume has been told of (ReadSession)
 
 	life context.Context // ends by Close or a fence, with the cause
 	end  context.CancelCauseFunc
@@ -97,11 +105,12 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 	v := &Volume{
 		cfg:     cfg,
 		log:     cfg.Logger.With("component", "replication", "volume", cfg.ID.String(), "epoch", uint64(cfg.Epoch)),
-		route:   newRoute(cfg.Members, cfg.Network.Local()),
+		route:   newRoute(cfg.Members, cfg.FindMembers, cfg.Network.Local()),
 		session: newSession(),
 		slots:   make(chan struct{}, requestsInFlight),
 	}
 	v.size.Store(cfg.SizeBytes)
+	v.level, _ = levelOf(cfg.ReadConsistency)                     // Validate has refused what is none
 	v.life, v.end = context.WithCancelCause(context.Background()) // outlives every call
 	return v, nil
 }
@@ -126,7 +135,8 @@ func (v *Volume) SetSize(sizeBytes int64) error {
 	}
 }
 
-// ReadAt implements trivet.Device. It returns what the last acknowledged write left, or a later one.
+// ReadAt implements trivet.Device. It returns what the last acknowledged write left, or a later one, unless
+// ReadConsistency allows less.
 func (v *Volume) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := trivet.CheckRange(off, int64(len(p)), v.Size()); err != nil {
 		return fmt.Errorf("read %s: %w", v.cfg.ID, err)

@@ -12,25 +12,27 @@ import (
 // has no room for its numbers, or a byte too many, is ErrInvalid; a reply ErrCorrupt.
 //
 //	write request                      read request
-//	0         1      8        56       0         1      4        8       16      24
-//	+---------+------+--------+------+ +---------+------+--------+-------+-------+
-//	| version | zero | header | data | | version | zero | blockN | epoch | lba   |
-//	+---------+------+--------+------+ +---------+------+--------+-------+-------+
+//	0         1      8        56       0         1       2      4        8       16      24      32
+//	+---------+------+--------+------+ +---------+-------+------+--------+-------+-------+-------+
+//	| version | zero | header | data | | version | level | zero | blockN | epoch | lba   | index |
+//	+---------+------+--------+------+ +---------+-------+------+--------+-------+-------+-------+
 //
 //	reply to both
-//	0         1      2          4        8      16      24
-//	+---------+------+----------+--------+------+-------+------+------+
-//	| version | code | nodeSize | crc32c | term | epoch | node | data |
-//	+---------+------+----------+--------+------+-------+------+------+
+//	0         1      2          4        8      16      24      32
+//	+---------+------+----------+--------+------+-------+-------+------+------+
+//	| version | code | nodeSize | crc32c | term | epoch | index | node | data |
+//	+---------+------+----------+--------+------+-------+-------+------+------+
 //
-// The header of a write is that of command.go. code is 0 (done) or 1 (not the leader; node is who
-// leads, when known). crc32c covers the data of a read with its volume and first block, so that a
-// block that comes back is the block that was asked for (I12).
+// The header of a write is that of command.go. level is 0 for ReadStrong, 1 for ReadSession, 2 for
+// ReadEventual; index is what the replica must have applied for a session. code is 0 (done) or 1 (ask the
+// leader; node is who leads, when known). index of a reply is that of the newest entry whose effect the
+// data can show. crc32c covers the data of a read with its volume and first block, so that a block that
+// comes back is the block that was asked for (I12).
 const (
-	wireVersion      = 1
+	wireVersion      = 2
 	writeHeaderBytes = 8 + headerBytes
-	readRequestBytes = 24
-	replyHeaderBytes = 24
+	readRequestBytes = 32
+	replyHeaderBytes = 32
 
 	// readBytesMax is the largest read in one message.
 	readBytesMax = 1 << 20
@@ -83,29 +85,57 @@ func versionAndZeroes(b []byte) bool {
 	return true
 }
 
+// readLevel is a trivet.ReadConsistency on the wire.
+type readLevel uint8
+
+const (
+	levelStrong readLevel = iota
+	levelSession
+	levelEventual
+	levelEnd
+)
+
+// levelOf returns ErrInvalid for what is none of the three; "" is ReadStrong.
+func levelOf(c trivet.ReadConsistency) (readLevel, error) {
+	switch c {
+	case "", trivet.ReadStrong:
+		return levelStrong, nil
+	case trivet.ReadSession:
+		return levelSession, nil
+	case trivet.ReadEventual:
+		return levelEventual, nil
+	}
+	return 0, fmt.Errorf("read consistency %q is unknown: %w", c, trivet.ErrInvalid)
+}
+
 // readRequest asks for blockN blocks from lba.
 type readRequest struct {
+	level  readLevel
 	blockN uint32
 	epoch  trivet.Epoch
 	lba    trivet.LBA
+	index  uint64 // that the replica must have applied, with levelSession
 }
 
 func (r *readRequest) append(dst []byte) []byte {
-	dst = append(dst, wireVersion, 0, 0, 0)
+	dst = append(dst, wireVersion, byte(r.level), 0, 0)
 	dst = binary.BigEndian.AppendUint32(dst, r.blockN)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(r.epoch))
-	return binary.BigEndian.AppendUint64(dst, uint64(r.lba))
+	dst = binary.BigEndian.AppendUint64(dst, uint64(r.lba))
+	return binary.BigEndian.AppendUint64(dst, r.index)
 }
 
 func decodeRead(b []byte) (readRequest, error) {
-	if len(b) != readRequestBytes || !versionAndZeroes(b[:4]) {
+	if len(b) != readRequestBytes || b[0] != wireVersion || b[2] != 0 || b[3] != 0 || b[1] >= byte(levelEnd) {
 		return readRequest{}, fmt.Errorf("read message of %d bytes: want version %d, %d bytes: %w",
 			len(b), wireVersion, readRequestBytes, trivet.ErrInvalid)
 	}
 	r := readRequest{
+		level:  readLevel(b[1]),
 		blockN: binary.BigEndian.Uint32(b[4:]),
 		epoch:  trivet.Epoch(binary.BigEndian.Uint64(b[8:])),
 		lba:    trivet.LBA(binary.BigEndian.Uint64(b[16:])),
+		index:  binary.BigEndian.Uint64(b[24:]),
 	}
 	if r.blockN == 0 || r.blockN > readBytesMax/trivet.BlockSize || r.lba >= lbaMax {
 		return readRequest{}, fmt.Errorf("read of %d blocks from %d: want 1 to %d: %w",
@@ -117,8 +147,9 @@ func decodeRead(b []byte) (readRequest, error) {
 // reply answers a write or a read.
 type reply struct {
 	code  uint8
-	term  uint64        // in which the leader answered
+	term  uint64        // in which the replica answered
 	epoch trivet.Epoch  // of the volume
+	index uint64        // of the newest entry that the answer can show
 	node  trivet.NodeID // of the leader, with codeNotLeader
 	crc   uint32        // of data
 	data  []byte
@@ -137,6 +168,7 @@ func (r *reply) putHeader(b []byte) {
 	binary.BigEndian.PutUint32(b[4:], r.crc)
 	binary.BigEndian.PutUint64(b[8:], r.term)
 	binary.BigEndian.PutUint64(b[16:], uint64(r.epoch))
+	binary.BigEndian.PutUint64(b[24:], r.index)
 	copy(b[replyHeaderBytes:], r.node)
 }
 
@@ -157,6 +189,7 @@ func decodeReply(b []byte, dataN int) (reply, error) {
 		crc:   binary.BigEndian.Uint32(b[4:]),
 		term:  binary.BigEndian.Uint64(b[8:]),
 		epoch: trivet.Epoch(binary.BigEndian.Uint64(b[16:])),
+		index: binary.BigEndian.Uint64(b[24:]),
 	}
 	nodeN := int(binary.BigEndian.Uint16(b[2:]))
 	if r.code == codeNotLeader {

@@ -29,11 +29,11 @@ func TestWriteMessage(t *testing.T) {
 
 func TestReadMessage(t *testing.T) {
 	t.Parallel()
-	want := readRequest{blockN: 256, epoch: 9, lba: lbaMax - 1}
+	want := readRequest{level: levelEventual, blockN: 256, epoch: 9, lba: lbaMax - 1, index: 1 << 40}
 	got, err := decodeRead(want.append(nil))
 	require.NoError(t, err)
 	assert.Equal(t, want, got)
-	for _, bad := range []readRequest{{blockN: 0}, {blockN: 257}, {blockN: 1, lba: lbaMax}} {
+	for _, bad := range []readRequest{{blockN: 0}, {blockN: 257}, {blockN: 1, lba: lbaMax}, {blockN: 1, level: levelEnd}} {
 		_, err := decodeRead(bad.append(nil))
 		require.ErrorIs(t, err, trivet.ErrInvalid)
 	}
@@ -46,7 +46,7 @@ func TestReplyMessage(t *testing.T) {
 		reply reply
 	}{
 		{"write", reply{term: 4, epoch: 2}},
-		{"read", reply{term: 4, epoch: 2, crc: 77, data: block(2, 3)}},
+		{"read", reply{term: 4, epoch: 2, index: 1 << 33, crc: 77, data: block(2, 3)}},
 		{"not the leader", reply{code: codeNotLeader, node: "node-b"}},
 		{"no leader known", reply{code: codeNotLeader}},
 	}

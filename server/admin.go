@@ -14,6 +14,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/driver"
 	"github.com/trivet-csi/trivet/internal/pki"
@@ -125,10 +126,11 @@ func (a *admin) ClusterStatus(ctx context.Context, _ *api.ClusterStatusRequest) 
 	}
 	for _, n := range resp.GetNodes() {
 		if n.GetState() != stateUp {
-			resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %s is down: its replicas miss writes until it is back",
-				n.GetId()))
+			resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %s is down: its replicas miss writes until it is back, "+
+				"or are replaced", n.GetId()))
 		}
 	}
+	pending := controller.PendingOf(state, time.Now())
 	for _, v := range state.Volumes() {
 		resp.VolumesByPhase[string(v.Phase)]++
 		if v.Phase == meta.PhaseFailed {
@@ -139,6 +141,10 @@ func (a *admin) ClusterStatus(ctx context.Context, _ *api.ClusterStatusRequest) 
 				resp.Warnings = append(resp.Warnings, fmt.Sprintf("volume %q: replica on %s is faulted: %s", v.Name, r.Node,
 					r.Reason))
 			}
+		}
+		if why := pending(&v); why != "" {
+			resp.Warnings = append(resp.Warnings, fmt.Sprintf("volume %q has %d replicas, want %d: %s", v.Name,
+				len(v.Replicas), v.Want(), why))
 		}
 	}
 	return resp, nil
@@ -174,7 +180,7 @@ func (a *admin) nodes(state *meta.State, now time.Time) []*api.Node {
 	for _, n := range state.Nodes() {
 		node := &api.Node{
 			Id: string(n.ID), Address: n.Address, Zone: n.Zone, State: stateDown, Role: roleLearner,
-			ReplicaCount: replicas[n.ID],
+			ReplicaCount: replicas[n.ID], Cordoned: n.Cordoned, Draining: n.Draining,
 		}
 		if now.Before(n.LeaseUntil) {
 			node.State = stateUp

@@ -47,7 +47,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 	out := &api.Volume{
 		Id: v.ID.String(), Name: v.Name, SizeBytes: v.SizeBytes, Phase: string(v.Phase), Reason: v.Reason,
 		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Epoch: uint64(v.Epoch),
-		Created: v.Created.Format(time.RFC3339),
+		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()),
 	}
 	out.AttachedNode = string(v.Holder())
 	if n, err := a.s.node(); err == nil {
@@ -60,6 +60,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 	for _, r := range v.Replicas {
 		replica := &api.Replica{
 			Id: string(r.ID), Node: string(r.Node), Disk: string(r.Disk), State: string(r.State), Reason: r.Reason,
+			Replaces: string(r.Replaces),
 		}
 		if ask && r.State == meta.ReplicaReady {
 			st, err := a.replicaStatus(ctx, v.ID, r.Node)
@@ -80,6 +81,14 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 		r.Leader = r.GetId() == string(leader)
 	}
 	out.Replicas = replicas
+	for _, r := range v.Retired {
+		out.Retired = append(out.Retired, &api.Replica{
+			Id: string(r.ID), Node: string(r.Node), Disk: string(r.Disk), State: string(r.State), Reason: r.Reason,
+		})
+	}
+	if ask {
+		out.Pending = controller.PendingOf(a.s.catalogue.Local(), time.Now())(&v)
+	}
 	return out
 }
 

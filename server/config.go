@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller"
+	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -42,6 +44,14 @@ type Config struct {
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
 
+	// CatchUpBytesPerSecond bounds what all replicas of this node together pull from other nodes, when they
+	// were away for longer than a log keeps, or are new; 0 = no limit, else at least 64 KiB. The catalogue,
+	// which is small, is not counted.
+	CatchUpBytesPerSecond int64
+	// ReplaceAfter is how long a node may be dead, or a disk away, before its replicas are replaced by new
+	// ones elsewhere; 0 = 10 min. It counts on the node that leads the catalogue.
+	ReplaceAfter time.Duration
+
 	// Network replaces the TLS connections between nodes, in tests of three servers in one process.
 	// The administration port stays as it is. Nil = TLS.
 	Network transport.Network
@@ -55,6 +65,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
+		ReplaceAfter: controller.DefaultReplaceAfter,
 	}
 }
 
@@ -91,6 +102,13 @@ func (c *Config) Validate() error {
 	if c.Register != "" && c.CSI == "" {
 		return fmt.Errorf("kubelet's plugin directory %q is given, but no csi endpoint to register: %w", c.Register,
 			trivet.ErrInvalid)
+	}
+	if c.CatchUpBytesPerSecond != 0 && c.CatchUpBytesPerSecond < replication.CatchUpBytesPerSecondMin {
+		return fmt.Errorf("catch-up bandwidth of %d bytes a second: want 0 or at least %d: %w", c.CatchUpBytesPerSecond,
+			replication.CatchUpBytesPerSecondMin, trivet.ErrInvalid)
+	}
+	if c.ReplaceAfter < 0 {
+		return fmt.Errorf("replace after %v: want zero or more: %w", c.ReplaceAfter, trivet.ErrInvalid)
 	}
 	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
 		if _, _, err := net.SplitHostPort(addr); err != nil {

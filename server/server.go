@@ -106,6 +106,8 @@ func (s *Server) open(ctx context.Context) error {
 	}
 	s.group.Go(func() error { s.stayJoined(life); return nil })
 	s.group.Go(func() error { s.learnAddresses(life); return nil })
+	mender := controller.NewMender(s.catalogue, s.cfg.Node, s.cfg.ReplaceAfter, s.log)
+	s.group.Go(func() error { mender.Run(life); return nil })
 	return nil
 }
 
@@ -211,7 +213,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	cfg.ID, cfg.Address, cfg.Zone, cfg.Incarnation = s.cfg.Node, s.cfg.Advertise, s.cfg.Zone, trivet.NewUUID()
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
-	cfg.Logger, cfg.Fatal = s.log, s.cfg.Fatal
+	cfg.Logger, cfg.Fatal, cfg.CatchUpBytesPerSecond = s.log, s.cfg.Fatal, s.cfg.CatchUpBytesPerSecond
 	if s.cfg.ParkAfter != 0 {
 		cfg.ParkAfter = s.cfg.ParkAfter
 	}

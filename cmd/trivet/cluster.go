@@ -107,5 +107,6 @@ func newNode(o *options) *cobra.Command {
 			})
 		},
 	}
-	return group("node", "See the nodes", list)
+	return group("node", "See the nodes, keep replicas off them and empty them",
+		list, newNodeCordon(o), newNodeUncordon(o), newNodeDrain(o))
 }

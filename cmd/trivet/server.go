@@ -18,6 +18,7 @@ func newServer(o *options) *cobra.Command {
 		node     string
 		logLevel string
 		logJSON  bool
+		catchUp  string
 	)
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -26,6 +27,9 @@ func newServer(o *options) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := newLogger(logLevel, logJSON)
 			if err != nil {
+				return err
+			}
+			if cfg.CatchUpBytesPerSecond, err = parseRate(catchUp); err != nil {
 				return err
 			}
 			cfg.Node, cfg.CertsDir, cfg.Logger, cfg.Version = trivet.NodeID(node), o.certs, log, version
@@ -55,11 +59,27 @@ func newServer(o *options) *cobra.Command {
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
 		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
+	f.DurationVar(&cfg.ReplaceAfter, "replace-after", cfg.ReplaceAfter,
+		"replace the replicas of a node that is dead, or of a disk that is away, for this long")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
 		"a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
+	f.StringVar(&catchUp, "catch-up-bandwidth", "0",
+		"bytes per second, as 100Mi, that replicas here together pull from other nodes to catch up (0: no limit)")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
 	return cmd
+}
+
+// parseRate reads bytes per second as parseSize reads bytes; 0 means no limit.
+func parseRate(s string) (int64, error) {
+	if s == "0" {
+		return 0, nil
+	}
+	n, err := parseSize(s)
+	if err != nil {
+		return 0, usageError{fmt.Errorf("--catch-up-bandwidth: %w", err)}
+	}
+	return n, nil
 }
 
 // runServer runs until ctx ends, then stops in good order.

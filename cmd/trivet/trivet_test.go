@@ -50,6 +50,19 @@ func TestParseSize(t *testing.T) {
 	}
 }
 
+func TestParseRate(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]int64{"0": 0, "64Ki": 64 << 10, "100Mi": 100 << 20} {
+		got, err := parseRate(text)
+		require.NoError(t, err, text)
+		assert.Equal(t, want, got, text)
+	}
+	_, err := parseRate("fast")
+	var usage usageError
+	require.ErrorAs(t, err, &usage)
+	require.ErrorContains(t, err, "--catch-up-bandwidth")
+}
+
 func TestSizeText(t *testing.T) {
 	t.Parallel()
 	for want, n := range map[string]int64{
@@ -87,6 +100,18 @@ func TestWrongUsage(t *testing.T) {
 		{"volume", "list", "-o", "yaml"},
 		{"cluster", "status", "extra"},
 		{"volume", "move-leader", "a"},
+		{"volume", "set-replicas", "a"},
+		{"volume", "set-replicas", "a", "2"},
+		{"volume", "set-replicas", "a", "three"},
+		{"replica", "lst"},
+		{"replica", "list"},
+		{"replica", "move", "a", "n1"},
+		{"replica", "move", "a", "n1", "n2", "n3"},
+		{"node", "drain"},
+		{"node", "drain", "n1", "--wait=perhaps"},
+		{"node", "cordon", "n1", "n2"},
+		{"node", "uncordon"},
+		{"server", "--replace-after", "soon"},
 		{"server", "--log-level", "loud"},
 		{"cert", "ca", "--cluster", "x"},
 	} {

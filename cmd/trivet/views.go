@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/trivet-csi/trivet/api"
@@ -18,6 +19,9 @@ type volumeView struct {
 	Reclaim    string            `json:"reclaimPolicy"`
 	Parameters map[string]string `json:"parameters,omitempty"`
 	Replicas   []replicaView     `json:"replicas"`
+	Want       int32             `json:"wantReplicas"`
+	Retired    []replicaView     `json:"retired,omitempty"` // their data is still to be removed
+	Pending    string            `json:"pending,omitempty"` // what a change of the replicas waits for
 	Epoch      uint64            `json:"epoch"`
 	Attached   string            `json:"attachedNode,omitempty"`
 	Device     string            `json:"device,omitempty"`
@@ -35,6 +39,7 @@ type replicaView struct {
 	Commit    uint64 `json:"commit,omitempty"`
 	Term      uint64 `json:"term,omitempty"`
 	UsedBytes int64  `json:"usedBytes,omitempty"`
+	Replaces  string `json:"replaces,omitempty"`
 }
 
 type nodeView struct {
@@ -44,6 +49,8 @@ type nodeView struct {
 	State    string     `json:"state"`
 	Role     string     `json:"role"`
 	Replicas int32      `json:"replicas"`
+	Cordoned bool       `json:"cordoned"`
+	Draining bool       `json:"draining"`
 	Disks    []diskView `json:"disks"`
 }
 
@@ -59,21 +66,29 @@ func volumeOf(v *api.Volume) volumeView {
 		ID: v.GetId(), Name: v.GetName(), SizeBytes: v.GetSizeBytes(), Phase: v.GetPhase(), Reason: v.GetReason(),
 		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Epoch: v.GetEpoch(),
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
+		Want: v.GetWantReplicas(), Pending: v.GetPending(),
 	}
 	for _, r := range v.GetReplicas() {
-		view.Replicas = append(view.Replicas, replicaView{
-			ID: r.GetId(), Node: r.GetNode(), Disk: r.GetDisk(), State: r.GetState(), Reason: r.GetReason(),
-			Leader: r.GetLeader(), Applied: r.GetApplied(), Commit: r.GetCommit(), Term: r.GetTerm(),
-			UsedBytes: r.GetUsedBytes(),
-		})
+		view.Replicas = append(view.Replicas, replicaOf(r))
+	}
+	for _, r := range v.GetRetired() {
+		view.Retired = append(view.Retired, replicaOf(r))
 	}
 	return view
+}
+
+func replicaOf(r *api.Replica) replicaView {
+	return replicaView{
+		ID: r.GetId(), Node: r.GetNode(), Disk: r.GetDisk(), State: r.GetState(), Reason: r.GetReason(),
+		Leader: r.GetLeader(), Applied: r.GetApplied(), Commit: r.GetCommit(), Term: r.GetTerm(),
+		UsedBytes: r.GetUsedBytes(), Replaces: r.GetReplaces(),
+	}
 }
 
 func nodeOf(n *api.Node) nodeView {
 	view := nodeView{
 		ID: n.GetId(), Address: n.GetAddress(), Zone: n.GetZone(), State: n.GetState(), Role: n.GetRole(),
-		Replicas: n.GetReplicaCount(), Disks: []diskView{},
+		Replicas: n.GetReplicaCount(), Disks: []diskView{}, Cordoned: n.GetCordoned(), Draining: n.GetDraining(),
 	}
 	for _, d := range n.GetDisks() {
 		view.Disks = append(view.Disks, diskView{
@@ -81,6 +96,17 @@ func nodeOf(n *api.Node) nodeView {
 		})
 	}
 	return view
+}
+
+// stateText says whether a node is up, and whether an operator keeps replicas off it.
+func (n nodeView) stateText() string {
+	switch {
+	case n.Draining:
+		return n.State + ",draining"
+	case n.Cordoned:
+		return n.State + ",cordoned"
+	}
+	return n.State
 }
 
 func nodeTable(nodes []nodeView) table {
@@ -91,7 +117,7 @@ func nodeTable(nodes []nodeView) table {
 			free, size = free+d.FreeBytes, size+d.SizeBytes
 		}
 		t.rows = append(t.rows, []string{
-			n.ID, n.State, n.Role, n.Zone, n.Address, itoa(int64(n.Replicas)), sizeText(free), sizeText(size),
+			n.ID, n.stateText(), n.Role, n.Zone, n.Address, itoa(int64(n.Replicas)), sizeText(free), sizeText(size),
 		})
 	}
 	return t
@@ -117,7 +143,7 @@ func volumeTable(volumes []volumeView) table {
 
 func replicaTable(v volumeView) table {
 	t := table{header: []string{"REPLICA", "NODE", "STATE", "LEADER", "APPLIED", "COMMIT", "TERM", "USED", "REASON"}}
-	for _, r := range v.Replicas {
+	for _, r := range slices.Concat(v.Replicas, v.Retired) {
 		leader := ""
 		if r.Leader {
 			leader = "yes"

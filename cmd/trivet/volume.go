@@ -15,7 +15,7 @@ import (
 func newVolume(o *options) *cobra.Command {
 	return group("volume", "Make, attach and remove volumes",
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
-		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o),
+		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
@@ -38,6 +38,10 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	}
 	if view.Device != "" {
 		fmt.Fprintf(out, "device: %s\n", view.Device)
+	}
+	fmt.Fprintf(out, "replicas wanted: %d\n", view.Want)
+	if view.Pending != "" {
+		fmt.Fprintf(out, "pending: %s\n", view.Pending)
 	}
 	fmt.Fprintln(out)
 	return o.show(out, view, replicaTable(view))

@@ -125,7 +125,7 @@ func (r *RegisterNode) op() string { return fmt.Sprintf("register node %s", r.No
 func (r *RegisterNode) apply(d *draft) error {
 	n := r.Node.Clone()
 	n.LeaseUntil = instant(n.LeaseUntil)
-	n.Replaced = nil
+	n.Replaced, n.Cordoned, n.Draining = nil, false, false
 	for _, disk := range n.Disks {
 		if owner := d.diskOwner(disk.ID); owner != "" && owner != n.ID {
 			return fmt.Errorf("disk %s belongs to node %s: %w", disk.ID, owner, trivet.ErrInUse)
@@ -135,7 +135,7 @@ func (r *RegisterNode) apply(d *draft) error {
 		if slices.Contains(old.Replaced, n.Incarnation) {
 			return fmt.Errorf("incarnation %s was replaced by %s: %w", n.Incarnation, old.Incarnation, trivet.ErrFenced)
 		}
-		n.Replaced = old.Replaced
+		n.Replaced, n.Cordoned, n.Draining = old.Replaced, old.Cordoned, old.Draining
 		if old.Incarnation != n.Incarnation {
 			n.Replaced = append(n.Replaced, old.Incarnation)
 			n.Replaced = n.Replaced[max(0, len(n.Replaced)-replacedMax):]
@@ -169,6 +169,30 @@ func (r *RenewLease) apply(d *draft) error {
 		}
 		n.Disks[i].SizeBytes, n.Disks[i].FreeBytes = disk.SizeBytes, disk.FreeBytes
 	}
+	d.putNode(&n)
+	return nil
+}
+
+func (c *CordonNode) op() string {
+	switch {
+	case c.Draining:
+		return fmt.Sprintf("drain node %s", c.Node)
+	case c.Cordoned:
+		return fmt.Sprintf("cordon node %s", c.Node)
+	}
+	return fmt.Sprintf("uncordon node %s", c.Node)
+}
+
+func (c *CordonNode) apply(d *draft) error {
+	n, ok := d.Node(c.Node)
+	if !ok {
+		return fmt.Errorf("node is unknown: %w", trivet.ErrNotFound)
+	}
+	d.nodeID = n.ID
+	if n.Cordoned == c.Cordoned && n.Draining == c.Draining {
+		return nil
+	}
+	n.Cordoned, n.Draining = c.Cordoned, c.Draining
 	d.putNode(&n)
 	return nil
 }

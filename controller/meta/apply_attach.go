@@ -171,8 +171,12 @@ func (w *WantLeader) apply(d *draft) error {
 	if err != nil {
 		return err
 	}
-	if v.Replica(w.Replica) == nil {
+	rep := v.Replica(w.Replica)
+	switch {
+	case rep == nil:
 		return fmt.Errorf("volume has no such replica: %w", trivet.ErrNotFound)
+	case rep.State.Changing():
+		return fmt.Errorf("replica is %s: %w", rep.State, trivet.ErrInvalid)
 	}
 	if v.WantLeader == w.Replica || v.WantLeader == "" && v.Leader == w.Replica {
 		return nil

@@ -17,7 +17,7 @@ import (
 //	               │              ├─────────────────► Recycling         │
 //	               │ Release      ├─────────────────► Released ─────────┤
 //	               └──► Deleting ◄┘   Reclaim delete ◄─┴────────────────┴── Failed ◄── Fail
-//	                       │ last replica Removed
+//	                       │ last replica Removed, retired ones too
 //	                       ▼
 //	                   no record; the ID stays used
 //
@@ -31,6 +31,9 @@ func (c *CreateVolume) apply(d *draft) error {
 	}
 	if d.Used(c.Volume.ID) {
 		return fmt.Errorf("id %s was used before: %w", c.Volume.ID, trivet.ErrExists)
+	}
+	if len(c.Volume.Replicas) == 0 {
+		return fmt.Errorf("no volume has that name, and no replicas are given: %w", trivet.ErrNotFound)
 	}
 	for _, r := range c.Volume.Replicas {
 		if _, ok := d.nodes[r.Node]; !ok {
@@ -52,6 +55,8 @@ func (c *CreateVolume) apply(d *draft) error {
 		Request:   asked.Request,
 		Created:   instant(asked.Created),
 		Replicas:  asked.Replicas,
+
+		WantReplicas: len(asked.Replicas),
 	}
 	d.volumeID = v.ID
 	d.names = d.names.with(v.Name, v.ID)
@@ -86,48 +91,6 @@ func (c *CreateVolume) again(d *draft, id trivet.VolumeID) error {
 		}
 	case PhaseBound, PhaseFailed, PhaseDeleting: // as it is; Deleting holds no name
 	}
-	return nil
-}
-
-func (r *ReportReplica) op() string {
-	return fmt.Sprintf("report replica %s of %s as %s", r.Replica, r.Volume, r.State)
-}
-
-func (r *ReportReplica) apply(d *draft) error {
-	v, err := d.edit(r.Volume)
-	if err != nil {
-		if r.State == ReplicaRemoved && d.Used(r.Volume) {
-			return nil // a late copy: the record is gone
-		}
-		return err
-	}
-	rep := v.Replica(r.Replica)
-	if rep == nil {
-		return fmt.Errorf("volume has no such replica: %w", trivet.ErrNotFound)
-	}
-	deleting := v.Phase == PhaseDeleting
-	if r.State == ReplicaRemoved && !deleting {
-		return fmt.Errorf("volume is %s, not %s: %w", v.Phase, PhaseDeleting, trivet.ErrInvalid)
-	}
-	if deleting && r.State != ReplicaRemoved {
-		return nil // late
-	}
-	if rep.State == r.State && rep.Reason == r.Reason {
-		return nil
-	}
-	rep.State, rep.Reason = r.State, r.Reason
-	switch {
-	case v.Phase == PhaseCreating && v.all(ReplicaReady):
-		v.Phase = PhaseAvailable
-		if v.Claimed {
-			v.Phase = PhaseBound
-		}
-	case deleting && v.all(ReplicaRemoved):
-		d.volumes = d.volumes.without(v.ID)
-		d.changed = true
-		return nil
-	}
-	d.put(v)
 	return nil
 }
 

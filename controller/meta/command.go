@@ -29,6 +29,10 @@ type Command struct {
 	Reclaim       *Reclaim       `json:"reclaim,omitempty"`
 	ReportWiped   *ReportWiped   `json:"reportWiped,omitempty"`
 	Fail          *Fail          `json:"fail,omitempty"`
+	AddReplica    *AddReplica    `json:"addReplica,omitempty"`
+	RemoveReplica *RemoveReplica `json:"removeReplica,omitempty"`
+	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
+	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -40,9 +44,9 @@ type InitCluster struct {
 // RegisterNode adds a node or updates its address, zone, disks, incarnation and lease. A process
 // registers at every start. A disk ID that moved to another node is refused with ErrInUse. An
 // incarnation that another one has replaced is refused with ErrFenced, however late it comes.
-// Attachments stay: a new process takes them over one by one (TakeOver).
+// Attachments stay: a new process takes them over one by one (TakeOver). A cordoned node stays so.
 type RegisterNode struct {
-	Node Node `json:"node"` // Revision and Replaced are ignored
+	Node Node `json:"node"` // Revision, Replaced, Cordoned and Draining are ignored
 }
 
 // RenewLease extends a node's lease and updates its disks' free space. A wrong incarnation is
@@ -59,18 +63,29 @@ type RenewLease struct {
 // again returns the existing volume; another Request gives ErrExists; a used ID gives ErrExists,
 // for ever (H35). Claim binds an existing Available volume of that name. A Released volume of that
 // name gives ErrExists (it keeps somebody's data), a Recycling one ErrPending. A volume being
-// deleted no longer holds its name. An unknown node or disk gives ErrNotFound.
+// deleted no longer holds its name. An unknown node or disk gives ErrNotFound. The number of replicas
+// is the number wanted from then on (SetReplicas); without any, only an existing volume is returned or
+// claimed, and ErrNotFound when there is none.
 type CreateVolume struct {
 	Volume Volume `json:"volume"` // ID, Name, SizeBytes, Reclaim, Params, Request, Created, Replicas (state Creating)
 	// Claim makes it Bound (not Available) once its replicas are ready: CSI creates for a claim.
 	Claim bool `json:"claim,omitempty"`
 }
 
-// ReportReplica says what an agent found or did. Ready for the last replica of a volume in
-// PhaseCreating makes it Available (or Bound). Removed for the last one in PhaseDeleting removes
-// the volume's record; its ID stays used for ever. Removed in another phase gives ErrInvalid, and so
-// does Creating always: a replica that was made is never made again under its name (H10). While the
-// volume is being deleted anything but Removed is without effect, and a removed replica stays so.
+// ReportReplica says what an agent found or did. What it does depends on the state in the catalogue:
+//
+//	Ready    of Creating, Faulted: it is. The last one of a volume in PhaseCreating makes it Available (or
+//	         Bound). Of Filling: it votes and has everything; the one that it replaces becomes Leaving.
+//	         Of Joining: ErrInvalid, nobody has made it.
+//	Faulted  of Creating, Ready: it is. Of Joining: retired at once. Of Filling: Leaving.
+//	Filling  of Joining: it is made, and empty. Of Creating: ErrInvalid.
+//	Left     of Leaving: no member of the group any more; it moves to Volume.Retired. Of others: ErrInvalid.
+//	Removed  of a retired one: it is forgotten. In PhaseDeleting of any: the last one removes the volume's
+//	         record; the ID stays used for ever. In another phase: ErrInvalid.
+//
+// Everything else is late and without effect: whatever but Removed in PhaseDeleting or of a retired one,
+// and Removed or Left of one that is forgotten. Creating is always ErrInvalid, and nothing leads back to
+// Joining or Filling: a replica that was made is never made again under its name (H10).
 type ReportReplica struct {
 	Volume  trivet.VolumeID  `json:"volume"`
 	Replica trivet.ReplicaID `json:"replica"`
@@ -126,8 +141,8 @@ type ReportLeader struct {
 	Term    uint64           `json:"term,omitempty"` // Raft term in which it leads; 0 = not compared
 }
 
-// WantLeader asks for leadership at a replica of the volume. ErrNotFound when it has none such.
-// No effect when that one is recorded as leader already.
+// WantLeader asks for leadership at a replica of the volume. ErrNotFound when it has none such,
+// ErrInvalid when that one is Joining, Filling or Leaving. No effect when it is recorded as leader already.
 type WantLeader struct {
 	Volume  trivet.VolumeID  `json:"volume"`
 	Replica trivet.ReplicaID `json:"replica"`
@@ -173,10 +188,50 @@ type Fail struct {
 	Reason string          `json:"reason"`
 }
 
+// AddReplica adds a replica in state Joining. Refused with ErrPending when the volume has changed since
+// IfRevision, while another replica of it is Joining, Filling or Leaving (never two changes at once, I11),
+// or while it is Creating; with ErrInvalid in another phase than Available, Bound or Released, on a
+// cordoned node, or when it replaces one that is neither Ready nor Faulted; with ErrExists on a node that
+// has a live replica already, except that a Faulted one may be replaced on its own node; with ErrNotFound
+// for an unknown volume, node, disk or replaced replica. The same replica again: no effect.
+type AddReplica struct {
+	Volume  trivet.VolumeID `json:"volume"`
+	Replica Replica         `json:"replica"` // ID, Node, Disk, Replaces; State and Reason must be empty
+	// IfRevision is the Volume.Revision that this was decided on. It must be set: a late copy would make
+	// a replica again that has come and gone (H10).
+	IfRevision Revision `json:"ifRevision"`
+}
+
+// RemoveReplica takes a replica out of its volume: Leaving until its group has let it go, then retired.
+// A Joining one, which is no member yet, is retired at once. ErrPending and phases as for AddReplica, but
+// a replica that is Joining or Filling may itself be removed, which gives that change up. ErrInvalid when
+// it is the last Ready one, or when those that remain would not have a majority of Ready ones on disks that
+// are there. No effect when it is Leaving or retired; ErrNotFound when the volume has no such replica.
+type RemoveReplica struct {
+	Volume     trivet.VolumeID  `json:"volume"`
+	Replica    trivet.ReplicaID `json:"replica"`
+	IfRevision Revision         `json:"ifRevision,omitempty"` // as in Release
+}
+
+// SetReplicas says how many Ready replicas a volume should have: 1, 3 or 5. What is missing or too many
+// is added or removed one by one, by whoever looks after the cluster. ErrInvalid while it is Deleting.
+type SetReplicas struct {
+	Volume trivet.VolumeID `json:"volume"`
+	Count  int             `json:"count"`
+}
+
+// CordonNode says whether a node may get new replicas (Cordoned) and whether those it has should move
+// elsewhere (Draining, which implies Cordoned). Both false: an ordinary node. ErrNotFound.
+type CordonNode struct {
+	Node     trivet.NodeID `json:"node"`
+	Cordoned bool          `json:"cordoned"`
+	Draining bool          `json:"draining,omitempty"`
+}
+
 // Result is what applying a command returned on every member alike.
 type Result struct {
 	Revision Revision
 	Volume   *Volume // the volume after the command, for commands about one; nil when it is gone, or on Err
-	Node     *Node   // for RegisterNode
+	Node     *Node   // for commands about a node
 	Err      error   // wraps a sentinel; the state is then unchanged
 }

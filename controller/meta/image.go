@@ -22,7 +22,8 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic   = "TMIM"
-	imageVersion = 1
+	imageVersion = 2 // 1 had no WantReplicas, Retired, Cordoned and Draining; it is read still
+	imageOldest  = 1
 	imageHeader  = 16
 	imageTrailer = 4
 )
@@ -66,9 +67,9 @@ func DecodeImage(b []byte) (*State, error) {
 	if len(b) < imageHeader+imageTrailer || string(b[:4]) != imageMagic {
 		return nil, fmt.Errorf("decode catalogue of %d bytes: no header: %w", len(b), trivet.ErrCorrupt)
 	}
-	if b[4] != imageVersion {
-		return nil, fmt.Errorf("decode catalogue: version %d, this program knows %d: %w",
-			b[4], imageVersion, trivet.ErrInvalid)
+	if b[4] < imageOldest || b[4] > imageVersion {
+		return nil, fmt.Errorf("decode catalogue: version %d, this program knows %d to %d: %w",
+			b[4], imageOldest, imageVersion, trivet.ErrInvalid)
 	}
 	end := len(b) - imageTrailer
 	if n := binary.LittleEndian.Uint64(b[8:]); n != uint64(end-imageHeader) {
@@ -168,6 +169,9 @@ func (s *State) problem(v *Volume) string {
 	case v.Detaching != "" && v.FencedEpoch == v.Epoch:
 		return fmt.Sprintf("detaching %s though fenced", v.Detaching)
 	}
+	if problem := v.replicaProblem(); problem != "" {
+		return problem
+	}
 	switch v.Phase {
 	case PhaseReleased, PhaseRecycling, PhaseDeleting:
 		if v.Detaching != "" {
@@ -176,6 +180,31 @@ func (s *State) problem(v *Volume) string {
 	case PhaseCreating, PhaseAvailable, PhaseBound, PhaseFailed:
 	default:
 		return fmt.Sprintf("phase %q is unknown", v.Phase)
+	}
+	return ""
+}
+
+// replicaProblem names the first invariant that the replicas of v break.
+func (v *Volume) replicaProblem() string {
+	ids, changing := map[trivet.ReplicaID]bool{}, 0
+	for _, r := range append(slices.Clone(v.Replicas), v.Retired...) {
+		if ids[r.ID] {
+			return fmt.Sprintf("replica %s is there twice", r.ID)
+		}
+		ids[r.ID] = true
+	}
+	for _, r := range v.Replicas {
+		if r.State.Changing() {
+			changing++
+		}
+	}
+	if changing > 1 {
+		return fmt.Sprintf("%d replicas on their way in or out, at most one may be", changing)
+	}
+	for _, r := range v.Retired {
+		if r.State != ReplicaLeft {
+			return fmt.Sprintf("replica %s is retired as %s", r.ID, r.State)
+		}
 	}
 	return ""
 }

@@ -376,3 +376,58 @@ func TestLeader(t *testing.T) {
 	res = mustApply(t, m, meta.Command{Detach: &meta.Detach{Volume: 1}})
 	assert.Empty(t, res.Volume.WantLeader)
 }
+
+// TestRetiredIsBounded: what is retired on disks that are gone does not add up for ever; what is retired
+// on disks that are there is remembered until it is removed, and no more is made until then.
+func TestRetiredIsBounded(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []bool{true, false} {
+		m := cluster(t)
+		mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+		mustApply(t, m, report(1, 1, meta.ReplicaReady))
+		var last error
+		for i := range 50 {
+			nd := node(2)
+			nd.Incarnation = incarnation(100 + i)
+			if gone {
+				nd.Disks[0].ID = diskID(100 + i)
+			}
+			mustApply(t, m, meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}})
+			v, _ := m.State().Volume(1)
+			last = m.Apply(meta.Command{AddReplica: &meta.AddReplica{Volume: 1, IfRevision: v.Revision, Replica: meta.Replica{
+				ID: replicaID(100 + i), Node: "n2", Disk: nd.Disks[0].ID,
+			}}}).Err
+			if last == nil {
+				mustApply(t, m, meta.Command{RemoveReplica: &meta.RemoveReplica{Volume: 1, Replica: replicaID(100 + i)}})
+			}
+		}
+		v, _ := m.State().Volume(1)
+		if gone {
+			require.NoError(t, last)
+			assert.Len(t, v.Retired, 31, "one less than the bound, or nothing could be added")
+			assert.Equal(t, replicaID(149), v.Retired[30].ID, "the oldest are forgotten")
+		} else {
+			require.ErrorIs(t, last, trivet.ErrInvalid)
+			assert.Len(t, v.Retired, 32)
+			assert.Equal(t, replicaID(100), v.Retired[0].ID)
+		}
+	}
+}
+
+// TestCreateWithoutReplicas: it claims what is there, and makes nothing.
+func TestCreateWithoutReplicas(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	bare := volume(1, meta.ReclaimDelete)
+	bare.ID = 99 // a proposer draws a new one each time
+	claim := meta.Command{CreateVolume: &meta.CreateVolume{Volume: bare, Claim: true}}
+	require.ErrorIs(t, m.Apply(claim).Err, trivet.ErrNotFound)
+	assert.False(t, m.State().Used(99))
+
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1)}})
+	mustApply(t, m, report(1, 1, meta.ReplicaReady))
+	res := mustApply(t, m, claim)
+	assert.Equal(t, trivet.VolumeID(1), res.Volume.ID)
+	assert.Equal(t, meta.PhaseBound, res.Volume.Phase)
+	assert.Equal(t, 1, res.Volume.WantReplicas)
+}

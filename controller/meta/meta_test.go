@@ -1,10 +1,13 @@
 package meta_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -152,8 +155,8 @@ func TestUsedIDs(t *testing.T) {
 	}
 }
 
-// TestGolden keeps version 1 of both formats readable for ever. Regenerate with REWRITE=1 only for a
-// new version.
+// TestGolden keeps every version of both formats readable for ever. Regenerate with REWRITE=1 only the
+// newest, and only before it was ever released.
 func TestGolden(t *testing.T) {
 	t.Parallel()
 	m := cluster(t)
@@ -163,9 +166,26 @@ func TestGolden(t *testing.T) {
 		mustApply(t, m, report(7, n, meta.ReplicaReady))
 	}
 	mustApply(t, m, meta.Command{Attach: &meta.Attach{Volume: 7, Node: "n2", Mode: meta.SingleNodeMultiWriter}})
-	command, err := create.Encode()
-	require.NoError(t, err)
-	for name, got := range map[string][]byte{"command.v1": command, "image.v1": mustImage(t, m.State())} {
+	mustApply(t, m, meta.Command{RegisterNode: &meta.RegisterNode{Node: node(4)}})
+	mustApply(t, m, meta.Command{CordonNode: &meta.CordonNode{Node: "n3", Cordoned: true, Draining: true}})
+	v, _ := m.State().Volume(7)
+	add := meta.Command{AddReplica: &meta.AddReplica{Volume: 7, IfRevision: v.Revision, Replica: meta.Replica{
+		ID: replicaID(74), Node: "n4", Disk: diskID(4), Replaces: replicaID(73),
+	}}}
+	mustApply(t, m, add)
+	for _, r := range []meta.Command{
+		report(7, 4, meta.ReplicaFilling), report(7, 4, meta.ReplicaReady), report(7, 3, meta.ReplicaLeft),
+	} {
+		mustApply(t, m, r)
+	}
+	commands := map[string]meta.Command{"command.v1": create, "command-add.v1": add}
+	golden := map[string][]byte{"image.v2": mustImage(t, m.State())}
+	for name, c := range commands {
+		b, err := c.Encode()
+		require.NoError(t, err)
+		golden[name] = b
+	}
+	for name, got := range golden {
 		path := filepath.Join("testdata", name)
 		if os.Getenv("REWRITE") != "" {
 			require.NoError(t, os.WriteFile(path, got, 0o600))
@@ -174,13 +194,17 @@ func TestGolden(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, string(want), string(got), name)
 	}
-	old, err := os.ReadFile(filepath.Join("testdata", "image.v1"))
-	require.NoError(t, err)
-	s, err := meta.DecodeImage(old)
-	require.NoError(t, err)
-	v, ok := s.Volume(7)
-	require.True(t, ok)
-	assert.Equal(t, trivet.NodeID("n2"), v.Attached.Node)
+	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3} {
+		old, err := os.ReadFile(filepath.Join("testdata", name))
+		require.NoError(t, err)
+		s, err := meta.DecodeImage(old)
+		require.NoError(t, err, name)
+		v, ok := s.Volume(7)
+		require.True(t, ok, name)
+		assert.Equal(t, trivet.NodeID("n2"), v.Attached.Node, name)
+		assert.Equal(t, wanted, v.WantReplicas, name)
+		assert.Equal(t, 3, v.Want(), name)
+	}
 }
 
 func TestCodecRefuses(t *testing.T) {
@@ -212,6 +236,55 @@ func TestCodecRefuses(t *testing.T) {
 	_, err = meta.Command{}.Encode()
 	require.ErrorIs(t, err, trivet.ErrInvalid)
 	assert.Equal(t, "command", meta.Command{}.Op())
+	for name, c := range map[string]meta.Command{
+		"no revision": {AddReplica: &meta.AddReplica{Volume: 1, Replica: meta.Replica{
+			ID: replicaID(1), Node: "n1", Disk: diskID(1),
+		}}},
+		"a state": {AddReplica: &meta.AddReplica{Volume: 1, IfRevision: 1, Replica: meta.Replica{
+			ID: replicaID(1), Node: "n1", Disk: diskID(1), State: meta.ReplicaReady,
+		}}},
+		"itself": {AddReplica: &meta.AddReplica{Volume: 1, IfRevision: 1, Replica: meta.Replica{
+			ID: replicaID(1), Node: "n1", Disk: diskID(1), Replaces: replicaID(1),
+		}}},
+		"two replicas":           {SetReplicas: &meta.SetReplicas{Volume: 1, Count: 2}},
+		"draining, not cordoned": {CordonNode: &meta.CordonNode{Node: "n1", Draining: true}},
+		"joining reported":       report(1, 1, meta.ReplicaJoining),
+		"leaving reported":       report(1, 1, meta.ReplicaLeaving),
+	} {
+		require.ErrorIs(t, c.Validate(), trivet.ErrInvalid, name)
+	}
+}
+
+// TestImageRefusesWhatCannotBe: a valid frame around a volume with two replicas on their way (I11), one that
+// is there twice, or one that is retired as a member.
+func TestImageRefusesWhatCannotBe(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: volume(1, meta.ReclaimDelete, 1, 2, 3)}})
+	b := mustImage(t, m.State())
+	body := string(b[16 : len(b)-4])
+	two := strings.ReplaceAll(body, string(replicaID(12)), string(replicaID(11)))
+	retired := strings.Replace(body, `"wantReplicas":3`, `"wantReplicas":3,"retired":[{"id":"`+string(replicaID(99))+
+		`","node":"n1","disk":"`+string(diskID(1))+`","state":"Ready"}]`, 1)
+	for want, bad := range map[string]string{
+		"3 replicas on their way": strings.ReplaceAll(body, `"state":"Creating"`, `"state":"Filling"`),
+		"is there twice":          two,
+		"is retired as Ready":     retired,
+	} {
+		require.NotEqual(t, body, bad)
+		_, err := meta.DecodeImage(framed([]byte(bad)))
+		require.ErrorIs(t, err, trivet.ErrCorrupt)
+		require.ErrorContains(t, err, want)
+	}
+	_, err := meta.DecodeImage(framed([]byte(body)))
+	require.NoError(t, err)
+}
+
+// framed makes an image of a body, whatever that holds.
+func framed(body []byte) []byte {
+	b := append([]byte("TMIM\x02\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
+	b = append(b, body...)
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
 }
 
 // TestImageDamage flips each byte and cuts at each length: never accepted, never a panic.

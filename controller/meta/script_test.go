@@ -19,7 +19,11 @@ import (
 //	report v=1 n=1 state=Ready | attach v=1 n=1 [mode=…] [ro] [e=4] | takeover v=1 n=1 [i=5]
 //	detach v=1 [n=1] [e=4] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
 //	release v=1 [discard] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
-//	register n=1 i=2 | state
+//	add v=1 n=4 [as=7] [disk=5] [replaces=2] [rev=9] | remove v=1 n=2 [rev=9] | count v=1 to=5
+//	register n=1 i=2 [disk=8] | cordon n=1 [drain] | uncordon n=1 | state
+//
+// A replica has the number of its node, or the one given by as=. add and remove are decided on the
+// revision that the volume has, unless rev= says otherwise.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	datadriven.Walk(t, "testdata/scripts", func(t *testing.T, path string) {
@@ -28,7 +32,7 @@ func TestScripts(t *testing.T) {
 			if d.Cmd == "state" {
 				return describe(m.State())
 			}
-			c := scripted(t, d)
+			c := scripted(t, m, d)
 			// What a member applies has been through the log.
 			b, err := c.Encode()
 			require.NoError(t, err)
@@ -41,6 +45,8 @@ func TestScripts(t *testing.T) {
 				return fmt.Sprintf("err: %v\n", res.Err)
 			case res.Revision == before:
 				return "no effect: " + line(res.Volume)
+			case res.Node != nil:
+				return fmt.Sprintf("%s cordoned=%t draining=%t\n", res.Node.ID, res.Node.Cordoned, res.Node.Draining)
 			default:
 				return line(res.Volume)
 			}
@@ -59,7 +65,7 @@ func word(t *testing.T, d *datadriven.TestData, key, otherwise string) string {
 	return otherwise
 }
 
-func scripted(t *testing.T, d *datadriven.TestData) meta.Command {
+func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Command {
 	v, n := number(t, d, "v"), 0
 	if d.Cmd != "create" { // where it is a list
 		n = number(t, d, "n")
@@ -119,7 +125,40 @@ func scripted(t *testing.T, d *datadriven.TestData) meta.Command {
 	case "register":
 		nd := node(n)
 		nd.Incarnation = incarnation(number(t, d, "i"))
+		if disk := number(t, d, "disk"); disk != 0 {
+			nd.Disks[0].ID = diskID(disk)
+		}
 		return meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}}
+	}
+	return membership(t, m, d, v, n)
+}
+
+// membership is scripted for the commands that change the members of a volume, and the nodes.
+func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int) meta.Command {
+	id := trivet.VolumeID(v)
+	rev := meta.Revision(number(t, d, "rev"))
+	if now, ok := m.State().Volume(id); ok && rev == 0 {
+		rev = now.Revision
+	}
+	switch d.Cmd {
+	case "add":
+		as, disk := n, n
+		d.MaybeScanArgs(t, "as", &as)
+		d.MaybeScanArgs(t, "disk", &disk)
+		r := meta.Replica{ID: replicaID(v*10 + as), Node: nodeID(n), Disk: diskID(disk)}
+		if old := number(t, d, "replaces"); old != 0 {
+			r.Replaces = replicaID(v*10 + old)
+		}
+		return meta.Command{AddReplica: &meta.AddReplica{Volume: id, Replica: r, IfRevision: rev}}
+	case "remove":
+		return meta.Command{RemoveReplica: &meta.RemoveReplica{
+			Volume: id, Replica: replicaID(v*10 + n), IfRevision: rev,
+		}}
+	case "count":
+		return meta.Command{SetReplicas: &meta.SetReplicas{Volume: id, Count: number(t, d, "to")}}
+	case "cordon", "uncordon":
+		on := d.Cmd == "cordon"
+		return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: d.HasArg("drain")}}
 	}
 	t.Fatalf("%s: unknown command %q", d.Pos, d.Cmd)
 	return meta.Command{}
@@ -151,6 +190,15 @@ func line(v *meta.Volume) string {
 		if r.ID == v.WantLeader {
 			b.WriteString("(wanted)")
 		}
+	}
+	if v.Leader != "" && v.Replica(v.Leader) == nil {
+		b.WriteString(" led by nobody")
+	}
+	for _, r := range v.Retired {
+		fmt.Fprintf(b, " retired=%s:%s", r.Node, r.State)
+	}
+	if v.Want() != len(v.Replicas) {
+		fmt.Fprintf(b, " want=%d", v.Want())
 	}
 	if v.Reason != "" {
 		fmt.Fprintf(b, " reason=%q", v.Reason)

@@ -100,10 +100,19 @@ const (
 	// A replica that is added to a volume goes Joining → Filling → Ready, one that is taken away
 	// Leaving → Left, and is then Retired. At most one replica of a volume is in these states.
 	ReplicaJoining ReplicaState = "Joining" // wanted in addition; the agent has not made it yet
-	ReplicaFilling ReplicaState = "Filling" // made, empty; the leader adds it as a learner and promotes it once it has everything
+	ReplicaFilling ReplicaState = "Filling" // made; the leader adds it as a learner, fills and promotes it
 	ReplicaLeaving ReplicaState = "Leaving" // the leader takes it out of the group
 	ReplicaLeft    ReplicaState = "Left"    // no member of the group any more: only reported, see Volume.Retired
 )
+
+// ReasonDiskAbsent begins the reason of a replica that is Faulted because its disk is not among those of
+// its node. It is the one fault that heals by itself: when the disk is back, so is the replica.
+const ReasonDiskAbsent = "disk is not on the node: "
+
+// Changing reports whether a replica in that state is on its way into the group or out of it.
+func (s ReplicaState) Changing() bool {
+	return s == ReplicaJoining || s == ReplicaFilling || s == ReplicaLeaving
+}
 
 // Replica is one copy of a volume.
 type Replica struct {
@@ -188,6 +197,29 @@ func (v *Volume) ReplicaOn(node trivet.NodeID) *Replica {
 		}
 	}
 	return nil
+}
+
+// Change returns the replica that is Joining, Filling or Leaving, of which there is at most one, or nil.
+func (v *Volume) Change() *Replica {
+	for i := range v.Replicas {
+		if v.Replicas[i].State.Changing() {
+			return &v.Replicas[i]
+		}
+	}
+	return nil
+}
+
+// Want returns how many Ready replicas the volume should have. For a record from before that was kept it
+// is as many as there are, apart from the one that is on its way in or out.
+func (v *Volume) Want() int {
+	if v.WantReplicas > 0 {
+		return v.WantReplicas
+	}
+	n := len(v.Replicas)
+	if v.Change() != nil {
+		n--
+	}
+	return max(n, 1)
 }
 
 // Holder returns the node that is attached or still being detached, or "" when nobody can write.

@@ -15,6 +15,8 @@ const (
 	disksMax       = 64   // per node
 	paramsMax      = 64   // per volume
 	replacedMax    = 8    // remembered incarnations per node
+	replicasMax    = 6    // per volume: five, and the one that replaces another
+	retiredMax     = 32   // per volume
 )
 
 // operation is what each field of Command can do. All are pure.
@@ -42,6 +44,10 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.Reclaim)
 	add(&set, c.ReportWiped)
 	add(&set, c.Fail)
+	add(&set, c.AddReplica)
+	add(&set, c.RemoveReplica)
+	add(&set, c.SetReplicas)
+	add(&set, c.CordonNode)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -119,8 +125,10 @@ func (c *CreateVolume) validate() error {
 		return fmt.Errorf("size of %d bytes: want whole %d-byte blocks, 1 to %d bytes: %w",
 			v.SizeBytes, trivet.BlockSize, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
 	}
-	if n := len(v.Replicas); n != 1 && n != 3 && n != 5 {
-		return fmt.Errorf("%d replicas: want 1, 3 or 5: %w", n, trivet.ErrInvalid)
+	if n := len(v.Replicas); n != 0 {
+		if err := validateCount(n); err != nil {
+			return err
+		}
 	}
 	if len(v.Params) > paramsMax {
 		return fmt.Errorf("%d parameters, at most %d are allowed: %w", len(v.Params), paramsMax, trivet.ErrInvalid)
@@ -150,7 +158,7 @@ func validateReplicas(rs []Replica) error {
 		); err != nil {
 			return err
 		}
-		if r.State != ReplicaCreating || r.Reason != "" {
+		if r.State != ReplicaCreating || r.Reason != "" || r.Replaces != "" {
 			return fmt.Errorf("replica %s: state %q, want %s: %w", r.ID, r.State, ReplicaCreating, trivet.ErrInvalid)
 		}
 		if ids[r.ID] || nodes[r.Node] {
@@ -163,9 +171,9 @@ func validateReplicas(rs []Replica) error {
 
 func (r *ReportReplica) validate() error {
 	switch r.State {
-	case ReplicaReady, ReplicaFaulted, ReplicaRemoved:
-	case ReplicaCreating:
-		return fmt.Errorf("state %s cannot be reported: a replica is never made again under its name: %w",
+	case ReplicaReady, ReplicaFaulted, ReplicaRemoved, ReplicaFilling, ReplicaLeft:
+	case ReplicaCreating, ReplicaJoining, ReplicaLeaving:
+		return fmt.Errorf("state %s cannot be reported, only wanted: a replica is never made again under its name: %w",
 			r.State, trivet.ErrInvalid)
 	default:
 		return fmt.Errorf("state %q is unknown: %w", r.State, trivet.ErrInvalid)
@@ -229,6 +237,54 @@ func (f *Fail) validate() error {
 		return fmt.Errorf("reason is empty: %w", trivet.ErrInvalid)
 	}
 	return firstError(validateVolume(f.Volume), validateText("reason", f.Reason, reasonBytesMax))
+}
+
+func (a *AddReplica) validate() error {
+	r := &a.Replica
+	if r.State != "" || r.Reason != "" {
+		return fmt.Errorf("replica %s: state %q, want none: %w", r.ID, r.State, trivet.ErrInvalid)
+	}
+	if a.IfRevision == 0 {
+		return fmt.Errorf("replica %s: no revision that it was decided on: %w", r.ID, trivet.ErrInvalid)
+	}
+	if r.Replaces != "" {
+		if err := validateUUID("replaced replica", string(r.Replaces)); err != nil {
+			return err
+		}
+		if r.Replaces == r.ID {
+			return fmt.Errorf("replica %s replaces itself: %w", r.ID, trivet.ErrInvalid)
+		}
+	}
+	return firstError(
+		validateVolume(a.Volume),
+		validateUUID("replica", string(r.ID)),
+		trivet.ValidateNodeID(string(r.Node)),
+		validateUUID("disk", string(r.Disk)),
+	)
+}
+
+func (r *RemoveReplica) validate() error {
+	return firstError(validateVolume(r.Volume), validateUUID("replica", string(r.Replica)))
+}
+
+func (s *SetReplicas) validate() error {
+	return firstError(validateVolume(s.Volume), validateCount(s.Count))
+}
+
+func (c *CordonNode) validate() error {
+	if c.Draining && !c.Cordoned {
+		return fmt.Errorf("draining but not cordoned: %w", trivet.ErrInvalid)
+	}
+	return trivet.ValidateNodeID(string(c.Node))
+}
+
+// validateCount refuses numbers of replicas that a volume is not meant to have: even ones tolerate no
+// more faults than one less.
+func validateCount(n int) error {
+	if n != 1 && n != 3 && n != 5 {
+		return fmt.Errorf("%d replicas: want 1, 3 or 5: %w", n, trivet.ErrInvalid)
+	}
+	return nil
 }
 
 func validateVolume(id trivet.VolumeID) error {

@@ -17,10 +17,11 @@
 //
 // # How to use it
 //
-// Format once, then Open; Failed tells those who have nothing to write that the log is poisoned. Group gives the handle of one group; it needs no creation. Append waits for the
-// disk; AppendAsync returns a Ticket that waits for that very write. Locate tells where an entry's
-// payload stands, and pins it there; ReadAt reads a block in place. An owner that keeps such places over a
-// restart opens with Options.Hold, pins what it needs, and calls Release.
+// Format once, then Open. Failed tells those who have nothing to write that the log is poisoned. Group gives
+// the handle of one group; it needs no creation. Append waits for the disk; AppendAsync returns a Ticket that
+// waits for that very write. Locate tells where an entry's payload stands, and pins it there; ReadAt reads a
+// block in place. An owner that keeps such places over a restart opens with Options.Hold, pins what it needs,
+// and calls Release.
 //
 // # What it leaves to its caller
 //

@@ -47,10 +47,13 @@ var mayImport = map[string][]string{
 	"internal/sim":   {"engine", "engine/segment", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},
 	"internal/chaos": {},
-	"deploy":         {},
-	"sanity":         {"internal/testutil", "server"},
-	"sanity/mount":   {"sanity"},
-	"sanity/block":   {"sanity"},
+	"internal/replbench": {
+		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
+	},
+	"deploy":       {},
+	"sanity":       {"internal/testutil", "server"},
+	"sanity/mount": {"sanity"},
+	"sanity/block": {"sanity"},
 }
 
 // homes says where a third-party library may be used outside tests: it stops at one package, so
@@ -65,6 +68,7 @@ var homes = []struct {
 		"replication/raftgroup", "server",
 	}},
 	{"github.com/cockroachdb/pebble", []string{"engine"}},
+	{"github.com/RoaringBitmap/roaring", []string{"engine"}},
 	{"github.com/container-storage-interface/", []string{"driver", "internal/demo"}},
 	{"github.com/kubernetes-csi/csi-lib-utils", []string{"driver"}},
 	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},
@@ -83,6 +87,7 @@ var homes = []struct {
 		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
 		"replication/transport",
 	}},
+	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
 	{"github.com/stretchr/testify", []string{"internal/faultdev/devtest", "internal/testutil", "sanity"}},
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,7 +26,8 @@ const (
 // ClusterConfig says what a Cluster is made of.
 type ClusterConfig struct {
 	Seed          uint64
-	Replicas      int // 1, 3 or 5; nodes are called n1, n2, ...
+	Replicas      int // that the volume begins with; nodes are called n1, n2, ...
+	Spares        int // further machines, without a replica until one joins there
 	SizeBytes     int64
 	SnapshotBytes int64 // small, so that logs are compacted and snapshots installed
 	Heartbeat     time.Duration
@@ -38,6 +40,8 @@ type ClusterConfig struct {
 	// Skew, when set, is how fast each machine's clock runs its timers, 1 being right. Machines are told
 	// nothing of it, but followers do tell their leader how long they keep a promise.
 	Skew []float64
+	// ReadConsistency of what OpenVolume returns.
+	ReadConsistency trivet.ReadConsistency
 	// Authorize, when set, is every Host's.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
 	Logger    *slog.Logger // may be nil
@@ -48,16 +52,17 @@ type ClusterConfig struct {
 type Cluster struct {
 	Net *transport.Memory
 
-	cfg     ClusterConfig
-	timing  raftgroup.Timing
-	nodes   []*Node
-	members []raftgroup.Member
-	client  *noisyWire // of ClientNode
+	cfg    ClusterConfig
+	timing raftgroup.Timing
+	nodes  []*Node
+	client *noisyWire // of ClientNode
 
 	mu       sync.Mutex
-	failures []error // Fatal of machines that ran and had no reason
-	exits    uint64  // of machines that had one
-	lives    uint64  // machines booted
+	members  []raftgroup.Member // where replicas are that may lead: what a catalogue would say
+	joined   int                // replicas that were given a new ID
+	failures []error            // Fatal of machines that ran and had no reason
+	exits    uint64             // of machines that had one
+	lives    uint64             // machines booted
 }
 
 // ClientNode is the machine without a replica.
@@ -79,29 +84,45 @@ func NewCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
 		c.Net.SetSilentAfter(cfg.Heartbeat)
 	}
 	c.client = &noisyWire{MemoryNode: c.Net.Node(ClientNode)}
-	for i := range cfg.Replicas {
-		n := &Node{c: c, id: trivet.NodeID(fmt.Sprintf("n%d", i+1)), mem: vfs.NewCrashableMem()}
-		n.replica = trivet.ReplicaID(fmt.Sprintf("00000000-0000-4000-8000-%012d", i+1))
-		n.timing = c.timing
-		if i < len(cfg.Skew) {
-			n.timing.Heartbeat = time.Duration(float64(n.timing.Heartbeat) / cfg.Skew[i])
-			n.timing.Lease = time.Duration(float64(n.timing.Lease) / cfg.Skew[i])
+	for i := range cfg.Replicas + cfg.Spares {
+		c.nodes = append(c.nodes, c.newNode(i))
+		if i < cfg.Replicas {
+			m := raftgroup.Member{Replica: replicaID(0, i+1), Node: c.nodes[i].id}
+			c.members = append(c.members, m)
 		}
-		c.nodes = append(c.nodes, n)
-		c.members = append(c.members, raftgroup.Member{Replica: n.replica, Node: n.id})
 	}
-	for _, n := range c.nodes {
-		if err := n.birth(ctx); err != nil {
+	for i, n := range c.nodes {
+		var err error
+		if i < cfg.Replicas {
+			err = n.birth(ctx, c.members[i].Replica, c.members)
+		} else {
+			err = n.bootSpare()
+		}
+		if err != nil {
 			return nil, errors.Join(err, c.Close())
 		}
 	}
 	return c, nil
 }
 
+func (c *Cluster) newNode(i int) *Node {
+	n := &Node{c: c, id: trivet.NodeID(fmt.Sprintf("n%d", i+1)), mem: vfs.NewCrashableMem(), timing: c.timing}
+	if i < len(c.cfg.Skew) {
+		n.timing.Heartbeat = time.Duration(float64(n.timing.Heartbeat) / c.cfg.Skew[i])
+		n.timing.Lease = time.Duration(float64(n.timing.Lease) / c.cfg.Skew[i])
+	}
+	return n
+}
+
+// replicaID names the i-th replica of those that the volume begins with (kind 0) or that join (kind 1).
+func replicaID(kind, i int) trivet.ReplicaID {
+	return trivet.ReplicaID(fmt.Sprintf("0000000%d-0000-4000-8000-%012d", kind, i))
+}
+
 // Volume returns the ID of the cluster's volume.
 func (c *Cluster) Volume() trivet.VolumeID { return volumeID }
 
-// Nodes returns the machines with a replica.
+// Nodes returns the machines, those without a replica too.
 func (c *Cluster) Nodes() []*Node { return c.nodes }
 
 // Node returns a machine by its name.
@@ -114,8 +135,13 @@ func (c *Cluster) Node(id trivet.NodeID) *Node {
 	return nil
 }
 
-// Members returns the volume's replicas.
-func (c *Cluster) Members() []raftgroup.Member { return c.members }
+// Members returns where replicas are that may lead, as a catalogue would know it: one that is being added is
+// among them once it is a learner, one that is removed until it has left.
+func (c *Cluster) Members() []raftgroup.Member {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.members)
+}
 
 // fatal is what a machine calls instead of stopping its process.
 func (c *Cluster) fatal(n *Node, l *life) func(error) {
@@ -218,15 +244,22 @@ func (c *Cluster) lead(ctx context.Context, f func(*replication.Replica) error) 
 func (c *Cluster) OpenVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration) (
 	*replication.Volume, error,
 ) {
-	return c.openVolume(node, epoch, ioTimeout, c.members)
+	return c.openVolume(node, epoch, ioTimeout, c.Members(), c.Members, c.cfg.ReadConsistency)
 }
 
-// openVolume opens a volume that asks only the given members.
+// OpenVolumeWith is OpenVolume for reads of another consistency than the cluster's.
+func (c *Cluster) OpenVolumeWith(node trivet.NodeID, epoch trivet.Epoch, reads trivet.ReadConsistency) (
+	*replication.Volume, error,
+) {
+	return c.openVolume(node, epoch, 0, c.Members(), c.Members, reads)
+}
+
+// openVolume opens a volume that asks only the given members, or those that find says.
 func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration,
-	members []raftgroup.Member,
+	members []raftgroup.Member, find func() []raftgroup.Member, reads trivet.ReadConsistency,
 ) (*replication.Volume, error) {
 	cfg := replication.VolumeConfig{
-		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members,
+		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members, FindMembers: find, ReadConsistency: reads,
 		IOTimeout: ioTimeout, Network: c.Net.Node(node), Logger: c.cfg.Logger.With("node", node),
 	}
 	if node == ClientNode {
@@ -240,8 +273,21 @@ func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout t
 	return replication.OpenVolume(cfg)
 }
 
-// Converge waits until every replica has applied what the leader has.
-func (c *Cluster) Converge(ctx context.Context) error { return c.converge(ctx, c.nodes) }
+// Converge waits until every member's replica has applied what the leader has.
+func (c *Cluster) Converge(ctx context.Context) error { return c.converge(ctx, c.holders()) }
+
+// holders returns the machines of Members.
+func (c *Cluster) holders() []*Node {
+	members := c.Members()
+	var out []*Node
+	for _, n := range c.nodes {
+		id := n.ReplicaID()
+		if slices.ContainsFunc(members, func(m raftgroup.Member) bool { return m.Replica == id }) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
 
 func (c *Cluster) converge(ctx context.Context, nodes []*Node) error {
 	for {
@@ -264,10 +310,10 @@ func (c *Cluster) converge(ctx context.Context, nodes []*Node) error {
 	}
 }
 
-// Digests returns the digest of each running replica's blocks and state.
+// Digests returns the digest of blocks and state of each member's replica that runs.
 func (c *Cluster) Digests() (map[trivet.NodeID][32]byte, error) {
 	out := map[trivet.NodeID][32]byte{}
-	for _, n := range c.nodes {
+	for _, n := range c.holders() {
 		l := n.current()
 		if l == nil {
 			continue

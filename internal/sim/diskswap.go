@@ -37,6 +37,9 @@ func (n *nemesis) rot(ctx context.Context, node *Node) (made bool, err error) {
 // wipe boots a machine with an empty disk. Its replica must not open: it would vote without knowing
 // what it has voted, and for what it has lost (H10). Then the right disk is mounted again.
 func (n *nemesis) wipe(ctx context.Context, node *Node) (made bool, err error) {
+	if !node.hasReplica() {
+		return false, nil
+	}
 	if _, err := n.crash(ctx, node, 0); err != nil {
 		return false, err
 	}
@@ -60,7 +63,7 @@ func (n *nemesis) wipe(ctx context.Context, node *Node) (made bool, err error) {
 // swap boots two machines with each other's disk: neither replica may open (H11).
 func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
 	a, b := n.two()
-	if n.rotten[a] || n.rotten[b] {
+	if n.rotten[a] || n.rotten[b] || !a.hasReplica() || !b.hasReplica() {
 		return false, nil
 	}
 	for _, node := range []*Node{a, b} {

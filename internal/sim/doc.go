@@ -7,6 +7,9 @@
 // another subset and at other rates. A machine that its disk or memory gives a reason stops itself, as
 // its process would, and boots again; one that stops without a reason fails the run.
 //
+// The group's members change too (change.go): replicas are made on spare machines, added, promoted, removed,
+// and replaced where a disk was lost for good, one change at a time, its steps among the other faults.
+//
 // Answers are judged twice. The oracle knows for each block which writes were issued and which
 // acknowledged, and so what a read may return. The History is judged by porcupine after the run, one
 // register for each block. Beside the workers, probes ask single machines, so that a deposed leader

@@ -63,6 +63,10 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 		return true, nil
 	case FaultResize:
 		return n.resize(ctx)
+	case FaultMove:
+		return n.move(), nil
+	case FaultReplace:
+		return n.replace(ctx)
 	}
 	return false, nil
 }
@@ -283,11 +287,12 @@ func (n *nemesis) depose() bool {
 	return true
 }
 
-// notHeartbeat tells the messages of Raft's elections and log from its heartbeats, which are AppendEntries
+// notHeartbeat tells the messages of elections, log and catch-ups from heartbeats, which are AppendEntries
 // of nothing after nothing: after version and term the body is zero (raftgroup/wire.go, encodeAppend).
 func notHeartbeat(m transport.Message) bool {
 	switch m.Kind {
-	case transport.KindRequestVote, transport.KindRequestPreVote:
+	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindFetch,
+		transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose:
 		return true
 	case transport.KindAppendEntries:
 		const from, to = 1 + 8, 1 + 8 + 3*8 + 4

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
@@ -23,6 +24,10 @@ type nemesis struct {
 	rotten map[*Node]bool // bits of its disk were changed
 	lost   map[*Node]bool // its replica is refused, or found damaged: it stays away
 	grown  int64          // bytes that the volume has grown by
+
+	voters electorate
+	change *change // of the members, under way
+	wiped  *Node   // it lost a replica that the group still counts on
 
 	past    recorder
 	release []func() // rules that last for the whole run
@@ -43,6 +48,7 @@ func newNemesis(s *sim) *nemesis {
 		sim: s, rnd: newRand(s.opts.Seed, 2),
 		down: map[*Node]bool{}, rotten: map[*Node]bool{}, lost: map[*Node]bool{},
 	}
+	n.voters.sure = s.cluster.Members()
 	n.past.rnd = newRand(s.opts.Seed, 3)
 	if s.swarm.rates[FaultReplay] > 0 {
 		n.release = append(n.release, s.cluster.Net.Lose(n.past.see))
@@ -233,12 +239,20 @@ func (n *nemesis) scrub(node *Node) error {
 	return err
 }
 
-// spare reports whether one more machine may be damaged: the last good copy never is.
+// spare reports whether one more machine may be damaged: the last good copy never is. It must have one that
+// counts.
 func (n *nemesis) spare(node *Node) bool {
+	if !n.voters.has(raftgroup.Member{Replica: node.ReplicaID(), Node: node.ID()}) {
+		return false
+	}
 	if n.rotten[node] {
 		return true
 	}
-	return len(n.rotten) < (len(n.sim.cluster.Nodes())-1)/2
+	bad := len(n.rotten)
+	if n.wiped != nil {
+		bad++
+	}
+	return bad < (n.sim.swarm.replicas-1)/2
 }
 
 // pick returns a machine that is not out of the game.
@@ -256,15 +270,6 @@ func (n *nemesis) two() (a, b *Node) {
 	nodes := n.sim.cluster.Nodes()
 	p := n.rnd.Perm(len(nodes))
 	return nodes[p[0]], nodes[p[1]]
-}
-
-// core draws a majority of the machines for the liveness phase, and returns all that are not lost as well.
-func (n *nemesis) core(rnd *rand.Rand) (whole, core []*Node) {
-	whole = n.remaining(n.sim.cluster.Nodes())
-	for _, i := range rnd.Perm(len(whole))[:len(n.sim.cluster.Nodes())/2+1] {
-		core = append(core, whole[i])
-	}
-	return whole, core
 }
 
 // remaining returns the machines that are not out of the game.

@@ -31,19 +31,21 @@ const (
 	diskID = trivet.DiskID("00000000-0000-4000-8000-00000000d15c")
 )
 
-// Node is a machine with a replica. It lives from boot to crash, again and again, on what its disk kept.
+// Node is a machine with a replica, or a spare one. It lives from boot to crash, again and again, on what its
+// disk kept.
 type Node struct {
-	c       *Cluster
-	id      trivet.NodeID
-	replica trivet.ReplicaID
-
+	c      *Cluster
+	id     trivet.NodeID
 	timing raftgroup.Timing
 
 	mu      sync.Mutex
-	mem     *vfs.MemFS // as the last crash left it
-	life    *life      // nil while down
-	exited  bool       // it stopped itself, and was not booted since
-	remains []*life    // of machines that stopped themselves, not cleared away yet
+	replica trivet.ReplicaID   // "" = none
+	members []raftgroup.Member // with which it was made; nil when it joined
+	made    bool               // it was made, durably
+	mem     *vfs.MemFS         // as the last crash left it
+	life    *life              // nil while down
+	exited  bool               // it stopped itself, and was not booted since
+	remains []*life            // of machines that stopped themselves, not cleared away yet
 }
 
 // life is what a machine runs between boot and crash.
@@ -88,8 +90,12 @@ func (l *life) die() bool {
 // ID returns the machine's name.
 func (n *Node) ID() trivet.NodeID { return n.id }
 
-// ReplicaID returns the name of its replica.
-func (n *Node) ReplicaID() trivet.ReplicaID { return n.replica }
+// ReplicaID returns the name of its replica, "" when it has none.
+func (n *Node) ReplicaID() trivet.ReplicaID {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.replica
+}
 
 // Up reports whether the machine runs.
 func (n *Node) Up() bool { return n.current() != nil }
@@ -139,30 +145,68 @@ func (n *Node) SetDiskUsage(u vfs.DiskUsage) {
 
 // Spec names the machine's replica, on its present disk.
 func (n *Node) Spec() replication.ReplicaSpec {
+	n.mu.Lock()
 	s := replication.ReplicaSpec{
-		Volume: volumeID, Replica: n.replica, SizeBytes: n.c.cfg.SizeBytes, Members: n.c.members,
+		Volume: volumeID, Replica: n.replica, SizeBytes: n.c.cfg.SizeBytes, Members: n.members,
 	}
+	n.mu.Unlock()
 	if l := n.current(); l != nil {
 		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log}
 	}
 	return s
 }
 
-// birth formats the machine's disk, creates the replica and starts it.
-func (n *Node) birth(ctx context.Context) error {
+// birth formats the machine's disk, creates one of the first replicas and starts it.
+func (n *Node) birth(ctx context.Context, id trivet.ReplicaID, members []raftgroup.Member) error {
+	if err := n.bootSpare(); err != nil {
+		return err
+	}
+	n.setReplica(id, members, false)
+	return n.makeReplica(ctx)
+}
+
+// bootSpare formats the machine's disk and boots it.
+func (n *Node) bootSpare() error {
 	if err := n.format(); err != nil {
 		return err
 	}
-	if err := n.Boot(); err != nil {
-		return err
+	return n.Boot()
+}
+
+// setReplica says which replica the machine has from now on; "" = none.
+func (n *Node) setReplica(id trivet.ReplicaID, members []raftgroup.Member, made bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.replica, n.members, n.made = id, members, made
+}
+
+// makeReplica creates the machine's replica, unless it is made, and starts it.
+func (n *Node) makeReplica(ctx context.Context) error {
+	l := n.current()
+	if l == nil {
+		return fmt.Errorf("make replica on %s: machine is down: %w", n.id, trivet.ErrUnavailable)
 	}
-	disk, host := n.life.disk, n.life.host
-	disk.lie.Store(false)
-	if err := host.CreateReplica(ctx, n.Spec()); err != nil {
-		return err
+	if !n.hasReplica() {
+		l.disk.lie.Store(false)
+		if err := l.host.CreateReplica(ctx, n.Spec()); err != nil {
+			return err
+		}
+		if l.isDead() { // what it says counts no more
+			return fmt.Errorf("make replica on %s: machine went down: %w", n.id, trivet.ErrUnavailable)
+		}
+		n.mu.Lock()
+		n.made = true
+		n.mu.Unlock()
+		l.disk.lie.Store(n.c.cfg.LyingDisks)
 	}
-	disk.lie.Store(n.c.cfg.LyingDisks)
-	return host.OpenReplica(ctx, n.Spec())
+	return l.host.OpenReplica(ctx, n.Spec())
+}
+
+// hasReplica reports whether the machine has a replica that was made.
+func (n *Node) hasReplica() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.replica != "" && n.made
 }
 
 // logOptions returns where the log is, by way of fs.
@@ -215,7 +259,7 @@ func (n *Node) Boot() error {
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
-		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, Fatal: fatal,
+		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
@@ -238,6 +282,9 @@ func (n *Node) Start(ctx context.Context) error {
 	l := n.current()
 	if l == nil { // a fault was waiting for it
 		return fmt.Errorf("start %s: it stopped at once: %w", n.id, trivet.ErrUnavailable)
+	}
+	if !n.hasReplica() {
+		return nil
 	}
 	if err := l.host.OpenReplica(ctx, n.Spec()); err != nil {
 		return fmt.Errorf("start %s: %w", n.id, err)

@@ -65,8 +65,11 @@ func (w *noisyWire) Call(ctx context.Context, to trivet.NodeID, m transport.Mess
 		}
 	}
 	reply, err := w.MemoryNode.Call(ctx, to, m)
-	if err == nil && m.Kind == transport.KindVolumeRead && len(reply.Body) >= trivet.BlockSize {
-		reply.Body = w.noise.pass(reply.Body)
+	switch m.Kind {
+	case transport.KindVolumeRead, transport.KindImageRead:
+		if err == nil && len(reply.Body) >= trivet.BlockSize {
+			reply.Body = w.noise.pass(reply.Body)
+		}
 	}
 	return reply, err
 }

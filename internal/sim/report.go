@@ -18,6 +18,7 @@ type Report struct {
 	Refused     int    // replicas that were refused or reported because their disk had rotted
 	Violations  int    // answers and states that must not be
 	TakeOvers   int    //
+	Changes     int    // of the members, finished
 	Elections   uint64 // highest term
 	Leaders     int    // changes of the highest term seen
 	Restores    int    // snapshots installed
@@ -34,16 +35,16 @@ func (r Report) String() string {
 		share = 100 * r.Succeeded / r.Calls
 	}
 	return fmt.Sprintf("calls=%d served=%d (%d%%) writes=%d reads=%d probes=%d staleWrites=%d crashes=%d exits=%d "+
-		"refused=%d takeovers=%d terms=%d leaders=%d restores=%d flushes=%d longestGap=%v healed=%v violations=%d\n"+
-		"    faults: %v", r.Calls, r.Succeeded, share, r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits,
-		r.Refused, r.TakeOvers, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
-		r.Healed.Round(time.Millisecond), r.Violations, r.Faults)
+		"refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d longestGap=%v healed=%v "+
+		"violations=%d\n    faults: %v", r.Calls, r.Succeeded, share, r.Writes, r.Reads, r.Probes, r.StaleWrites,
+		r.Crashes(), r.Exits, r.Refused, r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes,
+		r.LongestGap.Round(time.Millisecond), r.Healed.Round(time.Millisecond), r.Violations, r.Faults)
 }
 
 // Crashes returns how often a machine lost power.
 func (r Report) Crashes() int {
 	f := r.Faults
-	return f[FaultCrash] + 3*f[FaultCrashAll] + f[FaultRot] + f[FaultWipe] + 2*f[FaultSwap]
+	return f[FaultCrash] + 3*f[FaultCrashAll] + f[FaultRot] + f[FaultWipe] + f[FaultReplace] + 2*f[FaultSwap]
 }
 
 // Add adds the figures of another run; of gaps, terms and healing times it keeps the longest.
@@ -61,6 +62,7 @@ func (r *Report) Add(o Report) {
 	r.Refused += o.Refused
 	r.Violations += o.Violations
 	r.TakeOvers += o.TakeOvers
+	r.Changes += o.Changes
 	r.Elections = max(r.Elections, o.Elections)
 	r.Leaders += o.Leaders
 	r.Restores += o.Restores

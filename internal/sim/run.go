@@ -27,6 +27,8 @@ type Options struct {
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
 	// LyingDisks claim to have synced Raft's files and have not.
 	LyingDisks bool
+	// Session lets the holder read by trivet.ReadSession, whatever the seed says.
+	Session bool
 	// Only, when set, are the classes of faults to draw from, whatever the seed says.
 	Only   []Fault
 	Logger *slog.Logger
@@ -80,6 +82,7 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 		opts: opts, log: opts.Logger, swarm: drawSwarm(opts.Seed),
 		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
 	}
+	s.swarm.session = s.swarm.session || opts.Session
 	if len(opts.Only) > 0 {
 		s.swarm.only(opts.Only)
 	}
@@ -99,8 +102,13 @@ func (s *sim) sizeBytes() int64 { return int64(s.opts.BlockN) * trivet.BlockSize
 
 func (s *sim) run(ctx context.Context) (err error) {
 	s.log.Info("swarm", "seed", s.opts.Seed, "faults", fmt.Sprintf("%+v", s.swarm))
+	reads := trivet.ReadStrong
+	if s.session() {
+		reads = trivet.ReadSession
+	}
 	s.cluster, err = NewCluster(ctx, ClusterConfig{
-		Seed: s.opts.Seed, Replicas: s.swarm.replicas, SizeBytes: s.sizeBytes(),
+		ReadConsistency: reads,
+		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, Spares: s.swarm.spares, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
 		LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
 	})
@@ -147,11 +155,15 @@ func (s *sim) faults(ctx context.Context, n *nemesis) error {
 }
 
 // settle is the liveness phase. A majority, drawn, is healed while the rest stays away: it must serve
-// and agree. Then all that is not lost must; and again after a power cut of everything.
+// and agree. Then all that is not lost must, a change of members that was under way included; and again after
+// a power cut of everything.
 func (s *sim) settle(ctx context.Context, n *nemesis) error {
 	began := time.Now()
 	rnd := newRand(s.opts.Seed, 7)
-	whole, core := n.core(rnd)
+	core, err := n.core(rnd)
+	if err != nil {
+		return err
+	}
 	var ids, rest []trivet.NodeID
 	for _, node := range s.cluster.Nodes() {
 		if !slices.Contains(core, node) {
@@ -170,9 +182,13 @@ func (s *sim) settle(ctx context.Context, n *nemesis) error {
 	}
 	s.count(func(r *Report) { r.Healed = time.Since(began) })
 	s.cluster.Net.HealAll()
-	if err := s.revive(ctx, n, whole); err != nil {
+	if err := s.revive(ctx, n, n.remaining(s.cluster.Nodes())); err != nil {
 		return err
 	}
+	if err := n.finish(ctx); err != nil {
+		return err
+	}
+	whole := n.whole()
 	if err := s.sweep(ctx, "after the faults", n.remaining(whole)); err != nil {
 		return err
 	}

@@ -124,6 +124,33 @@ func TestSim(t *testing.T) {
 	assert.Positive(t, sum.StaleWrites, "writes of fenced epochs")
 	assert.Positive(t, sum.Exits, "machines that stopped themselves")
 	assert.Positive(t, sum.Restores, "snapshots installed")
+	assert.Positive(t, sum.Changes, "changes of members")
+}
+
+// TestSimMembers changes the members all the time, among crashes and cuts: what is committed stays so, and
+// the changes get done.
+func TestSimMembers(t *testing.T) {
+	var mu sync.Mutex
+	var sum sim.Report
+	n := uint64(max(3, *seedN))
+	t.Run("seeds", func(t *testing.T) {
+		for seed := *firstSeed; seed < *firstSeed+n; seed++ {
+			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+				t.Parallel()
+				o := options(t, seed)
+				o.Only = []sim.Fault{
+					sim.FaultMove, sim.FaultReplace, sim.FaultCrash, sim.FaultRestart, sim.FaultIsolate, sim.FaultOneWay,
+					sim.FaultTransfer, sim.FaultTakeOver, sim.FaultPause, sim.FaultHoldLog,
+				}
+				r, err := run(t, o)
+				mu.Lock()
+				sum.Add(r)
+				mu.Unlock()
+				require.NoError(t, err, "seed %d", seed)
+			})
+		}
+	})
+	assert.Positive(t, sum.Changes, "changes of members")
 }
 
 // skipFlush claims that all is flushed and flushes nothing (H1).
@@ -145,6 +172,20 @@ func TestSimFindsLogCutWithoutFlush(t *testing.T) {
 // A Raft log that is not on disk when it says so loses acknowledged writes with the power.
 func TestSimFindsLyingDisks(t *testing.T) {
 	requireFound(t, func(o *sim.Options) { o.LyingDisks = true })
+}
+
+// The holder of an attachment that reads by session sees what a linearizable volume would show it, whichever
+// replica answers: judged by porcupine like everything else.
+func TestSimSession(t *testing.T) {
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprintf("seed=%d", seed+1), func(t *testing.T) {
+			t.Parallel()
+			o := options(t, seed+1)
+			o.Session = true
+			_, err := run(t, o)
+			require.NoError(t, err)
+		})
+	}
 }
 
 // requireFound breaks something and demands that one of a few seeds sees it.

@@ -41,6 +41,8 @@ const (
 	FaultWipe                    // a machine comes back with an empty disk (H10)
 	FaultSwap                    // two machines come back with each other's disk (H11)
 	FaultResize                  // the volume grows (H20)
+	FaultMove                    // a replica joins the group, another leaves it (H33)
+	FaultReplace                 // a disk is lost for good, its replica replaced under a new name (H10)
 	faultN
 )
 
@@ -61,7 +63,7 @@ func classes() [faultN]class {
 		FaultTransfer: {"transfer", 6}, FaultTakeOver: {"takeOver", 6}, FaultStall: {"stall", 1.5},
 		FaultEIO: {"eio", 2}, FaultENOSPC: {"enospc", 0.7}, FaultNearlyFull: {"nearlyFull", 0.7},
 		FaultRot: {"rot", 1}, FaultMemory: {"memory", 6}, FaultWipe: {"wipe", 0.3}, FaultSwap: {"swap", 0.5},
-		FaultResize: {"resize", 1},
+		FaultResize: {"resize", 1}, FaultMove: {"move", 2}, FaultReplace: {"replace", 0.3},
 	}
 }
 
@@ -83,6 +85,7 @@ func ParseFault(name string) (Fault, error) {
 // et al., Swarm Testing, ISSTA 2012).
 type swarm struct {
 	replicas        int
+	spares          int             // machines without a replica, at first
 	rates           [faultN]float64 // per minute
 	drop, duplicate float64
 	delayMean       time.Duration
@@ -90,6 +93,7 @@ type swarm struct {
 	skew            []float64
 	unsyncedPercent int // -1: drawn anew at each crash
 	snapshotBytes   int64
+	session         bool // the holder reads by ReadSession
 	staleWriter     bool // a holder of an old epoch that never gives up
 }
 
@@ -133,6 +137,8 @@ func drawSwarm(seed uint64) swarm {
 	for i := range s.rates {
 		s.rates[i] *= min(1, ratesMax/sum)
 	}
+	s.session = rnd.IntN(5) == 0
+	s.spares = 1 + rnd.IntN(2)
 	return s
 }
 

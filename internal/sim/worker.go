@@ -22,6 +22,8 @@ type seat struct {
 	epoch  trivet.Epoch
 	node   trivet.NodeID
 	life   *life // of its machine; nil for one without a replica
+	// session reads are in order for as long as the seat is not taken by the next.
+	session bool
 }
 
 // alive reports whether the seat's machine has not died: what a dead one was told, nobody knows.
@@ -33,7 +35,7 @@ func (s *sim) takeOver(ctx context.Context, node trivet.NodeID) error {
 	s.mu.Lock()
 	old := s.seat
 	s.mu.Unlock()
-	next := &seat{epoch: 1, node: node}
+	next := &seat{epoch: 1, node: node, session: s.session()}
 	if old != nil {
 		next.epoch = old.epoch + 1
 	}
@@ -68,7 +70,7 @@ func (s *sim) zombie(ctx context.Context, old *seat) {
 	defer cancel()
 	p := make([]byte, trivet.BlockSize)
 	stamp(p, 0, old.epoch, neverIssued)
-	if err := old.volume.ReadAt(ctx, make([]byte, trivet.BlockSize), 0); err == nil {
+	if err := old.volume.ReadAt(ctx, make([]byte, trivet.BlockSize), 0); err == nil && !old.session {
 		s.violate(fmt.Errorf("read of fenced epoch %d succeeded", old.epoch))
 	}
 	if err := old.volume.WriteAt(ctx, p, 0); err == nil {
@@ -196,7 +198,7 @@ func (w *worker) read(ctx context.Context, seat *seat, lba trivet.LBA, n int) er
 		h = w.sim.history.begin(lba, n, true, nil)
 	}
 	err := seat.volume.ReadAt(ctx, p, int64(lba)*trivet.BlockSize)
-	if err != nil || !seat.alive() {
+	if err != nil || !seat.alive() || seat.session && w.sim.holder() != seat {
 		w.sim.history.end(h, false, nil)
 		return w.expected(err)
 	}

@@ -16,7 +16,8 @@ import (
 // as one message, their answers as one reply. Nothing else changes: the receiver treats every one as
 // if it had come alone (Mux.handle: H37, D9), and its lease counts from before it was gathered.
 const (
-	gatherFor        = 10 * time.Millisecond // at most that long a heartbeat waits for others
+	gatherShare      = 25                    // a heartbeat waits for others for this part of a Heartbeat
+	gatherForMax     = 40 * time.Millisecond // and no longer
 	beatWaitMax      = 50 * time.Millisecond // or a quarter of a Heartbeat: then a group has no answer this time
 	beatsMax         = 256                   // in one message
 	beatErrorTextMax = 128                   // bytes of the text of one answer's error
@@ -30,7 +31,8 @@ const (
 type beat struct {
 	group    trivet.VolumeID
 	from, to trivet.ReplicaID
-	body     []byte // encodeAppend
+	body     []byte        // encodeAppend
+	wait     time.Duration // for others, before it is sent; not sent itself
 }
 
 func (b beat) encodedBytes() int { return 8 + 2 + len(b.from) + 2 + len(b.to) + 2 + len(b.body) }
@@ -94,7 +96,7 @@ func (c *coalescer) join(node trivet.NodeID, b beat, stalled func() bool) (*gath
 		g = &gathering{}
 		g.ctx, g.cancel = context.WithCancel(context.Background())
 		c.gathering[node] = g
-		go c.carry(node, g) // ends with the last caller, see leave
+		go c.carry(node, g, b.wait) // ends with the last caller, see leave
 	}
 	answer := make(chan beatAnswer, 1)
 	g.beats = append(g.beats, b)
@@ -117,8 +119,8 @@ func (c *coalescer) leave(g *gathering) {
 }
 
 // carry gathers for a while, sends, and hands out the answers.
-func (c *coalescer) carry(node trivet.NodeID, g *gathering) {
-	timer := time.NewTimer(gatherFor)
+func (c *coalescer) carry(node trivet.NodeID, g *gathering, wait time.Duration) {
+	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -170,8 +172,8 @@ func (c *coalescer) send(ctx context.Context, node trivet.NodeID, beats []beat) 
 	return answers
 }
 
-// handleBeats answers a message of many beats. Each is handled as if it had come alone, beside the
-// others; one that takes too long is answered "unavailable" and its handler's context ends.
+// handleBeats answers a message of many beats. Each is handled as if it had come alone: the quick ones at once, the
+// rest beside each other; one that takes too long is answered "unavailable" and its handler's context ends.
 func (m *Mux) handleBeats(ctx context.Context, from trivet.NodeID, msg transport.Message) (transport.Message, error) {
 	beats, err := decodeBeats(msg.Body)
 	if err != nil {
@@ -185,6 +187,10 @@ func (m *Mux) handleBeats(ctx context.Context, from trivet.NodeID, msg transport
 	done := make(chan numbered, len(beats))
 	running := 0
 	for i, b := range beats {
+		if body, ok := m.quickBeat(from, b); ok {
+			answers[i].body = body
+			continue
+		}
 		answers[i].err = fmt.Errorf("no answer of group %s within %s: %w", b.group, beatWaitMax, trivet.ErrUnavailable)
 		select {
 		case m.beats.slots <- struct{}{}:
@@ -197,6 +203,9 @@ func (m *Mux) handleBeats(ctx context.Context, from trivet.NodeID, msg transport
 			body, err := m.handleBeat(ctx, from, b)
 			done <- numbered{i, beatAnswer{body, err}}
 		}()
+	}
+	if running == 0 {
+		return transport.Message{Body: encodeBeatAnswers(answers)}, nil
 	}
 	timer := time.NewTimer(beatWaitMax)
 	defer timer.Stop()
@@ -222,6 +231,17 @@ func (m *Mux) handleBeat(ctx context.Context, from trivet.NodeID, b beat) ([]byt
 	defer cancel()
 	reply, err := m.handle(ctx, from, b.message())
 	return reply.Body, err
+}
+
+// quickBeat answers a beat that needs no waiting; see Group.quickBeat.
+func (m *Mux) quickBeat(from trivet.NodeID, b beat) ([]byte, bool) {
+	m.mu.RLock()
+	g := m.routes[route{b.group, b.to}]
+	m.mu.RUnlock()
+	if g == nil {
+		return nil, false
+	}
+	return g.quickBeat(from, b)
 }
 
 // beatWait returns how long a beat may take.

@@ -21,11 +21,13 @@ import (
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
+const gatherFor = 10 * time.Millisecond
+
 // BeatsBody is the body of a KindHeartbeats with the AppendEntries that these messages are.
 func BeatsBody(messages ...transport.Message) []byte {
 	var beats []beat
 	for _, m := range messages {
-		beats = append(beats, beat{m.Group, m.From, m.To, m.Body})
+		beats = append(beats, beat{group: m.Group, from: m.From, to: m.To, body: m.Body})
 	}
 	return encodeBeats(beats)
 }
@@ -216,7 +218,8 @@ func TestCoalescer(t *testing.T) {
 		}
 		c := newCoalescer(n)
 		call := func(node trivet.NodeID, g trivet.VolumeID, stalled func() bool) (string, error) {
-			b, err := c.call(t.Context(), node, beat{group: g, from: idA, to: idB, body: HeartbeatBody(1)}, stalled)
+			one := beat{group: g, from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}
+			b, err := c.call(t.Context(), node, one, stalled)
 			return string(b), err
 		}
 
@@ -302,7 +305,7 @@ func TestCoalescerGivesUp(t *testing.T) {
 		results := make(chan error, 2)
 		for _, ctx := range []context.Context{first, second} {
 			go func() {
-				_, err := c.call(ctx, "b", beat{from: idA, to: idB, body: HeartbeatBody(1)}, running)
+				_, err := c.call(ctx, "b", beat{from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}, running)
 				results <- err
 			}()
 		}

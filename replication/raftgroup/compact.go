@@ -9,9 +9,12 @@ import (
 const (
 	// trailingMin is the least number of entries that stay in the log behind a snapshot.
 	trailingMin = 64
-	// lagFactor times SnapshotBytes of log are kept at most behind a snapshot, for followers that lag or
-	// to which an image is being sent.
+	// lagFactor times SnapshotBytes of log are kept at most behind a snapshot, for followers that lag.
 	lagFactor = 3
+	// heldFactor times as much are kept at most for those that pull an image, and mean to go on from there:
+	// 1 GiB by default. What then is too much costs them another round, which brings only what has changed
+	// since.
+	heldFactor = 16
 )
 
 func (g *Group) pokeCompact() {
@@ -78,5 +81,11 @@ func (g *Group) trailing(i *instance) uint64 {
 			}
 		}
 	}
-	return max(min(keep, uint64(lagFactor*g.cfg.SnapshotBytes/each)), trailingMin)
+	keep = min(keep, uint64(lagFactor*g.cfg.SnapshotBytes/each))
+	if from, ok := g.images.heldFrom(); ok { // whoever leads: it may be this replica next
+		if g.seglog.sizeAfter(from) <= heldFactor*g.cfg.SnapshotBytes {
+			keep = max(keep, last-min(from, last)+trailingMin)
+		}
+	}
+	return max(keep, trailingMin)
 }

@@ -80,26 +80,68 @@ func AppendBody(term, prevIndex, prevTerm uint64, data []byte) []byte {
 	return b
 }
 
+// AppendAfter returns the entry that an AppendEntries goes on from.
+func AppendAfter(body []byte) uint64 {
+	r, err := decodeAppend(body)
+	if err != nil {
+		return 0
+	}
+	return r.PrevLogEntry
+}
+
 // IsHeartbeatBody reports whether an AppendEntries is a heartbeat.
 func IsHeartbeatBody(body []byte) bool {
 	r, err := decodeAppend(body)
 	return err == nil && isHeartbeat(r)
 }
 
-// SnapshotBeginBody offers the leader's state as it would be at the end of its log.
-func SnapshotBeginBody(g *Group) []byte {
+// FetchBody says that the leader's state goes to the end of its log, and must be pulled.
+func FetchBody(g *Group) []byte {
 	_, last := g.seglog.bounds()
 	term, _ := g.seglog.term(last)
-	b := snapshotBegin{term: RaftTerm(g), sizeBytes: 1}
-	b.rec = snapshotRecord{index: last, term: term, machine: last, config: g.store.latestConfig()}
-	return b.encode()
+	rec := snapshotRecord{index: last, term: term, machine: last, config: g.store.latestConfig()}
+	return fetchAsk{term: RaftTerm(g), rec: rec}.encode()
 }
 
-// Transfer reads the answer to SnapshotBeginBody.
-func Transfer(body []byte) (id uint64, yes bool, err error) {
-	v, err := decodeVerdict(body)
-	return v.id, v.yes, err
+// Fetched reads the answer to FetchBody.
+func Fetched(body []byte) (done bool, index uint64, err error) {
+	r, err := decodeFetchReply(body)
+	return r.done, r.at.index, err
 }
+
+// ImageOpenBody asks for a whole image; ImageOpened reads the answer.
+func ImageOpenBody() []byte { return imageOpen{}.encode() }
+
+// ImageOpened reads the answer to ImageOpenBody.
+func ImageOpened(body []byte) (id uint64, err error) {
+	r, err := decodeImageOpened(body)
+	return r.id, err
+}
+
+// ImageReadBody asks for a piece; IsKeepAlive tells whether such a message asks for none.
+func ImageReadBody(id, offset uint64) []byte { return imageRead{id, offset}.encode() }
+
+// IsKeepAlive reports whether an ImageRead asks for nothing.
+func IsKeepAlive(body []byte) bool {
+	r, err := decodeImageRead(body)
+	return err == nil && r.offset == keepAlive
+}
+
+// Restored reports whether an ImageClose says that all was restored.
+func Restored(body []byte) bool {
+	r, err := decodeImageClose(body)
+	return err == nil && r.restored
+}
+
+// OpenImages returns how many images a replica shows, and those of its process.
+func OpenImages(g *Group) (own, process int) {
+	g.images.mu.Lock()
+	defer g.images.mu.Unlock()
+	return len(g.images.open), len(g.images.budget)
+}
+
+// SetPieceBytes sets the size of the pieces of images.
+func SetPieceBytes(c *Config, n int) { c.pieceBytes = n }
 
 // LogBounds returns the first and last index of the log.
 func LogBounds(g *Group) (first, last uint64) { return g.seglog.bounds() }
@@ -112,4 +154,23 @@ func AppendCommitBody(term, prevIndex, prevTerm, commit uint64) []byte {
 	return mustAppend(&raft.AppendEntriesRequest{
 		Term: term, PrevLogEntry: prevIndex, PrevLogTerm: prevTerm, LeaderCommitIndex: commit,
 	})
+}
+
+// OpenImages returns how many images the groups of a process show.
+func (m *Mux) OpenImages() int { return len(m.images) }
+
+// ForgeDone turns the answer to FetchBody into one that claims to be done at an entry.
+func ForgeDone(body []byte, index, term uint64) []byte {
+	r, err := decodeFetchReply(body)
+	if err != nil {
+		panic(err)
+	}
+	r.done, r.at = true, logPosition{term: term, index: index}
+	return r.encode()
+}
+
+// LogTerm returns the term of an entry of the log.
+func LogTerm(g *Group, index uint64) uint64 {
+	term, _ := g.seglog.term(index)
+	return term
 }

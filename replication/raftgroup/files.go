@@ -17,7 +17,7 @@ const (
 	fileIncomplete = "incomplete" // a Create or Destroy is under way
 	fileLock       = "lock"
 	fileSnapshot   = "snapshot"
-	fileInstall    = "install" // a received snapshot that must be restored
+	fileInstall    = "install" // of which snapshot an image is being restored
 	tmpSuffix      = ".tmp"
 )
 

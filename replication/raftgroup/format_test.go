@@ -45,22 +45,25 @@ func formats(t *testing.T) map[string][]byte {
 	t.Helper()
 	app, err := encodeAppend(goldenAppend())
 	require.NoError(t, err)
-	begin := snapshotBegin{term: 9, rec: goldenSnapshot(), sizeBytes: 1 << 40}
 	return map[string][]byte{
-		"superblock":     superblock{group: 0x0123456789abcdef, replica: idA, members: testMembers()}.encode(),
-		"snapshot":       goldenSnapshot().encode(),
-		"install":        begin.header(),
-		"append":         app,
-		"append-reply":   appendReply{9, 44, true, true, 77, time.Second}.encode(),
-		"vote":           voteRequest{10, 44, 9, byTransfer}.encode(),
-		"verdict":        verdict{9, true, 5}.encode(),
-		"timeout-now":    timeoutNow{9, 77}.encode(),
-		"standing-ask":   standingRequest{9}.encode(),
-		"standing":       standing{9, logPosition{8, 44}, true}.encode(),
-		"transfer":       transferNotice{9, idB}.encode(),
-		"snapshot-begin": begin.encode(),
-		"snapshot-chunk": snapshotChunk{5, 1 << 20, []byte("image")}.encode(),
-		"snapshot-end":   snapshotEnd{5, 0xdeadbeef}.encode(),
+		"superblock":   superblock{group: 0x0123456789abcdef, replica: idA, members: testMembers()}.encode(),
+		"snapshot":     goldenSnapshot().encode(),
+		"install":      installRecord{9, goldenSnapshot()}.encode(),
+		"append":       app,
+		"append-reply": appendReply{9, 44, true, true, 77, time.Second}.encode(),
+		"vote":         voteRequest{10, 44, 9, byTransfer}.encode(),
+		"verdict":      verdict{9, true}.encode(),
+		"timeout-now":  timeoutNow{9, 77}.encode(),
+		"standing-ask": standingRequest{9}.encode(),
+		"standing":     standing{9, logPosition{8, 44}, true}.encode(),
+		"transfer":     transferNotice{9, idB}.encode(),
+		"fetch":        fetchAsk{9, goldenSnapshot()}.encode(),
+		"fetch-reply":  fetchReply{9, true, logPosition{7, 100}}.encode(),
+		"image-open":   imageOpen{[]byte("want")}.encode(),
+		"image-opened": imageOpened{5, 1 << 40, 1 << 19, goldenSnapshot()}.encode(),
+		"image-read":   imageRead{5, 1 << 20}.encode(),
+		"image-piece":  imagePiece{1 << 20, true, []byte("image")}.encode(),
+		"image-close":  imageClose{5, true}.encode(),
 	}
 }
 
@@ -89,11 +92,8 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 		v, rest, err := decodeSnapshot(b)
 		return append(v.encode(), rest...), err
 	case "install":
-		v, n, err := decodeInstallHeader(b)
-		if err != nil {
-			return nil, err
-		}
-		return append(v.header(), b[n:]...), nil
+		v, err := decodeInstall(b)
+		return v.encode(), err
 	case "append":
 		v, err := decodeAppend(b)
 		if err != nil {
@@ -121,14 +121,26 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 	case "transfer":
 		v, err := decodeTransferNotice(b)
 		return v.encode(), err
-	case "snapshot-begin":
-		v, err := decodeSnapshotBegin(b)
+	case "fetch":
+		v, err := decodeFetchAsk(b)
 		return v.encode(), err
-	case "snapshot-chunk":
-		v, err := decodeSnapshotChunk(b)
+	case "fetch-reply":
+		v, err := decodeFetchReply(b)
 		return v.encode(), err
-	case "snapshot-end":
-		v, err := decodeSnapshotEnd(b)
+	case "image-open":
+		v, err := decodeImageOpen(b)
+		return v.encode(), err
+	case "image-opened":
+		v, err := decodeImageOpened(b)
+		return v.encode(), err
+	case "image-read":
+		v, err := decodeImageRead(b)
+		return v.encode(), err
+	case "image-piece":
+		v, err := decodeImagePiece(b)
+		return v.encode(), err
+	case "image-close":
+		v, err := decodeImageClose(b)
 		return v.encode(), err
 	}
 	return nil, fmt.Errorf("no format %q", name)
@@ -229,17 +241,21 @@ func fuzzFormat(f *testing.F, name string) {
 	})
 }
 
-func FuzzSuperblock(f *testing.F)    { fuzzFormat(f, "superblock") }
-func FuzzSnapshot(f *testing.F)      { fuzzFormat(f, "snapshot") }
-func FuzzInstall(f *testing.F)       { fuzzFormat(f, "install") }
-func FuzzAppend(f *testing.F)        { fuzzFormat(f, "append") }
-func FuzzAppendReply(f *testing.F)   { fuzzFormat(f, "append-reply") }
-func FuzzVote(f *testing.F)          { fuzzFormat(f, "vote") }
-func FuzzVerdict(f *testing.F)       { fuzzFormat(f, "verdict") }
-func FuzzTimeoutNow(f *testing.F)    { fuzzFormat(f, "timeout-now") }
-func FuzzSnapshotBegin(f *testing.F) { fuzzFormat(f, "snapshot-begin") }
-func FuzzSnapshotChunk(f *testing.F) { fuzzFormat(f, "snapshot-chunk") }
-func FuzzSnapshotEnd(f *testing.F)   { fuzzFormat(f, "snapshot-end") }
+func FuzzSuperblock(f *testing.F)  { fuzzFormat(f, "superblock") }
+func FuzzSnapshot(f *testing.F)    { fuzzFormat(f, "snapshot") }
+func FuzzInstall(f *testing.F)     { fuzzFormat(f, "install") }
+func FuzzAppend(f *testing.F)      { fuzzFormat(f, "append") }
+func FuzzAppendReply(f *testing.F) { fuzzFormat(f, "append-reply") }
+func FuzzVote(f *testing.F)        { fuzzFormat(f, "vote") }
+func FuzzVerdict(f *testing.F)     { fuzzFormat(f, "verdict") }
+func FuzzTimeoutNow(f *testing.F)  { fuzzFormat(f, "timeout-now") }
+func FuzzFetch(f *testing.F)       { fuzzFormat(f, "fetch") }
+func FuzzFetchReply(f *testing.F)  { fuzzFormat(f, "fetch-reply") }
+func FuzzImageOpen(f *testing.F)   { fuzzFormat(f, "image-open") }
+func FuzzImageOpened(f *testing.F) { fuzzFormat(f, "image-opened") }
+func FuzzImageRead(f *testing.F)   { fuzzFormat(f, "image-read") }
+func FuzzImagePiece(f *testing.F)  { fuzzFormat(f, "image-piece") }
+func FuzzImageClose(f *testing.F)  { fuzzFormat(f, "image-close") }
 
 // FuzzConfiguration: the library's decoder panics on some bytes; ours must not.
 func FuzzConfiguration(f *testing.F) {

@@ -23,6 +23,7 @@ type fsm struct {
 	mu     sync.Mutex // held over Apply and Image, so that an image has the index that is read with it
 	config groupConfig
 	dead   bool
+	mixed  bool // a Restore is under way, or one is due: there is no image to pin
 }
 
 var _ raft.BatchingFSM = (*fsm)(nil)
@@ -122,24 +123,36 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	return &fsmSnapshot{fsm: f, applied: applied}, nil
 }
 
-// Restore is never called: a received snapshot is installed while the library is stopped
-// (install.go), and NoSnapshotRestoreOnStart is set.
+// Restore is never called: a pulled image is restored while the library is stopped (catchup.go), and
+// NoSnapshotRestoreOnStart is set.
 func (f *fsm) Restore(io.ReadCloser) error {
 	return fmt.Errorf("restore through the library: %w", trivet.ErrInvalid)
 }
 
-// pin returns an image, the index and term that it stands at, and the configuration of that index.
-func (f *fsm) pin() (img Image, index, term uint64, config groupConfig, err error) {
+// setMixed says whether the machine is between two states.
+func (f *fsm) setMixed(on bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.dead {
-		return nil, 0, 0, groupConfig{}, errDead
+	f.mixed = on
+}
+
+// pin returns an image for a machine with that Want, the index and term that it stands at, and the
+// configuration of that index. ErrUnavailable while there is no state to show.
+func (f *fsm) pin(want []byte) (img Image, index, term uint64, config groupConfig, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	index, term = f.machine.Applied()
+	switch {
+	case f.dead:
+		err = errDead
+	case f.mixed || index == 0:
+		err = fmt.Errorf("no state to show at index %d: %w", index, trivet.ErrUnavailable)
+	default:
+		img, err = f.machine.Image(want)
 	}
-	img, err = f.machine.Image(nil)
 	if err != nil {
 		return nil, 0, 0, groupConfig{}, fmt.Errorf("pin an image: %w", err)
 	}
-	index, term = f.machine.Applied()
 	return img, index, term, f.config, nil
 }
 

@@ -26,20 +26,23 @@ type Group struct {
 	started   time.Time
 	stampBase uint64
 
-	lock    io.Closer
-	guard   *diskGuard
-	seglog  *groupLog
-	store   *logStore
-	stable  *stableStore
-	snaps   *snapshotStore
-	fsm     *fsm
-	lease   *leaseTable
-	install installer
-	slots   chan struct{} // one per proposal under way
+	lock   io.Closer
+	guard  *diskGuard
+	seglog *groupLog
+	store  *logStore
+	stable *stableStore
+	snaps  *snapshotStore
+	fsm    *fsm
+	lease  *leaseTable
+	catch  *catchUp
+	images *images
+	slots  chan struct{} // one per proposal under way
 
 	wake        chan struct{} // the watcher should look
 	wakeCompact chan struct{} // the compactor should look
 	stop        chan struct{}
+	life        context.Context // from Open to Close, of what goes on without the library
+	stopLife    context.CancelCauseFunc
 	loops       sync.WaitGroup
 
 	failOnce sync.Once
@@ -53,7 +56,7 @@ type Group struct {
 	changed chan struct{}
 }
 
-// instance is one run of the library. A received snapshot ends it, and another begins.
+// instance is one run of the library. A catch-up ends it, and another begins.
 type instance struct {
 	g    *Group
 	r    *raft.Raft
@@ -79,7 +82,8 @@ type instance struct {
 // empty directory never opens a group: H10), ErrInvalid if the directory is another's (H11),
 // ErrInUse if it runs already, and ErrCorrupt when log, state machine and snapshot contradict each
 // other or an entry is damaged: then nothing has been changed, and the replica must be rebuilt under
-// a new ID.
+// a new ID. A replica whose catch-up was interrupted opens, goes on with it, and takes no part in the
+// group until it is whole again (Status.CatchUp).
 func Open(cfg Config) (*Group, error) {
 	cfg = cfg.withDefaults()
 	if err := cfg.Validate(); err != nil {
@@ -91,8 +95,10 @@ func Open(cfg Config) (*Group, error) {
 		addr:    address(cfg.Replica, cfg.Network.net.Local()),
 		started: time.Now(), stampBase: randomUint64(), lease: newLeaseTable(),
 		slots: make(chan struct{}, proposalsMax), wake: make(chan struct{}, 1), wakeCompact: make(chan struct{}, 1),
-		stop: make(chan struct{}), changed: make(chan struct{}),
+		stop: make(chan struct{}), changed: make(chan struct{}), catch: newCatchUp(),
+		images: newImages(cfg.Network.images),
 	}
+	g.life, g.stopLife = context.WithCancelCause(context.Background())
 	g.guard = &diskGuard{fatal: g.fatal, onStall: g.poke}
 	if err := g.open(); err != nil {
 		err = errors.Join(err, g.release())
@@ -115,16 +121,29 @@ func (g *Group) open() error {
 	if err := g.openStores(); err != nil {
 		return err
 	}
-	if err := g.finishInstall(); err != nil {
+	owing, err := g.resumeInstall()
+	if err != nil {
 		return err
 	}
-	if err := g.checkState(); err != nil {
+	if owing {
+		err = g.checkHome()
+	} else {
+		err = g.checkState()
+	}
+	if err != nil {
 		return err
+	}
+	if owing { // before the first message arrives
+		g.log.Info("state is not whole: a catch-up was interrupted")
+		g.catch.active = true
+		g.fsm.setMixed(true)
 	}
 	if err := g.cfg.Network.add(g); err != nil {
 		return err
 	}
-	if err := g.start(); err != nil {
+	if owing {
+		g.loops.Go(g.catchUpLoop)
+	} else if err := g.start(); err != nil {
 		return err
 	}
 	g.loops.Go(g.watch)
@@ -138,9 +157,6 @@ func (g *Group) path(name string) string { return g.cfg.FS.PathJoin(g.cfg.Dir, n
 
 // openStores opens what the group keeps, and reads all of its log. It changes nothing that counts.
 func (g *Group) openStores() error {
-	if err := removeFile(g.cfg.FS, g.cfg.Dir, fileInstall+tmpSuffix); err != nil {
-		return err
-	}
 	var err error
 	g.seglog = newGroupLog(g.cfg.Log, g.cfg.Group)
 	if err := g.seglog.verify(); err != nil {
@@ -172,13 +188,12 @@ func (g *Group) checkState() error {
 	applied, appliedTerm := g.cfg.Machine.Applied()
 	lastTerm, _ := g.seglog.term(last)
 	entryTerm, inLog := g.seglog.term(applied)
-	self, member := findMember(g.store.latestConfig().members, g.cfg.Replica)
 	var what string
 	switch {
 	case g.stable.record().term == 0:
 		what = "the disk's log knows nothing of the group"
 	case g.cfg.Machine.Restoring():
-		what = "state is the remains of an interrupted restore, and its image is gone"
+		what = "state is the remains of an interrupted restore"
 	case applied < snap.machine:
 		what = "state is behind the snapshot"
 	case applied > last && applied > snap.index:
@@ -191,15 +206,22 @@ func (g *Group) checkState() error {
 		what = fmt.Sprintf("state has applied an entry of term %d where the log has term %d", appliedTerm, entryTerm)
 	case max(lastTerm, snap.term, appliedTerm) > g.stable.record().term:
 		what = "current term is behind log or state"
-	case member && address(self.Replica, self.Node) != g.addr:
-		return fmt.Errorf("replica belongs to node %s, this is %s: %w",
-			self.Node, g.cfg.Network.net.Local(), trivet.ErrInvalid)
 	default:
-		return nil
+		return g.checkHome()
 	}
 	return fmt.Errorf("%s: state applied %d of term %d, snapshot at %d (machine %d), log %d to %d, term %d; "+
 		"log and state do not belong together, replace it by a replica with a new ID: %w", what, applied, appliedTerm,
 		snap.index, snap.machine, first, last, g.stable.record().term, trivet.ErrCorrupt)
+}
+
+// checkHome returns ErrInvalid unless this is the node that the configuration says (H11).
+func (g *Group) checkHome() error {
+	self, member := findMember(g.store.latestConfig().members, g.cfg.Replica)
+	if member && address(self.Replica, self.Node) != g.addr {
+		return fmt.Errorf("replica belongs to node %s, this is %s: %w",
+			self.Node, g.cfg.Network.net.Local(), trivet.ErrInvalid)
+	}
+	return nil
 }
 
 // raftConfig is what the adapters of this package rely on. A test asserts it.
@@ -287,34 +309,6 @@ func (g *Group) stopLocked() {
 	g.poke()
 }
 
-// restart stops the library, calls change, and starts it again (D6). A failure is fatal: the group
-// has no instance any more.
-func (g *Group) restart(change func() (verdict, error)) (verdict, error) {
-	g.runMu.Lock()
-	defer g.runMu.Unlock()
-	g.mu.Lock()
-	closed := g.closed
-	g.mu.Unlock()
-	if closed {
-		return verdict{}, fmt.Errorf("group %s: %w", g.cfg.Group, trivet.ErrClosed)
-	}
-	g.stopLocked()
-	v, err := change()
-	if err == nil {
-		err = g.checkState()
-	}
-	if err == nil {
-		err = g.startLocked()
-	}
-	if err != nil {
-		err = fmt.Errorf("restart group %s: %w", g.cfg.Group, err)
-		g.guard.fail(err)
-		return verdict{}, err
-	}
-	g.poke()
-	return v, nil
-}
-
 // running returns the current run of the library, nil when there is none.
 func (g *Group) running() *instance {
 	g.mu.Lock()
@@ -330,6 +324,12 @@ func (g *Group) watchLog() {
 		g.guard.fail(g.cfg.Log.Err())
 	case <-g.stop:
 	}
+}
+
+func (g *Group) isClosed() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.closed
 }
 
 // fatal reports a failure that ends the process.
@@ -356,13 +356,12 @@ func (g *Group) Close() error {
 	g.runMu.Lock()
 	g.stopLocked()
 	g.runMu.Unlock()
+	g.stopLife(fmt.Errorf("group %s closes: %w", g.cfg.Group, trivet.ErrClosed))
 	close(g.stop)
 	g.loops.Wait()
-	g.install.mu.Lock()
-	err := g.dropSpoolLocked()
-	g.install.mu.Unlock()
+	g.images.close()
 	g.notify(view{})
-	if err = errors.Join(err, g.release()); err != nil {
+	if err := g.release(); err != nil {
 		return fmt.Errorf("close replica %s of group %s: %w", g.cfg.Replica, g.cfg.Group, err)
 	}
 	return nil
@@ -370,6 +369,7 @@ func (g *Group) Close() error {
 
 // release gives up the directory. The log is the disk's, and stays open.
 func (g *Group) release() error {
+	g.stopLife(trivet.ErrClosed)
 	g.cfg.Network.remove(g)
 	g.guard.close()
 	if g.lock == nil {

@@ -20,19 +20,24 @@ func (g *Group) receive(ctx context.Context, from trivet.NodeID, m transport.Mes
 	if g.guard.failed() != nil {
 		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
 	}
-	i := g.running()
-	if i == nil {
-		return nil, fmt.Errorf("group is between two runs: %w", trivet.ErrUnavailable)
-	}
-	body, err := g.dispatch(ctx, i, address(m.From, from), m)
+	body, err := g.dispatch(ctx, address(m.From, from), m)
 	if g.guard.failed() != nil { // meanwhile: what the library answers may rest on nothing
 		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
 	}
 	return body, err
 }
 
-func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAddress, m transport.Message,
-) ([]byte, error) {
+func (g *Group) dispatch(ctx context.Context, sender raft.ServerAddress, m transport.Message) ([]byte, error) {
+	switch m.Kind {
+	case transport.KindFetch:
+		return g.onFetch(sender, m.Body)
+	case transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose:
+		return g.onImage(ctx, m.Kind, sender, m.Body)
+	}
+	i := g.running()
+	if i == nil {
+		return g.receiveStopped(sender, m)
+	}
 	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(m.From), Addr: []byte(sender)}
 	switch m.Kind {
 	case transport.KindAppendEntries:
@@ -45,12 +50,6 @@ func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAdd
 		return i.onStanding(m.Body)
 	case transport.KindTransfer:
 		return i.onTransfer(header, m.Body)
-	case transport.KindSnapshotBegin:
-		return g.onSnapshotBegin(sender, m.Body)
-	case transport.KindSnapshotChunk:
-		return g.onSnapshotChunk(sender, m.Body)
-	case transport.KindSnapshotEnd:
-		return g.onSnapshotEnd(sender, m.Body)
 	}
 	return nil, fmt.Errorf("kind %d: %w", m.Kind, trivet.ErrInvalid)
 }
@@ -60,8 +59,9 @@ func (g *Group) dispatch(ctx context.Context, i *instance, sender raft.ServerAdd
 // thing between a group and any other holder of a valid certificate.
 //
 //   - A replica in the group's configuration must be on the node that the configuration says.
-//   - Another one may send entries and snapshots only, to a replica that waits to be added or lags
-//     behind, and only if the catalogue, where it is asked, knows it as a member on that node.
+//   - Another one may send entries and the call to fetch the state only, to a replica that waits to be
+//     added or lags behind, or pull an image, and only if the catalogue, where it is asked, knows it as a
+//     member on that node.
 //
 // Nothing in a message says who its leader or candidate is: that is made from the sender.
 func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.NodeID) error {
@@ -129,16 +129,21 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 			return nil, err
 		}
 	}
-	resp, ok := out.(*raft.AppendEntriesResponse)
-	if !ok {
-		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
-	}
-	if resp.Success && !isHeartbeat(req) {
+	if resp, ok := out.(*raft.AppendEntriesResponse); ok && resp.Success && !isHeartbeat(req) {
 		// Gate 1 (durable.go). Also for a copy of a request, which stored nothing, and for one without entries: the
 		// leader takes either for proof that this log reaches so far.
 		if err := i.awaitDurable(ctx, req.PrevLogEntry+uint64(len(req.Entries))); err != nil {
 			return nil, err
 		}
+	}
+	return i.appendReply(out)
+}
+
+// appendReply encodes the library's answer to an AppendEntries.
+func (i *instance) appendReply(out any) ([]byte, error) {
+	resp, ok := out.(*raft.AppendEntriesResponse)
+	if !ok {
+		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
 	}
 	reply := appendReply{
 		term: resp.Term, lastLog: resp.LastLog, stamp: i.g.stamp(),
@@ -161,6 +166,30 @@ func (i *instance) awaitDurable(ctx context.Context, index uint64) error {
 		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
 	}
 	return nil
+}
+
+// quickBeat answers a heartbeat that the fast path takes, without waiting for anything. Whatever else it may be, or be
+// wrong with, false: then it goes the common way, which says so.
+func (g *Group) quickBeat(from trivet.NodeID, b beat) ([]byte, bool) {
+	i := g.running()
+	m, member := findMember(g.store.latestConfig().members, b.from) // not authorise, which may ask and wait
+	if i == nil || !member || m.Node != from || len(b.body) != emptyAppendBytes || g.guard.stalled() ||
+		g.guard.failed() != nil {
+		return nil, false
+	}
+	req, err := decodeAppend(b.body)
+	if err != nil || !isHeartbeat(req) {
+		return nil, false
+	}
+	sender := []byte(address(b.from, from))
+	req.RPCHeader = raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(b.from), Addr: sender}
+	req.Leader = sender //nolint:staticcheck // the library still reads it
+	out, answered := i.fastHeartbeat(req)
+	if !answered || g.guard.failed() != nil {
+		return nil, false
+	}
+	body, err := i.appendReply(out)
+	return body, err == nil
 }
 
 // fastHeartbeat answers a heartbeat beside the library's main goroutine, which may be busy with the

@@ -1,292 +1,168 @@
 package raftgroup
 
 import (
-	"encoding/binary"
+	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"io"
-	"sync"
-
-	"github.com/cockroachdb/pebble/v2/vfs"
-	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
 )
 
-// A snapshot from the leader never passes through the library, which would leave a log in memory
-// that the disk no longer has (D6), and a record of a restore that may not have happened (H5).
-// Instead:
+// The hand-over at the end of a catch-up: state and log of this replica are replaced, while the library
+// is stopped. On the disk, in this order (docs/models/catchup.pml):
 //
-//  1. the image is spooled to a file while the group runs on;
-//  2. the library is stopped;
-//  3. the complete file gets its name, durably: from here on the restore will be finished, by Open
-//     if need be;
-//  4. the state machine is restored, the snapshot recorded, the log emptied, the file removed;
-//  5. the library starts afresh, and only now the leader hears of success.
+//  1. a record says which snapshot the image stands for that is about to be restored;
+//  2. the state machine marks itself as restoring (H5), is restored, and takes the mark off;
+//  3. the term is raised, if the snapshot is of a higher one; the vote stays;
+//  4. the snapshot is recorded;
+//  5. the log is emptied, unless it holds the snapshot's last entry;
+//  6. the record of step 1 is removed, and the library may start.
 //
-// An entry of the log that this replica may have acknowledged is never dropped: if the log holds
-// the snapshot's last entry, the log stays and the image is not even asked for.
+// A process that finds the mark of step 2 pulls on. One that finds the record of step 1 and a state at
+// its index does steps 3 to 6, and may repeat them. One that finds the record under another state has not
+// begun step 2: then log and state are what they were.
 //
-//	frame (encode.go) over term u64, size u64, and the snapshot record's own frame
-//	image, size bytes
-//	crc32c of the image u32
+// An entry that this replica may have acknowledged is never dropped: either the log stays, or the
+// snapshot covers it, or it was not committed, because the snapshot has another entry in its place.
+//
+//	frame (encode.go) over term u64, zero u64, and the snapshot record's own frame
 
-const magicInstall = "trvtins\x01"
+const magicInstall = "trvtins\x02" // version 1 had an image behind it; in no release
 
-// spool is an image that arrives.
-type spool struct {
-	id     uint64
-	sender raft.ServerAddress
-	begin  snapshotBegin
-	f      vfs.File
-	have   int64
-	sum    uint32
+// installRecord is what step 1 writes.
+type installRecord struct {
+	term uint64 // that this replica is at least in
+	rec  snapshotRecord
 }
 
-// installer holds the one transfer that a group may receive at a time.
-type installer struct {
-	mu    sync.Mutex // held over disk I/O, and over a restore
-	last  uint64
-	spool *spool
+func (r installRecord) encode() []byte {
+	return sealFrame(magicInstall, append(put64(nil, r.term, 0), r.rec.encode()...))
 }
 
-func (b snapshotBegin) header() []byte {
-	return sealFrame(magicInstall, append(put64(nil, b.term, uint64(b.sizeBytes)), b.rec.encode()...))
-}
-
-func decodeInstallHeader(raw []byte) (snapshotBegin, int, error) {
+func decodeInstall(raw []byte) (installRecord, error) {
 	payload, rest, err := openFrame(magicInstall, raw)
 	if err != nil {
-		return snapshotBegin{}, 0, err
+		return installRecord{}, err
 	}
 	d := decoder{b: payload}
-	b := snapshotBegin{term: d.u64(), sizeBytes: int64(d.u64())}
-	b.rec, d.b, err = decodeSnapshot(d.b)
-	if err == nil {
-		err = d.finish("install header")
+	r := installRecord{term: d.u64()}
+	zero := d.u64()
+	if r.rec, d.b, err = decodeSnapshot(d.b); err != nil {
+		return installRecord{}, err
 	}
-	if err == nil && (b.sizeBytes < 0 || b.rec.term > b.term) {
-		err = fmt.Errorf("install header: %d bytes, term %d: %w", b.sizeBytes, b.term, trivet.ErrCorrupt)
+	if err := d.finish("install record"); err != nil {
+		return installRecord{}, err
 	}
-	return b, len(raw) - len(rest), err
+	if len(rest) != 0 || zero != 0 || r.rec.term > r.term {
+		return installRecord{}, fmt.Errorf("install record: term %d, snapshot of term %d, %d bytes more: %w",
+			r.term, r.rec.term, len(rest), trivet.ErrCorrupt)
+	}
+	return r, nil
 }
 
-// have reports whether the log and state of this replica include the snapshot already.
-func (g *Group) have(rec snapshotRecord) bool {
-	if applied, _ := g.cfg.Machine.Applied(); applied >= rec.machine && applied > 0 && g.coveredBy(applied) >= rec.index {
-		return true
-	}
-	term, ok := g.seglog.term(rec.index)
-	return ok && term == rec.term
-}
-
-// coveredBy returns the highest index known to be applied when the machine's is applied.
-func (g *Group) coveredBy(applied uint64) uint64 {
-	if rec := g.snaps.record(); applied >= rec.machine {
-		return max(applied, rec.index)
-	}
-	return applied
-}
-
-// onSnapshotBegin opens a transfer, or answers for good: yes when nothing is missing here, no when
-// the leader is an old one.
-func (g *Group) onSnapshotBegin(sender raft.ServerAddress, body []byte) ([]byte, error) {
-	b, err := decodeSnapshotBegin(body)
-	if err != nil {
-		return nil, err
-	}
-	if !g.install.mu.TryLock() {
-		return nil, fmt.Errorf("another snapshot is being restored: %w", trivet.ErrPending)
-	}
-	defer g.install.mu.Unlock()
-	term := g.stable.record().term
-	if b.term < term {
-		return verdict{term: term}.encode(), nil
-	}
-	if g.have(b.rec) {
-		return verdict{term: b.term, yes: true}.encode(), nil
-	}
-	if err := g.dropSpoolLocked(); err != nil {
-		return nil, err
-	}
-	f, err := g.cfg.FS.Create(g.path(fileInstall+tmpSuffix), writeCategory)
-	if err != nil {
-		return nil, err
-	}
-	g.install.last++
-	s := &spool{id: g.install.last, sender: sender, begin: b, f: f}
-	g.install.spool = s
-	if _, err := f.Write(b.header()); err != nil {
-		return nil, errors.Join(err, g.dropSpoolLocked())
-	}
-	g.log.Info("snapshot arrives", "from", string(sender), "index", b.rec.index, "term", b.rec.term, "bytes", b.sizeBytes)
-	return verdict{term: b.term, id: s.id}.encode(), nil
-}
-
-func (g *Group) dropSpoolLocked() error {
-	s := g.install.spool
-	if s == nil {
-		return nil
-	}
-	g.install.spool = nil
-	return errors.Join(s.f.Close(), removeFile(g.cfg.FS, g.cfg.Dir, fileInstall+tmpSuffix))
-}
-
-// currentSpool returns the transfer of that sender and number. REQUIRES: install.mu.
-func (g *Group) currentSpool(sender raft.ServerAddress, id uint64) (*spool, error) {
-	s := g.install.spool
-	if s == nil || s.id != id || s.sender != sender {
-		return nil, fmt.Errorf("transfer %d from %s is not the current one: %w", id, sender, trivet.ErrNotFound)
-	}
-	return s, nil
-}
-
-func (g *Group) onSnapshotChunk(sender raft.ServerAddress, body []byte) ([]byte, error) {
-	c, err := decodeSnapshotChunk(body)
-	if err != nil {
-		return nil, err
-	}
-	if !g.install.mu.TryLock() {
-		return nil, fmt.Errorf("another snapshot is being restored: %w", trivet.ErrPending)
-	}
-	defer g.install.mu.Unlock()
-	s, err := g.currentSpool(sender, c.id)
-	if err != nil {
-		return nil, err
-	}
-	if c.offset != s.have || int64(len(c.data)) > s.begin.sizeBytes-s.have {
-		return nil, fmt.Errorf("chunk of %d bytes at %d, have %d of %d: %w",
-			len(c.data), c.offset, s.have, s.begin.sizeBytes, trivet.ErrInvalid)
-	}
-	s.sum = crc32.Update(s.sum, crcTable(), c.data)
-	if _, err := s.f.Write(c.data); err != nil {
-		return nil, errors.Join(err, g.dropSpoolLocked())
-	}
-	s.have += int64(len(c.data))
-	return verdict{term: s.begin.term, yes: true}.encode(), nil
-}
-
-// onSnapshotEnd restores the image. It runs to its end whether or not the caller still waits.
-func (g *Group) onSnapshotEnd(sender raft.ServerAddress, body []byte) ([]byte, error) {
-	e, err := decodeSnapshotEnd(body)
-	if err != nil {
-		return nil, err
-	}
-	if !g.install.mu.TryLock() {
-		return nil, fmt.Errorf("another snapshot is being restored: %w", trivet.ErrPending)
-	}
-	defer g.install.mu.Unlock()
-	s, err := g.currentSpool(sender, e.id)
-	if err != nil {
-		return nil, err
-	}
-	if s.have != s.begin.sizeBytes || s.sum != e.sum {
-		return nil, errors.Join(fmt.Errorf("image has %d of %d bytes, checksum %08x, sent %08x: %w",
-			s.have, s.begin.sizeBytes, s.sum, e.sum, trivet.ErrCorrupt), g.dropSpoolLocked())
-	}
-	if _, err := s.f.Write(put32(nil, s.sum)); err != nil {
-		return nil, errors.Join(err, g.dropSpoolLocked())
-	}
-	if err := s.f.Sync(); err != nil {
-		return nil, errors.Join(err, g.dropSpoolLocked())
-	}
-	v, err := g.restart(func() (verdict, error) { return g.installSpool(s) })
-	if err != nil {
-		return nil, err
-	}
-	return v.encode(), nil
-}
-
-// installSpool runs while the library is stopped. REQUIRES: install.mu.
-func (g *Group) installSpool(s *spool) (verdict, error) {
-	// Term, log and state may have moved while the image arrived.
-	if term := g.stable.record().term; s.begin.term < term {
-		return verdict{term: term}, g.dropSpoolLocked()
-	}
-	v := verdict{term: s.begin.term, yes: true}
-	if g.have(s.begin.rec) {
-		return v, g.dropSpoolLocked()
-	}
-	g.install.spool = nil
-	if err := s.f.Close(); err != nil {
-		return verdict{}, err
-	}
-	if err := g.cfg.FS.Rename(g.path(fileInstall+tmpSuffix), g.path(fileInstall)); err != nil {
-		return verdict{}, err
-	}
-	if err := syncDir(g.cfg.FS, g.cfg.Dir); err != nil {
-		return verdict{}, err
-	}
-	return v, g.finishInstall()
-}
-
-// finishInstall does step 4, and does nothing when no restore is due. It may be repeated after a
-// crash at any point. REQUIRES: the library is stopped.
-func (g *Group) finishInstall() error {
-	f, err := g.cfg.FS.Open(g.path(fileInstall))
+// pending returns the record of step 1, if it is there.
+func (g *Group) pending() (r installRecord, ok bool, err error) {
+	b, err := readFile(g.cfg.FS, g.cfg.Dir, fileInstall, frameBytesMax)
 	if isNotExist(err) {
-		return nil
+		return installRecord{}, false, nil
+	}
+	if err == nil {
+		r, err = decodeInstall(b)
 	}
 	if err != nil {
-		return err
+		return installRecord{}, false, fmt.Errorf("file %s: %w", fileInstall, err)
 	}
-	b, err := g.restoreFrom(f)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("restore the received snapshot: %w", err)
-	}
-	if err := g.stable.setTerm(b.term); err != nil {
-		return err
-	}
-	if g.snaps.record().index != b.rec.index {
-		if err := g.snaps.put(b.rec); err != nil {
-			return err
-		}
-	}
-	if term, ok := g.seglog.term(b.rec.index); !ok || term != b.rec.term {
-		if err := g.store.install(b.rec.index, b.rec.config); err != nil {
-			return err
-		}
-	}
-	g.fsm.setConfig(b.rec.config)
-	g.log.Info("snapshot restored", "index", b.rec.index, "term", b.rec.term, "bytes", b.sizeBytes)
-	return removeFile(g.cfg.FS, g.cfg.Dir, fileInstall)
+	return r, true, nil
 }
 
-// restoreFrom checks the whole file before it lets the state machine drop what it has.
-func (g *Group) restoreFrom(f vfs.File) (snapshotBegin, error) {
-	head := make([]byte, frameBytesMax)
-	n, err := f.ReadAt(head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return snapshotBegin{}, err
+// beginInstall does step 1.
+func (g *Group) beginInstall(r installRecord) error {
+	return g.guard.run("write install record", func() error {
+		return writeFile(g.cfg.FS, g.cfg.Dir, fileInstall, r.encode())
+	})
+}
+
+// endInstall does step 6.
+func (g *Group) endInstall() error {
+	return g.guard.run("remove install record", func() error {
+		return removeFile(g.cfg.FS, g.cfg.Dir, fileInstall)
+	})
+}
+
+// restored reports whether the state is a whole one, at the index of the record.
+func (g *Group) restored(rec snapshotRecord) bool {
+	index, _ := g.cfg.Machine.Applied()
+	return index == rec.machine && !g.cfg.Machine.Restoring()
+}
+
+// resumeInstall is called when the group opens. owing says that the state is not whole, so the library
+// must not start.
+func (g *Group) resumeInstall() (owing bool, err error) {
+	if err := removeFile(g.cfg.FS, g.cfg.Dir, fileInstall+tmpSuffix); err != nil {
+		return false, err
 	}
-	b, headBytes, err := decodeInstallHeader(head[:n])
-	if err != nil {
-		return snapshotBegin{}, err
+	r, ok, err := g.pending()
+	switch {
+	case err != nil:
+		return false, err
+	case g.cfg.Machine.Restoring():
+		return true, nil
+	case ok && g.restored(r.rec):
+		return false, g.finishInstall(r)
+	case ok:
+		return false, g.endInstall()
 	}
-	image := func() *io.SectionReader { return io.NewSectionReader(f, int64(headBytes), b.sizeBytes) }
-	hash := crc32.New(crcTable())
-	if n, err := io.Copy(hash, image()); err != nil {
-		return snapshotBegin{}, err
-	} else if n != b.sizeBytes {
-		return snapshotBegin{}, fmt.Errorf("image has %d of %d bytes: %w", n, b.sizeBytes, trivet.ErrCorrupt)
+	return false, nil
+}
+
+// finishInstall does steps 3 to 6. REQUIRES: the library is stopped, and the state restored.
+func (g *Group) finishInstall(r installRecord) error {
+	if err := g.stable.setTerm(r.term); err != nil {
+		return err
 	}
-	var tail [4]byte
-	if err := readFull(f, tail[:], int64(headBytes)+b.sizeBytes); err != nil {
-		return snapshotBegin{}, err
+	holds := g.holds(r.rec)
+	if g.snaps.record().index < r.rec.index {
+		if err := g.snaps.put(r.rec); err != nil {
+			return err
+		}
 	}
-	if sum := binary.LittleEndian.Uint32(tail[:]); sum != hash.Sum32() {
-		return snapshotBegin{}, fmt.Errorf("image: checksum %08x, stored %08x: %w", hash.Sum32(), sum, trivet.ErrCorrupt)
+	// A log that stays must be on disk up to the snapshot before the record goes: else a crash leaves a
+	// state ahead of its log (H4; docs/models, "start before a kept log is durable").
+	if holds {
+		if err := g.store.durable.wait(context.Background(), r.rec.index); err != nil {
+			return err
+		}
+	} else {
+		if err := g.store.install(r.rec.index, r.rec.config); err != nil {
+			return err
+		}
 	}
-	if index, _ := g.cfg.Machine.Applied(); index == b.rec.machine && !g.cfg.Machine.Restoring() {
-		return b, nil // a crash came after the restore
+	g.fsm.setConfig(r.rec.config)
+	if err := errors.Join(g.endInstall(), g.guard.failed()); err != nil {
+		return err
 	}
-	if err := g.cfg.Machine.Restore(image()); err != nil {
-		return snapshotBegin{}, err
+	g.log.Info("snapshot restored", "index", r.rec.index, "term", r.rec.term, "logKept", holds)
+	return nil
+}
+
+// holds reports whether the log goes on from the snapshot's last entry: it has that entry, or was emptied
+// at it.
+func (g *Group) holds(rec snapshotRecord) bool {
+	if term, ok := g.seglog.term(rec.index); ok {
+		return term == rec.term
 	}
-	if index, _ := g.cfg.Machine.Applied(); index != b.rec.machine || g.cfg.Machine.Restoring() {
-		return snapshotBegin{}, fmt.Errorf("restored state is at index %d, want %d: %w",
-			index, b.rec.machine, trivet.ErrCorrupt)
+	first, _ := g.seglog.bounds()
+	own := g.snaps.record()
+	return first == rec.index+1 && own.index == rec.index && own.term == rec.term
+}
+
+// has returns an entry at or beyond the snapshot up to which this replica's state and log go; ok is false
+// when something is missing up to the snapshot itself. An entry of the log counts: a leader may go on from
+// it, and this replica may have acknowledged what follows.
+func (g *Group) has(rec snapshotRecord) (at logPosition, ok bool) {
+	if term, ok := g.seglog.term(rec.index); ok && term == rec.term {
+		return logPosition{term: rec.term, index: rec.index}, true
 	}
-	return b, nil
+	own := g.snaps.record()
+	return logPosition{term: own.term, index: own.index}, own.index >= rec.index
 }

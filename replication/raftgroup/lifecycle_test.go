@@ -184,7 +184,7 @@ func TestForeignDirectory(t *testing.T) {
 func TestStateAndLogMustAgree(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a")
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 4 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 256 << 10 }
 		a := c.nodes["a"]
 		require.NoError(t, raftgroup.Create(a.config(), members("a")))
 		fresh := a.fs.CrashClone(vfs.CrashCloneCfg{})
@@ -291,7 +291,7 @@ func TestCompactionNeedsFlush(t *testing.T) {
 	for _, lie := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			c := newCluster(t, "a")
-			c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+			c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 			a := c.nodes["a"]
 			require.NoError(t, raftgroup.Create(a.config(), members("a")))
 			a.mustOpen()

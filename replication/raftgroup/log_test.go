@@ -70,6 +70,9 @@ func (m logModel) matches(s *logStore) string {
 	if got := [2]uint64{first, last}; err1 != nil || err2 != nil || got != want {
 		return fmt.Sprintf("has entries %v, want %v (%v, %v)", got, want, err1, err2)
 	}
+	if begin, _ := s.log.bounds(); begin != m.first {
+		return fmt.Sprintf("begins at %d, want %d", begin, m.first)
+	}
 	for _, want := range m.entries {
 		var got raft.Log
 		if err := s.GetLog(want.Index, &got); err != nil {
@@ -158,12 +161,12 @@ func TestLogModel(t *testing.T) {
 		for step := range 300 {
 			before := m.clone()
 			var photo *segment.MemDir
-			n, at, percent := 0, rng.IntN(4), []int{0, 30, 70, 100}[rng.IntN(4)]
+			n, at, percent, pages := 0, rng.IntN(4), []int{0, 30, 70, 100}[rng.IntN(4)], rng.IntN(2) == 0
 			crashRng := rand.New(rand.NewPCG(seed, uint64(step)))
 			dir.SetHook(func(op segment.MemOp) (f segment.MemFault) {
 				if op.Kind != segment.MemRead {
 					if n == at {
-						photo = dir.CrashLocked(percent, rng.IntN(2) == 0, crashRng)
+						photo = dir.CrashLocked(percent, pages, crashRng)
 					}
 					n++
 				}
@@ -284,7 +287,8 @@ func TestLogStoreDamage(t *testing.T) {
 // the changed bytes are never served.
 func TestLogStoreOwnsItsData(t *testing.T) {
 	var fatal []error
-	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }})
+	guard := &diskGuard{fatal: func(err error) { fatal = append(fatal, err) }}
+	s := newTestStore(t, mustOpenLog(t, segment.NewMemDir()), guard)
 	data := []byte("mine no more")
 	require.NoError(t, s.StoreLog(&raft.Log{Index: 1, Term: 1, Data: data}))
 	data[0] ^= 1

@@ -8,15 +8,19 @@ import (
 	"io"
 	"maps"
 	"os"
+	"reflect"
+	"slices"
 	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 // kv is a state machine that is durable when flushed, and not before. A command is "key=value"; its
-// result is the value that was there.
+// result is the value that was there. Its images leave out what a machine has, and a Restore that was
+// interrupted goes on where it stood.
 type kv struct {
 	fs  vfs.FS
 	dir string
@@ -28,6 +32,8 @@ type kv struct {
 	history map[uint64]string // index to "term data" of every entry seen in this life
 	failure error             // of the next Apply
 	gate    chan struct{}     // not nil: Restore waits for it
+	onRow   func(n int)       // called for every row that Restore has taken, without locks
+	rows    int               // that Restore has taken, in this life
 	// applyGate, when not nil, holds every Apply.
 	applyGate chan struct{}
 }
@@ -35,12 +41,38 @@ type kv struct {
 type kvState struct {
 	Index, Term uint64
 	Data        map[string]string
+	Changed     map[string]uint64 // index of the last change
 	Members     []raftgroup.Member
+	Partial     *kvPartial `json:",omitempty"` // a Restore was begun
+}
+
+// kvPartial is how far a Restore got: keys up to Key are at least as of entry Target, the others of Index.
+type kvPartial struct {
+	Key    string
+	Target uint64
+}
+
+// kvWant is what kv says that it has.
+type kvWant struct {
+	Index   uint64
+	Partial *kvPartial `json:",omitempty"`
+}
+
+// kvHead is the first line of an image, and kvRow each further one.
+type kvHead struct {
+	Index, Term uint64
+	Members     []raftgroup.Member
+	For         *kvWant
+}
+
+type kvRow struct {
+	K, V    string
+	Changed uint64
 }
 
 const (
-	kvFile      = "state"
-	kvRestoring = "restoring"
+	kvFile    = "state"
+	kvSaveRow = 32 // rows after which a Restore notes how far it got
 )
 
 func openKV(fs vfs.FS, dir string) (*kv, error) {
@@ -50,7 +82,7 @@ func openKV(fs vfs.FS, dir string) (*kv, error) {
 	if err := syncDir(fs, fs.PathDir(dir)); err != nil {
 		return nil, err
 	}
-	m := &kv{fs: fs, dir: dir, history: map[uint64]string{}, state: kvState{Data: map[string]string{}}}
+	m := &kv{fs: fs, dir: dir, history: map[uint64]string{}, state: newKVState()}
 	f, err := fs.Open(fs.PathJoin(dir, kvFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return m, nil
@@ -63,6 +95,10 @@ func openKV(fs vfs.FS, dir string) (*kv, error) {
 		err = json.Unmarshal(b, &m.state)
 	}
 	return m, errors.Join(err, f.Close())
+}
+
+func newKVState() kvState {
+	return kvState{Data: map[string]string{}, Changed: map[string]uint64{}}
 }
 
 func syncDir(fs vfs.FS, dir string) error {
@@ -96,6 +132,7 @@ func (m *kv) Apply(entries []raftgroup.Entry) ([]any, error) {
 			k, v, _ := bytes.Cut(e.Data, []byte("="))
 			out[i] = m.state.Data[string(k)]
 			m.state.Data[string(k)] = string(v)
+			m.state.Changed[string(k)] = e.Index
 		}
 		m.state.Index, m.state.Term = e.Index, e.Term
 		m.history[e.Index] = fmt.Sprintf("%d %s", e.Term, e.Data)
@@ -150,16 +187,55 @@ type kvImage struct {
 func (i kvImage) Size() int64  { return i.size }
 func (i kvImage) Close() error { return nil }
 
-func (m *kv) Want() []byte { return nil }
+func (m *kv) wantLocked() *kvWant { return &kvWant{m.state.Index, m.state.Partial} }
 
-func (m *kv) Image([]byte) (raftgroup.Image, error) {
+func (m *kv) Want() []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	b, err := json.Marshal(m.state)
-	return kvImage{bytes.NewReader(b), int64(len(b))}, err
+	b, err := json.Marshal(m.wantLocked())
+	if err != nil {
+		panic(err)
+	}
+	return b
 }
 
-// Restore marks itself, then replaces the state, then clears the mark.
+// lacks reports whether a machine with that want lacks the newest value of a key.
+func (w *kvWant) lacks(key string, changed uint64) bool {
+	if w == nil {
+		return true
+	}
+	if w.Partial != nil && key <= w.Partial.Key {
+		return changed > w.Partial.Target
+	}
+	return changed > w.Index
+}
+
+func (m *kv) Image(want []byte) (raftgroup.Image, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var w *kvWant
+	if len(want) > 0 {
+		w = new(kvWant)
+		if err := json.Unmarshal(want, w); err != nil {
+			return nil, err
+		}
+	}
+	var out bytes.Buffer
+	enc := json.NewEncoder(&out)
+	if err := enc.Encode(kvHead{m.state.Index, m.state.Term, m.state.Members, w}); err != nil {
+		return nil, err
+	}
+	for _, k := range slices.Sorted(maps.Keys(m.state.Data)) {
+		if changed := m.state.Changed[k]; w.lacks(k, changed) {
+			if err := enc.Encode(kvRow{k, m.state.Data[k], changed}); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return kvImage{bytes.NewReader(out.Bytes()), int64(out.Len())}, nil
+}
+
+// Restore marks itself, then changes the state row by row, then clears the mark.
 func (m *kv) Restore(r io.Reader) error {
 	m.mu.Lock()
 	gate := m.gate
@@ -167,32 +243,86 @@ func (m *kv) Restore(r io.Reader) error {
 	if gate != nil {
 		<-gate
 	}
-	if err := m.put(kvRestoring, nil); err != nil {
+	dec := json.NewDecoder(r)
+	var head kvHead
+	if err := dec.Decode(&head); err != nil {
 		return err
 	}
-	b, err := io.ReadAll(r)
-	if err != nil {
+	if err := m.beginRestore(head); err != nil {
 		return err
 	}
-	state := kvState{}
-	if err := json.Unmarshal(b, &state); err != nil {
-		return err
+	for n := 1; ; n++ {
+		var row kvRow
+		err := dec.Decode(&row)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if err := m.takeRow(row, head.Index, n); err != nil {
+			return err
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.state = state
-	if err := m.saveLocked(); err != nil {
-		return err
+	m.state.Index, m.state.Term, m.state.Members, m.state.Partial = head.Index, head.Term, head.Members, nil
+	return m.saveLocked()
+}
+
+func (m *kv) beginRestore(head kvHead) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if head.Index < m.state.Index {
+		return fmt.Errorf("image at %d, machine at %d: %w", head.Index, m.state.Index, trivet.ErrInvalid)
 	}
-	if err := m.fs.Remove(m.fs.PathJoin(m.dir, kvRestoring)); err != nil {
-		return err
+	if w := m.wantLocked(); head.For != nil && !reflect.DeepEqual(head.For, w) {
+		return fmt.Errorf("image for %v, machine wants %v: %w", head.For, w, trivet.ErrInvalid)
 	}
-	return syncDir(m.fs, m.dir)
+	if p := m.state.Partial; p != nil && head.For != nil && head.Index < p.Target {
+		return fmt.Errorf("image at %d, restore of %d was begun: %w", head.Index, p.Target, trivet.ErrInvalid)
+	}
+	if head.For == nil {
+		index, term := m.state.Index, m.state.Term
+		m.state = newKVState()
+		m.state.Index, m.state.Term = index, term
+	}
+	if m.state.Partial == nil {
+		m.state.Partial = &kvPartial{}
+	}
+	return m.saveLocked()
+}
+
+func (m *kv) takeRow(row kvRow, index uint64, n int) error {
+	m.mu.Lock()
+	m.state.Data[row.K], m.state.Changed[row.K] = row.V, row.Changed
+	m.rows++
+	if row.K >= m.state.Partial.Key {
+		m.state.Partial = &kvPartial{row.K, index}
+	}
+	var err error
+	if n%kvSaveRow == 0 {
+		err = m.saveLocked()
+	}
+	hook := m.onRow
+	m.mu.Unlock()
+	if hook != nil {
+		hook(n)
+	}
+	return err
 }
 
 func (m *kv) Restoring() bool {
-	_, err := m.fs.Stat(m.fs.PathJoin(m.dir, kvRestoring))
-	return err == nil
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state.Partial != nil
+}
+
+// taken returns how many rows Restore has taken in this life.
+func (m *kv) taken() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.rows
 }
 
 func (m *kv) get(k string) string {

@@ -84,7 +84,7 @@ func TestPromoteRefusesLaggard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, "a", "b")
 		sent := countSnapshots(c)
-		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 2 << 10 }
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes = 128 << 10 }
 		a, b := c.nodes["a"], c.nodes["b"]
 		require.NoError(t, raftgroup.Create(a.config(), members("a")))
 		a.mustOpen()
@@ -203,7 +203,8 @@ func TestRogueSenders(t *testing.T) {
 			"vote as a stranger":      send(rogue, stranger, transport.KindRequestVote, vote),
 			"pre-vote as a stranger":  send(rogue, stranger, transport.KindRequestPreVote, vote),
 			"election as leader":      send(rogue, leader, transport.KindTimeoutNow, election),
-			"snapshot":                send(rogue, stranger, transport.KindSnapshotBegin, []byte("x")),
+			"fetch":                   send(rogue, stranger, transport.KindFetch, raftgroup.FetchBody(l.group)),
+			"image":                   send(rogue, stranger, transport.KindImageOpen, raftgroup.ImageOpenBody()),
 			"another member's name":   send(l.link, follower, transport.KindAppendEntries, high),
 			"junk of a member":        send(l.link, leader, transport.KindAppendEntries, []byte("junk")),
 			"election by a follower":  send(third.link, follower, transport.KindTimeoutNow, election),
@@ -256,5 +257,36 @@ func TestUnknownLeader(t *testing.T) {
 		require.NoError(t, call(transport.KindAppendEntries, raftgroup.AppendBody(2, 0, 0, []byte("x"))))
 		_, last := raftgroup.LogBounds(b.group)
 		require.Equal(t, uint64(1), last)
+	})
+}
+
+// H37: once a replica is out of the configuration, the others refuse all that it says, whatever its term, and
+// on whoever's word it still runs.
+func TestRemovedMemberIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("x", "1")
+		l := c.leader()
+		gone := c.nodes[c.others(l.name)[0]]
+		third := c.nodes[c.others(l.name, gone.name)[0]]
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(gone.name)))
+		c.eventually("the others know", func() bool { return len(third.group.Status().Members) == 2 })
+		term := raftgroup.RaftTerm(third.group)
+		_, last := raftgroup.LogBounds(third.group)
+		for kind, body := range map[transport.Kind][]byte{
+			transport.KindAppendEntries:  raftgroup.AppendBody(term+100, last, term, []byte("x=evil")),
+			transport.KindRequestVote:    raftgroup.VoteBody(term+100, last+9, term+1, true),
+			transport.KindRequestPreVote: raftgroup.VoteBody(term+100, last+9, term+1, true),
+			transport.KindTimeoutNow:     raftgroup.TimeoutNowBody(l.group, replicaID(third.name)),
+		} {
+			_, err := gone.link.Call(t.Context(), trivet.NodeID(third.name), transport.Message{
+				Kind: kind, Group: testGroup, From: replicaID(gone.name), To: replicaID(third.name), Body: body,
+			})
+			require.ErrorIs(t, err, trivet.ErrInvalid, "kind %v", kind)
+		}
+		pass(10 * heartbeat)
+		require.Equal(t, term, raftgroup.RaftTerm(third.group))
+		require.Equal(t, l, c.leader())
+		require.Equal(t, "1", third.machine.get("x"))
 	})
 }

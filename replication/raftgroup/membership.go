@@ -42,9 +42,17 @@ func (g *Group) AddLearner(ctx context.Context, m Member) error {
 }
 
 // Promote gives a learner its vote, on the leader. A voter is success, no member ErrNotFound. It
-// refuses a learner that lags with ErrPending (I14): the library would make it a voter at once, and
-// a quorum would need it.
+// refuses with ErrPending a learner that lags (I14) or is silent: the library would make it a voter at
+// once, and a quorum would need it. While a leader is busy every follower lags a little, so the learner
+// has a Heartbeat's time to reach what was committed at the call: one round of Ongaro's thesis, 4.2.1.
 func (g *Group) Promote(ctx context.Context, id trivet.ReplicaID) error {
+	goal, err := g.committed()
+	if err == nil {
+		err = g.awaitMatch(ctx, id, goal)
+	}
+	if err != nil {
+		return fmt.Errorf("promote %s in %s: %w", id, g.cfg.Group, err)
+	}
 	return g.change(ctx, "promote "+string(id), func(members []Member) (configCall, error) {
 		m, ok := findMember(members, id)
 		if !ok {
@@ -54,8 +62,11 @@ func (g *Group) Promote(ctx context.Context, id trivet.ReplicaID) error {
 			return nil, nil
 		}
 		s := g.Status()
-		if match := s.Match[id]; match < s.Commit {
-			return nil, fmt.Errorf("learner has entries to %d, leader has committed %d: %w", match, s.Commit, trivet.ErrPending)
+		if match := s.Match[id]; match < goal {
+			return nil, fmt.Errorf("learner has entries to %d, leader had committed %d: %w", match, goal, trivet.ErrPending)
+		}
+		if !g.lease.answered(s.Term, id, g.cfg.Timing.Heartbeat, g.now()) {
+			return nil, fmt.Errorf("learner has not answered for %s: %w", g.cfg.Timing.Heartbeat, trivet.ErrPending)
 		}
 		return func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture {
 			return r.AddVoter(raft.ServerID(id), address(m.Replica, m.Node), prev, wait)
@@ -63,8 +74,44 @@ func (g *Group) Promote(ctx context.Context, id trivet.ReplicaID) error {
 	})
 }
 
+// committed returns the index up to which the group has committed, on a leader that knows: what earlier terms
+// have committed it learns from an entry of its own. ErrPending until then.
+func (g *Group) committed() (uint64, error) {
+	i, err := g.leading()
+	if err != nil {
+		return 0, err
+	}
+	if term := i.r.CurrentTerm(); i.appliedTerm.Load() != term {
+		return 0, fmt.Errorf("no entry of term %d applied yet: %w", term, trivet.ErrPending)
+	}
+	return i.r.CommitIndex(), nil
+}
+
+// awaitMatch waits until a learner is known to have the entries up to goal, or is none, or cannot be
+// told to be one here; at most for a Heartbeat.
+func (g *Group) awaitMatch(ctx context.Context, id trivet.ReplicaID, goal uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Timing.Heartbeat)
+	defer cancel()
+	look := time.NewTicker(max(g.cfg.Timing.Heartbeat/100, time.Millisecond))
+	defer look.Stop()
+	for {
+		s := g.Status()
+		m, _ := findMember(s.Members, id)
+		if !m.Learner || !s.IsLeader || s.Match[id] >= goal {
+			return nil
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return fmt.Errorf("learner has entries to %d, leader had committed %d: %w", s.Match[id], goal, trivet.ErrPending)
+		}
+	}
+}
+
 // Remove takes a replica out of the group, on the leader; no member is success. The last voter
-// cannot go: ErrInvalid. A leader that removes itself steps down.
+// cannot go: ErrInvalid. A leader that removes itself steps down. ErrUnavailable, and nothing was done,
+// when those that remain have no quorum that answers: the new configuration rules as soon as it is in
+// the log, so the group would stand still until the silent ones are back (I11).
 func (g *Group) Remove(ctx context.Context, id trivet.ReplicaID) error {
 	return g.change(ctx, "remove "+string(id), func(members []Member) (configCall, error) {
 		m, ok := findMember(members, id)
@@ -74,10 +121,35 @@ func (g *Group) Remove(ctx context.Context, id trivet.ReplicaID) error {
 		if !m.Learner && voterN(members) == 1 {
 			return nil, fmt.Errorf("it is the last voter: %w", trivet.ErrInvalid)
 		}
+		if !m.Learner {
+			if err := g.checkRemaining(members, id); err != nil {
+				return nil, err
+			}
+		}
 		return func(r *raft.Raft, prev uint64, wait time.Duration) raft.IndexFuture {
 			return r.RemoveServer(raft.ServerID(id), prev, wait)
 		}, nil
 	})
+}
+
+// checkRemaining returns ErrUnavailable unless a quorum of the voters but gone answered of late.
+func (g *Group) checkRemaining(members []Member, gone trivet.ReplicaID) error {
+	term, now := g.Status().Term, g.now()
+	var voters, silent []Member
+	for _, m := range members {
+		if m.Learner || m.Replica == gone {
+			continue
+		}
+		voters = append(voters, m)
+		if m.Replica != g.cfg.Replica && !g.lease.answered(term, m.Replica, g.cfg.Timing.Heartbeat, now) {
+			silent = append(silent, m)
+		}
+	}
+	if len(voters)-len(silent) > len(voters)/2 {
+		return nil
+	}
+	return fmt.Errorf("of the %d voters that would remain, %d have not answered for %s, %s among them: %w",
+		len(voters), len(silent), g.cfg.Timing.Heartbeat, silent[0].Replica, trivet.ErrUnavailable)
 }
 
 // change makes one single-server change. step looks at the newest configuration and returns what to

@@ -15,6 +15,7 @@ type Mux struct {
 	net    transport.Network
 	deaths deaths
 	beats  *coalescer
+	images chan struct{} // one place per image that a replica of this node shows to another one
 
 	mu     sync.RWMutex
 	routes map[route]*Group
@@ -27,12 +28,14 @@ type route struct {
 
 // NewMux registers the Raft kinds on n. REQUIRES: before the first message may arrive.
 func NewMux(n transport.Network) *Mux {
-	m := &Mux{net: n, beats: newCoalescer(n), routes: make(map[route]*Group)}
+	m := &Mux{
+		net: n, beats: newCoalescer(n), routes: make(map[route]*Group), images: make(chan struct{}, imagesProcessMax),
+	}
 	m.deaths.last = make(map[trivet.NodeID]obituary)
 	for _, k := range []transport.Kind{
 		transport.KindAppendEntries, transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow,
-		transport.KindSnapshotBegin, transport.KindSnapshotChunk, transport.KindSnapshotEnd,
 		transport.KindStanding, transport.KindTransfer,
+		transport.KindFetch, transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose,
 	} {
 		n.Handle(k, m.handle)
 	}

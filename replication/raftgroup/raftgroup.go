@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"golang.org/x/time/rate"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
@@ -60,7 +61,7 @@ type Entry struct {
 }
 
 // StateMachine is what a group replicates. Apply is called by one goroutine at a time; Flush, Image
-// and Applied may be called while it runs; Restore is called while nothing else is.
+// and Applied may be called while it runs; Restore is called while nothing else is but Applied.
 type StateMachine interface {
 	// Apply applies entries in order, skipping those at or below Applied, as one atomic step with
 	// the applied index, and returns one result per entry (nil for skipped and configuration entries).
@@ -79,7 +80,10 @@ type StateMachine interface {
 	Image(want []byte) (Image, error)
 	// Restore brings the state to that of an image. Durable when it returns. It may be repeated after a
 	// crash or an error, with another image made for the Want of then; until one has finished,
-	// Restoring is true, across restarts too.
+	// Restoring is true, across restarts too. ErrInvalid, and nothing is changed: the image is older than
+	// Applied, or it leaves out what this machine has and is older than what a begun Restore has taken. A
+	// whole one (of Want nil) is good whatever was begun. ErrCorrupt: the image is damaged, and another one
+	// may be tried; ErrNoSpace: it may be tried again. Other errors than these and those of r are fatal.
 	Restore(r io.Reader) error
 	// Restoring reports an interrupted Restore (H5).
 	Restoring() bool
@@ -88,7 +92,8 @@ type StateMachine interface {
 // Image is a pinned image of a state machine.
 type Image interface {
 	io.ReadCloser
-	Size() int64 // exact, bytes
+	// Size estimates the bytes of the whole image, for progress only: it may turn out longer or shorter.
+	Size() int64
 }
 
 // Timing holds the periods of a group. They must be the same on all its members.
@@ -122,7 +127,7 @@ type Config struct {
 	Timing  Timing
 	// SnapshotBytes of log after which the log is compacted (and a snapshot record written), each entry
 	// counted in pages of 4 KiB, as it takes them on the disk. 0 = 64 MiB.
-	// Up to four times as much is kept for followers that lag.
+	// Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
 	SnapshotBytes int64
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; what is answered and applied
 	// still waits for both (durable.go). Members may differ in it.
@@ -140,9 +145,15 @@ type Config struct {
 	// is not known. Within a Heartbeat of the end of an earlier run a replica votes for nobody, because it
 	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.
 	RestedSince time.Time
+	// CatchUpLimit bounds in bytes per second what this replica pulls of the state of others; shared by the
+	// groups of a process, it bounds them together. Its burst, at least 1, is what may pass at once. nil = no
+	// limit.
+	CatchUpLimit *rate.Limiter
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.
 	BootTime func() time.Duration
+
+	pieceBytes int // of images that this replica shows; tests have small ones
 }
 
 // Validate returns ErrInvalid naming the first field that Open cannot work with.
@@ -203,6 +214,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.BootTime == nil {
 		c.BootTime = bootTime
+	}
+	if c.pieceBytes == 0 {
+		c.pieceBytes = pieceBytes
 	}
 	return c
 }

@@ -68,7 +68,7 @@ func (r snapshotRecord) meta(sizeBytes int64) *raft.SnapshotMeta {
 	}
 }
 
-// snapshotStore is the library's SnapshotStore. It holds one record; Open pins the state machine.
+// snapshotStore is the library's SnapshotStore. It holds one record.
 type snapshotStore struct {
 	fs    vfs.FS
 	dir   string
@@ -143,39 +143,48 @@ func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
 	return []*raft.SnapshotMeta{rec.meta(0)}, nil
 }
 
-// Open pins the state machine as it is now, and returns the index that it is at, which may lie
-// beyond the recorded one: so what a follower restores never is ahead of the index that it is told
-// (H7). When nothing was applied since, the recorded index is kept, as it may cover no-ops.
+// Open returns the recorded snapshot, for a follower whose entries are gone, and costs nothing: the
+// follower pulls the state by itself (catchup.go). The library goes on from the index in this meta once
+// the transport has called it sent, not from that in its request (replication.go:370), so the transport
+// gets hold of it.
 func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
-	img, index, term, config, err := s.fsm.pin()
-	if err != nil {
-		return nil, nil, err
-	}
 	rec := s.record()
 	if rec.index == 0 {
-		return nil, nil, errors.Join(fmt.Errorf("open snapshot %s: %w", id, trivet.ErrNotFound), img.Close())
+		return nil, nil, fmt.Errorf("open snapshot %s: %w", id, trivet.ErrNotFound)
 	}
-	if index > rec.machine {
+	meta := rec.meta(0)
+	return meta, &stateOffer{meta: meta, rec: rec}, nil
+}
+
+// stateOffer is what a leader offers to a follower in place of the data of a snapshot.
+type stateOffer struct {
+	meta *raft.SnapshotMeta // the one that the library holds
+	rec  snapshotRecord
+}
+
+// Read returns io.EOF.
+func (o *stateOffer) Read([]byte) (int, error) { return 0, io.EOF }
+
+// Close has nothing to let go.
+func (o *stateOffer) Close() error { return nil }
+
+// image pins the state machine as it is now, or what of it turns a machine with that Want into it, and
+// returns what it stands for, which may lie beyond the recorded snapshot: so what a follower restores is
+// never ahead of the index that it is told (H7). When nothing was applied since, the recorded index is
+// kept, as it may cover no-ops. ErrUnavailable: there is no state yet, or not a whole one.
+func (s *snapshotStore) image(want []byte) (Image, snapshotRecord, error) {
+	img, index, term, config, err := s.fsm.pin(want)
+	if err != nil {
+		return nil, snapshotRecord{}, err
+	}
+	rec := s.record()
+	if rec.index == 0 || index > rec.machine {
 		rec = snapshotRecord{index: index, term: term, machine: index, config: config}
 	}
 	if err := rec.check(); err != nil {
-		return nil, nil, errors.Join(err, img.Close())
+		return nil, snapshotRecord{}, errors.Join(err, img.Close())
 	}
-	return rec.meta(img.Size()), &imageReader{Image: img, rec: rec}, nil
-}
-
-// imageReader is an image on its way to a follower, with what the follower must know of it.
-type imageReader struct {
-	Image
-	rec  snapshotRecord
-	once sync.Once
-}
-
-// Close lets the image go. It is idempotent.
-func (r *imageReader) Close() error {
-	var err error
-	r.once.Do(func() { err = r.Image.Close() })
-	return err
+	return img, rec, nil
 }
 
 // snapshotSink records one snapshot when closed.

@@ -99,7 +99,7 @@ func soak(t *testing.T, seed uint64, overlap bool) {
 		Drop: rng.Float64() * 0.05, Duplicate: rng.Float64() * 0.2,
 		Delay: transport.Exponential(5*time.Millisecond, time.Second),
 	})
-	snapshotBytes := int64(2<<10 + rng.IntN(16<<10))
+	snapshotBytes := int64(128<<10 + rng.IntN(1<<20))
 	c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes, cfg.OverlapFlush = snapshotBytes, overlap }
 	run := &soakRun{groups: map[string]*raftgroup.Group{}, kvs: map[string]*kv{}}
 	for _, n := range c.nodes {

@@ -21,6 +21,8 @@ type Status struct {
 	Members    []Member // the newest configuration, committed or not
 	// Match: on the leader, last acknowledged index per replica (from our transport).
 	Match map[trivet.ReplicaID]uint64
+	// CatchUp is set while the replica pulls what it missed from another one, and does not run.
+	CatchUp CatchUp
 }
 
 // view is what Changed tells changes of.
@@ -37,7 +39,7 @@ func (g *Group) Status() Status {
 	_, last := g.seglog.bounds()
 	s := Status{
 		Term: g.stable.record().term, Applied: applied, LastIndex: max(last, g.snaps.record().index),
-		Members: sortedMembers(g.store.latestConfig().members),
+		Members: sortedMembers(g.store.latestConfig().members), CatchUp: g.catch.status(),
 	}
 	i := g.running()
 	if i == nil {

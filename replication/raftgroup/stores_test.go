@@ -306,28 +306,39 @@ func TestSnapshotNeedsDurableState(t *testing.T) {
 	require.Equal(t, uint64(9), s.record().machine)
 }
 
-// H7: what is sent says the index that it stands at, also when that is beyond the recorded one.
-func TestOpenPinsTheMachine(t *testing.T) {
-	m := &fakeMachine{index: 9, flushed: 9}
-	s, _, _ := newTestSnapshots(t, m)
+// H7: what is shown says the index that it stands at, also when that is beyond the recorded one. Only
+// who pulls an image pins one: what the library opens costs nothing.
+func TestImagePinsTheMachine(t *testing.T) {
+	m := &fakeMachine{flushed: 9}
+	s, f, _ := newTestSnapshots(t, m)
 	_, _, err := s.Open("x")
 	require.ErrorIs(t, err, trivet.ErrNotFound)
-	require.Zero(t, m.images)
+	_, _, err = s.image(nil)
+	require.ErrorIs(t, err, trivet.ErrUnavailable, "nothing was applied")
+	m.index = 9
+	_, rec, err := s.image(nil)
+	require.NoError(t, err)
+	require.Equal(t, []uint64{9, 9}, []uint64{rec.index, rec.machine}, "no snapshot was recorded yet")
+	require.Equal(t, testRecord(9).config, rec.config)
 	require.NoError(t, s.put(testRecord(10))) // entry 10 is a no-op
 	meta, r, err := s.Open("x")
 	require.NoError(t, err)
-	require.Equal(t, uint64(10), meta.Index, "the recorded index, as nothing was applied since")
-	require.Equal(t, int64(123), meta.Size)
-	m.index = 14
-	meta2, r2, err := s.Open("x")
+	require.Equal(t, uint64(10), meta.Index)
+	require.NoError(t, r.Close())
+	require.Equal(t, 1, m.images)
+	_, rec, err = s.image(nil)
 	require.NoError(t, err)
-	require.Equal(t, uint64(14), meta2.Index)
-	require.Equal(t, uint64(14), r2.(*imageReader).rec.machine)
+	require.Equal(t, testRecord(10), rec, "the recorded index, as nothing was applied since")
+	m.index = 14
+	img, rec, err := s.image(nil)
+	require.NoError(t, err)
+	require.Equal(t, []uint64{14, 14}, []uint64{rec.index, rec.machine})
+	require.Equal(t, 3, m.images)
+	require.NoError(t, img.Close())
+	f.setMixed(true)
+	_, _, err = s.image(nil)
+	require.ErrorIs(t, err, trivet.ErrUnavailable, "in the middle of a restore")
 	require.Equal(t, 2, m.images)
-	require.NoError(t, r.Close())
-	require.NoError(t, r.Close())
-	require.NoError(t, r2.Close())
-	require.Zero(t, m.images)
 }
 
 func TestFSM(t *testing.T) {
@@ -391,7 +402,9 @@ func TestRaftConfig(t *testing.T) {
 }
 
 func TestConfigValidate(t *testing.T) {
-	good := Config{Replica: idA, Dir: "/d", Log: &segment.Log{}, Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {}}
+	good := Config{
+		Replica: idA, Dir: "/d", Log: &segment.Log{}, Network: &Mux{}, Machine: &fakeMachine{}, Fatal: func(error) {},
+	}
 	require.NoError(t, good.Validate())
 	for name, change := range map[string]func(*Config){
 		"replica": func(c *Config) { c.Replica = "x" },

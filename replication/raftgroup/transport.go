@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"sync/atomic"
 	"time"
@@ -15,9 +14,17 @@ import (
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
+// How a leader waits for a follower that pulls the state: it asks after 200 ms, 400 ms and so on, and gives
+// up on one that says nothing of use for some heartbeats.
 const (
-	chunkBytes   = 1 << 20 // of a snapshot, in one message
-	chunkTimeout = 30 * time.Second
+	fetchEvery    = 200 * time.Millisecond
+	fetchEveryMax = time.Second
+	fetchSilent   = 5
+
+	// spareFor is for how much of a lease, in per cent, one sent message stands for the heartbeats after it. With a
+	// lease of 0.75 Heartbeats, and the library's interval of 0.1 to 0.2, one in three is sent, at most half a Heartbeat
+	// apart: a lease outlives one that is late, and a follower, who waits for 1 to 2, one that is lost.
+	spareFor = 40
 )
 
 // peerTransport is the library's Transport for one run of it. What it sends dies with ctx.
@@ -71,7 +78,10 @@ func (t *peerTransport) call(id raft.ServerID, to raft.ServerAddress, kind trans
 		defer cancel()
 	}
 	if kind == transport.KindAppendEntries && len(body) == emptyAppendBytes && !t.g.cfg.Network.alone() {
-		b := beat{group: t.g.cfg.Group, from: t.g.cfg.Replica, to: replica, body: body}
+		b := beat{
+			group: t.g.cfg.Group, from: t.g.cfg.Replica, to: replica, body: body,
+			wait: min(t.g.cfg.Timing.Heartbeat/gatherShare, gatherForMax),
+		}
 		return t.g.cfg.Network.beats.call(ctx, node, b, t.g.guard.stalled)
 	}
 	reply, err := t.g.cfg.Network.net.Call(ctx, node, transport.Message{
@@ -106,6 +116,9 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 	}
 	timeout := 10 * t.g.cfg.Timing.Heartbeat
 	if isHeartbeat(req) {
+		if t.spare(trivet.ReplicaID(id), req.Term, resp) {
+			return nil
+		}
 		timeout = t.g.cfg.Timing.Heartbeat
 	}
 	bound(req)
@@ -150,6 +163,20 @@ func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequ
 	}
 	t.g.lease.acked(req.Term, id, instant{}, 0, match)
 	return nil
+}
+
+// spare answers a heartbeat here, without sending it, when the follower has taken anything in this term that
+// was sent a moment ago: the library sends five to ten heartbeats in the time after which a follower gives up,
+// and with many idle groups they are all that a node does. Nothing rests on such an answer: our lease
+// counts what was sent (lease.go), and the library's own, by which a leader gives up, comes later by spareFor.
+func (t *peerTransport) spare(id trivet.ReplicaID, term uint64, resp *raft.AppendEntriesResponse) bool {
+	if !t.g.lease.answered(term, id, t.g.cfg.Timing.Lease*spareFor/100, t.g.now()) {
+		return false
+	}
+	*resp = raft.AppendEntriesResponse{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id)}, Term: term, Success: true,
+	}
+	return true
 }
 
 func (t *peerTransport) vote(id raft.ServerID, to raft.ServerAddress, kind transport.Kind, v voteRequest,
@@ -206,58 +233,104 @@ func (t *peerTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, _ *r
 	return err
 }
 
-// InstallSnapshot sends an image that snapshotStore.Open returned.
+// InstallSnapshot tells a follower to pull the state (catchup.go), and holds the call until it has. To
+// refuse would not do: only a success moves the index that the library sends next (replication.go:370), and
+// from where that stands now it can send nothing, because its log begins later (replication.go:223). The
+// follower would be stuck until the next term, wherever it got to by other means.
+//
+// The library then takes the follower to be where the meta of the snapshot says (replication.go:370, 371),
+// and at this moment that becomes where the follower really is, provided that this leader knows the entry
+// as committed.
 func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress, req *raft.InstallSnapshotRequest,
 	resp *raft.InstallSnapshotResponse, data io.Reader,
 ) error {
-	img, ok := data.(*imageReader)
+	offer, ok := data.(*stateOffer)
 	if !ok {
 		return fmt.Errorf("snapshot is a %T: %w", data, trivet.ErrInvalid)
 	}
-	begin := snapshotBegin{term: req.Term, rec: img.rec, sizeBytes: req.Size}
-	v, err := t.verdict(id, to, transport.KindSnapshotBegin, begin.encode(), chunkTimeout)
-	if err != nil {
-		return err
-	}
-	if v.id != 0 {
-		if v, err = t.sendImage(id, to, v.id, img, req.Size); err != nil {
+	body := fetchAsk{term: req.Term, rec: offer.rec}.encode()
+	every := fetchEvery
+	for heard := time.Now(); ; every = min(2*every, fetchEveryMax) {
+		r, err := t.askFetch(id, to, body)
+		switch {
+		case err == nil && r.term > req.Term:
+			resp.Term = r.term
+			return nil
+		case err == nil && r.done:
+			known, err := t.committed(req.Term, r.at)
+			switch {
+			case errors.Is(err, trivet.ErrNotFound): // our log was cut beyond it: another round, from here
+				body = fetchAsk{term: req.Term, rec: t.g.snaps.record()}.encode()
+			case err != nil:
+				return fmt.Errorf("%s has pulled the state: %w", to, err)
+			case known:
+				offer.meta.Index, offer.meta.Term = r.at.index, r.at.term
+				req.LastLogIndex, req.LastLogTerm = r.at.index, r.at.term
+				resp.Term, resp.Success = req.Term, true
+				t.g.lease.acked(req.Term, trivet.ReplicaID(id), instant{}, 0, r.at.index)
+				return nil
+			}
+		case err == nil:
+			heard = time.Now()
+		case !errors.Is(err, trivet.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded):
+			return err
+		}
+		if silent := time.Since(heard); silent > fetchSilent*t.g.cfg.Timing.Heartbeat {
+			return fmt.Errorf("%s pulls the state, no use of it for %v: %w", to, silent, errors.Join(err, trivet.ErrUnavailable))
+		}
+		if err := t.waitFetch(req.Term, id, every); err != nil {
 			return err
 		}
 	}
-	resp.Term, resp.Success = v.term, v.yes
-	if v.yes {
-		t.g.lease.acked(req.Term, trivet.ReplicaID(id), instant{}, 0, img.rec.index)
+}
+
+func (t *peerTransport) askFetch(id raft.ServerID, to raft.ServerAddress, body []byte) (fetchReply, error) {
+	b, err := t.call(id, to, transport.KindFetch, body, t.g.cfg.Timing.Heartbeat)
+	if err != nil {
+		return fetchReply{}, err
+	}
+	return decodeFetchReply(b)
+}
+
+// waitFetch waits, and returns an error when there is nothing to wait for any more. A call of the library
+// is not told when its leader steps down.
+func (t *peerTransport) waitFetch(term uint64, id raft.ServerID, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-t.ctx.Done():
+		return context.Cause(t.ctx)
+	}
+	i := t.g.running()
+	if i == nil || i.t != t || i.r.State() != raft.Leader || i.r.CurrentTerm() != term {
+		return fmt.Errorf("replica leads no more in term %d: %w", term, trivet.ErrNotLeader)
+	}
+	if _, ok := findMember(t.g.store.latestConfig().members, trivet.ReplicaID(id)); !ok {
+		return fmt.Errorf("replica %s is no member any more: %w", string(id), trivet.ErrNotFound)
 	}
 	return nil
 }
 
-func (t *peerTransport) sendImage(id raft.ServerID, to raft.ServerAddress, transfer uint64, r io.Reader,
-	sizeBytes int64,
-) (verdict, error) {
-	buf := make([]byte, min(chunkBytes, max(sizeBytes, 1)))
-	var sum uint32
-	for off := int64(0); off < sizeBytes; {
-		n, err := io.ReadFull(r, buf[:min(int64(len(buf)), sizeBytes-off)])
-		if err != nil {
-			return verdict{}, fmt.Errorf("read image at %d of %d bytes: %w", off, sizeBytes, err)
-		}
-		sum = crc32.Update(sum, crcTable(), buf[:n])
-		chunk := snapshotChunk{id: transfer, offset: off, data: buf[:n]}
-		if _, err := t.verdict(id, to, transport.KindSnapshotChunk, chunk.encode(), chunkTimeout); err != nil {
-			return verdict{}, err
-		}
-		off += int64(n)
+// committed reports whether an entry is one that this leader knows as committed. Not yet is no error: a
+// new leader learns it with its first entry. ErrNotFound: its log does not reach back so far.
+func (t *peerTransport) committed(term uint64, at logPosition) (bool, error) {
+	i := t.g.running()
+	if i == nil || i.t != t || i.r.CurrentTerm() != term {
+		return false, fmt.Errorf("replica leads no more in term %d: %w", term, trivet.ErrNotLeader)
 	}
-	// The peer restores before it answers, and that may take long.
-	return t.verdict(id, to, transport.KindSnapshotEnd, snapshotEnd{id: transfer, sum: sum}.encode(), 0)
-}
-
-func (t *peerTransport) verdict(id raft.ServerID, to raft.ServerAddress, kind transport.Kind, body []byte,
-	timeout time.Duration,
-) (verdict, error) {
-	b, err := t.call(id, to, kind, body, timeout)
-	if err != nil {
-		return verdict{}, err
+	if at.index > i.r.CommitIndex() {
+		return false, nil
 	}
-	return decodeVerdict(b)
+	have, ok := t.g.seglog.term(at.index)
+	if rec := t.g.snaps.record(); !ok && rec.index == at.index {
+		have, ok = rec.term, true
+	}
+	switch {
+	case !ok:
+		return false, fmt.Errorf("entry %d is gone from the log: %w", at.index, trivet.ErrNotFound)
+	case have != at.term:
+		return false, fmt.Errorf("entry %d has term %d there and %d here: %w", at.index, at.term, have, trivet.ErrCorrupt)
+	}
+	return true, nil
 }

@@ -161,15 +161,14 @@ func decodeVote(body []byte) (voteRequest, error) {
 	return r, d.finish("vote request")
 }
 
-// verdict answers a vote request, and the parts of an InstallSnapshot.
+// verdict answers a vote request, and other messages that ask for a yes.
 type verdict struct {
 	term uint64
 	yes  bool
-	id   uint64 // of a transfer that may go on
 }
 
 func (r verdict) encode() []byte {
-	return sealBody(append(put64([]byte{wireVersion}, r.term, r.id), bit(r.yes, 1)))
+	return sealBody(append(put64([]byte{wireVersion}, r.term, 0), bit(r.yes, 1)))
 }
 
 func decodeVerdict(body []byte) (verdict, error) {
@@ -177,11 +176,11 @@ func decodeVerdict(body []byte) (verdict, error) {
 	if err != nil {
 		return verdict{}, err
 	}
-	r := verdict{term: d.u64(), id: d.u64()}
-	flags := d.u8()
+	r := verdict{term: d.u64()}
+	unused, flags := d.u64(), d.u8()
 	r.yes = flags == 1
-	if flags > 1 {
-		return verdict{}, fmt.Errorf("verdict: flags %d: %w", flags, trivet.ErrInvalid)
+	if flags > 1 || unused != 0 {
+		return verdict{}, fmt.Errorf("verdict: flags %d, unused %d: %w", flags, unused, trivet.ErrInvalid)
 	}
 	return r, d.finish("verdict")
 }
@@ -203,79 +202,6 @@ func decodeTimeoutNow(body []byte) (timeoutNow, error) {
 	}
 	r := timeoutNow{term: d.u64(), stamp: d.u64()}
 	return r, d.finish("timeout now")
-}
-
-// snapshotBegin announces an image; snapshotChunk carries a part; snapshotEnd asks to restore it.
-type snapshotBegin struct {
-	term      uint64 // of the leader
-	rec       snapshotRecord
-	sizeBytes int64
-}
-
-func (r snapshotBegin) encode() []byte {
-	b := put64([]byte{wireVersion}, r.term, uint64(r.sizeBytes))
-	return sealBody(append(b, r.rec.encode()...))
-}
-
-func decodeSnapshotBegin(body []byte) (snapshotBegin, error) {
-	d, err := openBody("snapshot begin", body)
-	if err != nil {
-		return snapshotBegin{}, err
-	}
-	r := snapshotBegin{term: d.u64(), sizeBytes: int64(d.u64())}
-	rec, rest, err := decodeSnapshot(d.b)
-	if err != nil {
-		return snapshotBegin{}, err
-	}
-	r.rec, d.b = rec, rest
-	if r.sizeBytes < 0 || r.rec.term > r.term {
-		return snapshotBegin{}, fmt.Errorf("snapshot of %d bytes and term %d, in term %d: %w",
-			r.sizeBytes, r.rec.term, r.term, trivet.ErrInvalid)
-	}
-	return r, d.finish("snapshot begin")
-}
-
-type snapshotChunk struct {
-	id     uint64
-	offset int64
-	data   []byte // a part of the body
-}
-
-func (r snapshotChunk) encode() []byte {
-	b := append(make([]byte, 0, 32+len(r.data)), wireVersion)
-	b = put64(b, r.id, uint64(r.offset))
-	return sealBody(append(b, r.data...))
-}
-
-func decodeSnapshotChunk(body []byte) (snapshotChunk, error) {
-	d, err := openBody("snapshot chunk", body)
-	if err != nil {
-		return snapshotChunk{}, err
-	}
-	r := snapshotChunk{id: d.u64(), offset: int64(d.u64())}
-	r.data = d.bytes(len(d.b))
-	if r.offset < 0 || len(r.data) == 0 {
-		return snapshotChunk{}, fmt.Errorf("snapshot chunk of %d bytes at %d: %w", len(r.data), r.offset, trivet.ErrInvalid)
-	}
-	return r, d.finish("snapshot chunk")
-}
-
-type snapshotEnd struct {
-	id  uint64
-	sum uint32 // CRC32C of the whole image
-}
-
-func (r snapshotEnd) encode() []byte {
-	return sealBody(put32(put64([]byte{wireVersion}, r.id), r.sum))
-}
-
-func decodeSnapshotEnd(body []byte) (snapshotEnd, error) {
-	d, err := openBody("snapshot end", body)
-	if err != nil {
-		return snapshotEnd{}, err
-	}
-	r := snapshotEnd{id: d.u64(), sum: d.u32()}
-	return r, d.finish("snapshot end")
 }
 
 // logPosition is the end of a log.

@@ -139,6 +139,7 @@ func urgent(m Message) bool {
 	if m.Kind == KindHeartbeats {
 		return len(m.Body) <= fragmentBytes // one frame, as always: raftgroup bounds their number
 	}
-	small := m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow || m.Kind == KindStanding || m.Kind == KindTransfer
+	small := m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow ||
+		m.Kind == KindStanding || m.Kind == KindTransfer || m.Kind == KindFetch
 	return small && frameBytes(m) <= urgentBytesMax
 }

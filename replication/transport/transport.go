@@ -30,12 +30,14 @@ const (
 	KindRequestVote    Kind = 2
 	KindRequestPreVote Kind = 3
 	KindTimeoutNow     Kind = 4
-	KindSnapshotBegin  Kind = 5
-	KindSnapshotChunk  Kind = 6
-	KindSnapshotEnd    Kind = 7
-	KindHeartbeats     Kind = 8  // of many groups at once
-	KindStanding       Kind = 9  // who should succeed a leader whose process is gone
-	KindTransfer       Kind = 10 // the leader announces whom it hands over to
+	// 5 to 7 pushed a snapshot to a follower; retired before any release.
+	KindHeartbeats Kind = 8  // of many groups at once
+	KindStanding   Kind = 9  // who should succeed a leader whose process is gone
+	KindTransfer   Kind = 10 // the leader announces whom it hands over to
+	KindFetch      Kind = 11 // the leader tells a follower to pull its state, and asks how far it is
+	KindImageOpen  Kind = 12 // a follower pulls: pin an image of the state
+	KindImageRead  Kind = 13 // a piece of it
+	KindImageClose Kind = 14 // let it go
 
 	KindVolumeWrite  Kind = 16 // replication: write, discard, write-zeroes proposals
 	KindVolumeRead   Kind = 17
