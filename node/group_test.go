@@ -17,6 +17,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -42,6 +43,7 @@ type groupNode struct {
 
 	link  *transport.MemoryNode
 	eng   *engine.Engine
+	log   *segment.Log
 	host  *replication.Host
 	agent *Agent // nil while down
 }
@@ -110,6 +112,7 @@ func (g *groupNode) boot() {
 		FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Fatal: g.fatal,
 	})
 	require.NoError(t, err)
+	g.log = g.openLog()
 	g.link = g.b.net.Node(testNodeID(g.n))
 	g.host, err = replication.NewHost(replication.HostConfig{
 		Network: g.link, Mux: raftgroup.NewMux(g.link), Timing: raftgroup.Timing{Heartbeat: 500 * time.Millisecond},
@@ -124,7 +127,9 @@ func (g *groupNode) boot() {
 			return []meta.Disk{{ID: g.disk, Path: "/d", SizeBytes: 1 << 40, FreeBytes: 1 << 40}}, nil
 		},
 		Verify: func() error { return nil },
-		Disks:  map[trivet.DiskID]replication.Disk{g.disk: {ID: g.disk, Dir: "/d", FS: g.fs, Engine: g.eng}},
+		Disks: map[trivet.DiskID]replication.Disk{g.disk: {
+			ID: g.disk, Dir: "/d", FS: g.fs, Engine: g.eng, Log: g.log,
+		}},
 		OnDisk: map[trivet.VolumeID][]placed{},
 	}
 	if id := g.holds(); id != "" {
@@ -138,6 +143,21 @@ func (g *groupNode) boot() {
 	g.agent = openAgent(cfg, cat, host)
 }
 
+// openLog opens the disk's log, and formats it on a new disk.
+func (g *groupNode) openLog() *segment.Log {
+	t := g.b.t
+	t.Helper()
+	opts := segment.Options{
+		Dir: raftgroup.LogDir(g.fs, "/d/log"), Disk: g.disk, Lanes: 1, SegmentBytes: 256 << 10,
+	}
+	if _, err := g.fs.Stat("/d/log"); err != nil {
+		require.NoError(t, segment.Format(opts))
+	}
+	log, err := segment.Open(opts)
+	require.NoError(t, err)
+	return log
+}
+
 // kill takes the power from the machine.
 func (g *groupNode) kill() {
 	if g.agent == nil {
@@ -147,6 +167,7 @@ func (g *groupNode) kill() {
 	require.NoError(g.b.t, g.link.Close())
 	g.agent.close()
 	_ = g.host.Close() // a dead process: what it says does not count
+	_ = g.log.Close()
 	_ = g.eng.Close()
 	g.agent, g.fs = nil, after
 }
