@@ -70,6 +70,8 @@ type Config struct {
 	Timing    raftgroup.Timing // the zero value means the defaults
 	IOTimeout time.Duration    // how long I/O waits for a leader before it fails; 0 = 60 s
 
+	// OverlapFlush is that of replication.HostConfig.
+	OverlapFlush bool
 	// CatchUpBytesPerSecond is that of replication.HostConfig; 0 = no limit.
 	CatchUpBytesPerSecond int64
 
@@ -159,7 +161,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
-		CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond, IsMember: memberChecker(cfg.Catalogue),
+		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond, IsMember: memberChecker(cfg.Catalogue),
 		Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {

@@ -31,6 +31,8 @@ type HostConfig struct {
 	Timing raftgroup.Timing
 	// SnapshotBytes of log after which a group compacts it; 0 means raftgroup's default.
 	SnapshotBytes int64
+	// OverlapFlush lets leaders send entries while their own disk still flushes them; see raftgroup.Config.
+	OverlapFlush bool
 	// CatchUpBytesPerSecond bounds what all replicas of this Host together pull of the state of others, when
 	// they missed more than a log keeps. 0 = no limit; at least CatchUpBytesPerSecondMin.
 	CatchUpBytesPerSecond int64
@@ -260,6 +262,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Log:           s.Disk.Log,
 		Network:       h.cfg.Mux,
 		Timing:        h.cfg.Timing,
+		OverlapFlush:  h.cfg.OverlapFlush,
 		SnapshotBytes: h.cfg.SnapshotBytes,
 		CatchUpLimit:  h.catchUp,
 		Logger:        h.log.With("volume", s.Volume.String()),

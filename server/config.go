@@ -44,6 +44,9 @@ type Config struct {
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
 
+	// OverlapFlush lets a leader send entries while its own disk still flushes them; nothing is acknowledged or applied
+	// before it is as durable as without. Off by default until it has proved itself (docs/decisions/0012).
+	OverlapFlush bool
 	// CatchUpBytesPerSecond bounds what all replicas of this node together pull from other nodes, when they
 	// were away for longer than a log keeps, or are new; 0 = no limit, else at least 64 KiB. The catalogue,
 	// which is small, is not counted.

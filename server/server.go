@@ -213,6 +213,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	cfg.ID, cfg.Address, cfg.Zone, cfg.Incarnation = s.cfg.Node, s.cfg.Advertise, s.cfg.Zone, trivet.NewUUID()
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
+	cfg.OverlapFlush = s.cfg.OverlapFlush
 	cfg.Logger, cfg.Fatal, cfg.CatchUpBytesPerSecond = s.log, s.cfg.Fatal, s.cfg.CatchUpBytesPerSecond
 	if s.cfg.ParkAfter != 0 {
 		cfg.ParkAfter = s.cfg.ParkAfter

@@ -63,6 +63,8 @@ func newServer(o *options) *cobra.Command {
 		"replace the replicas of a node that is dead, or of a disk that is away, for this long")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
 		"a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
+	f.BoolVar(&cfg.OverlapFlush, "overlap-flush", false,
+		"let a leader send entries while its own disk still flushes them: faster where disks are slow")
 	f.StringVar(&catchUp, "catch-up-bandwidth", "0",
 		"bytes per second, as 100Mi, that replicas here together pull from other nodes to catch up (0: no limit)")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")

@@ -33,6 +33,8 @@ type ClusterConfig struct {
 	Heartbeat     time.Duration
 	// WrapMachine, when set, stands between each group and its state machine.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
+	// OverlapFlush is every Host's.
+	OverlapFlush bool
 	// LyingDisks claim to have synced Raft's files and have not, once the cluster is made.
 	LyingDisks bool
 	// FlushLatency, when positive, is the mean time that a flush of Raft's log takes.

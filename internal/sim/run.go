@@ -27,6 +27,8 @@ type Options struct {
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
 	// LyingDisks claim to have synced Raft's files and have not.
 	LyingDisks bool
+	// Overlap turns OverlapFlush on, whatever the seed says.
+	Overlap bool
 	// Session lets the holder read by trivet.ReadSession, whatever the seed says.
 	Session bool
 	// Only, when set, are the classes of faults to draw from, whatever the seed says.
@@ -110,7 +112,7 @@ func (s *sim) run(ctx context.Context) (err error) {
 		ReadConsistency: reads,
 		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, Spares: s.swarm.spares, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
-		LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
+		OverlapFlush: s.swarm.overlap || s.opts.Overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
 	})
 	if err != nil {
 		return err

@@ -26,6 +26,7 @@ var (
 	_         = aliasSeed()
 	seedN     = flag.Int("seeds", 0, "number of seeds; 0 means 6, or 2 with -short")
 	duration  = flag.Duration("duration", 0, "how long faults last, simulated; 0 means 3 minutes, 20 s without -seeds")
+	overlap   = flag.Bool("overlap", false, "log flushes overlap with sending in every seed, not in half of them")
 	verbose   = flag.Bool("simlog", false, "write the log of all machines to standard error")
 	only      = flag.String("only", "", "classes of faults to draw from, separated by commas; empty: as the seed says")
 )
@@ -40,7 +41,7 @@ const checkMax = 30 * time.Second
 
 func options(t testing.TB, seed uint64) sim.Options {
 	t.Helper()
-	o := sim.Options{Seed: seed, Duration: *duration}
+	o := sim.Options{Seed: seed, Duration: *duration, Overlap: *overlap}
 	if o.Duration == 0 {
 		o.Duration = 20 * time.Second
 		if *seedN > 0 {

@@ -93,6 +93,7 @@ type swarm struct {
 	skew            []float64
 	unsyncedPercent int // -1: drawn anew at each crash
 	snapshotBytes   int64
+	overlap         bool // HostConfig.OverlapFlush
 	session         bool // the holder reads by ReadSession
 	staleWriter     bool // a holder of an old epoch that never gives up
 }
@@ -138,6 +139,7 @@ func drawSwarm(seed uint64) swarm {
 		s.rates[i] *= min(1, ratesMax/sum)
 	}
 	s.session = rnd.IntN(5) == 0
+	s.overlap = rnd.IntN(2) == 0
 	s.spares = 1 + rnd.IntN(2)
 	return s
 }
