@@ -85,6 +85,9 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
 	}
 	s.swarm.session = s.swarm.session || opts.Session
+	if opts.Overlap || s.swarm.overlap {
+		s.swarm.overlapped(opts.Seed)
+	}
 	if len(opts.Only) > 0 {
 		s.swarm.only(opts.Only)
 	}
@@ -112,7 +115,7 @@ func (s *sim) run(ctx context.Context) (err error) {
 		ReadConsistency: reads,
 		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, Spares: s.swarm.spares, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
-		OverlapFlush: s.swarm.overlap || s.opts.Overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
+		OverlapFlush: s.swarm.overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
 	})
 	if err != nil {
 		return err

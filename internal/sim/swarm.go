@@ -157,6 +157,13 @@ func (s *swarm) only(fs []Fault) {
 	}
 }
 
+// overlapped turns OverlapFlush on, with flushes that take their time: what is in memory only must be there for a
+// crash to take.
+func (s *swarm) overlapped(seed uint64) {
+	s.overlap = true
+	s.flush = max(s.flush, time.Duration(logUniform(newRand(seed, 12), 2, 100)*float64(time.Millisecond)))
+}
+
 func (s *swarm) total() float64 {
 	sum := 0.0
 	for _, r := range s.rates {
