@@ -110,15 +110,3 @@ func removeFile(fs vfs.FS, dir, name string) error {
 	}
 	return syncDir(fs, dir)
 }
-
-// readFull reads len(p) bytes at off. A file that ends before that is damage, not an I/O error.
-func readFull(f io.ReaderAt, p []byte, off int64) error {
-	n, err := f.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if errors.Is(err, io.EOF) || err == nil {
-		return fmt.Errorf("read %d bytes at %d: file ends after %d of them: %w", len(p), off, n, trivet.ErrCorrupt)
-	}
-	return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
-}

@@ -268,6 +268,7 @@ func newTestSnapshots(t *testing.T, m *fakeMachine) (*snapshotStore, *fsm, *[]er
 	require.NoError(t, err)
 	var fatal []error
 	s.fsm = &fsm{
+		durable: newDurability(&diskGuard{}, 1<<20),
 		machine: m, failed: func() error { return nil }, fatal: func(err error) { fatal = append(fatal, err) },
 		config: testRecord(9).config,
 	}
