@@ -161,8 +161,9 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
-		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond, IsMember: memberChecker(cfg.Catalogue),
-		Logger: cfg.Logger, Fatal: cfg.Fatal,
+		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
+		IsMember: memberChecker(cfg.Catalogue),
+		Logger:   cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())

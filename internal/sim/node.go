@@ -258,8 +258,9 @@ func (n *Node) Boot() error {
 	}
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
-		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes, OverlapFlush: n.c.cfg.OverlapFlush,
-		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
+		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
+		OverlapFlush: n.c.cfg.OverlapFlush,
+		WrapMachine:  n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {

@@ -115,7 +115,8 @@ func (s *sim) run(ctx context.Context) (err error) {
 		ReadConsistency: reads,
 		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, Spares: s.swarm.spares, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
-		OverlapFlush: s.swarm.overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew, Logger: s.log,
+		OverlapFlush: s.swarm.overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew,
+		Logger: s.log,
 	})
 	if err != nil {
 		return err

@@ -242,7 +242,9 @@ func TestGate3(t *testing.T) {
 		return transport.Message{Body: appendReply{term: 1, success: true}.encode()}, err
 	}}
 	g := &Group{
-		cfg:   Config{Group: logGroup, Network: &Mux{net: n, beats: newCoalescer(n)}, BootTime: func() time.Duration { return 0 }}.withDefaults(),
+		cfg: Config{
+			Group: logGroup, Network: &Mux{net: n, beats: newCoalescer(n)}, BootTime: func() time.Duration { return 0 },
+		}.withDefaults(),
 		guard: &diskGuard{}, lease: newLeaseTable(), store: &logStore{durable: newDurability(&diskGuard{}, 5)},
 	}
 	tr := &peerTransport{g: g, ctx: t.Context()}
