@@ -308,8 +308,8 @@ func (d *Disk) Usage() (meta.Disk, error) {
 	return meta.Disk{ID: d.id, Path: d.dir, SizeBytes: u.TotalBytes, FreeBytes: free}, nil
 }
 
-// replication returns the disk as package replication wants it.
-func (d *Disk) replication() replication.Disk {
+// Replication returns the disk as package replication wants it.
+func (d *Disk) Replication() replication.Disk {
 	return replication.Disk{ID: d.id, Dir: d.dir, FS: vfs.Default, Engine: d.engine, Log: d.log}
 }
 

@@ -220,7 +220,7 @@ func (n *Node) agentConfig() (agentConfig, error) {
 		OnDisk: make(map[trivet.VolumeID][]placed),
 	}
 	for _, d := range n.cfg.Disks {
-		c.Disks[d.ID()] = d.replication()
+		c.Disks[d.ID()] = d.Replication()
 		found, err := d.replicas()
 		if err != nil {
 			return c, err

@@ -59,17 +59,17 @@ type child struct {
 }
 
 // startChild runs this program again. It dies with its parent.
-func startChild(role, name, dir string) (*child, error) {
+func startChild(role, name string, o *options) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.Create(filepath.Join(dir, name+".log"))
+	log, err := os.Create(filepath.Join(o.dir, name+".log"))
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close()                                                    //nolint:errcheck // the child has its own
-	cmd := exec.Command(self, "-role", role, "-name", name, "-dir", dir) //nolint:noctx // ended by close
+	defer log.Close()                                                                                             //nolint:errcheck // the child has its own
+	cmd := exec.Command(self, "-role", role, "-name", name, "-dir", o.dir, fmt.Sprintf("-overlap=%t", o.overlap)) //nolint:noctx // ended by close
 	cmd.Stderr = log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()

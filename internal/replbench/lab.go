@@ -49,7 +49,7 @@ func newLab(ctx context.Context, o *options) (l *lab, err error) {
 			return l, err
 		}
 		where[n] = r.Address
-		w, err := startChild(roleWriter, fmt.Sprintf("w%d", i+1), o.dir)
+		w, err := startChild(roleWriter, fmt.Sprintf("w%d", i+1), o)
 		if err != nil {
 			return l, err
 		}
@@ -76,7 +76,7 @@ func (l *lab) startNode(ca *pki.CA, n trivet.NodeID) error {
 	if err := pki.Write(dir, ca.CertPEM(), pair); err != nil {
 		return err
 	}
-	c, err := startChild(roleNode, string(n), l.o.dir)
+	c, err := startChild(roleNode, string(n), l.o)
 	if err != nil {
 		return err
 	}

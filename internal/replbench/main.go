@@ -40,6 +40,7 @@ type options struct {
 	busy            bool
 	profile         string
 	only            string
+	overlap         bool
 }
 
 func main() {
@@ -52,6 +53,7 @@ func main() {
 	flag.IntVar(&o.idleSeconds, "idle-seconds", 60, "how long idle groups are watched")
 	flag.StringVar(&o.profile, "profile", "", "folder for CPU profiles of the nodes, one for each measurement")
 	flag.StringVar(&o.only, "only", "", "one measurement: latency, entries, singles, transfer or idle")
+	flag.BoolVar(&o.overlap, "overlap", false, "let log flushes overlap with sending (decision 0012)")
 	flag.BoolVar(&o.busy, "busy", false, "measure although the machine is not idle")
 	flag.Parse()
 	if err := run(&o); err != nil {

@@ -41,6 +41,8 @@ type bench struct {
 	vol   *replication.Volume
 	idleN int
 
+	overlap bool
+
 	mu    sync.Mutex
 	where map[trivet.NodeID]string
 }
@@ -53,7 +55,7 @@ func (b *bench) Address(n trivet.NodeID) string {
 }
 
 func serveNode(o *options, in io.Reader, out io.Writer) (err error) {
-	b := &bench{dir: filepath.Join(o.dir, o.name), name: trivet.NodeID(o.name)}
+	b := &bench{dir: filepath.Join(o.dir, o.name), name: trivet.NodeID(o.name), overlap: o.overlap}
 	listener, err := b.open()
 	defer func() { err = errors.Join(err, b.close()) }()
 	if err != nil {
@@ -118,7 +120,9 @@ func (b *bench) open() (net.Listener, error) {
 		return nil, err
 	}
 	b.mux = raftgroup.NewMux(b.peers)
-	b.host, err = replication.NewHost(replication.HostConfig{Network: b.peers, Mux: b.mux, Logger: log, Fatal: fatal})
+	b.host, err = replication.NewHost(replication.HostConfig{
+		Network: b.peers, Mux: b.mux, OverlapFlush: b.overlap, Logger: log, Fatal: fatal,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +159,7 @@ func (b *bench) join(where map[trivet.NodeID]string) error {
 	b.mu.Unlock()
 	ctx := context.Background()
 	spec := replication.ReplicaSpec{
-		Volume: volumeID, Replica: replicaOn(b.name, volumeID), Disk: b.replicationDisk(),
+		Volume: volumeID, Replica: replicaOn(b.name, volumeID), Disk: b.disk.Replication(),
 		SizeBytes: yardBytes, Members: members(where, volumeID),
 	}
 	if err := b.host.CreateReplica(ctx, spec); err != nil {
@@ -166,7 +170,7 @@ func (b *bench) join(where map[trivet.NodeID]string) error {
 	}
 	cfg := raftgroup.Config{
 		Group: entriesID, Replica: replicaOn(b.name, entriesID), Dir: filepath.Join(b.dir, "disk", "groups", "entries"),
-		Network: b.mux, Machine: &forgetful{}, Fatal: fatal,
+		Log: b.disk.Replication().Log, Network: b.mux, Machine: &forgetful{}, OverlapFlush: b.overlap, Fatal: fatal,
 	}
 	if err := raftgroup.Create(cfg, members(where, entriesID)); err != nil {
 		return err
@@ -223,7 +227,7 @@ func (b *bench) addIdle(n int) error {
 	for ; b.idleN < n; b.idleN++ {
 		id := idleID(b.idleN)
 		spec := replication.ReplicaSpec{
-			Volume: id, Replica: replicaOn(b.name, id), Disk: b.replicationDisk(),
+			Volume: id, Replica: replicaOn(b.name, id), Disk: b.disk.Replication(),
 			SizeBytes: 1 << 30, Members: members(where, id),
 		}
 		if err := errors.Join(b.host.CreateReplica(ctx, spec), b.host.OpenReplica(ctx, spec)); err != nil {
@@ -244,10 +248,6 @@ func (b *bench) led() int {
 		}
 	}
 	return n
-}
-
-func (b *bench) replicationDisk() replication.Disk {
-	return replication.Disk{ID: b.disk.ID(), Dir: b.disk.Dir(), Engine: b.disk.Engine()}
 }
 
 // replicaOn names the replica of a group on a node the same way in each process.
