@@ -68,8 +68,9 @@ func startChild(role, name string, o *options) (*child, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close()                                                                                             //nolint:errcheck // the child has its own
-	cmd := exec.Command(self, "-role", role, "-name", name, "-dir", o.dir, fmt.Sprintf("-overlap=%t", o.overlap)) //nolint:noctx // ended by close
+	defer log.Close() //nolint:errcheck // the child has its own
+	args := []string{"-role", role, "-name", name, "-dir", o.dir, fmt.Sprintf("-overlap=%t", o.overlap)}
+	cmd := exec.Command(self, args...) //nolint:noctx // ended by close
 	cmd.Stderr = log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
