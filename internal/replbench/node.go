@@ -22,6 +22,13 @@ import (
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
+const (
+	// volumeBytes is the size of the volume, of which little is written.
+	volumeBytes = 10 << 30
+	// snapshotBytes of log before it is compacted, so that a replica that is away for 256 MiB has to pull.
+	snapshotBytes = 16 << 20
+)
+
 // The two groups.
 const (
 	volumeID  = trivet.VolumeID(1) // with the real engine
@@ -79,6 +86,18 @@ func serveNode(o *options, in io.Reader, out io.Writer) (err error) {
 			return answer{Micros: d.Microseconds()}, err
 		case "profile":
 			return answer{}, profile(a.File)
+		case "away":
+			return answer{}, b.host.ParkReplica(context.Background(), b.spec())
+		case "back":
+			return answer{}, b.host.OpenReplica(context.Background(), b.spec())
+		case "where":
+			a := answer{Bytes: b.peers.Stats().BytesReceived}
+			if r, ok := b.host.Replica(volumeID); ok && !r.Status().CatchUp.Active {
+				a.Applied = r.Status().Applied
+			}
+			return a, nil
+		case "fill":
+			return answer{}, b.fill(a.N)
 		case "yield":
 			return answer{}, b.yield(a.To)
 		case "usage":
@@ -121,7 +140,7 @@ func (b *bench) open() (net.Listener, error) {
 	}
 	b.mux = raftgroup.NewMux(b.peers)
 	b.host, err = replication.NewHost(replication.HostConfig{
-		Network: b.peers, Mux: b.mux, OverlapFlush: b.overlap, Logger: log, Fatal: fatal,
+		Network: b.peers, Mux: b.mux, SnapshotBytes: snapshotBytes, OverlapFlush: b.overlap, Logger: log, Fatal: fatal,
 	})
 	if err != nil {
 		return nil, err
@@ -158,10 +177,7 @@ func (b *bench) join(where map[trivet.NodeID]string) error {
 	b.where = where
 	b.mu.Unlock()
 	ctx := context.Background()
-	spec := replication.ReplicaSpec{
-		Volume: volumeID, Replica: replicaOn(b.name, volumeID), Disk: b.disk.Replication(),
-		SizeBytes: yardBytes, Members: members(where, volumeID),
-	}
+	spec := b.spec()
 	if err := b.host.CreateReplica(ctx, spec); err != nil {
 		return err
 	}
@@ -250,6 +266,32 @@ func (b *bench) led() int {
 	return n
 }
 
+// spec is this node's replica of the volume, which is far larger than what is written to it. REQUIRES: joined.
+func (b *bench) spec() replication.ReplicaSpec {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return replication.ReplicaSpec{
+		Volume: volumeID, Replica: replicaOn(b.name, volumeID), Disk: b.disk.Replication(),
+		SizeBytes: volumeBytes, Members: members(b.where, volumeID),
+	}
+}
+
+// fill writes so many MiB, one after the other, from the middle of the volume on.
+func (b *bench) fill(mib int) error {
+	v, err := b.volume()
+	if err != nil {
+		return err
+	}
+	chunk := make([]byte, 1<<20)
+	fillRandom(chunk)
+	for i := range int64(mib) {
+		if err := v.WriteAt(context.Background(), chunk, volumeBytes/2+i<<20); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // replicaOn names the replica of a group on a node the same way in each process.
 func replicaOn(n trivet.NodeID, id trivet.VolumeID) trivet.ReplicaID {
 	return trivet.ReplicaID(fmt.Sprintf("00000000-0000-4000-8000-%08x000%s", uint64(id), n[1:])) // n1 to n9
@@ -315,7 +357,7 @@ func (b *bench) volume() (*replication.Volume, error) {
 	b.mu.Unlock()
 	var err error
 	b.vol, err = replication.OpenVolume(replication.VolumeConfig{
-		ID: volumeID, SizeBytes: yardBytes, Epoch: 1, Members: members(where, volumeID), Network: b.peers, Host: b.host,
+		ID: volumeID, SizeBytes: volumeBytes, Epoch: 1, Members: members(where, volumeID), Network: b.peers, Host: b.host,
 	})
 	return b.vol, err
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/trivet-csi/trivet"
@@ -99,4 +100,25 @@ func raw3(ctx context.Context, dir string, seconds int) (float64, error) {
 		return 0, fmt.Errorf("fio's report has %d jobs, want one with writes", len(report.Jobs))
 	}
 	return report.Jobs[0].Write.IOPS / 3, nil
+}
+
+// copyFile copies a file around the page cache, in pieces of 1 MiB, and returns the MiB per second.
+func copyFile(ctx context.Context, dir string, mib int) (float64, error) {
+	from, to := filepath.Join(dir, "copy-from"), filepath.Join(dir, "copy-to")
+	dd := func(args ...string) error {
+		b, err := exec.CommandContext(ctx, "dd", append(args, "bs=1M", "count="+strconv.Itoa(mib), "conv=fsync", "status=none")...).
+			CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("dd: %w: %s", err, b)
+		}
+		return nil
+	}
+	if err := dd("if=/dev/urandom", "of="+from); err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	if err := dd("if="+from, "of="+to, "iflag=direct", "oflag=direct"); err != nil {
+		return 0, err
+	}
+	return float64(mib) / time.Since(began).Seconds(), errors.Join(os.Remove(from), os.Remove(to))
 }

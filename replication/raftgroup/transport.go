@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -124,12 +125,8 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 	bound(req)
 	// Gate 3 (durable.go). The library makes the figure anew for each request.
 	req.LeaderCommitIndex = min(req.LeaderCommitIndex, t.g.store.durable.index())
-	body, err := encodeAppend(req)
-	if err != nil {
-		return err
-	}
 	sent := t.g.now() // before sending: the lease counts from here
-	b, err := t.call(id, to, transport.KindAppendEntries, body, timeout)
+	b, err := t.sendAppend(id, to, req, timeout)
 	if err != nil {
 		return err
 	}
@@ -163,6 +160,36 @@ func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequ
 	}
 	t.g.lease.acked(req.Term, id, instant{}, 0, match)
 	return nil
+}
+
+// sendBuffers are *[]byte for requests with entries: a follower gets the same bytes in a message of its own, and
+// fresh memory costs more than copying into old.
+var sendBuffers sync.Pool
+
+// sendAppend sends a request and returns the body of the reply. One without entries may still be on its way when
+// its caller has given up (coalesce.go), so it keeps its memory; others are copied before Call returns.
+func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req *raft.AppendEntriesRequest,
+	timeout time.Duration,
+) ([]byte, error) {
+	if len(req.Entries) == 0 {
+		body, err := encodeAppend(req)
+		if err != nil {
+			return nil, err
+		}
+		return t.call(id, to, transport.KindAppendEntries, body, timeout)
+	}
+	size := appendBytes(req)
+	buf, ok := sendBuffers.Get().(*[]byte)
+	if !ok || cap(*buf) < size {
+		b := make([]byte, 0, size)
+		buf = &b
+	}
+	defer sendBuffers.Put(buf)
+	body, err := appendAppend((*buf)[:0], req)
+	if err != nil {
+		return nil, err
+	}
+	return t.call(id, to, transport.KindAppendEntries, body, timeout)
 }
 
 // spare answers a heartbeat here, without sending it, when the follower has taken anything in this term that

@@ -39,11 +39,21 @@ func openBody(what string, b []byte) (*decoder, error) {
 // encodeAppend: term, previous index and term, leader's commit, n u32, then per entry term u64,
 // type u8, length u32, data. Their indexes follow from the previous one.
 func encodeAppend(r *raft.AppendEntriesRequest) ([]byte, error) {
+	return appendAppend(make([]byte, 0, appendBytes(r)), r)
+}
+
+// appendBytes is at least the size of what encodeAppend returns.
+func appendBytes(r *raft.AppendEntriesRequest) int {
 	size := 64
 	for _, e := range r.Entries {
 		size += 13 + len(e.Data)
 	}
-	b := append(make([]byte, 0, size), wireVersion)
+	return size
+}
+
+// appendAppend is encodeAppend into the empty slice b.
+func appendAppend(b []byte, r *raft.AppendEntriesRequest) ([]byte, error) {
+	b = append(b, wireVersion)
 	b = put64(b, r.Term, r.PrevLogEntry, r.PrevLogTerm, r.LeaderCommitIndex)
 	b = put32(b, uint32(len(r.Entries)))
 	for i, e := range r.Entries {
