@@ -114,8 +114,12 @@ func measure(ctx context.Context, o *options, out io.Writer) (err error) {
 		name string
 		do   func(io.Writer) error
 	}{
-		{"latency", l.latency}, {"entries", l.entries}, {"singles", l.singles}, {"transfer", l.transfer},
-		{"catchup", l.catchUp}, {"idle", l.idle},
+		{"latency", l.latency},
+		{"entries", l.entries},
+		{"singles", l.singles},
+		{"transfer", l.transfer},
+		{"catchup", l.catchUp},
+		{"idle", l.idle},
 	} {
 		if o.only != "" && o.only != step.name {
 			continue

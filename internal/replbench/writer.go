@@ -106,8 +106,8 @@ func raw3(ctx context.Context, dir string, seconds int) (float64, error) {
 func copyFile(ctx context.Context, dir string, mib int) (float64, error) {
 	from, to := filepath.Join(dir, "copy-from"), filepath.Join(dir, "copy-to")
 	dd := func(args ...string) error {
-		b, err := exec.CommandContext(ctx, "dd", append(args, "bs=1M", "count="+strconv.Itoa(mib), "conv=fsync", "status=none")...).
-			CombinedOutput()
+		args = append(args, "bs=1M", "count="+strconv.Itoa(mib), "conv=fsync", "status=none")
+		b, err := exec.CommandContext(ctx, "dd", args...).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("dd: %w: %s", err, b)
 		}
