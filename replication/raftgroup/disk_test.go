@@ -144,6 +144,7 @@ func TestFailedFlushIsFatal(t *testing.T) {
 		a.mustSet("x", "1")
 		disks["a"].fail(errors.New("input/output error"))
 		require.ErrorIs(t, a.set("x", "2"), trivet.ErrUnavailable)
+		synctest.Wait() // the caller hears of it before Fatal does
 		require.Len(t, a.fatals(), 1)
 		disks["a"].fail(nil)
 		require.ErrorIs(t, a.set("x", "3"), trivet.ErrUnavailable, "the disk works again, but is not to be trusted")
