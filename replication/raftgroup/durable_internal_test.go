@@ -255,3 +255,36 @@ func TestGate3(t *testing.T) {
 		require.Equal(t, min(commit, 5), sent[len(sent)-1].LeaderCommitIndex)
 	}
 }
+
+// A catch-up that finds the snapshot's entry in the log takes neither the entry for durable, when the leader asks
+// whether it is there, nor ends before it is: the state would be ahead of its log after a crash (H4, docs/models).
+func TestCatchUpWaitsForKeptLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rec := testRecord(10) // term 2
+		log, slow := newSlowLog(t)
+		fs, dir := memDir(t)
+		require.NoError(t, Create(Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log}, nil))
+		g := handGroupOn(t, fs, dir, log, &handMachine{fakeMachine: &fakeMachine{index: rec.machine}})
+		require.NoError(t, g.stable.setTerm(3))
+		require.NoError(t, g.store.StoreLog(configEntry(1, "a", "b", "c")))
+		open := slow.shut()
+		defer open()
+		require.NoError(t, g.store.StoreLogs(entries(2, 10, 2)))
+
+		g.inst = &instance{g: g}
+		fetch := func() fetchReply {
+			b, err := g.onFetch("leader", fetchAsk{term: 3, rec: rec}.encode())
+			require.NoError(t, err)
+			r, err := decodeFetchReply(b)
+			require.NoError(t, err)
+			return r
+		}
+		require.False(t, fetch().done, "it is in the queue only")
+		wait, done := ended(func() error { return g.finishInstall(installRecord{term: 3, rec: rec}) })
+		require.False(t, done)
+		open()
+		require.NoError(t, wait())
+		require.Equal(t, fetchReply{term: 3, done: true, at: logPosition{term: rec.term, index: rec.index}}, fetch())
+		g.closeStores(t)
+	})
+}

@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 // handMachine stands at 3, and at the snapshot's index once it is restored.
@@ -29,9 +30,15 @@ func (m *handMachine) Applied() (uint64, uint64) {
 // handGroup opens the stores of a group, without a library.
 func handGroup(t *testing.T, fs vfs.FS, dir string, m StateMachine) *Group {
 	t.Helper()
-	log := mustOpenLog(t, LogDir(fs, dir+"-log"))
+	return handGroupOn(t, fs, dir, mustOpenLog(t, LogDir(fs, dir+"-log")), m)
+}
+
+// handGroupOn is handGroup on a log of the caller's.
+func handGroupOn(t *testing.T, fs vfs.FS, dir string, log *segment.Log, m StateMachine) *Group {
+	t.Helper()
+	cfg := Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log, Machine: m, OverlapFlush: true}
 	g := &Group{
-		cfg:  Config{Group: logGroup, Replica: idA, FS: fs, Dir: dir, Log: log, Machine: m}.withDefaults(),
+		cfg:  cfg.withDefaults(),
 		addr: address(idA, "a"),
 		log:  slog.New(slog.DiscardHandler), catch: newCatchUp(), guard: &diskGuard{fatal: func(err error) { t.Error(err) }},
 	}
