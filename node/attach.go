@@ -63,10 +63,10 @@ type attacher struct {
 //
 // An attached never changes; a changed copy takes its place.
 type attached struct {
-	epoch  trivet.Epoch  // granted to this process
-	group  groupDevice   // nil while waiting for the fence
-	device trivet.Device // the data path on top of group
-	kernel kernelDevice  // nil while not shown
+	epoch  trivet.Epoch // granted to this process
+	group  groupDevice  // nil while waiting for the fence
+	path   *path        // the data path on top of group
+	kernel kernelDevice // nil while not shown
 }
 
 func newAttacher(cfg *Config) *attacher {
@@ -87,6 +87,19 @@ func (a *attacher) get(id trivet.VolumeID) *attached {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.held[id]
+}
+
+// paths returns the data paths that are open.
+func (a *attacher) paths() map[trivet.VolumeID]*path {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	open := make(map[trivet.VolumeID]*path, len(a.held))
+	for id, at := range a.held {
+		if at.path != nil {
+			open[id] = at.path
+		}
+	}
+	return open
 }
 
 func (a *attacher) set(id trivet.VolumeID, at *attached) {
@@ -203,11 +216,11 @@ func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, erro
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
-	device, err := stack(group, v)
+	path, err := stack(group, v)
 	if err != nil {
 		return nil, errors.Join(err, group.Close())
 	}
-	at := &attached{epoch: epoch, group: group, device: device}
+	at := &attached{epoch: epoch, group: group, path: path}
 	a.set(v.ID, at)
 	return at, nil
 }
@@ -250,12 +263,12 @@ func (a *attacher) bringLeader(ctx context.Context, v *meta.Volume) {
 func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
 	if at.kernel == nil {
 		k, err := a.show(ctx, blockdev.Config{
-			Name: id.String(), RunDir: a.runDir, Device: at.device, Logger: a.log.With("volume", id),
+			Name: id.String(), RunDir: a.runDir, Device: at.path, Logger: a.log.With("volume", id),
 		})
 		if err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
 		}
-		at = &attached{epoch: at.epoch, group: at.group, device: at.device, kernel: k}
+		at = &attached{epoch: at.epoch, group: at.group, path: at.path, kernel: k}
 		a.set(id, at)
 		a.log.Info("volume attached", "volume", id, "epoch", at.epoch, "device", k.Path())
 	}
@@ -273,7 +286,7 @@ func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 	if err := at.kernel.Detach(ctx); err != nil {
 		return fmt.Errorf("detach %s: %w", id, err)
 	}
-	a.set(id, &attached{epoch: at.epoch, group: at.group, device: at.device})
+	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
 	if dead != nil {
 		// umount and detach succeed on a dead device although they drop its dirty pages.
 		a.log.Error("detached a dead device; writes that were not synced are lost", "volume", id, "err", dead)

@@ -36,7 +36,7 @@ func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device
 	}
 	v, _ := m.attacher.cat.Local().Volume(id) // it was waited for
 	m.attacher.useNBD(id, 1)
-	return at.device, v.Name, nil
+	return at.path, v.Name, nil
 }
 
 func (m *mounts) openHeld(ctx context.Context, id trivet.VolumeID) (*attached, error) {
@@ -60,6 +60,20 @@ func (m *mounts) detach(ctx context.Context, id trivet.VolumeID) error {
 		return fmt.Errorf("detach %s: staged at %s: %w", id, rec.Staged.Path, trivet.ErrInUse)
 	}
 	return m.attacher.hide(ctx, id)
+}
+
+// follow makes the open data paths follow the parameters that the catalogue holds now.
+func (m *mounts) follow() {
+	st := m.attacher.cat.Local()
+	for id, path := range m.attacher.paths() {
+		v, ok := st.Volume(id)
+		if !ok {
+			continue
+		}
+		if err := path.apply(&v); err != nil {
+			m.log.Error("a volume keeps its old settings", "volume", id, "err", err)
+		}
+	}
 }
 
 // sweep closes the groups of attachments that are over. One that is busy is met again at the next

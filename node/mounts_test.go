@@ -395,7 +395,7 @@ func TestReadOnlyAttachment(t *testing.T) {
 	assert.Equal(t, []string{"xfs", "noatime", "ro", "norecovery"}, b.mounter.options[stagingDir])
 	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
 	assert.True(t, b.mounter.ro[targetA])
-	device := b.mounts.attacher.get(vol).device
+	device := b.mounts.attacher.get(vol).path
 	require.ErrorIs(t, device.WriteAt(t.Context(), make([]byte, 4096), 0), trivet.ErrInvalid)
 	require.ErrorIs(t, device.Discard(t.Context(), 0, 4096), trivet.ErrInvalid)
 	require.ErrorIs(t, device.WriteZeroes(t.Context(), 0, 4096), trivet.ErrInvalid)

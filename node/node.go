@@ -253,10 +253,11 @@ func (n *Node) verify() error {
 	return nil
 }
 
-// sweep closes the data paths of attachments that are over.
+// sweep makes data paths follow the catalogue, and closes those of attachments that are over.
 func (n *Node) sweep(ctx context.Context) {
 	for {
 		changed := n.cfg.Catalogue.Changed()
+		n.mounts.follow()
 		n.mounts.sweep()
 		select {
 		case <-ctx.Done():

@@ -177,11 +177,11 @@ func (m *mounts) stats(ctx context.Context, id trivet.VolumeID, path string) (Vo
 		return VolumeStats{}, fmt.Errorf("stats of %s: it is not at %q: %w", id, path, trivet.ErrNotFound)
 	}
 	at := m.attacher.get(id)
-	if at == nil || at.device == nil {
+	if at == nil || at.path == nil {
 		return VolumeStats{}, fmt.Errorf("stats of %s: its device is gone: %w", id, trivet.ErrUnavailable)
 	}
 	if (staged && rec.Staged.Block) || (!staged && rec.Published[i].Block) {
-		return VolumeStats{Block: true, TotalBytes: at.device.Size()}, nil
+		return VolumeStats{Block: true, TotalBytes: at.path.Size()}, nil
 	}
 	return m.usage(ctx, id, path)
 }

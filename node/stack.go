@@ -18,14 +18,37 @@ const (
 	paramReads          = "readConsistency" // absent: ReadStrong
 )
 
-// stack builds the data path above the replicated volume; read it from the kernel device on the left
-// to the Raft group on the right.
-func stack(group trivet.Device, v *meta.Volume) (trivet.Device, error) {
+// path is the data path of one attachment, above the replicated volume: a Device, whose settings follow
+// the volume's parameters while it is open.
+type path struct {
+	trivet.Device // the top of the stack
+
+	throttle *iothrottle.Throttle
+}
+
+// stack builds the data path; read it from the kernel device on the left to the Raft group on the right.
+func stack(group trivet.Device, v *meta.Volume) (*path, error) {
 	limits, err := limitsOf(v.Params)
 	if err != nil {
 		return nil, fmt.Errorf("data path of %s: %w", v.ID, err)
 	}
-	return protect(iothrottle.New(group, limits), v.Attached != nil && v.Attached.ReadOnly), nil
+	throttle := iothrottle.New(group, limits)
+	return &path{
+		Device:   protect(throttle, v.Attached != nil && v.Attached.ReadOnly),
+		throttle: throttle,
+	}, nil
+}
+
+// apply makes the open path follow v's parameters, without a pause.
+func (p *path) apply(v *meta.Volume) error {
+	limits, err := limitsOf(v.Params)
+	if err != nil {
+		return fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	if limits != p.throttle.Limits() {
+		p.throttle.SetLimits(limits)
+	}
+	return nil
 }
 
 // readsOf returns how reads of this attachment may be answered: one that can write sees its own writes,
