@@ -1,5 +1,5 @@
-// Package blockdev shows a trivet.Device as a kernel block device, by a FUSE filesystem of one
-// regular file with a loop device on top, and serves Devices to NBD clients.
+// Package blockdev shows a trivet.Device as a kernel block device, by one of several transports
+// (transport.go), and serves Devices to NBD clients.
 //
 // What it guarantees:
 //   - No page cache below the block device's own: the loop device and the file both use direct
@@ -24,8 +24,6 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/trivet-csi/trivet"
 )
 
@@ -40,6 +38,9 @@ type Config struct {
 
 	// Device to show. The caller still owns it, and keeps it open until Detach has returned.
 	Device trivet.Device
+
+	// Kind of the kernel device; zero = KindAuto.
+	Kind Kind
 
 	// Logger; nil discards.
 	Logger *slog.Logger
@@ -56,6 +57,9 @@ func (c Config) Validate() error {
 	if !filepath.IsAbs(c.RunDir) {
 		return fmt.Errorf("blockdev config: run dir %q is not absolute: %w", c.RunDir, trivet.ErrInvalid)
 	}
+	if _, err := ParseKind(string(c.Kind)); err != nil {
+		return fmt.Errorf("blockdev config: %w", err)
+	}
 	if c.Device == nil {
 		return fmt.Errorf("blockdev config: device is nil: %w", trivet.ErrInvalid)
 	}
@@ -68,31 +72,27 @@ func (c Config) Validate() error {
 // Attachment is a Device shown as a kernel block device. Its methods may be called concurrently.
 type Attachment struct {
 	name   string
-	point  string // of the FUSE file
-	device trivet.Device
-	server *fuseServer
-	loop   loopDevice
+	dev    kernelDev
 	folder *folder
 	log    *slog.Logger
 
-	mu      sync.Mutex
-	ending  *ending // the Detach under way, or the last one
-	closed  bool    // nothing is left
-	loopOff bool    // the loop device was freed
+	mu     sync.Mutex
+	ending *ending // the Detach under way, or the last one
+	closed bool    // nothing is left
 }
 
 // Attach shows cfg.Device as a block device; Path tells which. It returns ErrInUse if an
-// attachment of that name exists, in this process or another. If a dead process left one, its
-// remains are removed first, as Cleanup does. On error nothing is left behind.
+// attachment of that name exists, in this process or another, and ErrUnavailable if the machine has no
+// kernel device of cfg.Kind. If a dead process left one, its remains are removed first, as Cleanup
+// does. On error nothing is left behind.
 func Attach(ctx context.Context, cfg Config) (*Attachment, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	log := cfg.Logger
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	t, err := choose(cfg.Kind)
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", cfg.Name, err)
 	}
-	log = log.With("component", "blockdev", "volume", cfg.Name)
 	path, err := attachmentPath(cfg.RunDir, cfg.Name)
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", cfg.Name, err)
@@ -101,16 +101,27 @@ func Attach(ctx context.Context, cfg Config) (*Attachment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", cfg.Name, err)
 	}
-	if err := cleanFolder(ctx, dir, log); err != nil {
+	s := newSite(cfg, dir)
+	if err := s.clean(ctx); err != nil {
 		dir.unlock()
 		return nil, fmt.Errorf("attach %s: remove what a dead process left: %w", cfg.Name, err)
 	}
-	a := &Attachment{name: cfg.Name, point: dir.file(deviceName), device: cfg.Device, folder: dir, log: log}
-	if err := a.open(ctx); err != nil {
+	dev, err := t.attach(ctx, s)
+	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", cfg.Name, errors.Join(err, dir.remove()))
 	}
-	log.Info("attached", "device", a.Path(), "size", cfg.Device.Size())
-	return a, nil
+	s.log.Info("attached", "device", dev.path(), "size", cfg.Device.Size())
+	return &Attachment{name: cfg.Name, dev: dev, folder: dir, log: s.log}, nil
+}
+
+func newSite(cfg Config, dir *folder) *site {
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &site{
+		name: cfg.Name, device: cfg.Device, folder: dir, log: log.With("component", "blockdev", "volume", cfg.Name),
+	}
 }
 
 // attachmentPath makes RunDir and returns the attachment's folder, free of symbolic links, as
@@ -126,74 +137,14 @@ func attachmentPath(runDir, name string) (string, error) {
 	return filepath.Join(real, name), nil
 }
 
-// open mounts the file, serves it and configures the loop device. On error it has undone all
-// but the folder.
-func (a *Attachment) open(ctx context.Context) (err error) {
-	_, tick, err := processState(os.Getpid())
-	if err != nil {
-		return err
-	}
-	rec := record{
-		Version: recordVersion, Name: a.name, Point: a.point, Loop: noLoop,
-		BootID: bootID(), PID: os.Getpid(), StartTick: tick,
-	}
-	if err := os.WriteFile(a.point, nil, 0o600); err != nil {
-		return fmt.Errorf("make mount point: %w", err)
-	}
-	if err := a.folder.write(rec); err != nil {
-		return err
-	}
-	if err := a.serve(ctx); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			// Whatever ctx says, leave nothing behind.
-			err = errors.Join(err, a.endServer(context.WithoutCancel(ctx)))
-		}
-	}()
-	file, err := openFile(a.point)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = unix.Close(file) }() // nothing was written
-	a.loop, err = configureLoop(ctx, file, loopTag(a.name), func(number int) error {
-		rec.Loop = number
-		return a.folder.write(rec)
-	})
-	return err
-}
-
-// serve mounts the FUSE file and waits until the kernel has greeted the server.
-func (a *Attachment) serve(ctx context.Context) error {
-	fd, err := mountFuse(a.name, a.point)
-	if err != nil {
-		return err
-	}
-	a.server, err = newFuseServer(fd, a.device, a.log)
-	if err != nil {
-		return errors.Join(err, unmountFuse(ctx, a.point))
-	}
-	a.server.start(context.WithoutCancel(ctx)) // lives until Detach
-	select {
-	case <-a.server.inited: // before, a loop device would see no file, or an empty one
-		return nil
-	case <-a.server.ended:
-		err = a.server.err()
-	case <-ctx.Done():
-		err = context.Cause(ctx)
-	}
-	return errors.Join(fmt.Errorf("wait for the kernel: %w", err), a.endServer(context.WithoutCancel(ctx)))
-}
-
 // Path returns the block device, such as /dev/loop3. After Detach another may get it.
-func (a *Attachment) Path() string { return a.loop.path() }
+func (a *Attachment) Path() string { return a.dev.path() }
 
 // Err returns nil while the attachment works. It returns why once it is dead, for good: ErrFenced, or
 // that the connection to the kernel was cut. A dead attachment answers EIO; unmount what is
 // mounted on it, expect to have lost what was not fsynced, and Detach. After Detach: ErrClosed.
 func (a *Attachment) Err() error {
-	if err := a.server.err(); err != nil {
+	if err := a.dev.err(); err != nil {
 		return fmt.Errorf("attachment %s: %w", a.name, err)
 	}
 	a.mu.Lock()
@@ -213,19 +164,8 @@ func (a *Attachment) Grow(ctx context.Context) error {
 	if err := a.Err(); err != nil {
 		return fmt.Errorf("grow: %w", err)
 	}
-	want := a.device.Size()
-	file, _, err := fileSize(a.point)
-	if err != nil {
+	if err := a.dev.grow(ctx); err != nil {
 		return fmt.Errorf("grow %s: %w", a.name, err)
 	}
-	got, err := growLoop(a.loop)
-	if err != nil {
-		return fmt.Errorf("grow %s: %w", a.name, err)
-	}
-	if got < want {
-		return fmt.Errorf("grow %s: device has %d bytes, file %d, loop device %d: %w",
-			a.name, want, file, got, trivet.ErrUnavailable)
-	}
-	a.log.Info("grown", "device", a.Path(), "size", got)
 	return nil
 }

@@ -411,19 +411,3 @@ junk
 	}
 	require.Equal(t, []string{"/mnt", "/pods/x/dev", `/mnt/\04`}, points)
 }
-
-// FuzzDecodeRecord: a record is acted on as root, so only a matching one may pass.
-func FuzzDecodeRecord(f *testing.F) {
-	f.Add([]byte(`{"version":1,"name":"v","point":"/r/v/device","loop":3,"bootId":"x","pid":1,"startTick":9}`))
-	f.Add([]byte(`{"version":1,"name":"v","point":"/etc","loop":3}`))
-	f.Add([]byte(`{"version":2}`))
-	f.Add([]byte(`{`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := decodeRecord(b, "v", "/r/v/device")
-		if err == nil {
-			require.Equal(t, "v", r.Name)
-			require.Equal(t, "/r/v/device", r.Point)
-			require.GreaterOrEqual(t, r.Loop, noLoop)
-		}
-	})
-}

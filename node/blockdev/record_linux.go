@@ -17,30 +17,31 @@ import (
 
 // Each attachment has a folder RunDir/<name>:
 //
-//	device       the FUSE file, mounted over an empty file
+//	device       of the transport fuse: its file, mounted over an empty one
 //	record.json  what the kernel was made to hold; replaced by rename, written before the act
 //	lock         held with flock(2) while the process that made the attachment lives
 const (
 	deviceName    = "device"
 	recordName    = "record.json"
 	lockName      = "lock"
-	recordVersion = 1
+	recordVersion = 2
 	recordMax     = 64 << 10 // bytes
-	noLoop        = -1
 
 	bootIDPath = "/proc/sys/kernel/random/boot_id"
 )
 
-// record is what Cleanup needs to undo an attachment. The kernel's state dies with the boot, so
-// the file need not be durable, only whole.
+// record is what another process needs to undo or resume an attachment. The kernel's state dies with
+// the boot, so the file need not be durable, only whole.
+//
+// Version 1 knew fuse only and had the members of fuseState beside the others; it is still read.
 type record struct {
-	Version   int    `json:"version"`
-	Name      string `json:"name"`
-	Point     string `json:"point"` // where the FUSE file is mounted
-	Loop      int    `json:"loop"`  // number of the loop device that was, or was about to be, configured
-	BootID    string `json:"bootId"`
-	PID       int    `json:"pid"`       // in the pid namespace of the writer
-	StartTick uint64 `json:"startTick"` // of the process, in clock ticks since boot
+	Version   int             `json:"version"`
+	Kind      Kind            `json:"kind"` // of the transport
+	Name      string          `json:"name"`
+	BootID    string          `json:"bootId"`
+	PID       int             `json:"pid"`       // in the pid namespace of the writer
+	StartTick uint64          `json:"startTick"` // of the process, in clock ticks since boot
+	State     json.RawMessage `json:"state"`     // of the transport
 }
 
 // folder is an attachment's folder, locked.
@@ -51,6 +52,8 @@ type folder struct {
 }
 
 func (f *folder) file(name string) string { return filepath.Join(f.path, name) }
+
+func (f *folder) name() string { return filepath.Base(f.path) }
 
 // errAlive is returned by lockFolder if the process that made the attachment lives.
 var errAlive = fmt.Errorf("its process is alive: %w", trivet.ErrInUse)
@@ -125,22 +128,27 @@ func (f *folder) read() (record, error) {
 	if err != nil {
 		return r, fmt.Errorf("read attachment record: %w", err)
 	}
-	return decodeRecord(b, filepath.Base(f.path), f.file(deviceName))
+	return decodeRecord(b, f.name())
 }
 
-// decodeRecord decodes a record and checks that it belongs to the attachment called name whose
-// FUSE file is at point: what it says is unmounted and freed by root.
-func decodeRecord(b []byte, name, point string) (record, error) {
+// decodeRecord decodes a record and checks that it belongs to the attachment called name. A program
+// older than the record refuses it (ErrInvalid) and touches nothing (H36).
+func decodeRecord(b []byte, name string) (record, error) {
 	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
 		return r, fmt.Errorf("decode attachment record: %w: %w", err, trivet.ErrCorrupt)
 	}
-	if r.Version != recordVersion {
-		return r, fmt.Errorf("attachment record: version %d, want %d: %w", r.Version, recordVersion, trivet.ErrInvalid)
+	switch r.Version {
+	case 1:
+		r.Kind, r.State = KindFUSE, b
+	case recordVersion:
+	default:
+		return r, fmt.Errorf("attachment record: version %d, this program reads 1 to %d: %w",
+			r.Version, recordVersion, trivet.ErrInvalid)
 	}
-	if r.Name != name || r.Point != point || r.Loop < noLoop {
-		return r, fmt.Errorf("attachment record of %q at %q, loop %d: in the folder of %q at %q: %w",
-			r.Name, r.Point, r.Loop, name, point, trivet.ErrCorrupt)
+	if k, err := ParseKind(string(r.Kind)); err != nil || k == KindAuto || r.Name != name {
+		return r, fmt.Errorf("attachment record of %q by %q: in the folder of %q: %w", r.Name, r.Kind, name,
+			trivet.ErrCorrupt)
 	}
 	return r, nil
 }
