@@ -47,6 +47,10 @@ var mayImport = map[string][]string{
 	"internal/sim":   {"engine", "engine/segment", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},
 	"internal/chaos": {},
+	"internal/vm":        {"internal/vm/plan"},
+	"internal/vm/guest":  {"internal/vm/plan"},
+	"internal/vm/plan":   {},
+	"internal/vm/vmtest": {"internal/vm"},
 	"internal/replbench": {
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
 	},
@@ -84,7 +88,7 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
+		"internal/faultdev", "internal/vm/guest", "node", "node/blockdev", "replication/raftgroup",
 		"replication/transport",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
