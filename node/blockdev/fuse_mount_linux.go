@@ -94,6 +94,9 @@ func fileSize(point string) (sizeBytes int64, dev uint64, err error) {
 // whether the file is ready, which asks our server, which waits in that poller. To spare other
 // code in this process the same deadlock, openFile asks once itself, by an ordinary system
 // call: the server says ENOSYS, and the kernel never asks again.
+//
+// It asks for the size too: before Linux 6.16 the loop driver takes the size that the kernel holds for the
+// file, which is zero until somebody asked the server (drivers/block/loop.c: get_loop_size).
 func openFile(point string) (int, error) {
 	fd, err := unix.Open(point, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -101,6 +104,10 @@ func openFile(point string) (int, error) {
 	}
 	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil && err != unix.EINTR {
 		return -1, errors.Join(fmt.Errorf("poll fuse file: %w", err), unix.Close(fd))
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return -1, errors.Join(fmt.Errorf("stat fuse file: %w", err), unix.Close(fd))
 	}
 	return fd, nil
 }
