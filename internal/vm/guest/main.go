@@ -18,14 +18,14 @@ import (
 )
 
 // mounts of the guest. /dev/shm and /tmp are what shared memory and t.TempDir need.
-var mounts = []struct{ fstype, target string }{
-	{"proc", "/proc"},
-	{"sysfs", "/sys"},
-	{"devtmpfs", "/dev"},
-	{"tmpfs", "/dev/shm"},
-	{"tmpfs", "/tmp"},
-	{"tmpfs", "/run"},
-	{"fusectl", "/sys/fs/fuse/connections"},
+var mounts = []struct{ fstype, target, options string }{
+	{"proc", "/proc", ""},
+	{"sysfs", "/sys", ""},
+	{"devtmpfs", "/dev", ""},
+	{"tmpfs", "/dev/shm", "size=80%"},
+	{"tmpfs", "/tmp", "size=80%"},
+	{"tmpfs", "/run", "size=80%"},
+	{"fusectl", "/sys/fs/fuse/connections", ""},
 }
 
 func main() {
@@ -46,7 +46,7 @@ func run(ctx context.Context, out io.Writer) (fails int) {
 		}
 	}
 	for _, m := range mounts {
-		report("mount "+m.target, mount(m.fstype, m.target))
+		report("mount "+m.target, mount(m.fstype, m.target, m.options))
 	}
 	p, err := readPlan()
 	report("plan", err)
@@ -68,13 +68,13 @@ func run(ctx context.Context, out io.Writer) (fails int) {
 }
 
 // mount mounts one filesystem. One that the kernel does not have (fusectl) is left out.
-func mount(fstype, target string) error {
+func mount(fstype, target, options string) error {
 	if err := os.MkdirAll(target, 0o755); errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 		return nil // inside sysfs: the kernel would have made it
 	} else if err != nil {
 		return err
 	}
-	return unix.Mount(fstype, target, fstype, 0, "")
+	return unix.Mount(fstype, target, fstype, 0, options)
 }
 
 func readPlan() (plan.Plan, error) {

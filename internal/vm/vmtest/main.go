@@ -76,6 +76,7 @@ func run(ctx context.Context, o *options) (int, error) {
 	defer func() { _ = os.RemoveAll(dir) }() // temporary, and nobody reads it any more
 	im := &vm.Image{
 		Kernel: kernel, Init: filepath.Join(dir, "init"), Modules: modules, Programs: programs, Files: map[string]string{},
+		Env: []string{"TRIVET_VM_GUEST=1"}, // what may be missing elsewhere must be there
 	}
 	if err := goTool(ctx, "build", "-ldflags=-s -w", "-o", im.Init, guest); err != nil {
 		return 0, err
