@@ -18,7 +18,7 @@ import (
 const qemu = "qemu-system-x86_64"
 
 const (
-	memoryMiB = 1024
+	memoryMiB = 1536
 	cpusN     = 2
 )
 

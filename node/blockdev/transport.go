@@ -21,8 +21,9 @@ const (
 	KindFUSE Kind = "fuse" // a FUSE file with a loop device on top, /dev/loopN
 )
 
-// preference is what KindAuto tries, the best first.
-var preference = []Kind{KindUblk, KindNBD, KindFUSE}
+// preference is what KindAuto tries, the best first. KindUblk has to be asked for until it has run for
+// longer, and cannot grow before Linux 6.16 (docs/decisions/0019).
+var preference = []Kind{KindNBD, KindFUSE}
 
 // transportOf returns the transport of a kind, nil if this build has none. It is the one place where
 // a transport is entered.
@@ -30,7 +31,9 @@ func transportOf(k Kind) transport {
 	switch k {
 	case KindFUSE:
 		return fuseTransport{}
-	case KindAuto, KindUblk, KindNBD:
+	case KindNBD:
+		return nbdTransport{}
+	case KindAuto, KindUblk:
 	}
 	return nil
 }
