@@ -33,7 +33,9 @@ func transportOf(k Kind) transport {
 		return fuseTransport{}
 	case KindNBD:
 		return nbdTransport{}
-	case KindAuto, KindUblk:
+	case KindUblk:
+		return ublkTransport{}
+	case KindAuto:
 	}
 	return nil
 }

@@ -31,7 +31,7 @@ const (
 )
 
 // vmKinds are the transports that the kernel serves without a keeper.
-var vmKinds = []Kind{KindNBD}
+var vmKinds = []Kind{KindNBD, KindUblk}
 
 // eachKind runs a test for each transport that the machine has.
 func eachKind(t *testing.T, test func(t *testing.T, kind Kind)) {
