@@ -47,6 +47,7 @@ var mayImport = map[string][]string{
 	"internal/sim":   {"engine", "engine/segment", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},
 	"internal/chaos": {},
+	"internal/bench": {},
 	"internal/replbench": {
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
 	},
