@@ -12,7 +12,7 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-replication fuzz sim sim-long chaos models image e2e-build \
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-replication fuzz sim sim-long chaos models image e2e-build \
 	e2e-smoke tools deps clean
 
 help: ## print this list
@@ -58,7 +58,11 @@ demo: build ## three servers, one volume, the death of its leader (root; at most
 	$(GO) build -o $(BIN)/demo ./internal/demo
 	$(BIN)/demo -trivet $(BIN)/trivet
 
-bench: ## run the Go benchmarks
+bench: build ## measure against peers into docs/benchmarks.md; idle machine, root, 40 minutes: make bench QUICK=1 PEERS=ceph
+	$(GO) build -o $(BIN)/bench ./internal/bench
+	$(BIN)/bench -trivet $(BIN)/trivet $(if $(QUICK),-quick) $(if $(PEERS),-peers $(PEERS)) $(BENCH)
+
+bench-go: ## run the Go benchmarks
 	$(GO) test -run '^$$' -bench . -benchtime 1s $(PKGS)
 
 fuzz: ## run every fuzz target for FUZZTIME (default 20s)
@@ -93,7 +97,7 @@ tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS
 
 deps: ## install what the tests need beyond Go (Debian, root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-		e2fsprogs xfsprogs util-linux fio libnbd-bin qemu-utils protobuf-compiler iproute2 nftables spin gcc >/dev/null
+		e2fsprogs xfsprogs util-linux fio libnbd-bin nbdkit qemu-utils protobuf-compiler iproute2 nftables spin gcc >/dev/null
 
 clean: ## remove what make built
 	rm -rf $(BIN)

@@ -1673,7 +1673,11 @@ func (x *DetachVolumeRequest) GetForce() bool {
 type ServeVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`                  // path of a unix socket; exactly one of socket and listen is given
+	Listen        string                 `protobuf:"bytes,3,opt,name=listen,proto3" json:"listen,omitempty"`                  // host:port, always with TLS that both ends authenticate
+	TlsCert       string                 `protobuf:"bytes,4,opt,name=tls_cert,json=tlsCert,proto3" json:"tls_cert,omitempty"` // files on the server: certificate and key, and the CA that signs clients; all or
+	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`    // none. Without them the server uses its own certificate, and clients those of
+	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`       // the cluster's CA with the role client or node.
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1722,9 +1726,37 @@ func (x *ServeVolumeRequest) GetSocket() string {
 	return ""
 }
 
+func (x *ServeVolumeRequest) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+func (x *ServeVolumeRequest) GetTlsCert() string {
+	if x != nil {
+		return x.TlsCert
+	}
+	return ""
+}
+
+func (x *ServeVolumeRequest) GetTlsKey() string {
+	if x != nil {
+		return x.TlsKey
+	}
+	return ""
+}
+
+func (x *ServeVolumeRequest) GetTlsCa() string {
+	if x != nil {
+		return x.TlsCa
+	}
+	return ""
+}
+
 type ServeVolumeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uri           string                 `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"` // nbd+unix:///NAME?socket=PATH
+	Uri           string                 `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"` // nbd+unix:///NAME?socket=PATH or nbds://HOST:PORT/NAME
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1905,10 +1937,14 @@ const file_admin_proto_rawDesc = "" +
 	"\x06device\x18\x02 \x01(\tR\x06device\"?\n" +
 	"\x13DetachVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"@\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\xa3\x01\n" +
 	"\x12ServeVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06socket\x18\x02 \x01(\tR\x06socket\"'\n" +
+	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
+	"\x06listen\x18\x03 \x01(\tR\x06listen\x12\x19\n" +
+	"\btls_cert\x18\x04 \x01(\tR\atlsCert\x12\x17\n" +
+	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
+	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri2\xef\n" +
 	"\n" +

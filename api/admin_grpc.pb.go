@@ -80,8 +80,9 @@ type AdminClient interface {
 	// DetachVolume ends the attachment to the server that is asked; with force, of whichever node
 	// holds it, which is then fenced even if it is dead.
 	DetachVolume(ctx context.Context, in *DetachVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
-	// ServeVolume attaches a volume to the server that is asked and serves it by NBD on a unix
-	// socket there, for as long as the call lasts. The first message says that it listens.
+	// ServeVolume attaches a volume to the server that is asked and serves it by NBD there, on a unix
+	// socket or on the network with TLS, for as long as the call lasts. The first message says that it
+	// listens.
 	ServeVolume(ctx context.Context, in *ServeVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ServeVolumeResponse], error)
 }
 
@@ -320,8 +321,9 @@ type AdminServer interface {
 	// DetachVolume ends the attachment to the server that is asked; with force, of whichever node
 	// holds it, which is then fenced even if it is dead.
 	DetachVolume(context.Context, *DetachVolumeRequest) (*Volume, error)
-	// ServeVolume attaches a volume to the server that is asked and serves it by NBD on a unix
-	// socket there, for as long as the call lasts. The first message says that it listens.
+	// ServeVolume attaches a volume to the server that is asked and serves it by NBD there, on a unix
+	// socket or on the network with TLS, for as long as the call lasts. The first message says that it
+	// listens.
 	ServeVolume(*ServeVolumeRequest, grpc.ServerStreamingServer[ServeVolumeResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }

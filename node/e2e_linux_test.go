@@ -456,15 +456,15 @@ func TestEndToEndNBD(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	socket := c.path(1, "nbd.sock")
 	greeting := make([]byte, 8)
-	err := c.nodes[1].ServeNBD(ctx, vol, socket, func() error {
+	err := c.nodes[1].ServeNBD(ctx, vol, NBDService{Socket: socket, Ready: func(_ string, at net.Addr) error {
 		defer cancel()
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		conn, err := new(net.Dialer).DialContext(ctx, at.Network(), at.String())
 		if err != nil {
 			return err
 		}
 		_, err = io.ReadFull(conn, greeting)
 		return errors.Join(err, conn.Close())
-	})
+	}})
 	require.NoError(t, err)
 	assert.Equal(t, "NBDMAGIC", string(greeting))
 	require.NoFileExists(t, socket)

@@ -23,20 +23,21 @@ func (m *mounts) attach(ctx context.Context, id trivet.VolumeID) (string, error)
 	return m.attacher.showKernel(ctx, id, at)
 }
 
-// openNBD opens a volume, counts one more NBD server on it, and returns its data path and name.
-func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device, string, error) {
+// openNBD opens a volume, counts one more NBD server on it, and returns its data path, its name and
+// whether it is read-only here.
+func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device, string, bool, error) {
 	unlock, err := m.ops.try(id)
 	if err != nil {
-		return nil, "", fmt.Errorf("serve: %w", err)
+		return nil, "", false, fmt.Errorf("serve: %w", err)
 	}
 	defer unlock()
 	at, err := m.openHeld(ctx, id)
 	if err != nil {
-		return nil, "", err
+		return nil, "", false, err
 	}
 	v, _ := m.attacher.cat.Local().Volume(id) // it was waited for
 	m.attacher.useNBD(id, 1)
-	return at.path, v.Name, nil
+	return at.path, v.Name, v.Attached != nil && v.Attached.ReadOnly, nil
 }
 
 func (m *mounts) openHeld(ctx context.Context, id trivet.VolumeID) (*attached, error) {

@@ -2,11 +2,9 @@ package node
 
 import (
 	"context"
-	"encoding/binary"
+	"crypto/tls"
 	"fmt"
-	"io"
 	"net"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -14,69 +12,63 @@ import (
 	"github.com/trivet-csi/trivet/node/blockdev"
 )
 
-// ServeNBD serves the volume at a unix socket, which it makes, until ctx ends; then it returns nil.
-// The export is called like the volume. ready, unless nil, is called once clients can connect; its
-// error ends the service. The volume may be staged or attached at the same time: both show the same
-// device. Errors are those of Stage.
-func (n *Node) ServeNBD(ctx context.Context, id trivet.VolumeID, socket string, ready func() error) error {
-	device, name, err := n.mounts.openNBD(ctx, id)
+// NBDService says where a volume is served by NBD: at a unix socket or at an address of the network.
+type NBDService struct {
+	Socket string // path of a unix socket, which is made; empty: Listen
+	Listen string // host:port; port 0 takes a free one
+
+	// TLS is what clients have to start first, and it decides who may. REQUIRED with Listen.
+	TLS *tls.Config
+
+	// Ready, unless nil, is called once clients can connect, with the export's name and where the server
+	// listens; its error ends the service.
+	Ready func(export string, at net.Addr) error
+}
+
+// ServeNBD serves the volume by NBD until ctx ends; then it returns nil. The export is called like the
+// volume. The volume may be staged or attached at the same time: both show the same device. Errors are
+// those of Stage; ErrInvalid for a service on the network without TLS.
+func (n *Node) ServeNBD(ctx context.Context, id trivet.VolumeID, s NBDService) error {
+	device, name, readOnly, err := n.mounts.openNBD(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer n.mounts.attacher.useNBD(id, -1)
+	ln, err := s.listen(ctx)
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", id, err)
+	}
 	group, serving := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		err := blockdev.ServeNBD(serving, socket, name, device, n.cfg.Logger)
+		err := blockdev.ServeNBD(serving, ln, blockdev.NBDConfig{
+			Export: name, Device: device, ReadOnly: readOnly, TLS: s.TLS, Logger: n.cfg.Logger,
+		})
 		if err == nil && ctx.Err() == nil && serving.Err() == nil {
 			err = trivet.ErrClosed
 		}
 		return err
 	})
-	if ready != nil {
-		group.Go(func() error {
-			if err := awaitSocket(serving, socket); err != nil {
-				return nil //nolint:nilerr // the server ended before anybody could connect, and says why
-			}
-			return ready()
-		})
+	if s.Ready != nil {
+		group.Go(func() error { return s.Ready(name, ln.Addr()) })
 	}
 	if err := group.Wait(); err != nil && ctx.Err() == nil {
-		return fmt.Errorf("serve %s at %s: %w", id, socket, err)
+		return fmt.Errorf("serve %s: %w", id, err)
 	}
 	return nil
 }
 
-// awaitSocket waits until an NBD server answers at a unix socket. It takes its leave as the protocol
-// has it (NBD_OPT_ABORT), or the server would log a client that broke off.
-func awaitSocket(ctx context.Context, socket string) error {
-	const (
-		askEvery      = 10 * time.Millisecond
-		greetingBytes = 18 // NBDMAGIC, IHAVEOPT, flags
-		clientFlags   = 1  // fixed newstyle
-		ihaveopt      = 0x49484156454F5054
-		optAbort      = 2
-	)
-	var d net.Dialer
-	for {
-		conn, err := d.DialContext(ctx, "unix", socket)
-		if err == nil {
-			defer conn.Close() //nolint:errcheck // said goodbye
-			if _, err := io.CopyN(io.Discard, conn, greetingBytes); err != nil {
-				return err
-			}
-			bye := binary.BigEndian.AppendUint32(nil, clientFlags)
-			bye = binary.BigEndian.AppendUint64(bye, ihaveopt)
-			bye = binary.BigEndian.AppendUint64(bye, optAbort<<32) // and no data
-			if _, err := conn.Write(bye); err != nil {
-				return err
-			}
-			_, err = io.Copy(io.Discard, conn) // its answer
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(askEvery):
-		}
+// listen makes the listener.
+func (s *NBDService) listen(ctx context.Context) (net.Listener, error) {
+	if s.Socket != "" {
+		return blockdev.ListenNBD(ctx, s.Socket)
 	}
+	if s.TLS == nil {
+		return nil, fmt.Errorf("at %s: nothing is served on a network without TLS: %w", s.Listen, trivet.ErrInvalid)
+	}
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp", s.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen at %s: %w: %w", s.Listen, err, trivet.ErrInvalid)
+	}
+	return ln, nil
 }

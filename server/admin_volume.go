@@ -4,11 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
-	"path/filepath"
 	"time"
-
-	"google.golang.org/grpc"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
@@ -261,33 +257,4 @@ func (a *admin) DetachVolume(ctx context.Context, r *api.DetachVolumeRequest) (*
 		return nil, err
 	}
 	return a.show(ctx, v.ID)
-}
-
-// detachTimeout bounds the detach after a client of ServeVolume has gone.
-const detachTimeout = time.Minute
-
-// ServeVolume implements api.AdminServer.
-func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreamingServer[api.ServeVolumeResponse],
-) error {
-	ctx := stream.Context()
-	if !filepath.IsAbs(r.GetSocket()) {
-		return fmt.Errorf("socket %q: want an absolute path: %w", r.GetSocket(), trivet.ErrInvalid)
-	}
-	n, err := a.s.node()
-	if err != nil {
-		return err
-	}
-	v, err := a.attach(ctx, r.GetName())
-	if err != nil {
-		return err
-	}
-	socket := url.URL{Path: r.GetSocket()} // escaped as a path: slashes stay readable
-	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: "socket=" + socket.EscapedPath()}
-	serveErr := n.ServeNBD(ctx, v.ID, r.GetSocket(), func() error {
-		return stream.Send(&api.ServeVolumeResponse{Uri: uri.String()})
-	})
-	// The client is gone, so its context is too: the detach gets one of its own.
-	detach, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTimeout)
-	defer cancel()
-	return errors.Join(serveErr, a.s.controller.Detach(detach, v.ID, a.s.cfg.Node))
 }

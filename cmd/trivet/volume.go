@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -227,45 +225,4 @@ func newVolumeReclaim(o *options) *cobra.Command {
 		func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 			return c.ReclaimVolume(ctx, &api.ReclaimVolumeRequest{Name: args[0], Policy: args[1]})
 		})
-}
-
-func newVolumeServe(o *options) *cobra.Command {
-	var socket string
-	cmd := &cobra.Command{
-		Use:   "serve NAME --socket PATH",
-		Short: "Attach a volume and serve it by NBD on a unix socket of the server until interrupted",
-		Example: "  trivet volume serve db --socket /run/db.sock &\n" +
-			"  fio --ioengine=nbd --uri='nbd+unix:///db?socket=/run/db.sock' --name=t --rw=randwrite --bs=4k --size=64m",
-		Args: exactArgs("NAME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := o.dial(o.server)
-			if err != nil {
-				return err
-			}
-			defer c.conn.Close()
-			stream, err := c.ServeVolume(cmd.Context(), &api.ServeVolumeRequest{Name: args[0], Socket: socket})
-			if err != nil {
-				return err
-			}
-			for {
-				resp, err := stream.Recv()
-				if errors.Is(err, io.EOF) || cmd.Context().Err() != nil {
-					return nil // interrupted, as intended: the server detaches
-				}
-				if err != nil {
-					return err
-				}
-				err = o.show(cmd.OutOrStdout(), map[string]string{"uri": resp.GetUri()},
-					table{rows: [][]string{{"serving " + resp.GetUri()}}})
-				if err != nil {
-					return err
-				}
-			}
-		},
-	}
-	cmd.Flags().StringVar(&socket, "socket", "", "path of the unix socket, on the server's machine")
-	if err := cmd.MarkFlagRequired("socket"); err != nil {
-		panic(err) // the flag is defined two lines above
-	}
-	return cmd
 }

@@ -51,6 +51,7 @@ var mayImport = map[string][]string{
 	"internal/vm/guest":  {"internal/vm/plan"},
 	"internal/vm/plan":   {},
 	"internal/vm/vmtest": {"internal/vm"},
+	"internal/bench":     {},
 	"internal/replbench": {
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
 	},

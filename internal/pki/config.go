@@ -39,6 +39,22 @@ func (c *Credentials) ServerConfig(protocols Protocols) *tls.Config {
 	return cfg
 }
 
+// ForeignServerConfig returns the configuration of a listener for a protocol whose clients know no
+// ALPN, such as NBD. It accepts TLS 1.3 only, with a certificate of the own cluster and one of the
+// given roles. A client that offers protocols is not refused: none is negotiated. REQUIRES: the own
+// role is RoleNode.
+func (c *Credentials) ForeignServerConfig(roles ...Role) *tls.Config {
+	roles = slices.Clone(roles)
+	cfg := baseConfig()
+	cfg.ClientAuth = tls.RequireAnyClientCert // VerifyConnection does the rest, as in ServerConfig
+	cfg.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &c.use().pair, nil }
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		_, err := c.verify(cs, x509.ExtKeyUsageClientAuth, roles)
+		return err
+	}
+	return cfg
+}
+
 // ClientConfig returns the configuration to dial a node, whatever its address: the handshake fails
 // unless the far end proves to be that node of the own cluster. An empty node means any node.
 func (c *Credentials) ClientConfig(node trivet.NodeID, protocols ...string) *tls.Config {

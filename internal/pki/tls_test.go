@@ -339,3 +339,37 @@ func TestNoResumption(t *testing.T) {
 		assert.False(t, resumed)
 	}
 }
+
+// A listener for a protocol without ALPN checks everything else (S1, S4, S15).
+func TestForeignServer(t *testing.T) {
+	caA, caB := newCA(t, clusterA), newCA(t, clusterB)
+	server := open(t, dirOf(t, caA, pki.RoleNode, "n1", pki.For(time.Hour)), pki.RoleNode)
+	pair := func(ca *pki.CA, role pki.Role, v pki.Validity) *tls.Certificate {
+		p := keyPair(t, issue(t, ca, role, "x", v))
+		return &p
+	}
+	past := pki.Validity{From: time.Now().Add(-2 * time.Hour), Until: time.Now().Add(-time.Hour)}
+	tls12 := rogue(pair(caA, pki.RoleClient, pki.For(time.Hour)))
+	tls12.MaxVersion = tls.VersionTLS12
+	for name, tt := range map[string]struct {
+		client *tls.Config
+		want   string
+	}{
+		"client":         {rogue(pair(caA, pki.RoleClient, pki.For(time.Hour))), ""},
+		"with protocols": {rogue(pair(caA, pki.RoleClient, pki.For(time.Hour)), "nbd"), ""},
+		"other role":     {rogue(pair(caA, pki.RoleNode, pki.For(time.Hour))), "has role node, want one of [client]"},
+		"no certificate": {rogue(nil), "didn't provide a certificate"},
+		"other cluster":  {rogue(pair(caB, pki.RoleClient, pki.For(time.Hour))), "is of cluster"},
+		"expired":        {rogue(pair(caA, pki.RoleClient, past)), "expired: at"},
+		"tls 1.2":        {tls12, "unsupported versions"},
+	} {
+		out := connect(t, server.ForeignServerConfig(pki.RoleClient), dialTLS(t, tt.client))
+		if tt.want == "" {
+			require.NoError(t, out.server, name)
+			require.NoError(t, out.client, name)
+			continue
+		}
+		require.ErrorContains(t, out.server, tt.want, name)
+		assert.Zero(t, out.payload, name)
+	}
+}

@@ -1,9 +1,12 @@
 package blockdev
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -18,42 +21,68 @@ import (
 )
 
 const (
-	// nbdConnsMax connections are served at once; more are closed on arrival. Each has buffers
-	// of its own, so that a client which stalls in mid-request starves nobody else.
-	nbdConnsMax = 16
+	// nbdClientsMax clients are served at once; more are refused at the end of their handshake. Each has
+	// buffers of its own, so that a client which stalls in mid-request starves nobody else.
+	nbdClientsMax = 16
 
-	// nbdHandshakeWait is how long a client may take to negotiate.
+	// nbdGreetedMax connections negotiate at once. Who they are is not known yet, so none of them may
+	// keep others out: one more ends the oldest.
+	nbdGreetedMax = 64
+
+	// nbdHandshakeWait is how long a client may take to negotiate, TLS included.
 	nbdHandshakeWait = 10 * time.Second
 
 	// nbdAcceptPause is how long to wait when the process is out of descriptors.
 	nbdAcceptPause = 100 * time.Millisecond
 )
 
-// ServeNBD listens on a unix socket and serves dev under the name export, and as the default
-// export, to NBD clients until ctx ends; then it returns nil, with all requests ended. The
-// protocol is the fixed newstyle with simple replies; requests are whole 4 KiB blocks of at most
-// 1 MiB. A client that breaks the protocol loses its connection; others do not notice.
+// NBDConfig says what to serve, and how it is called.
+type NBDConfig struct {
+	// Export is the export's name; clients may also ask for the default export.
+	Export string
+
+	// Device to serve. The caller keeps it open until ServeNBD has returned. If it is an Allocator,
+	// block status tells clients what is not allocated.
+	Device trivet.Device
+
+	// ReadOnly refuses, with EPERM, whatever changes the Device.
+	ReadOnly bool
+
+	// TLS is what clients must start before anything else; it decides who may. Nil: without TLS, which
+	// only a unix socket may do.
+	TLS *tls.Config
+
+	// Logger; nil discards.
+	Logger *slog.Logger
+}
+
+// ServeNBD serves a Device to the NBD clients of a listener until ctx ends; then it returns nil, with
+// all requests ended. It closes ln in any case. ErrInvalid for a configuration that cannot be.
 //
-// The socket is for this user only (mode 0600) and goes when ServeNBD returns. A socket that
-// nobody listens on is replaced; with a listener it is ErrInUse, and anything else in its place
-// is ErrExists. log may be nil.
-func ServeNBD(ctx context.Context, socket, export string, dev trivet.Device, log *slog.Logger) error {
+// The protocol is the fixed newstyle with structured replies, extended headers, base:allocation and
+// TLS as clients like it. Requests are whole 4 KiB blocks, reads and writes of at most 32 MiB. A client
+// that breaks the protocol, or stalls within a request, loses its connection; others do not notice.
+func ServeNBD(ctx context.Context, ln net.Listener, cfg NBDConfig) error {
+	defer ln.Close() //nolint:errcheck // at the latest; acceptLoop reports
+	switch {
+	case len(cfg.Export) > nbdNameBytesMax:
+		return fmt.Errorf("serve nbd: export name of %d bytes: %w", len(cfg.Export), trivet.ErrInvalid)
+	case cfg.TLS == nil && ln.Addr().Network() != "unix":
+		return fmt.Errorf("serve nbd at %s: without tls on a network: %w", ln.Addr(), trivet.ErrInvalid)
+	}
+	log := cfg.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	if len(export) > nbdNameBytesMax {
-		return fmt.Errorf("serve nbd: export name of %d bytes: %w", len(export), trivet.ErrInvalid)
+	s := &nbdServer{
+		export: nbdExport{name: cfg.Export, device: cfg.Device, readOnly: cfg.ReadOnly}, tls: cfg.TLS,
+		log:   log.With("component", "nbd", "volume", cfg.Export),
+		slots: make(chan struct{}, nbdClientsMax),
 	}
-	ln, err := listenUnix(ctx, socket)
-	if err != nil {
-		return fmt.Errorf("serve nbd on %s: %w", socket, err)
-	}
-	log = log.With("component", "nbd", "volume", export)
-	s := &nbdServer{export: nbdExport{name: export, device: dev}, log: log, slots: make(chan struct{}, nbdConnsMax)}
 	defer context.AfterFunc(ctx, func() { _ = ln.Close() })() // Accept tells
-	log.Info("nbd server listens", "socket", socket)
+	s.log.Info("nbd server listens", "address", ln.Addr().String(), "tls", cfg.TLS != nil)
 	if err := s.acceptLoop(ctx, ln); err != nil {
-		return fmt.Errorf("serve nbd on %s: %w", socket, err)
+		return fmt.Errorf("serve nbd on %s: %w", ln.Addr(), err)
 	}
 	return nil
 }
@@ -61,8 +90,12 @@ func ServeNBD(ctx context.Context, socket, export string, dev trivet.Device, log
 // nbdServer serves one Device to several connections.
 type nbdServer struct {
 	export nbdExport
+	tls    *tls.Config
 	log    *slog.Logger
-	slots  chan struct{} // one token a connection
+	slots  chan struct{} // one token a client
+
+	mu      sync.Mutex
+	greeted []net.Conn // that negotiate; the oldest first
 }
 
 // acceptLoop serves connections until ctx ends or the listener fails, and waits for them.
@@ -90,17 +123,42 @@ func (s *nbdServer) acceptLoop(ctx context.Context, ln net.Listener) error {
 		case err != nil:
 			return fmt.Errorf("accept: %w", err)
 		}
-		select {
-		case s.slots <- struct{}{}:
-		default:
-			s.log.Warn("nbd client refused: too many connections", "max", nbdConnsMax)
-			_ = conn.Close() // nothing was written
-			continue
+		s.greet(conn)
+		wg.Go(func() { s.handle(connCtx, conn) })
+	}
+}
+
+// greet notes that conn negotiates, at the expense of the oldest if there are too many.
+func (s *nbdServer) greet(conn net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.greeted) == nbdGreetedMax {
+		s.log.Warn("nbd client in its handshake dropped: too many", "max", nbdGreetedMax)
+		_ = s.greeted[0].Close() // its goroutine notices
+		s.greeted = append(s.greeted[:0], s.greeted[1:]...)
+	}
+	s.greeted = append(s.greeted, conn)
+}
+
+// ungreet notes that conn does not negotiate any more.
+func (s *nbdServer) ungreet(conn net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, c := range s.greeted {
+		if c == conn {
+			s.greeted = append(s.greeted[:i], s.greeted[i+1:]...)
+			return
 		}
-		wg.Go(func() {
-			defer func() { <-s.slots }()
-			s.handle(connCtx, conn)
-		})
+	}
+}
+
+// admit takes the token of a client.
+func (s *nbdServer) admit() error {
+	select {
+	case s.slots <- struct{}{}:
+		return nil
+	default:
+		return fmt.Errorf("%d clients are connected, the most there may be: %w", nbdClientsMax, trivet.ErrUnavailable)
 	}
 }
 
@@ -110,26 +168,71 @@ func (s *nbdServer) handle(ctx context.Context, conn net.Conn) {
 	err := s.serveConn(ctx, conn)
 	_ = conn.Close() // may be closed already
 	if err != nil && ctx.Err() == nil {
-		s.log.Warn("nbd connection closed", "err", err)
+		s.log.Warn("nbd connection closed", "client", conn.RemoteAddr().String(), "err", err)
 	}
 }
 
 func (s *nbdServer) serveConn(ctx context.Context, conn net.Conn) error {
+	defer s.ungreet(conn)
 	if err := conn.SetDeadline(time.Now().Add(nbdHandshakeWait)); err != nil {
 		return fmt.Errorf("set deadline: %w", err)
 	}
-	c := newNBDConn(conn, s.export.device)
-	ready, err := s.export.negotiate(c.r, conn)
+	stream, r := conn, bufio.NewReaderSize(conn, nbdReaderBytes)
+	admitted := false
+	h := &nbdHandshake{export: &s.export, rw: readWriter{r, conn}, admit: func() error {
+		if err := s.admit(); err != nil {
+			return err
+		}
+		admitted = true
+		return nil
+	}}
+	if s.tls != nil {
+		h.startTLS = func() (io.ReadWriter, error) {
+			if n := r.Buffered(); n > 0 { // said in the open, before TLS: it may be anybody's
+				return nil, fmt.Errorf("%d bytes before the tls handshake: %w", n, trivet.ErrInvalid)
+			}
+			secure := tls.Server(conn, s.tls)
+			if err := secure.HandshakeContext(ctx); err != nil {
+				return nil, err
+			}
+			stream = secure
+			r.Reset(secure)
+			return readWriter{r, secure}, nil
+		}
+	}
+	ready, err := h.negotiate()
+	if admitted {
+		defer func() { <-s.slots }()
+	}
 	if err != nil || !ready {
 		return err
 	}
+	s.ungreet(conn)
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("clear deadline: %w", err)
 	}
+	c := newNBDConn(stream, r, &s.export, h)
 	if c.pool, err = newBufPool(nbdSmallN, nbdLargeN); err != nil {
 		return err
 	}
 	return errors.Join(c.serve(ctx), c.pool.close())
+}
+
+// readWriter reads from one place and writes to another.
+type readWriter struct {
+	io.Reader
+	io.Writer
+}
+
+// ListenNBD listens on a unix socket for ServeNBD. The socket is for this user only (mode 0600) and
+// goes when the listener is closed. A socket that nobody listens on is replaced; with a listener it is
+// ErrInUse, and anything else in its place is ErrExists.
+func ListenNBD(ctx context.Context, socket string) (net.Listener, error) {
+	ln, err := listenUnix(ctx, socket)
+	if err != nil {
+		return nil, fmt.Errorf("listen for nbd on %s: %w", socket, err)
+	}
+	return ln, nil
 }
 
 // listenUnix listens on a unix socket of mode 0600. The folder is locked meanwhile, so that of

@@ -2,49 +2,12 @@ package blockdev
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
 
 	"github.com/trivet-csi/trivet"
-)
-
-// The fixed newstyle handshake of the NBD protocol (NetworkBlockDevice/nbd doc/proto.md). All
-// integers are big endian.
-//
-//	server    "NBDMAGIC" | "IHAVEOPT" | handshake flags u16
-//	client    client flags u32
-//	option    "IHAVEOPT" | option u32 | length u32 | data
-//	reply     0x3e889045565a9 u64 | option u32 | type u32 | length u32 | data
-const (
-	nbdMagic       = 0x4e42444d41474943 // "NBDMAGIC"
-	nbdOptionMagic = 0x49484156454f5054 // "IHAVEOPT"
-	nbdReplyMagic  = 0x3e889045565a9
-
-	nbdFixedNewstyle = 1 << 0
-	nbdNoZeroes      = 1 << 1
-
-	nbdOptExportName = 1
-	nbdOptAbort      = 2
-	nbdOptList       = 3
-	nbdOptInfo       = 6
-	nbdOptGo         = 7
-
-	nbdRepAck        = 1
-	nbdRepServer     = 2
-	nbdRepInfo       = 3
-	nbdRepErr        = 1 << 31
-	nbdRepErrUnsup   = nbdRepErr + 1
-	nbdRepErrInvalid = nbdRepErr + 3
-	nbdRepErrUnknown = nbdRepErr + 6
-
-	nbdInfoExport    = 0
-	nbdInfoName      = 1
-	nbdInfoBlockSize = 3
-
-	// nbdTransmission says what the export can do. Several connections may be used as one,
-	// because a Flush of the Device covers the writes of all of them.
-	nbdTransmission = 1<<0 | 1<<2 | 1<<3 | 1<<5 | 1<<6 | 1<<8 // flags, FLUSH, FUA, TRIM, ZEROES, MULTI_CONN
 )
 
 // Limits of a handshake: a client that passes one is cut off (S6).
@@ -56,49 +19,46 @@ const (
 
 // nbdExport is a Device under a name.
 type nbdExport struct {
-	name   string
-	device trivet.Device
+	name     string
+	device   trivet.Device
+	readOnly bool
 }
 
-// negotiate speaks the server's part of the handshake. It returns true if the client now sends
-// requests, false if it took its leave. After an error the connection is of no more use.
-func (e nbdExport) negotiate(r io.Reader, w io.Writer) (bool, error) {
-	hello := binary.BigEndian.AppendUint64(nil, nbdMagic)
-	hello = binary.BigEndian.AppendUint64(hello, nbdOptionMagic)
-	hello = binary.BigEndian.AppendUint16(hello, nbdFixedNewstyle|nbdNoZeroes)
-	if _, err := w.Write(hello); err != nil {
-		return false, fmt.Errorf("nbd hello: %w", err)
+// is tells whether a client that asks for name means this export. The empty name is the default.
+func (e *nbdExport) is(name string) bool { return name == "" || name == e.name }
+
+// flags returns the transmission flags.
+func (e *nbdExport) flags(m nbdMode) uint16 {
+	flags := uint16(nbdTransmission)
+	if e.readOnly {
+		flags |= nbdReadOnly
+	} else {
+		flags |= nbdWritableFlags
 	}
-	var head [16]byte
-	if _, err := io.ReadFull(r, head[:4]); err != nil {
-		return false, fmt.Errorf("nbd client flags: %w", err)
+	if m != nbdSimple {
+		flags |= nbdSendDF
 	}
-	flags := binary.BigEndian.Uint32(head[:])
-	if flags&^(nbdFixedNewstyle|nbdNoZeroes) != 0 {
-		return false, fmt.Errorf("nbd client flags %#x: unknown: %w", flags, trivet.ErrInvalid)
-	}
-	buf := make([]byte, nbdOptionBytesMax)
-	for range nbdOptionsMax {
-		if _, err := io.ReadFull(r, head[:]); err != nil {
-			return false, fmt.Errorf("nbd option: %w", err)
-		}
-		option, n := binary.BigEndian.Uint32(head[8:]), binary.BigEndian.Uint32(head[12:])
-		if magic := binary.BigEndian.Uint64(head[:]); magic != nbdOptionMagic {
-			return false, fmt.Errorf("nbd option: magic %#x: %w", magic, trivet.ErrInvalid)
-		}
-		if n > nbdOptionBytesMax {
-			return false, fmt.Errorf("nbd option %d: %d bytes, most is %d: %w",
-				option, n, nbdOptionBytesMax, trivet.ErrInvalid)
-		}
-		if _, err := io.ReadFull(r, buf[:n]); err != nil {
-			return false, fmt.Errorf("nbd option %d: %w", option, err)
-		}
-		next, err := e.option(w, option, buf[:n], flags&nbdNoZeroes != 0)
-		if err != nil || next != nbdMore {
-			return next == nbdTransmit, err
-		}
-	}
-	return false, fmt.Errorf("nbd handshake: more than %d options: %w", nbdOptionsMax, trivet.ErrInvalid)
+	return flags
+}
+
+// nbdHandshake is the server's part of one handshake. It says what was agreed on when negotiate
+// returns.
+type nbdHandshake struct {
+	export *nbdExport
+	rw     io.ReadWriter
+
+	// startTLS turns the connection into a TLS one and returns it; nil: TLS is not offered. Then
+	// nothing else is allowed before it (FORCEDTLS of the protocol).
+	startTLS func() (io.ReadWriter, error)
+
+	// admit reserves the means to serve one more client; nil: always.
+	admit func() error
+
+	noZeroes bool
+	secure   bool
+	mode     nbdMode
+	status   bool   // base:allocation was chosen
+	statusOf string // for this export's name, as the client spells it
 }
 
 // nbdNext is what follows an option.
@@ -110,88 +70,226 @@ const (
 	nbdLeave
 )
 
-// option answers one option.
-func (e nbdExport) option(w io.Writer, option uint32, data []byte, noZeroes bool) (nbdNext, error) {
-	switch option {
-	case nbdOptExportName: // has no way to say no but to hang up
-		if !e.is(string(data)) {
-			return nbdLeave, fmt.Errorf("nbd export %.64q: %w", data, trivet.ErrNotFound)
-		}
-		return nbdTransmit, e.sendOldExport(w, noZeroes)
-	case nbdOptAbort:
-		return nbdLeave, nbdReply(w, option, nbdRepAck, nil)
-	case nbdOptList:
-		if len(data) != 0 {
-			return nbdMore, nbdReply(w, option, nbdRepErrInvalid, nil)
-		}
-		entry := binary.BigEndian.AppendUint32(nil, uint32(len(e.name)))
-		if err := nbdReply(w, option, nbdRepServer, append(entry, e.name...)); err != nil {
-			return nbdLeave, err
-		}
-		return nbdMore, nbdReply(w, option, nbdRepAck, nil)
-	case nbdOptInfo, nbdOptGo:
-		return e.info(w, option, data)
+// negotiate speaks with the client. It returns true if the client now sends requests, false if it
+// took its leave. After an error the connection is of no more use.
+func (h *nbdHandshake) negotiate() (bool, error) {
+	hello := binary.BigEndian.AppendUint64(nil, nbdMagic)
+	hello = binary.BigEndian.AppendUint64(hello, nbdOptionMagic)
+	hello = binary.BigEndian.AppendUint16(hello, nbdFixedNewstyle|nbdNoZeroes)
+	if _, err := h.rw.Write(hello); err != nil {
+		return false, fmt.Errorf("nbd hello: %w", err)
 	}
-	return nbdMore, nbdReply(w, option, nbdRepErrUnsup, nil) // STARTTLS, structured replies, ...
+	var head [16]byte
+	if _, err := io.ReadFull(h.rw, head[:4]); err != nil {
+		return false, fmt.Errorf("nbd client flags: %w", err)
+	}
+	flags := binary.BigEndian.Uint32(head[:])
+	if flags&^(nbdFixedNewstyle|nbdNoZeroes) != 0 {
+		return false, fmt.Errorf("nbd client flags %#x: unknown: %w", flags, trivet.ErrInvalid)
+	}
+	h.noZeroes = flags&nbdNoZeroes != 0
+	buf := make([]byte, nbdOptionBytesMax)
+	for range nbdOptionsMax {
+		if _, err := io.ReadFull(h.rw, head[:]); err != nil {
+			return false, fmt.Errorf("nbd option: %w", err)
+		}
+		option, n := binary.BigEndian.Uint32(head[8:]), binary.BigEndian.Uint32(head[12:])
+		if magic := binary.BigEndian.Uint64(head[:]); magic != nbdOptionMagic {
+			return false, fmt.Errorf("nbd option: magic %#x: %w", magic, trivet.ErrInvalid)
+		}
+		if n > nbdOptionBytesMax {
+			return false, fmt.Errorf("nbd option %d: %d bytes, most is %d: %w",
+				option, n, nbdOptionBytesMax, trivet.ErrInvalid)
+		}
+		if _, err := io.ReadFull(h.rw, buf[:n]); err != nil {
+			return false, fmt.Errorf("nbd option %d: %w", option, err)
+		}
+		next, err := h.option(option, buf[:n])
+		if err != nil || next != nbdMore {
+			return next == nbdTransmit && err == nil, err
+		}
+	}
+	return false, fmt.Errorf("nbd handshake: more than %d options: %w", nbdOptionsMax, trivet.ErrInvalid)
 }
 
-// is tells whether a client that asks for name means this export. The empty name is the default.
-func (e nbdExport) is(name string) bool { return name == "" || name == e.name }
+// option answers one option.
+func (h *nbdHandshake) option(option uint32, data []byte) (nbdNext, error) {
+	if h.startTLS != nil && !h.secure && option != nbdOptStartTLS && option != nbdOptAbort {
+		if option == nbdOptExportName { // has no way to say no but to hang up
+			return nbdLeave, fmt.Errorf("nbd export without tls: %w", trivet.ErrInvalid)
+		}
+		return nbdMore, h.refuse(option, nbdRepTLSReqd, "start TLS first")
+	}
+	switch option {
+	case nbdOptExportName:
+		return h.oldExport(string(data))
+	case nbdOptAbort:
+		return nbdLeave, h.reply(option, nbdRepAck, nil)
+	case nbdOptInfo, nbdOptGo:
+		return h.info(option, data)
+	case nbdOptListMeta, nbdOptSetMeta:
+		return nbdMore, h.meta(option, data)
+	case nbdOptList, nbdOptStartTLS, nbdOptStructuredReply, nbdOptExtended:
+		if len(data) != 0 {
+			return nbdMore, h.refuse(option, nbdRepInvalid, "the option has no data")
+		}
+	}
+	switch option {
+	case nbdOptList:
+		entry := binary.BigEndian.AppendUint32(nil, uint32(len(h.export.name)))
+		if err := h.reply(option, nbdRepServer, append(entry, h.export.name...)); err != nil {
+			return nbdLeave, err
+		}
+		return nbdMore, h.reply(option, nbdRepAck, nil)
+	case nbdOptStartTLS:
+		return nbdMore, h.secureUp()
+	case nbdOptStructuredReply, nbdOptExtended:
+		return nbdMore, h.upgrade(option)
+	}
+	return nbdMore, h.refuse(option, nbdRepUnsup, "unknown option")
+}
 
-func (e nbdExport) sendOldExport(w io.Writer, noZeroes bool) error {
-	b := binary.BigEndian.AppendUint64(nil, uint64(e.device.Size()))
-	b = binary.BigEndian.AppendUint16(b, nbdTransmission)
-	if !noZeroes {
-		b = append(b, make([]byte, 124)...)
+// secureUp starts TLS. What was agreed on in the open is forgotten: somebody else may have said it.
+func (h *nbdHandshake) secureUp() error {
+	switch {
+	case h.startTLS == nil:
+		return h.refuse(nbdOptStartTLS, nbdRepPolicy, "this socket needs no TLS: it is open to its owner only")
+	case h.secure:
+		return h.refuse(nbdOptStartTLS, nbdRepInvalid, "TLS has been started")
 	}
-	if _, err := w.Write(b); err != nil {
-		return fmt.Errorf("nbd export: %w", err)
+	if err := h.reply(nbdOptStartTLS, nbdRepAck, nil); err != nil {
+		return err
 	}
+	rw, err := h.startTLS()
+	if err != nil {
+		return fmt.Errorf("nbd start tls: %w", err)
+	}
+	h.rw, h.secure, h.mode, h.status = rw, true, nbdSimple, false
 	return nil
 }
 
+// upgrade answers STRUCTURED_REPLY and EXTENDED_HEADERS.
+func (h *nbdHandshake) upgrade(option uint32) error {
+	want := nbdStructured
+	if option == nbdOptExtended {
+		want = nbdExtended
+	}
+	switch {
+	case h.mode == want:
+		return h.refuse(option, nbdRepInvalid, "negotiated before")
+	case h.mode > want:
+		return h.refuse(option, nbdRepExtReqd, "extended headers are negotiated")
+	}
+	h.mode = want
+	return h.reply(option, nbdRepAck, nil)
+}
+
+func (h *nbdHandshake) oldExport(name string) (nbdNext, error) {
+	if !h.export.is(name) {
+		return nbdLeave, fmt.Errorf("nbd export %.64q: %w", name, trivet.ErrNotFound)
+	}
+	if h.mode == nbdExtended {
+		return nbdLeave, fmt.Errorf("nbd export by its old option with extended headers: %w", trivet.ErrInvalid)
+	}
+	if err := h.allow(); err != nil {
+		return nbdLeave, err
+	}
+	h.status = h.status && h.statusOf == name
+	b := binary.BigEndian.AppendUint64(nil, uint64(h.export.device.Size()))
+	b = binary.BigEndian.AppendUint16(b, h.export.flags(h.mode))
+	if !h.noZeroes {
+		b = append(b, make([]byte, 124)...)
+	}
+	if _, err := h.rw.Write(b); err != nil {
+		return nbdLeave, fmt.Errorf("nbd export: %w", err)
+	}
+	return nbdTransmit, nil
+}
+
+func (h *nbdHandshake) allow() error {
+	if h.admit == nil {
+		return nil
+	}
+	return h.admit()
+}
+
 // info answers INFO and GO.
-func (e nbdExport) info(w io.Writer, option uint32, data []byte) (nbdNext, error) {
+func (h *nbdHandshake) info(option uint32, data []byte) (nbdNext, error) {
 	name, wanted, ok := parseNBDInfo(data)
 	if !ok {
-		return nbdMore, nbdReply(w, option, nbdRepErrInvalid, nil)
+		return nbdMore, h.refuse(option, nbdRepInvalid, "malformed")
 	}
-	if !e.is(name) {
-		return nbdMore, nbdReply(w, option, nbdRepErrUnknown, nil)
+	if !h.export.is(name) {
+		return nbdMore, h.refuse(option, nbdRepUnknown, "no such export")
+	}
+	next := nbdMore
+	if option == nbdOptGo {
+		if err := h.allow(); err != nil {
+			return nbdLeave, errors.Join(err, h.refuse(option, nbdRepPolicy, err.Error()))
+		}
+		next = nbdTransmit
+		h.status = h.status && h.statusOf == name // proto.md: contexts are those of the same export name
 	}
 	export := binary.BigEndian.AppendUint16(nil, nbdInfoExport)
-	export = binary.BigEndian.AppendUint64(export, uint64(e.device.Size()))
-	export = binary.BigEndian.AppendUint16(export, nbdTransmission)
+	export = binary.BigEndian.AppendUint64(export, uint64(h.export.device.Size()))
+	export = binary.BigEndian.AppendUint16(export, h.export.flags(h.mode))
 	blocks := binary.BigEndian.AppendUint16(nil, nbdInfoBlockSize)
-	for _, n := range []uint32{trivet.BlockSize, trivet.BlockSize, requestBytesMax} { // least, preferred, most
+	for _, n := range []uint32{trivet.BlockSize, trivet.BlockSize, nbdPayloadMax} { // least, preferred, most
 		blocks = binary.BigEndian.AppendUint32(blocks, n)
 	}
 	infos := [][]byte{export, blocks}
 	if slices.Contains(wanted, nbdInfoName) {
-		infos = append(infos, append(binary.BigEndian.AppendUint16(nil, nbdInfoName), e.name...))
+		infos = append(infos, append(binary.BigEndian.AppendUint16(nil, nbdInfoName), h.export.name...))
 	}
 	for _, info := range infos {
-		if err := nbdReply(w, option, nbdRepInfo, info); err != nil {
+		if err := h.reply(option, nbdRepInfo, info); err != nil {
 			return nbdLeave, err
 		}
 	}
-	next := nbdMore
-	if option == nbdOptGo {
-		next = nbdTransmit
+	return next, h.reply(option, nbdRepAck, nil)
+}
+
+// meta answers LIST_META_CONTEXT and SET_META_CONTEXT.
+func (h *nbdHandshake) meta(option uint32, data []byte) error {
+	set := option == nbdOptSetMeta
+	if set {
+		h.status = false // whatever becomes of this option, it replaces the last one
 	}
-	return next, nbdReply(w, option, nbdRepAck, nil)
+	if h.mode == nbdSimple {
+		return h.refuse(option, nbdRepInvalid, "negotiate structured replies first")
+	}
+	name, queries, ok := parseNBDMeta(data)
+	if !ok {
+		return h.refuse(option, nbdRepInvalid, "malformed")
+	}
+	if !h.export.is(name) {
+		return h.refuse(option, nbdRepUnknown, "no such export")
+	}
+	found := slices.Contains(queries, nbdAllocation)
+	if !set { // a list may ask for everything, or for a namespace
+		found = found || len(queries) == 0 || slices.Contains(queries, "base:")
+	}
+	if found {
+		id := uint32(0) // has no meaning in a list
+		if set {
+			id = nbdAllocationID
+		}
+		if err := h.reply(option, nbdRepMeta, append(binary.BigEndian.AppendUint32(nil, id), nbdAllocation...)); err != nil {
+			return err
+		}
+	}
+	if set {
+		h.status, h.statusOf = found, name
+	}
+	return h.reply(option, nbdRepAck, nil)
 }
 
 // parseNBDInfo parses the data of INFO and GO: name length u32, name, count u16, types u16 each.
 func parseNBDInfo(data []byte) (name string, wanted []uint16, ok bool) {
-	if len(data) < 6 {
+	name, data, ok = cutNBDString(data)
+	if !ok || len(data) < 2 {
 		return "", nil, false
 	}
-	nameN := binary.BigEndian.Uint32(data)
-	if data = data[4:]; uint64(nameN) > uint64(len(data)-2) {
-		return "", nil, false
-	}
-	name, data = string(data[:nameN]), data[nameN:]
 	n := int(binary.BigEndian.Uint16(data))
 	if data = data[2:]; len(data) != 2*n {
 		return "", nil, false
@@ -202,13 +300,51 @@ func parseNBDInfo(data []byte) (name string, wanted []uint16, ok bool) {
 	return name, wanted, true
 }
 
-// nbdReply sends one reply to an option.
-func nbdReply(w io.Writer, option, kind uint32, data []byte) error {
+// parseNBDMeta parses the data of LIST_META_CONTEXT and SET_META_CONTEXT: name length u32, name,
+// count u32, and as many queries, each a length u32 and that many bytes.
+func parseNBDMeta(data []byte) (name string, queries []string, ok bool) {
+	name, data, ok = cutNBDString(data)
+	if !ok || len(data) < 4 {
+		return "", nil, false
+	}
+	n := binary.BigEndian.Uint32(data)
+	if data = data[4:]; uint64(n)*4 > uint64(len(data)) { // each has a length at least
+		return "", nil, false
+	}
+	for range n {
+		var query string
+		if query, data, ok = cutNBDString(data); !ok {
+			return "", nil, false
+		}
+		queries = append(queries, query)
+	}
+	return name, queries, len(data) == 0
+}
+
+// cutNBDString cuts a string with its length u32 in front off data.
+func cutNBDString(data []byte) (s string, rest []byte, ok bool) {
+	if len(data) < 4 {
+		return "", nil, false
+	}
+	n := binary.BigEndian.Uint32(data)
+	if data = data[4:]; uint64(n) > uint64(len(data)) || n > nbdNameBytesMax {
+		return "", nil, false
+	}
+	return string(data[:n]), data[n:], true
+}
+
+// refuse answers an option with an error and a reason for people.
+func (h *nbdHandshake) refuse(option, kind uint32, why string) error {
+	return h.reply(option, kind, []byte(why))
+}
+
+// reply sends one reply to an option.
+func (h *nbdHandshake) reply(option, kind uint32, data []byte) error {
 	b := binary.BigEndian.AppendUint64(nil, nbdReplyMagic)
 	for _, v := range []uint32{option, kind, uint32(len(data))} {
 		b = binary.BigEndian.AppendUint32(b, v)
 	}
-	if _, err := w.Write(append(b, data...)); err != nil {
+	if _, err := h.rw.Write(append(b, data...)); err != nil {
 		return fmt.Errorf("nbd reply to option %d: %w", option, err)
 	}
 	return nil

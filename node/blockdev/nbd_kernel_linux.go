@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -226,7 +227,8 @@ func (d *nbdDev) reconnect() (net.Conn, error) {
 // server for other clients is started in its transmission phase.
 func serveKernelNBD(ctx context.Context, conn net.Conn, dev trivet.Device) error {
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })() // ends reads and writes
-	c := newNBDConn(conn, dev)
+	r := bufio.NewReaderSize(conn, nbdReaderBytes)
+	c := newNBDConn(conn, r, &nbdExport{device: dev}, &nbdHandshake{mode: nbdSimple})
 	var err error
 	if c.pool, err = newBufPool(nbdSmallN, nbdLargeN); err != nil {
 		return err

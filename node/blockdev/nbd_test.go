@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,13 +25,19 @@ import (
 
 func TestNBDConforms(t *testing.T) {
 	t.Parallel()
-	r := startNBD(t, 16<<20)
-	c := goNBD(t, r.dial(t), "vol-1")
-	require.EqualValues(t, 16<<20, c.Size())
-	require.EqualValues(t, nbdTransmission, c.flags)
-	devtest.TestDevice(t, c)
-	require.Positive(t, r.dev.Count(faultdev.Discard))
-	require.Positive(t, r.dev.Count(faultdev.WriteZeroes))
+	for mode, flags := range map[nbdMode]uint16{
+		nbdSimple:     0b1101_0110_1101, // as proto.md numbers them
+		nbdStructured: 0b1101_1110_1101,
+		nbdExtended:   0b1101_1110_1101,
+	} {
+		r := startNBD(t, 16<<20)
+		c := goNBDAs(t, r.dial(t), "vol-1", mode)
+		require.EqualValues(t, 16<<20, c.Size())
+		require.Equal(t, flags, c.flags, "mode %d", mode)
+		devtest.Run(t, c, devtest.Options{RequestBytesMax: 3 << 20, OpsN: 300})
+		require.Positive(t, r.dev.Count(faultdev.Discard))
+		require.Positive(t, r.dev.Count(faultdev.WriteZeroes))
+	}
 }
 
 func TestNBDRepliesOutOfOrder(t *testing.T) {
@@ -99,19 +105,26 @@ func TestNBDRefusesRequests(t *testing.T) {
 		"unaligned trim":        {nbdCmdTrim, 0, 512, 8192, 0},
 		"unaligned zeroes":      {nbdCmdWriteZeroes, 0, 0, 4095, 0},
 		"trim past the end":     {nbdCmdTrim, 0, 0, 8 << 20, 0},
-		"read too long":         {nbdCmdRead, 0, 0, 2 << 20, 0},
-		"write too long":        {nbdCmdWrite, 0, 0, 2 << 20, 2 << 20},
+		"read too long":         {nbdCmdRead, 0, 0, 33 << 20, 0},
+		"unaligned long write":  {nbdCmdWrite, 0, 512, 2 << 20, 2 << 20},
 		"unknown command":       {99, 0, 0, 0, 0},
 		"unknown flag":          {nbdCmdRead, 1 << 15, 0, 4096, 0},
 		"no hole on a write":    {nbdCmdWrite, nbdFlagNoHole, 0, 4096, 4096},
-		"cache, not announced":  {5, 0, 0, 4096, 0},
-		"status, not announced": {7, 0, 0, 4096, 0},
+		"unaligned cache":       {nbdCmdCache, 0, 0, 512, 0},
+		"status, no context":    {nbdCmdBlockStatus, 0, 0, 4096, 0},
+		"no fragments, simple":  {nbdCmdRead, nbdFlagDF, 0, 4096, 0},
+		"payload, not extended": {nbdCmdWrite, nbdFlagPayloadLen, 0, 4096, 4096},
 	} {
 		err := <-c.start(q.command, q.flags, q.off, q.n, make([]byte, q.dataN), nil)
 		require.ErrorIs(t, err, trivet.ErrInvalid, name)
 	}
+	for _, command := range []uint16{nbdCmdWrite, nbdCmdWriteZeroes} { // proto.md, "Error values"
+		err := <-c.start(command, 0, 4<<20, 4096, make([]byte, 4096*(command&1)), nil)
+		require.ErrorIs(t, err, trivet.ErrNoSpace, "command %d past the end", command)
+	}
 	require.Empty(t, r.dev.Ops(), "nothing reached the device")
-	require.NoError(t, <-c.start(nbdCmdWriteZeroes, nbdFlagNoHole, 0, 4096, nil, nil))
+	require.NoError(t, <-c.start(nbdCmdCache, 0, 0, 4<<20, nil, nil))
+	require.NoError(t, <-c.start(nbdCmdWriteZeroes, nbdFlagNoHole|nbdFlagFastZero, 0, 4096, nil, nil))
 	require.NoError(t, c.ReadAt(t.Context(), make([]byte, 4096), 0))
 }
 
@@ -124,7 +137,7 @@ func TestNBDBadInput(t *testing.T) {
 	ready := append(bytes.Clone(flags), nbdOption(nbdOptGo, nbdInfoData("vol-1"))...)
 	flood := bytes.Clone(flags)
 	for range nbdOptionsMax + 1 {
-		flood = append(flood, nbdOption(5, nil)...)
+		flood = append(flood, nbdOption(99, nil)...)
 	}
 	huge := nbdOption(nbdOptGo, nil)
 	binary.BigEndian.PutUint32(huge[12:], 1<<31)
@@ -136,6 +149,12 @@ func TestNBDBadInput(t *testing.T) {
 		"unknown export, old style": append(bytes.Clone(flags), nbdOption(nbdOptExportName, []byte("../etc"))...),
 		"no request magic":          append(bytes.Clone(ready), make([]byte, nbdRequestBytes)...),
 		"2 GiB write":               append(bytes.Clone(ready), nbdHeader(nbdCmdWrite, 0, 1, 0, 1<<31)...),
+		"extended, old export": slices.Concat(flags, nbdOption(nbdOptExtended, nil),
+			nbdOption(nbdOptExportName, []byte("vol-1"))),
+		"compact request after extended headers": slices.Concat(flags, nbdOption(nbdOptExtended, nil),
+			nbdOption(nbdOptGo, nbdInfoData("vol-1")), nbdHeader(nbdCmdRead, 0, 1, 0, 4096), make([]byte, 4)),
+		"vast payload of a read": slices.Concat(flags, nbdOption(nbdOptExtended, nil),
+			nbdOption(nbdOptGo, nbdInfoData("vol-1")), nbdExtHeader(nbdCmdRead, nbdFlagPayloadLen, 1, 0, 1<<62)),
 	} {
 		conn := r.dial(t)
 		_, _ = conn.Write(bad) // the server may hang up before it has all
@@ -161,17 +180,34 @@ func TestNBDOptions(t *testing.T) {
 		data   []byte
 		want   []uint32
 	}{
-		{"starttls", 5, nil, []uint32{nbdRepErrUnsup}},
-		{"structured replies", 8, nil, []uint32{nbdRepErrUnsup}},
+		{"starttls", nbdOptStartTLS, nil, []uint32{nbdRepPolicy}},
+		{"unknown", 99, []byte("x"), []uint32{nbdRepUnsup}},
 		{"list", nbdOptList, nil, []uint32{nbdRepServer, nbdRepAck}},
-		{"list with data", nbdOptList, []byte{1}, []uint32{nbdRepErrInvalid}},
+		{"list with data", nbdOptList, []byte{1}, []uint32{nbdRepInvalid}},
 		{"info", nbdOptInfo, nbdInfoData("vol-1", nbdInfoName), []uint32{nbdRepInfo, nbdRepInfo, nbdRepInfo, nbdRepAck}},
 		{"info of the default", nbdOptInfo, nbdInfoData(""), []uint32{nbdRepInfo, nbdRepInfo, nbdRepAck}},
-		{"go to an unknown export", nbdOptGo, nbdInfoData("../vol-1"), []uint32{nbdRepErrUnknown}},
-		{"go without data", nbdOptGo, nil, []uint32{nbdRepErrInvalid}},
-		{"name longer than the data", nbdOptGo, []byte{0, 0, 1, 0, 'x', 0, 0}, []uint32{nbdRepErrInvalid}},
-		{"name length overflows", nbdOptGo, []byte{255, 255, 255, 255, 0, 0}, []uint32{nbdRepErrInvalid}},
-		{"more types than data", nbdOptGo, []byte{0, 0, 0, 0, 0, 9}, []uint32{nbdRepErrInvalid}},
+		{"go to an unknown export", nbdOptGo, nbdInfoData("../vol-1"), []uint32{nbdRepUnknown}},
+		{"go without data", nbdOptGo, nil, []uint32{nbdRepInvalid}},
+		{"name longer than the data", nbdOptGo, []byte{0, 0, 1, 0, 'x', 0, 0}, []uint32{nbdRepInvalid}},
+		{"name length overflows", nbdOptGo, []byte{255, 255, 255, 255, 0, 0}, []uint32{nbdRepInvalid}},
+		{"more types than data", nbdOptGo, []byte{0, 0, 0, 0, 0, 9}, []uint32{nbdRepInvalid}},
+		{"context before structured", nbdOptSetMeta, nbdMetaData("", nbdAllocation), []uint32{nbdRepInvalid}},
+		{"structured with data", nbdOptStructuredReply, []byte{1}, []uint32{nbdRepInvalid}},
+		{"structured", nbdOptStructuredReply, nil, []uint32{nbdRepAck}},
+		{"structured again", nbdOptStructuredReply, nil, []uint32{nbdRepInvalid}},
+		{"all contexts", nbdOptListMeta, nbdMetaData(""), []uint32{nbdRepMeta, nbdRepAck}},
+		{"contexts of base", nbdOptListMeta, nbdMetaData("vol-1", "x:", "base:"), []uint32{nbdRepMeta, nbdRepAck}},
+		{"contexts of others", nbdOptListMeta, nbdMetaData("vol-1", "qemu:dirty-bitmap:"), []uint32{nbdRepAck}},
+		{"set no context", nbdOptSetMeta, nbdMetaData(""), []uint32{nbdRepAck}},
+		{"set a namespace", nbdOptSetMeta, nbdMetaData("", "base:"), []uint32{nbdRepAck}},
+		{"set a context", nbdOptSetMeta, nbdMetaData("", "a:b", nbdAllocation), []uint32{nbdRepMeta, nbdRepAck}},
+		{"context of an unknown export", nbdOptSetMeta, nbdMetaData("x", nbdAllocation), []uint32{nbdRepUnknown}},
+		{"context without data", nbdOptSetMeta, nil, []uint32{nbdRepInvalid}},
+		{"more queries than data", nbdOptSetMeta, []byte{0, 0, 0, 0, 255, 255, 255, 255}, []uint32{nbdRepInvalid}},
+		{"data after the queries", nbdOptSetMeta, append(nbdMetaData(""), 0), []uint32{nbdRepInvalid}},
+		{"extended headers", nbdOptExtended, nil, []uint32{nbdRepAck}},
+		{"extended headers again", nbdOptExtended, nil, []uint32{nbdRepInvalid}},
+		{"structured after extended", nbdOptStructuredReply, nil, []uint32{nbdRepExtReqd}},
 		{"abort", nbdOptAbort, nil, []uint32{nbdRepAck}},
 	} {
 		writeBytes(t, conn, nbdOption(c.option, c.data))
@@ -201,7 +237,7 @@ func TestNBDOldStyleExport(t *testing.T) {
 		_, err = io.ReadFull(conn, reply)
 		require.NoError(t, err)
 		require.EqualValues(t, 1<<20, binary.BigEndian.Uint64(reply))
-		c := &nbdClient{conn: conn, sizeBytes: 1 << 20, waiting: map[uint64]*nbdCall{}}
+		c := &nbdClient{conn: conn, sizeBytes: 1 << 20, waiting: map[uint64]*nbdCalled{}}
 		go c.receive()
 		require.NoError(t, c.Flush(t.Context()))
 	}
@@ -236,7 +272,9 @@ func TestNBDDroppedClientCancelsItsRequests(t *testing.T) {
 	t.Parallel()
 	dev := waitingDevice{began: make(chan struct{}), ended: make(chan struct{})}
 	client, server := net.Pipe()
-	s := &nbdServer{export: nbdExport{name: "v", device: dev}, log: slog.New(slog.DiscardHandler)}
+	s := &nbdServer{
+		export: nbdExport{name: "v", device: dev}, log: slog.New(slog.DiscardHandler), slots: make(chan struct{}, 1),
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -261,27 +299,27 @@ func TestNBDStopEndsRequests(t *testing.T) {
 	require.Error(t, <-done)
 }
 
-func TestNBDConnectionsAreBounded(t *testing.T) {
+func TestNBDClientsAreBounded(t *testing.T) {
 	t.Parallel()
 	r := startNBD(t, 1<<20)
-	var conns []net.Conn
-	for range nbdConnsMax {
-		conn := r.dial(t)
-		_, err := io.ReadFull(conn, make([]byte, 18))
-		require.NoError(t, err)
-		conns = append(conns, conn)
+	var clients []*nbdClient
+	for range nbdClientsMax {
+		clients = append(clients, goNBD(t, r.dial(t), "vol-1"))
 	}
 	extra := r.dial(t)
+	greetNBD(t, extra)
+	askNBD(t, extra, nbdOptGo, nbdInfoData("vol-1"), nbdRepPolicy)
 	_, err := extra.Read(make([]byte, 1))
 	require.ErrorIs(t, err, io.EOF)
-	require.NoError(t, conns[0].Close())
+	require.NoError(t, clients[0].conn.Close())
 	require.Eventually(t, func() bool { // its place becomes free
-		conn, err := net.Dial("unix", r.socket)
-		require.NoError(t, err)
-		defer func() { _ = conn.Close() }()
-		_, err = io.ReadFull(conn, make([]byte, 18))
-		return err == nil
+		conn := r.dial(t)
+		greetNBD(t, conn)
+		writeBytes(t, conn, nbdOption(nbdOptGo, nbdInfoData("vol-1")))
+		kind, _ := readOptionReply(t, conn, nbdOptGo)
+		return kind == nbdRepInfo
 	}, 10*time.Second, time.Millisecond)
+	require.NoError(t, clients[1].ReadAt(t.Context(), make([]byte, 4096), 0))
 }
 
 func TestNBDSocket(t *testing.T) {
@@ -292,16 +330,30 @@ func TestNBDSocket(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, os.ModeSocket|0o600, info.Mode())
 
-	err = ServeNBD(t.Context(), r.socket, "other", r.dev, nil)
+	_, err = ListenNBD(t.Context(), r.socket)
 	require.ErrorIs(t, err, trivet.ErrInUse, "somebody listens")
 	require.NoError(t, r.dial(t).Close(), "and still does")
 
 	plain := filepath.Join(t.TempDir(), "plain")
 	require.NoError(t, os.WriteFile(plain, []byte("keep"), 0o600))
-	require.ErrorIs(t, ServeNBD(t.Context(), plain, "v", r.dev, nil), trivet.ErrExists)
+	_, err = ListenNBD(t.Context(), plain)
+	require.ErrorIs(t, err, trivet.ErrExists)
 	require.FileExists(t, plain)
+	_, err = ListenNBD(t.Context(), filepath.Join(t.TempDir(), "none", "s"))
+	require.ErrorIs(t, err, os.ErrNotExist)
+}
 
-	err = ServeNBD(t.Context(), plain, strings.Repeat("x", 5000), r.dev, nil)
+func TestNBDRefusesConfigurations(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	err = ServeNBD(t.Context(), ln, NBDConfig{Export: "v", Device: nullDevice{}})
+	require.ErrorIs(t, err, trivet.ErrInvalid, "a network needs TLS")
+	_, err = ln.Accept()
+	require.ErrorIs(t, err, net.ErrClosed)
+	ln, err = net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	err = ServeNBD(t.Context(), ln, NBDConfig{Export: strings.Repeat("x", 5000), TLS: makeNBDCerts(t).server()})
 	require.ErrorIs(t, err, trivet.ErrInvalid)
 }
 
@@ -337,6 +389,9 @@ func TestNBDRealClients(t *testing.T) {
 		args    []string // URI, IMAGE, BACK, SOCKET are replaced
 	}{
 		{"nbdinfo", []string{"--can", "multi-conn", "URI"}},
+		{"nbdinfo", []string{"--can", "df", "URI"}},
+		{"nbdinfo", []string{"--can", "fast-zero", "URI"}},
+		{"nbdinfo", []string{"--map", "URI"}},
 		{"nbdinfo", []string{"--list", "nbd+unix:///?socket=SOCKET"}},
 		{"nbdcopy", []string{"--flush", "IMAGE", "URI"}},
 		{"nbdcopy", []string{"--connections=4", "--destination-is-zero", "URI", "BACK"}},
@@ -391,68 +446,4 @@ func TestNBDRealClients(t *testing.T) {
 			}
 		})
 	}
-}
-
-// FuzzNBDNegotiate: whatever a client says, the handshake ends, without a panic and without
-// sending more than a bounded answer to each option.
-func FuzzNBDNegotiate(f *testing.F) {
-	flags := []byte{0, 0, 0, 1}
-	f.Add(flags)
-	f.Add(append(bytes.Clone(flags), nbdOption(nbdOptGo, nbdInfoData("v", 0, 1, 3))...))
-	f.Add(append(bytes.Clone(flags), nbdOption(nbdOptExportName, []byte("v"))...))
-	f.Add(append(bytes.Clone(flags), bytes.Repeat(nbdOption(nbdOptList, nil), 70)...))
-	f.Add(append(bytes.Clone(flags), nbdOption(nbdOptInfo, []byte{255, 255, 255, 255, 0, 0})...))
-	e := nbdExport{name: "v", device: faultdev.NewMem(1 << 20)}
-	f.Fuzz(func(t *testing.T, in []byte) {
-		var out bytes.Buffer
-		r := bytes.NewReader(in)
-		ready, err := e.negotiate(r, &out)
-		require.False(t, ready && err != nil)
-		require.LessOrEqual(t, out.Len(), 18+134+nbdOptionsMax*256)
-		if err == nil && !ready {
-			require.True(t, bytes.Contains(in, nbdOption(nbdOptAbort, nil)[:12]), "only an abort ends it in peace")
-		}
-	})
-}
-
-// fuzzConn is a client that has said all it will and reads everything.
-type fuzzConn struct {
-	io.Reader
-	io.Writer
-}
-
-func (fuzzConn) Close() error { return nil }
-
-// FuzzNBDRequests: whatever a client sends after the handshake, serving ends without a panic,
-// with all buffers back and each reply whole.
-func FuzzNBDRequests(f *testing.F) {
-	f.Add(append(nbdHeader(nbdCmdWrite, 0, 1, 0, 4096), make([]byte, 4096)...))
-	f.Add(nbdHeader(nbdCmdRead, 0, 1, 0, 8192))
-	f.Add(nbdHeader(nbdCmdRead, 0, 1, 1<<63, 1<<31))
-	f.Add(append(nbdHeader(nbdCmdTrim, 1, 1, 0, 1<<20), nbdHeader(nbdCmdDisconnect, 0, 2, 0, 0)...))
-	f.Add(nbdHeader(nbdCmdWrite, 0, 1, 0, 2<<20))
-	pool, err := newBufPool(4, 2)
-	require.NoError(f, err)
-	f.Cleanup(func() { _ = pool.close() })
-	f.Fuzz(func(t *testing.T, in []byte) {
-		var out bytes.Buffer
-		c := newNBDConn(fuzzConn{bytes.NewReader(in), &out}, faultdev.NewMem(1<<20))
-		c.pool = pool
-		err := c.serve(t.Context())
-		if err != nil {
-			require.True(t, errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-				errors.Is(err, trivet.ErrInvalid) || errors.Is(err, context.Canceled), "%v", err)
-		}
-		require.Len(t, pool.small, cap(pool.small))
-		require.Len(t, pool.large, cap(pool.large))
-		if out.Len() >= 4 {
-			require.EqualValues(t, nbdSimpleMagic, binary.BigEndian.Uint32(out.Bytes()))
-		}
-	})
-}
-
-func TestNBDServeNeedsItsFolder(t *testing.T) {
-	t.Parallel()
-	err := ServeNBD(t.Context(), filepath.Join(t.TempDir(), "none", "s"), "v", nullDevice{}, slog.Default())
-	require.ErrorIs(t, err, os.ErrNotExist)
 }
