@@ -190,7 +190,7 @@ func (d *nbdDev) run(ctx context.Context, conn net.Conn) {
 		if time.Since(began) > pauseMax {
 			pause = pauseMin
 		}
-		d.log.Warn("nbd connection of the kernel ended, making a new one", "device", d.node.path(), "err", err)
+		d.log.Warn("nbd connection of the kernel ended, making a new one", "nbd", d.Index, "err", err)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
