@@ -392,7 +392,7 @@ func (s *ublkServer) join() (err error) {
 // driver take another server without a complaint (ublk_drv.c: ublk_queue_reinit).
 func awaitThread(tid int) error {
 	return retry(context.Background(), ublkThreadWait, func() (bool, error) {
-		if tid == 0 || unix.Tgkill(unix.Getpid(), tid, 0) != nil {
+		if gone := tid == 0 || unix.Tgkill(unix.Getpid(), tid, 0) != nil; gone {
 			return false, nil
 		}
 		return true, fmt.Errorf("thread %d of a ublk queue does not end: %w", tid, trivet.ErrUnavailable)

@@ -224,7 +224,7 @@ func TestVMFullQueue(t *testing.T) {
 		}
 		t.Logf("all written %.1f s after the new process began", time.Since(began).Seconds())
 		for i := range writersN {
-			require.Equal(t, []byte(data), dev.visible[i*4096:(i+1)*4096])
+			require.Equal(t, data, dev.visible[i*4096:(i+1)*4096])
 		}
 		require.NoError(t, f.Close())
 		h.detach(t)
