@@ -7,13 +7,14 @@ VERSION  ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 FUZZTIME ?= 20s
 SEED     ?= 1
+VMRUN    ?= TestVM|TestAttachReadWriteDetach
 FIRST    ?= $(SEED)
 SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-replication fuzz sim sim-long chaos models image e2e-build \
-	e2e-smoke tools deps clean
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-replication fuzz sim sim-long chaos models image \
+	e2e-build e2e-smoke vm-test tools deps clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +93,9 @@ e2e-build: ## build Kubernetes, etcd and the sidecars for e2e-smoke, once (up to
 
 e2e-smoke: e2e-build image ## the manifests in deploy/ on a real Kubernetes of three nodes on this machine (root; 5 minutes)
 	cd e2e && GOFLAGS= $(GO) test ./smoke -count=1 -timeout 15m -v
+
+vm-test: ## kernel NBD and ublk in a guest of a Debian kernel: attach, kill -9, resume, fsck, grow (3 minutes)
+	kernel=$$(internal/vm/fetch.sh) && $(GO) run ./internal/vm/vmtest -kernel "$$kernel" -run '$(VMRUN)' -v ./node/blockdev
 
 tools: $(TOOLS)/golangci-lint $(TOOLS)/csi-sanity $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## build the pinned tools
 

@@ -59,6 +59,11 @@ var mayImport = map[string][]string{
 	"sanity":       {"internal/testutil", "server"},
 	"sanity/mount": {"sanity"},
 	"sanity/block": {"sanity"},
+
+	"internal/vm":        {"internal/vm/plan"},
+	"internal/vm/guest":  {"internal/vm/plan"},
+	"internal/vm/plan":   {},
+	"internal/vm/vmtest": {"internal/vm"},
 }
 
 // homes says where a third-party library may be used outside tests: it stops at one package, so
@@ -89,8 +94,9 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"internal/faultdev", "internal/vm/guest", "node", "node/blockdev", "replication/raftgroup",
+		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
 		"replication/transport",
+		"internal/vm/guest",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},

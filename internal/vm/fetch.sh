@@ -8,7 +8,7 @@
 set -euo pipefail
 
 cache=${TRIVET_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/trivet-vm}
-# 6.12 is the first series in Debian 12 that has ublk; old enough versions go from the archive, so none is
+# 6.12 is the first series in Debian 12 that has ublk; old versions vanish from the archive, so none is
 # named here.
 pattern='^linux-image-6\.12\.[0-9]+\+deb[0-9]+-amd64$'
 
@@ -31,18 +31,25 @@ newest_cached() { find "$cache" -mindepth 1 -maxdepth 1 -name 'linux-image-*' -p
 
 newest_package() { apt-cache search --names-only "$pattern" | cut -d' ' -f1 | sort -V | tail -n 1; }
 
+temporary=
+trap 'rm -rf "$temporary"' EXIT
+
+# get PACKAGE downloads it; the lists of apt may be too old for that.
+get() { [ -n "$1" ] && (cd "$temporary" && apt-get download -qq -o APT::Sandbox::User=root "$1" >&2); }
+
 download() {
-  local package temporary
-  package=$(newest_package)
-  [ -n "$package" ] || { apt-get update -qq >&2 && package=$(newest_package); }
-  [ -n "$package" ] || { say "apt knows no package $pattern"; exit 1; }
-  [ -d "$cache/$package" ] && return
-  say "fetching $package"
+  local package
   mkdir -p "$cache"
   temporary=$(mktemp -d "$cache/new-XXXXXX")
-  trap 'rm -rf "$temporary"' EXIT
-  get() { (cd "$temporary" && apt-get download -qq -o APT::Sandbox::User=root "$package" >&2); }
-  get 2>/dev/null || { apt-get update -qq >&2 && get; }
+  package=$(newest_package)
+  [ -n "$package" ] && [ -d "$cache/$package" ] && return
+  say "fetching ${package:-the lists of packages}"
+  if ! get "$package" 2>/dev/null; then
+    apt-get update -qq >&2
+    package=$(newest_package)
+    [ -n "$package" ] || { say "apt knows no package $pattern"; exit 1; }
+    get "$package"
+  fi
   dpkg-deb -x "$temporary/$package"_*.deb "$temporary/root"
   mv -T "$temporary/root" "$cache/$package" 2>/dev/null || [ -d "$cache/$package" ]
 }

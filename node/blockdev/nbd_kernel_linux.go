@@ -111,8 +111,8 @@ func (nbdTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
 		return nil, err
 	}
 	st.Index, err = c.connect([]int{theirs}, s.device.Size(), nbdKernelFlags, st.Backend)
-	err = errors.Join(err, unix.Close(theirs)) // the kernel has its own reference: the death of ours shows
-	if st.Index == noNBD || err != nil {
+	_ = unix.Close(theirs) // the kernel has its own reference, and must not find ours when we are dead
+	if err != nil {
 		c.close()
 		return nil, errors.Join(err, ours.Close())
 	}
@@ -191,7 +191,7 @@ func (d *nbdDev) run(ctx context.Context, conn net.Conn) {
 		if time.Since(began) > pauseMax {
 			pause = pauseMin
 		}
-		d.log.Warn("nbd connection of the kernel ended, making a new one", "device", d.node.path(), "err", err)
+		d.log.Warn("nbd connection of the kernel ended, making a new one", "nbd", d.Index, "err", err)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():

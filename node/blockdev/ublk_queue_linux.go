@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -48,6 +49,9 @@ const (
 	ublkQueueBit = 41
 	ublkTagBit   = 25
 
+	// ublkThreadWait is how long a thread may take from the end of its work to its own.
+	ublkThreadWait = 10 * time.Second
+
 	ublkWake = 1 << 32 // user data of the wake-up; others are tags
 )
 
@@ -86,6 +90,7 @@ type ublkQueue struct {
 	server *ublkServer
 	descs  []byte // what the kernel asks for, by tag; mapped, read only
 	ring   *uring
+	tid    int       // of the thread
 	wakeFD int       // an eventfd, by which workers wake the thread
 	wakeN  [1]uint64 // what is read from it
 
@@ -165,6 +170,7 @@ func onOwnThread(f func()) {
 
 // run is the queue's thread.
 func (q *ublkQueue) run(ready chan<- error) {
+	q.tid = unix.Gettid()
 	var err error
 	if q.ring, err = openUring(2*ublkDepth, 0); err != nil {
 		ready <- err
@@ -372,7 +378,7 @@ func (s *ublkServer) join() (err error) {
 		s.workers.Wait()
 		errs := []error{s.pool.close()}
 		for _, q := range s.queues {
-			errs = append(errs, unix.Munmap(q.descs))
+			errs = append(errs, awaitThread(q.tid), unix.Munmap(q.descs))
 			if q.wakeFD >= 0 {
 				errs = append(errs, unix.Close(q.wakeFD))
 			}
@@ -380,6 +386,17 @@ func (s *ublkServer) join() (err error) {
 		err = errors.Join(append(errs, unix.Close(s.fd))...)
 	})
 	return err
+}
+
+// awaitThread waits until a thread of this process, which is about to end, has ended: only then does the
+// driver take another server without a complaint (ublk_drv.c: ublk_queue_reinit).
+func awaitThread(tid int) error {
+	return retry(context.Background(), ublkThreadWait, func() (bool, error) {
+		if gone := tid == 0 || unix.Tgkill(unix.Getpid(), tid, 0) != nil; gone {
+			return false, nil
+		}
+		return true, fmt.Errorf("thread %d of a ublk queue does not end: %w", tid, trivet.ErrUnavailable)
+	})
 }
 
 // leave ends the threads although the device lives: to the driver their server has died, and it keeps

@@ -121,6 +121,7 @@ func TestVMRawDevice(t *testing.T) {
 		for name, want := range map[string]string{
 			"logical_block_size": "4096", "physical_block_size": "4096", "discard_granularity": "4096",
 			"write_cache": "write back", "fua": "1", "max_sectors_kb": "1024",
+			"io_timeout": "3000", // how soon requests under way are seen to have lost their server
 		} {
 			require.Equal(t, want, queue(t, a.Path(), name), name)
 		}
