@@ -66,8 +66,17 @@ func writeNumbered(v *Volume, x uint32, lba, n trivet.LBA) error {
 
 // TestMisdirectedValue: a value that is whole, but stands under the key of another block or volume (H24).
 func TestMisdirectedValue(t *testing.T) {
-	e, v := mustStore(t, damageConfig(vfs.NewMem()), 8)
+	var r rotten
+	e, v := mustStore(t, r.config(vfs.NewMem()), 8)
 	defer func() { require.NoError(t, e.Close()) }()
+	told := func() (ids []trivet.VolumeID) {
+		heard, _ := r.get()
+		for _, d := range heard {
+			require.Equal(t, d.First, d.Last)
+			ids = append(ids, d.First)
+		}
+		return ids
+	}
 	require.NoError(t, e.CreateVolume(damagedID+1, "r", 8*trivet.BlockSize))
 	other, err := e.OpenVolume(damagedID + 1)
 	require.NoError(t, err)
@@ -98,6 +107,7 @@ func TestMisdirectedValue(t *testing.T) {
 		require.NotEqual(t, be.Stored, be.Actual)
 		require.ErrorContains(t, err, fmt.Sprintf("%08x", be.Stored))
 		require.ErrorContains(t, err, fmt.Sprintf("%08x", be.Actual))
+		require.Contains(t, told(), c.v.ID(), "the owner is told")
 		require.ErrorIs(t, c.v.ReadAt(make([]byte, 4*trivet.BlockSize), 0), trivet.ErrCorrupt)
 		_, err = c.v.Digest()
 		require.ErrorIs(t, err, trivet.ErrCorrupt, "a scrub finds it")

@@ -16,6 +16,8 @@
 //   - An image made for a volume's Want turns that volume into its source's, from any source that is not
 //     behind, and carries no more than what changed as far as the source's journal reaches back.
 //   - A dropped volume's bytes never show again, in no later volume.
+//   - Damage is told, once for each table or volume (Config.OnCorruption), and costs neither the good blocks nor
+//     a core: compactions that meet it are tried again later and later (compactions.go, H22, H38).
 //   - After a background I/O error nothing is acknowledged any more, and Config.Fatal is called once (H28).
 //
 // # How to use it

@@ -27,15 +27,16 @@ type Config struct {
 	JournalBytes int64
 	Logger       *slog.Logger // nil: none
 
-	// Fatal is called once, on the first I/O error in the background. From then on nothing that
-	// changes or flushes succeeds. It runs on a goroutine of Pebble, with locks held: it must not
-	// call the engine. It should end the process; when it returns although Pebble cannot go on
-	// (its manifest is not on disk), the engine panics. Close after it need not return: Pebble may
-	// wait for work that cannot end. nil: only the engine's calls tell.
+	// Fatal is called once, on the first I/O error in the background, or with a *DamageError when damage keeps
+	// the disk from taking more writes. From then on nothing that changes or flushes succeeds. It runs on a
+	// goroutine of Pebble, with locks held: it must not call the engine. It should end the
+	// process; when it returns although Pebble cannot go on (its manifest is not on disk), the engine panics.
+	// Close after it need not return: Pebble may wait for work that cannot end. nil: only the engine's calls tell.
 	Fatal func(error)
 
-	// OnCorruption is called each time Pebble itself meets damage in a table, reads included, under
-	// the same rules as Fatal. It must not block. The error is an ErrCorrupt. nil: only logged.
+	// OnCorruption is called when damage is met on the disk, by a read or in the background, under the same
+	// rules as Fatal: once for each table, or volume with a damaged block, and once more when it keeps the
+	// disk from compacting. It must not block. The error is a *DamageError, an ErrCorrupt. nil: only logged.
 	OnCorruption func(error)
 
 	tableBlockBytes int // tests only; 0 = tableBlockBytesDefault
@@ -157,6 +158,13 @@ func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error)
 	done := make(chan struct{})
 	go func() {
 		defer close(done) // also when Fatalf ended the goroutine
+		defer func() {
+			// Pebble panics when it fails to open beside a compaction that it has begun, whose table it
+			// finds in use (internal/genericcache/shard.go:322 of v2.1.7): that is a failed Open, no more.
+			if p := recover(); p != nil {
+				db, err = nil, fmt.Errorf("pebble panicked: %v", p)
+			}
+		}()
 		db, err = h.runOpen(dir, opts)
 	}()
 	select {

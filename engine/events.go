@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -11,8 +10,6 @@ import (
 	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2"
-
-	"github.com/trivet-csi/trivet"
 )
 
 // health hears what goes wrong inside Pebble, and remembers the first failure.
@@ -20,6 +17,10 @@ type health struct {
 	log       *slog.Logger
 	onFatal   func(error)
 	onCorrupt func(error)
+
+	compactions *compactions
+	reported    reported
+	l0Stalls    atomic.Bool // writes wait for level 0
 
 	opening      atomic.Bool // Open is under way and turns a fatal failure into its error
 	openerFailed atomic.Bool // the failure was on the goroutine of runOpen; set before failed is closed
@@ -41,7 +42,10 @@ func (p fatalPanic) Error() string { return p.msg }
 func (p fatalPanic) Unwrap() error { return p.cause }
 
 func newHealth(cfg Config) *health {
-	h := &health{log: cfg.Logger, onFatal: cfg.Fatal, onCorrupt: cfg.OnCorruption, failed: make(chan struct{})}
+	h := &health{
+		log: cfg.Logger, onFatal: cfg.Fatal, onCorrupt: cfg.OnCorruption,
+		compactions: newCompactions(), failed: make(chan struct{}),
+	}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
 	}
@@ -75,32 +79,18 @@ func (h *health) fail(err error) (first bool) {
 	return first
 }
 
-// corrupt reports damage. Reads that meet it return ErrCorrupt; the engine goes on, so that the
-// replica can be repaired and the other volumes of the disk do not suffer (H38).
-func (h *health) corrupt(err error) {
-	err = fmt.Errorf("engine table: %v: %w", err, trivet.ErrCorrupt)
-	h.log.Error("engine found damage", "err", err)
-	if h.onCorrupt != nil {
-		h.onCorrupt(err)
-	}
-}
-
 func (h *health) listener() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) {
 			if pebble.IsCorruptionError(err) {
-				// A compaction met a damaged table: nothing was lost by it, and Pebble leaves the
-				// span alone for a while. Not a reason to take the disk's other volumes down.
-				h.corrupt(err)
+				h.compactionFailed(err)
 				return
 			}
 			h.fail(fmt.Errorf("engine background work: %w", err))
 		},
-		DataCorruption: func(i pebble.DataCorruptionInfo) { h.corrupt(errors.New(i.String())) },
-		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
-			h.log.Warn("engine writes stall", "reason", i.Reason)
-		},
-		WriteStallEnd: func() { h.log.Info("engine writes go on") },
+		DataCorruption:  h.corruptTable,
+		WriteStallBegin: func(i pebble.WriteStallBeginInfo) { h.stallBegan(i.Reason) },
+		WriteStallEnd:   h.stallEnded,
 	}
 }
 

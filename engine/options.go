@@ -57,6 +57,7 @@ func options(cfg Config, h *health) *pebble.Options {
 		MemTableStopWritesThreshold: memTableN,
 	}
 	o.Experimental.ReadSamplingMultiplier = -1
+	o.Experimental.CompactionScheduler = h.compactions
 	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionNone })
 	size := int64(l0TableBytes)
 	for i := range o.Levels {

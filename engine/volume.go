@@ -119,6 +119,7 @@ var readPool = sync.Pool{New: func() any { return new(readScratch) }} //nolint:g
 // ErrUnavailable: Restoring. ErrNotFound: dropped.
 func (v *Volume) ReadAt(p []byte, lba trivet.LBA) error {
 	if err := v.readAt(p, lba); err != nil {
+		v.e.health.corruptBlock(err)
 		return fmt.Errorf("read %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, v.id, err)
 	}
 	return nil

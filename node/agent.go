@@ -32,6 +32,8 @@ type agentConfig struct {
 	Verify func() error // that the disks are still ours
 	Disks  map[trivet.DiskID]replication.Disk
 	OnDisk map[trivet.VolumeID][]placed // what the disks held at the start
+	// Damages are what the engines of the disks say of them.
+	Damages map[trivet.DiskID]*damages
 	// ParkAfter is how long a replica of a volume that nobody needs runs on; negative = for good.
 	ParkAfter time.Duration
 	Logger    *slog.Logger
@@ -60,6 +62,10 @@ type Agent struct {
 	workers map[trivet.VolumeID]*worker
 	orphans map[trivet.VolumeID][]placed      // found at the start, not yet given to a worker
 	fills   map[trivet.VolumeID]trivet.NodeID // volumes of which a new replica is filled from here, and where
+
+	damageSeen map[trivet.DiskID]int       // how much of Damages was looked at
+	damaged    map[trivet.ReplicaID]string // replicas that it touches, and why they are out of service
+	hurt       chan struct{}               // capacity 1: Damages has news
 }
 
 // openAgent starts an agent.
@@ -71,7 +77,16 @@ func openAgent(cfg agentConfig, cat Catalogue, host replicaHost) *Agent {
 		cfg: cfg, cat: cat, host: host, diskSet: make(map[trivet.DiskID]bool, len(cfg.Disks)),
 		log: loggerOr(cfg.Logger), registered: make(chan struct{}), stop: cancel, group: group,
 		workers: make(map[trivet.VolumeID]*worker), orphans: maps.Clone(cfg.OnDisk),
-		fills: make(map[trivet.VolumeID]trivet.NodeID),
+		fills: make(map[trivet.VolumeID]trivet.NodeID), damageSeen: make(map[trivet.DiskID]int),
+		damaged: make(map[trivet.ReplicaID]string), hurt: make(chan struct{}, 1),
+	}
+	for _, d := range cfg.Damages {
+		d.watch(func() {
+			select {
+			case a.hurt <- struct{}{}:
+			default: // it is going to look anyway
+			}
+		})
 	}
 	for id := range cfg.Disks {
 		a.diskSet[id] = true
@@ -102,6 +117,7 @@ func (a *Agent) dispatch(ctx context.Context) error {
 	for {
 		changed := a.cat.Changed()
 		start := time.Now()
+		a.noteDamage()
 		a.wake(ctx)
 		// Looking takes time in proportion to the number of volumes in the cluster; rest four times as
 		// long, so that it never takes more than a fifth of a core, however often the catalogue changes.
@@ -114,6 +130,7 @@ func (a *Agent) dispatch(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		case <-a.hurt:
 		}
 	}
 }

@@ -22,6 +22,8 @@ type agentBench struct {
 	agent *Agent
 	cfg   agentConfig
 
+	damage damages // of the disk
+
 	mu     sync.Mutex
 	fatal  []error
 	verify error
@@ -45,7 +47,8 @@ func newAgentBench(nodes int) *agentBench {
 			defer b.mu.Unlock()
 			return b.verify
 		},
-		Disks: map[trivet.DiskID]replication.Disk{testDisk(1): {ID: testDisk(1)}},
+		Disks:   map[trivet.DiskID]replication.Disk{testDisk(1): {ID: testDisk(1)}},
+		Damages: map[trivet.DiskID]*damages{testDisk(1): &b.damage},
 		Fatal: func(err error) {
 			b.mu.Lock()
 			defer b.mu.Unlock()

@@ -72,6 +72,7 @@ type Disk struct {
 	holder holder
 	log    *segment.Log
 	engine *engine.Engine
+	damage damages
 }
 
 // holder is what the lock file says of the process that has the disk. It is there for the error
@@ -223,7 +224,7 @@ func (d *Disk) start(cfg DiskConfig) error {
 	}
 	e, err := engine.Open(engine.Config{
 		FS: vfs.Default, Dir: filepath.Join(d.dir, engineDir), CacheBytes: cfg.CacheBytes,
-		Logger: loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal,
+		Logger: loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal, OnCorruption: d.damage.add,
 	})
 	if err != nil {
 		return errors.Join(err, log.Close())
@@ -297,14 +298,17 @@ func (d *Disk) Verify() error {
 }
 
 // Usage returns the disk's record for the catalogue, with its size and what volumes may still use: the
-// free space above the engine's reserve (H26). What the log has taken of the filesystem is not free, and the
-// files that it makes later are few: it recycles them.
+// free space above the engine's reserve (H26), and none once the disk has met damage (damage.go). What the log has
+// taken of the filesystem is not free, and the files that it makes later are few: it recycles them.
 func (d *Disk) Usage() (meta.Disk, error) {
 	u, err := d.engine.Usage()
 	if err != nil {
 		return meta.Disk{}, fmt.Errorf("usage of disk %s: %w", d.dir, err)
 	}
 	free := max(0, u.FreeBytes-u.ReserveBytes)
+	if len(d.damage.since(0)) > 0 {
+		free = 0
+	}
 	return meta.Disk{ID: d.id, Path: d.dir, SizeBytes: u.TotalBytes, FreeBytes: free}, nil
 }
 

@@ -218,9 +218,12 @@ func (n *Node) agentConfig() (agentConfig, error) {
 		},
 		Disks:  make(map[trivet.DiskID]replication.Disk, len(n.cfg.Disks)),
 		OnDisk: make(map[trivet.VolumeID][]placed),
+
+		Damages: make(map[trivet.DiskID]*damages, len(n.cfg.Disks)),
 	}
 	for _, d := range n.cfg.Disks {
 		c.Disks[d.ID()] = d.Replication()
+		c.Damages[d.ID()] = &d.damage
 		found, err := d.replicas()
 		if err != nil {
 			return c, err

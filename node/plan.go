@@ -55,12 +55,13 @@ type placed struct {
 
 // local is what the machine has of one volume.
 type local struct {
-	disks   map[trivet.DiskID]bool // the node's disks
-	onDisk  []placed               // replicas of the volume on them
-	ignored map[placed]bool        // strays that were looked at and left alone
-	awake   bool                   // replicas run whether anybody needs them or not
-	lost    map[placed]bool        // leaving replicas whose data is gone
-	avoid   map[trivet.NodeID]bool // nodes that should not lead: cordoned, or not alive
+	disks   map[trivet.DiskID]bool      // the node's disks
+	onDisk  []placed                    // replicas of the volume on them
+	ignored map[placed]bool             // strays that were looked at and left alone
+	awake   bool                        // replicas run whether anybody needs them or not
+	lost    map[placed]bool             // leaving replicas whose data is gone
+	avoid   map[trivet.NodeID]bool      // nodes that should not lead: cordoned, or not alive
+	damage  map[trivet.ReplicaID]string // replicas that damage on their disk has touched, and why
 	running bool
 	status  replication.ReplicaStatus // when running, of whichever replica of the volume does
 }
@@ -141,11 +142,19 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 		if present && strings.HasPrefix(r.Reason, meta.ReasonDiskAbsent) {
 			return one(doRevive)
 		}
+		switch { // one that was touched by damage runs on (damage.go)
+		case l.running && !l.awake && restful(v):
+			return one(doPark)
+		case l.running && l.status.IsLeader:
+			return planLeader(v, r, l)
+		}
 		return nil
 	case r.State == meta.ReplicaLeaving && (!present || l.lost[placed{r.Disk, r.ID}]):
 		return nil // it goes; nobody needs to be told that it is gone
 	case !present:
 		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: meta.ReasonDiskAbsent + string(r.Disk)}}
+	case l.damage[r.ID] != "" && r.State != meta.ReplicaLeaving:
+		return []action{{verb: doFault, disk: r.Disk, id: r.ID, reason: l.damage[r.ID]}}
 	case r.State == meta.ReplicaCreating && v.Phase == meta.PhaseCreating:
 		return one(doCreate)
 	case r.State == meta.ReplicaCreating:
@@ -197,13 +206,13 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 }
 
 // heir returns to which replica r has to pass leadership, "" to none. Where it is wanted, if that can lead; a
-// leader that is leaving passes it on in any case, to the one that has most of the log, and to one on a node
-// that should not lead only if there is no other.
+// leader that is leaving or faulted passes it on in any case, to the one that has most of the log, and to one on a
+// node that should not lead only if there is no other.
 func heir(v *meta.Volume, r *meta.Replica, l local) trivet.ReplicaID {
 	switch {
 	case v.WantLeader != r.ID && canLead(v, l.status, v.WantLeader):
 		return v.WantLeader
-	case r.State != meta.ReplicaLeaving:
+	case r.State != meta.ReplicaLeaving && r.State != meta.ReplicaFaulted:
 		return ""
 	}
 	var best *meta.Replica

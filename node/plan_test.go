@@ -44,6 +44,13 @@ func notRunning(onDisk ...placed) local {
 	return local{disks: map[trivet.DiskID]bool{"d1": true}, onDisk: onDisk}
 }
 
+// touched is running, with replica id touched by damage on its disk.
+func touched(id trivet.ReplicaID) local {
+	l := running(false)
+	l.damage = map[trivet.ReplicaID]string{id: "rot"}
+	return l
+}
+
 // TestPlanParking: a replica sleeps exactly while nobody needs the volume's group.
 func TestPlanParking(t *testing.T) {
 	t.Parallel()
@@ -133,6 +140,27 @@ func TestPlanReplica(t *testing.T) {
 		{"delete a faulted one", state(meta.ReplicaFaulted, meta.PhaseDeleting), notRunning(), ours(doDestroy)},
 		{"delete without the disk", state(meta.ReplicaReady, meta.PhaseDeleting), noDisk, ours(doRemoved)},
 		{"deleted here, others are not", state(meta.ReplicaRemoved, meta.PhaseDeleting), notRunning(), nil},
+		{
+			"touched by damage", state(meta.ReplicaReady, meta.PhaseBound), touched("r1"),
+			[]action{{verb: doFault, disk: "d1", id: "r1", reason: "rot"}},
+		},
+		{
+			"touched while it is filled", state(meta.ReplicaFilling, meta.PhaseBound), touched("r1"),
+			[]action{{verb: doFault, disk: "d1", id: "r1", reason: "rot"}},
+		},
+		{"touched on its way out", state(meta.ReplicaLeaving, meta.PhaseBound), touched("r1"), nil},
+		{"another one is touched", state(meta.ReplicaReady, meta.PhaseBound), touched("r0"), nil},
+		{"touched, and said so", faulted(damageReason + "rot"), touched("r1"), nil},
+		{
+			"touched, and leads", faulted(damageReason + "rot"), running(true),
+			[]action{{verb: doMove, disk: "d1", id: "r1", target: "r2"}},
+		},
+		{
+			"touched, and nobody needs it", planVolume(func(v *meta.Volume) {
+				v.Attached, v.Epoch, v.FencedEpoch = nil, 4, 4
+				v.Replicas[0].State = meta.ReplicaFaulted
+			}), running(true), ours(doPark),
+		},
 		{"nothing to do for a follower", state(meta.ReplicaReady, meta.PhaseBound), running(false), nil},
 		{"nothing to do for a leader", state(meta.ReplicaReady, meta.PhaseBound), running(true), nil},
 	} {

@@ -130,6 +130,7 @@ func (w *worker) plan() ([]action, bool) {
 		return plan(a.cfg.ID, nil, l), len(w.onDisk) > 0
 	}
 	l.avoid = avoid(st, &v, time.Now())
+	l.damage = a.damageOf(&v)
 	return plan(a.cfg.ID, &v, l), concerns(a.cfg.ID, a.diskSet, &v) || len(w.onDisk) > 0
 }
 

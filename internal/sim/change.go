@@ -95,6 +95,7 @@ func (n *nemesis) replace(ctx context.Context) (made bool, err error) {
 // emptyDisk gives a machine that is down another disk, with nothing on it.
 func (n *nemesis) emptyDisk(node *Node) error {
 	node.swapDisk(vfs.NewCrashableMem())
+	node.forgetRot()
 	node.setReplica("", nil, false)
 	delete(n.rotten, node)
 	delete(n.lost, node)

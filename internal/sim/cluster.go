@@ -65,6 +65,7 @@ type Cluster struct {
 	failures []error            // Fatal of machines that ran and had no reason
 	exits    uint64             // of machines that had one
 	lives    uint64             // machines booted
+	damaged  bool               // a machine met damage on its disk
 }
 
 // ClientNode is the machine without a replica.
@@ -151,7 +152,7 @@ func (c *Cluster) fatal(n *Node, l *life) func(error) {
 		if l.isDead() {
 			return
 		}
-		if l.excused() {
+		if l.excused(err) {
 			n.exit(l, err)
 			return
 		}
@@ -159,6 +160,30 @@ func (c *Cluster) fatal(n *Node, l *life) func(error) {
 		defer c.mu.Unlock()
 		c.failures = append(c.failures, fmt.Errorf("fatal on %s: %w", n.id, err))
 	}
+}
+
+// damage is what a machine's engine calls when it meets damage. Where nobody changed a bit there must be none.
+func (c *Cluster) damage(n *Node, l *life) func(error) {
+	return func(err error) {
+		if l.isDead() {
+			return
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !l.rotten {
+			c.failures = append(c.failures, fmt.Errorf("damage on %s, whose disk is whole: %w", n.id, err))
+		}
+		c.damaged = true
+	}
+}
+
+// hasDamage reports whether a machine has met damage since it was asked last.
+func (c *Cluster) hasDamage() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was := c.damaged
+	c.damaged = false
+	return was
 }
 
 // nextExit numbers the machines that stop themselves.

@@ -46,7 +46,7 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 			return false, nil
 		}
 		l := node.current()
-		if err := node.Stop(); err != nil && l != nil && !l.excused() {
+		if err := node.Stop(); err != nil && l != nil && !l.excused(err) {
 			return false, err
 		}
 		n.goneDown(node)

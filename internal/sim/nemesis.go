@@ -167,10 +167,10 @@ func (n *nemesis) tend() {
 			n.goneDown(node)
 		}
 	}
-	if !n.sim.damaged.CompareAndSwap(true, false) {
+	if told := n.sim.damaged.Swap(false); !n.sim.cluster.hasDamage() && !told {
 		return
 	}
-	for _, node := range n.sim.cluster.Nodes() { // a user was told of damage: look who has it
+	for _, node := range n.sim.cluster.Nodes() { // a user or a machine was told of damage: look who has it
 		if n.rotten[node] && !n.lost[node] && node.Up() {
 			if err := n.scrub(node); err != nil {
 				n.lose(node, err)

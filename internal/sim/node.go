@@ -42,6 +42,7 @@ type Node struct {
 	replica trivet.ReplicaID   // "" = none
 	members []raftgroup.Member // with which it was made; nil when it joined
 	made    bool               // it was made, durably
+	rotted  bool               // bits of its disk were changed
 	mem     *vfs.MemFS         // as the last crash left it
 	life    *life              // nil while down
 	exited  bool               // it stopped itself, and was not booted since
@@ -61,13 +62,18 @@ type life struct {
 	over chan struct{} // closed once dead, and its disk is what it left
 
 	memory noise // of what the machine applies
+	rotten bool  // bits of its disk were changed before it booted
 
 	mu   sync.Mutex
 	dead bool
 }
 
-// excused reports whether the machine was given a reason to stop itself.
-func (l *life) excused() bool { return l.memory.hits() > 0 || l.disk.wasFaulty() }
+// excused reports whether the machine was given a reason to stop itself. Rotten bits are one only when the disk takes
+// no more writes for them.
+func (l *life) excused(err error) bool {
+	var rot *engine.DamageError
+	return l.rotten && errors.As(err, &rot) || l.memory.hits() > 0 || l.disk.wasFaulty()
+}
 
 func (l *life) isDead() bool {
 	l.mu.Lock()
@@ -238,7 +244,7 @@ func (n *Node) Boot() error {
 		return nil
 	}
 	n.bury()
-	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id)}
+	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id), rotten: n.hasRotted()}
 	l.wire = &noisyWire{MemoryNode: l.net}
 	l.disk.setLatency(n.c.cfg.FlushLatency, newRand(n.c.cfg.Seed, 50+n.c.nextLife()))
 	l.disk.lie.Store(n.c.cfg.LyingDisks)
@@ -251,7 +257,7 @@ func (n *Node) Boot() error {
 	}
 	l.eng, err = engine.Open(engine.Config{
 		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20,
-		Fatal: fatal, Logger: n.c.cfg.Logger.With("node", n.id),
+		Fatal: fatal, OnCorruption: n.c.damage(n, l), Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.log.Close(), l.net.Close())
@@ -416,11 +422,26 @@ func (n *Node) swapDisk(mem *vfs.MemFS) *vfs.MemFS {
 	return old
 }
 
+// forgetRot is for a disk that is another one now.
+func (n *Node) forgetRot() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.rotted = false
+}
+
+// hasRotted reports whether bits of the machine's disk were changed.
+func (n *Node) hasRotted() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.rotted
+}
+
 // rot flips bits on the disk of a machine that is down.
 func (n *Node) rot(rnd *rand.Rand, bitN int, dir string) ([]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var out []string
+	n.rotted = true
 	for range bitN {
 		what, err := flipBit(n.mem, dir, rnd)
 		if err != nil {

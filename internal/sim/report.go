@@ -28,17 +28,19 @@ type Report struct {
 	History     *History      // to be checked outside of the bubble
 }
 
-// String returns one line of figures, and one of faults by class.
+// String returns one line of figures, with the share of calls that were served and the floor below which a run says
+// nothing, and one of faults by class.
 func (r Report) String() string {
 	share := 0
 	if r.Calls > 0 {
 		share = 100 * r.Succeeded / r.Calls
 	}
-	return fmt.Sprintf("calls=%d served=%d (%d%%) writes=%d reads=%d probes=%d staleWrites=%d crashes=%d exits=%d "+
-		"refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d longestGap=%v healed=%v "+
-		"violations=%d\n    faults: %v", r.Calls, r.Succeeded, share, r.Writes, r.Reads, r.Probes, r.StaleWrites,
-		r.Crashes(), r.Exits, r.Refused, r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes,
-		r.LongestGap.Round(time.Millisecond), r.Healed.Round(time.Millisecond), r.Violations, r.Faults)
+	return fmt.Sprintf("calls=%d served=%d (%d%%, floor %d%%) writes=%d reads=%d probes=%d staleWrites=%d "+
+		"crashes=%d exits=%d refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
+		"longestGap=%v healed=%v violations=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
+		int(100*activityFloor), r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits, r.Refused,
+		r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
+		r.Healed.Round(time.Millisecond), r.Violations, r.Faults.Sum(), r.Faults)
 }
 
 // Crashes returns how often a machine lost power.

@@ -24,7 +24,7 @@ import (
 var (
 	firstSeed = flag.Uint64("first", 1, "first seed")
 	_         = aliasSeed()
-	seedN     = flag.Int("seeds", 0, "number of seeds; 0 means 6, or 2 with -short")
+	seedN     = flag.Int("seeds", 0, "number of seeds; 0 means 2: the long run is make sim")
 	duration  = flag.Duration("duration", 0, "how long faults last, simulated; 0 means 3 minutes, 20 s without -seeds")
 	overlap   = flag.Bool("overlap", false, "log flushes overlap with sending in every seed, not in half of them")
 	verbose   = flag.Bool("simlog", false, "write the log of all machines to standard error")
@@ -87,10 +87,7 @@ func verdict(err error) string {
 func TestSim(t *testing.T) {
 	n := *seedN
 	if n == 0 {
-		n = 6
-		if testing.Short() {
-			n = 2
-		}
+		n = 2
 	}
 	var mu sync.Mutex
 	var sum sim.Report

@@ -188,6 +188,15 @@ func (s *swarm) draw(rnd *rand.Rand) (time.Duration, Fault) {
 // Faults counts faults by class.
 type Faults [faultN]int
 
+// Sum returns how many there were, of all classes.
+func (f Faults) Sum() int {
+	n := 0
+	for _, k := range f {
+		n += k
+	}
+	return n
+}
+
 // String lists the classes that occurred.
 func (f Faults) String() string {
 	var b strings.Builder

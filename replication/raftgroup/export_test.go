@@ -80,6 +80,26 @@ func AppendBody(term, prevIndex, prevTerm uint64, data []byte) []byte {
 	return b
 }
 
+// CommitBody is AppendBody by a leader that has committed up to an index.
+func CommitBody(term, prevIndex, prevTerm, commit uint64, data []byte) []byte {
+	r, err := decodeAppend(AppendBody(term, prevIndex, prevTerm, data))
+	if err != nil {
+		panic(err)
+	}
+	r.LeaderCommitIndex = commit
+	b, err := encodeAppend(r)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// Appended reads the answer to AppendBody.
+func Appended(body []byte) (success bool, lastLog uint64, err error) {
+	r, err := decodeAppendReply(body)
+	return r.success, r.lastLog, err
+}
+
 // AppendAfter returns the entry that an AppendEntries goes on from.
 func AppendAfter(body []byte) uint64 {
 	r, err := decodeAppend(body)

@@ -125,7 +125,7 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 		out, answered = i.fastHeartbeat(req)
 	}
 	if !answered {
-		if out, err = i.deliver(ctx, req); err != nil {
+		if out, err = i.deliver(ctx, i.understood(req)); err != nil {
 			return nil, err
 		}
 	}
@@ -137,6 +137,28 @@ func (i *instance) onAppend(ctx context.Context, header raft.RPCHeader, body []b
 		}
 	}
 	return i.appendReply(out)
+}
+
+// understood returns an AppendEntries as the library takes it rightly.
+//
+// It asks its log for the entry before the new ones, and knows that of a snapshot only when that is its very last one
+// (raft.go:1491 of v1.8.0). But the log of a replica that has pulled its state begins behind the snapshot
+// (install.go), and when everything in it conflicts with the leader's, no request would ever be taken: the leader
+// walks back to the start of its log, offers the snapshot, hears that it is there, goes on behind it, and is refused,
+// round and round without a pause. What a snapshot covers is committed, so its last entry matches, and the check can
+// be left out.
+//
+// And it commits up to its own last entry (raft.go:1581), where a leader vouches only for the last one that it has sent
+// (Ongaro and Ousterhout, Raft, figure 2, AppendEntries 5): what stands behind that may conflict.
+func (i *instance) understood(req *raft.AppendEntriesRequest) *raft.AppendEntriesRequest {
+	out := *req
+	out.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
+	if rec := i.g.snaps.record(); req.PrevLogEntry == rec.index && req.PrevLogTerm == rec.term {
+		if first, last := i.g.seglog.bounds(); first == rec.index+1 && last >= first {
+			out.PrevLogEntry, out.PrevLogTerm = 0, 0
+		}
+	}
+	return &out
 }
 
 // appendReply encodes the library's answer to an AppendEntries.

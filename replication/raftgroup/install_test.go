@@ -124,6 +124,72 @@ func TestInstallSnapshotUnderLongerLog(t *testing.T) {
 	})
 }
 
+// The log of a replica that has pulled its state begins behind the snapshot. When all that it holds conflicts with the
+// leader's log, the leader goes on from the snapshot, and must be heard: it would try without a pause for ever.
+func TestAppendBehindInstalledSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		slow := c.nodes["c"]
+		slow.mustOpen()
+		c.converge()
+		snap, term := raftgroup.SnapshotIndex(slow.group), raftgroup.RaftTerm(slow.group)
+		first, last := raftgroup.LogBounds(slow.group)
+		require.Less(t, last, first, "the log goes on behind the snapshot")
+		c.nodes["a"].die()
+		c.nodes["b"].die()
+		send := func(from string, body []byte) bool {
+			reply, err := c.net.Node(trivet.NodeID(from)).Call(t.Context(), "c", transport.Message{
+				Kind: transport.KindAppendEntries, Group: slow.config().Group,
+				From: replicaID(from), To: replicaID("c"), Body: body,
+			})
+			require.NoError(t, err)
+			success, _, err := raftgroup.Appended(reply.Body)
+			require.NoError(t, err)
+			return success
+		}
+		// a, leading in the next term, sends an entry that nobody else gets; then b leads.
+		require.True(t, send("a", raftgroup.AppendBody(term+1, snap, term, []byte("k=a"))))
+		require.True(t, send("a", raftgroup.AppendBody(term+1, snap+1, term+1, []byte("l=a"))))
+		require.False(t, send("b", raftgroup.AppendBody(term+2, snap+1, term+2, []byte("k=b"))), "another entry is there")
+		require.False(t, send("b", raftgroup.AppendBody(term+2, snap, term-1, []byte("k=b"))), "another snapshot is there")
+		require.True(t, send("b", raftgroup.AppendBody(term+2, snap, term, []byte("k=b"))))
+		require.True(t, send("b", raftgroup.CommitBody(term+2, snap+1, term+2, snap+1, nil)))
+		c.eventually("it is applied", func() bool { return slow.machine.get("k") == "b" })
+		require.Empty(t, slow.machine.get("l"))
+	})
+}
+
+// A leader's commit index says nothing of entries behind those that it has sent: they may be another leader's.
+func TestCommitOnlyWhatWasSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		c.mustPut("first", "1")
+		c.converge()
+		slow := c.nodes["c"]
+		_, last := raftgroup.LogBounds(slow.group)
+		term := raftgroup.RaftTerm(slow.group)
+		c.nodes["a"].die()
+		c.nodes["b"].die()
+		send := func(from string, body []byte) {
+			reply, err := c.net.Node(trivet.NodeID(from)).Call(t.Context(), "c", transport.Message{
+				Kind: transport.KindAppendEntries, Group: slow.config().Group,
+				From: replicaID(from), To: replicaID("c"), Body: body,
+			})
+			require.NoError(t, err)
+			success, _, err := raftgroup.Appended(reply.Body)
+			require.NoError(t, err)
+			require.True(t, success)
+		}
+		send("a", raftgroup.AppendBody(term+1, last, term, []byte("k=a")))
+		send("b", raftgroup.CommitBody(term+2, last, term, last+1, nil)) // its own entry there is still to be sent
+		synctest.Wait()
+		require.Empty(t, slow.machine.get("k"))
+		send("b", raftgroup.CommitBody(term+2, last, term, last+1, []byte("k=b")))
+		c.eventually("it is applied", func() bool { return slow.machine.get("k") == "b" })
+	})
+}
+
 // H5: a crash before any change of the disk while a snapshot is received and restored. The replica
 // opens, finishes the restore or is sent another image, and ends equal to the others.
 func TestInstallCrash(t *testing.T) {
