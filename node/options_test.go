@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -62,6 +63,17 @@ func TestLimits(t *testing.T) {
 			"both",
 			map[string]string{"iopsLimit": "100", "bandwidthLimit": "1048576"},
 			iothrottle.Limits{IOPS: 100, BytesPerSec: 1 << 20},
+			nil,
+		},
+		{
+			"all",
+			map[string]string{
+				"iopsLimit": "1", "readIopsLimit": "2", "writeIopsLimit": "3", "burst": "60",
+				"bandwidthLimit": "4", "readBandwidthLimit": "5", "writeBandwidthLimit": "6",
+			},
+			iothrottle.Limits{
+				IOPS: 1, ReadIOPS: 2, WriteIOPS: 3, BytesPerSec: 4, ReadBytesPerSec: 5, WriteBytesPerSec: 6, Burst: time.Minute,
+			},
 			nil,
 		},
 		{"negative", map[string]string{"iopsLimit": "-1"}, iothrottle.Limits{}, trivet.ErrInvalid},

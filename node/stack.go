@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
@@ -13,9 +14,14 @@ import (
 // The parameters of a volume that shape its data path. Their values are canonical: decimal numbers,
 // in requests and bytes per second; absent or zero means no limit.
 const (
-	paramIOPSLimit      = "iopsLimit"
-	paramBandwidthLimit = "bandwidthLimit"
-	paramReads          = "readConsistency" // absent: ReadStrong
+	paramIOPSLimit           = "iopsLimit"
+	paramReadIOPSLimit       = "readIopsLimit"
+	paramWriteIOPSLimit      = "writeIopsLimit"
+	paramBandwidthLimit      = "bandwidthLimit"
+	paramReadBandwidthLimit  = "readBandwidthLimit"
+	paramWriteBandwidthLimit = "writeBandwidthLimit"
+	paramBurst               = "burst"           // seconds
+	paramReads               = "readConsistency" // absent: ReadStrong
 )
 
 // path is the data path of one attachment, above the replicated volume: a Device, whose settings follow
@@ -62,12 +68,27 @@ func readsOf(v *meta.Volume) trivet.ReadConsistency {
 }
 
 func limitsOf(params map[string]string) (iothrottle.Limits, error) {
-	iops, err := limitOf(params, paramIOPSLimit)
-	if err != nil {
-		return iothrottle.Limits{}, err
+	var l iothrottle.Limits
+	var burstSeconds int64
+	for _, f := range []struct {
+		key string
+		at  *int64
+	}{
+		{paramIOPSLimit, &l.IOPS},
+		{paramReadIOPSLimit, &l.ReadIOPS},
+		{paramWriteIOPSLimit, &l.WriteIOPS},
+		{paramBandwidthLimit, &l.BytesPerSec},
+		{paramReadBandwidthLimit, &l.ReadBytesPerSec},
+		{paramWriteBandwidthLimit, &l.WriteBytesPerSec},
+		{paramBurst, &burstSeconds},
+	} {
+		var err error
+		if *f.at, err = limitOf(params, f.key); err != nil {
+			return iothrottle.Limits{}, err
+		}
 	}
-	bytes, err := limitOf(params, paramBandwidthLimit)
-	return iothrottle.Limits{IOPS: iops, BytesPerSec: bytes}, err
+	l.Burst = time.Duration(min(burstSeconds, int64(iothrottle.BurstMax/time.Second))) * time.Second
+	return l, nil
 }
 
 func limitOf(params map[string]string, key string) (int64, error) {

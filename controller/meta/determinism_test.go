@@ -82,6 +82,16 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
 		func() meta.Command { return meta.Command{Detach: &meta.Detach{Volume: vid}} },
+		func() meta.Command {
+			p := &meta.SetParams{Volume: vid, Params: map[string]string{}}
+			for range 1 + r.Intn(3) {
+				p.Params[[]string{"iopsLimit", "burst", "priority"}[r.Intn(3)]] = []string{"", "1", "2"}[r.Intn(3)]
+			}
+			if r.Intn(2) == 0 {
+				p.IfRevision = v.Revision
+			}
+			return meta.Command{SetParams: p}
+		},
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
 		func() meta.Command {
