@@ -25,11 +25,16 @@ import (
 
 var _ trivet.Device = (*Throttle)(nil)
 
+// Meter is told of each request that comes, and of each that goes on or gives up, for how long it was held
+// back. It is called by many goroutines at once and must not block.
+type Meter interface {
+	Enter()
+	Leave(held time.Duration)
+}
+
 // Options are what a Throttle may be given besides its limits.
 type Options struct {
-	// OnPass, unless nil, is told of each request how long it was held back. It is called by many
-	// goroutines at once and must not block.
-	OnPass func(held time.Duration)
+	Meter Meter // nil = none
 }
 
 // The gates that come before the one of all requests.
@@ -142,24 +147,35 @@ func (t *Throttle) Size() int64 { return t.next.Size() }
 // admit waits until a request of n bytes may go, or ctx ends; then nothing is charged. No mutex
 // is held while it waits, and SetLimits, Limits and Flush never wait for it.
 func (t *Throttle) admit(ctx context.Context, direction, n int) error {
-	own, held := &t.own[direction], time.Duration(0)
-	if !t.idle.Load() || len(own.turn) > 0 {
-		began := time.Now()
-		waited, err := t.queue(ctx, own, n)
-		if err != nil {
-			return err
-		}
-		if waited {
-			t.waited.Add(1)
-			held = time.Since(began)
-		}
+	if t.opts.Meter != nil {
+		t.opts.Meter.Enter()
+	}
+	held, err := t.hold(ctx, &t.own[direction], n)
+	if t.opts.Meter != nil {
+		t.opts.Meter.Leave(held)
+	}
+	if err != nil {
+		return err
 	}
 	t.passed[direction].requestN.Add(1)
 	t.passed[direction].bytes.Add(int64(n))
-	if t.opts.OnPass != nil {
-		t.opts.OnPass(held)
-	}
 	return nil
+}
+
+// hold returns for how long it held a request back; the clock is read only where a limit is in force.
+func (t *Throttle) hold(ctx context.Context, own *gate, n int) (time.Duration, error) {
+	if t.idle.Load() && len(own.turn) == 0 {
+		return 0, nil
+	}
+	began := time.Now()
+	waited, err := t.queue(ctx, own, n)
+	if err == nil && !waited {
+		return 0, nil
+	}
+	if err == nil {
+		t.waited.Add(1)
+	}
+	return time.Since(began), err
 }
 
 // queue takes a request through its own gate and the gate of all, and reports whether it waited for tokens

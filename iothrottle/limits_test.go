@@ -162,22 +162,34 @@ func TestGivenUpInTheCommonQueueIsNotCharged(t *testing.T) {
 	})
 }
 
-func TestOnPassIsToldOfEachRequest(t *testing.T) {
+// meter counts what it is told.
+type meter struct{ entered, left, held atomic.Int64 }
+
+func (m *meter) Enter() { m.entered.Add(1) }
+
+func (m *meter) Leave(d time.Duration) { m.left.Add(1); m.held.Add(int64(d)) }
+
+func TestMeterIsToldOfEachRequest(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var n, held atomic.Int64
-		th := iothrottle.NewWith(faultdev.NewMem(1<<20), iothrottle.Limits{WriteIOPS: 10}, iothrottle.Options{
-			OnPass: func(d time.Duration) { n.Add(1); held.Add(int64(d)) },
-		})
+		m := &meter{}
+		th := iothrottle.NewWith(faultdev.NewMem(1<<20), iothrottle.Limits{WriteIOPS: 10}, iothrottle.Options{Meter: m})
 		p := make([]byte, 4096)
 		require.NoError(t, th.WriteAt(t.Context(), p, 0))
 		require.NoError(t, th.ReadAt(t.Context(), p, 0))
-		require.Zero(t, held.Load())
+		require.Zero(t, m.held.Load())
 		require.NoError(t, th.WriteZeroes(t.Context(), 0, 4096))
 		require.NoError(t, th.Discard(t.Context(), 0, 4096))
-		require.EqualValues(t, 4, n.Load())
-		require.Equal(t, 200*time.Millisecond, time.Duration(held.Load()))
+		require.EqualValues(t, 4, m.left.Load())
+		require.Equal(t, 200*time.Millisecond, time.Duration(m.held.Load()))
 		require.Equal(t, iothrottle.Counts{ReadN: 1, WriteN: 3, ReadBytes: 4096, WriteBytes: 4096, WaitedN: 2}, th.Counts())
+
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+		defer cancel()
+		require.Error(t, th.WriteAt(ctx, p, 0))
+		require.EqualValues(t, 5, m.entered.Load())
+		require.EqualValues(t, 5, m.left.Load(), "one that gives up leaves as well")
+		require.Equal(t, 230*time.Millisecond, time.Duration(m.held.Load()))
 	})
 }
 
