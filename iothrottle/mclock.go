@@ -41,6 +41,7 @@ type class struct {
 
 	first, last *waiter // first come, first served
 	inside      int     // let go and not finished; the Scheduler counts
+	closed      bool    // to be removed when it has nothing to do; the Scheduler does
 
 	reserved float64 // s: R of the request after the last that was served by reservation
 	served   float64 // P of the next request, before max

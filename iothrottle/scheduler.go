@@ -148,6 +148,9 @@ func (s *Scheduler) give(c *class, cost float64) {
 func (s *Scheduler) quiet(c *class) {
 	if c.inside == 0 && c.first == nil {
 		s.busyN--
+		if c.closed {
+			s.core.remove(c)
+		}
 	}
 	if s.inside < 0 || s.busyN == 0 {
 		s.inside = 0 // what rounding left
@@ -209,11 +212,15 @@ func (d *Scheduled) Share() Share {
 	return d.class.share
 }
 
-// Close takes the volume out. Requests that are still under way end as usual; REQUIRES: none comes after.
+// Close takes the volume out, once the requests that wait or are under way have ended as usual. REQUIRES: none
+// comes after.
 func (d *Scheduled) Close() {
 	d.scheduler.mu.Lock()
 	defer d.scheduler.mu.Unlock()
-	d.scheduler.core.remove(d.class)
+	c := d.class
+	if c.closed = true; c.inside == 0 && c.first == nil {
+		d.scheduler.core.remove(c)
+	}
 }
 
 // ReadAt implements trivet.Device.

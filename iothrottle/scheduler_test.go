@@ -217,6 +217,30 @@ func TestGivingUpAWait(t *testing.T) {
 	})
 }
 
+// TestClosedWithRequestsWaiting: they are served all the same, and then the volume is out.
+func TestClosedWithRequestsWaiting(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		va, _ := r.volume(iothrottle.Share{Weight: 1})
+		vb, b := r.volume(iothrottle.Share{Weight: 1})
+		stop := load(t, va, 200, 4096)
+		synctest.Wait()
+		var wg sync.WaitGroup
+		for range 200 {
+			wg.Go(func() { assert.NoError(t, vb.WriteAt(t.Context(), make([]byte, 4096), 0)) })
+		}
+		synctest.Wait()
+		require.Positive(t, r.s.Stats().WaitingN)
+		vb.Close()
+		wg.Wait()
+		assert.EqualValues(t, 200, b.got.Load())
+		stop()
+		va.Close()
+		assert.Zero(t, r.s.Stats().Inside)
+	})
+}
+
 // TestLargeRequestsCountForMore: with equal weights, a volume of 1 MiB requests gets a sixteenth of the requests.
 func TestLargeRequestsCountForMore(t *testing.T) {
 	t.Parallel()
