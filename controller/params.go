@@ -45,7 +45,9 @@ type Params struct {
 
 // DefaultParams returns what a StorageClass without parameters gets.
 func DefaultParams() Params {
-	return Params{Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong, QoS: DefaultQoS()}
+	return Params{
+		Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong, QoS: DefaultQoS(),
+	}
 }
 
 // ignoredParams are added by the provisioner's --extra-create-metadata. They name the claim, so they

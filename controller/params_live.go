@@ -72,7 +72,7 @@ func patchParams(have, patch map[string]string) (map[string]string, error) {
 		return nil, fmt.Errorf("no parameters are given; %s can be changed: %w", strings.Join(LiveParams(), ", "),
 			trivet.ErrInvalid)
 	}
-	if _, err := ParseParams(patch); err != nil && !errors.Is(err, errContradiction) {
+	if _, err := ParseParams(patch); err != nil {
 		return nil, err // before the keys are looked at: unknown, twice and malformed are said as in a create
 	}
 	merged, changed := maps.Clone(have), map[string]bool{}

@@ -95,14 +95,11 @@ func (q *QoS) set(lower, value string) (known bool, err error) {
 	return true, err
 }
 
-// errContradiction is wrapped by what check refuses: each value makes sense, but not beside the others.
-var errContradiction = fmt.Errorf("parameters contradict each other: %w", trivet.ErrInvalid)
-
 // check refuses what contradicts itself.
 func (q *QoS) check() error {
 	if q.IOPSLimit > 0 && q.IOPSReservation > q.IOPSLimit {
 		return fmt.Errorf("parameter %q: %d is more than the %q of %d: %w", ParamIOPSReservation, q.IOPSReservation,
-			ParamIOPSLimit, q.IOPSLimit, errContradiction)
+			ParamIOPSLimit, q.IOPSLimit, trivet.ErrInvalid)
 	}
 	return nil
 }

@@ -261,6 +261,21 @@ func TestCodecRefuses(t *testing.T) {
 	}
 }
 
+// TestParamsReadBack: a state after changes of parameters is the one that its image gives, also when none is left.
+func TestParamsReadBack(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	v := volume(1, meta.ReclaimDelete, 1)
+	v.Params = nil
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: v}})
+	for _, value := range []string{"1", "2", ""} {
+		mustApply(t, m, meta.Command{SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": value}}})
+		read, err := meta.DecodeImage(mustImage(t, m.State()))
+		require.NoError(t, err)
+		assert.Equal(t, m.State(), read)
+	}
+}
+
 // TestImageRefusesWhatCannotBe: a valid frame around a volume with two replicas on their way (I11), one that
 // is there twice, or one that is retired as a member.
 func TestImageRefusesWhatCannotBe(t *testing.T) {
