@@ -24,6 +24,375 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type SetVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Parameters    map[string]string      `protobuf:"bytes,2,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as in a StorageClass; an empty value is the default
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetVolumeRequest) Reset() {
+	*x = SetVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetVolumeRequest) ProtoMessage() {}
+
+func (x *SetVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetVolumeRequest.ProtoReflect.Descriptor instead.
+func (*SetVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *SetVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetVolumeRequest) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+type ExplainVolumeRequest struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Name               string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	WindowMilliseconds int64                  `protobuf:"varint,2,opt,name=window_milliseconds,json=windowMilliseconds,proto3" json:"window_milliseconds,omitempty"` // length of a window; 0 = 2000, at most 60000
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *ExplainVolumeRequest) Reset() {
+	*x = ExplainVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainVolumeRequest) ProtoMessage() {}
+
+func (x *ExplainVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ExplainVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ExplainVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExplainVolumeRequest) GetWindowMilliseconds() int64 {
+	if x != nil {
+		return x.WindowMilliseconds
+	}
+	return 0
+}
+
+type VolumeReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	AttachedNode  string                 `protobuf:"bytes,3,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`      // empty = none
+	WindowSeconds float64                `protobuf:"fixed64,4,opt,name=window_seconds,json=windowSeconds,proto3" json:"window_seconds,omitempty"` // as measured
+	Stages        []*StageReport         `protobuf:"bytes,5,rep,name=stages,proto3" json:"stages,omitempty"`
+	LimitingStage string                 `protobuf:"bytes,6,opt,name=limiting_stage,json=limitingStage,proto3" json:"limiting_stage,omitempty"` // empty = nothing to see: hardly any requests
+	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`                                    // why it is that stage, with the figures
+	Advice        string                 `protobuf:"bytes,8,opt,name=advice,proto3" json:"advice,omitempty"`                                    // the setting that would help, and how
+	Silent        []string               `protobuf:"bytes,9,rep,name=silent,proto3" json:"silent,omitempty"`                                    // nodes that did not answer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeReport) Reset() {
+	*x = VolumeReport{}
+	mi := &file_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeReport) ProtoMessage() {}
+
+func (x *VolumeReport) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeReport.ProtoReflect.Descriptor instead.
+func (*VolumeReport) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *VolumeReport) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetAttachedNode() string {
+	if x != nil {
+		return x.AttachedNode
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetWindowSeconds() float64 {
+	if x != nil {
+		return x.WindowSeconds
+	}
+	return 0
+}
+
+func (x *VolumeReport) GetStages() []*StageReport {
+	if x != nil {
+		return x.Stages
+	}
+	return nil
+}
+
+func (x *VolumeReport) GetLimitingStage() string {
+	if x != nil {
+		return x.LimitingStage
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetAdvice() string {
+	if x != nil {
+		return x.Advice
+	}
+	return ""
+}
+
+func (x *VolumeReport) GetSilent() []string {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+// StageReport is what a stage did in the window. All times are in seconds.
+type StageReport struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Stage             string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	Node              string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Count             uint64                 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`                                 // requests that left it
+	ArrivalRate       float64                `protobuf:"fixed64,4,opt,name=arrival_rate,json=arrivalRate,proto3" json:"arrival_rate,omitempty"` // requests that came, per second
+	DepartureRate     float64                `protobuf:"fixed64,5,opt,name=departure_rate,json=departureRate,proto3" json:"departure_rate,omitempty"`
+	Mean              float64                `protobuf:"fixed64,6,opt,name=mean,proto3" json:"mean,omitempty"` // of the time in the stage
+	StandardDeviation float64                `protobuf:"fixed64,7,opt,name=standard_deviation,json=standardDeviation,proto3" json:"standard_deviation,omitempty"`
+	P50               float64                `protobuf:"fixed64,8,opt,name=p50,proto3" json:"p50,omitempty"`
+	P99               float64                `protobuf:"fixed64,9,opt,name=p99,proto3" json:"p99,omitempty"`
+	Max               float64                `protobuf:"fixed64,10,opt,name=max,proto3" json:"max,omitempty"`
+	Concurrency       float64                `protobuf:"fixed64,11,opt,name=concurrency,proto3" json:"concurrency,omitempty"`                                      // in the stage at a time, as sampled
+	LittleConcurrency float64                `protobuf:"fixed64,12,opt,name=little_concurrency,json=littleConcurrency,proto3" json:"little_concurrency,omitempty"` // the same by Little's law: arrival rate x mean
+	Utilisation       float64                `protobuf:"fixed64,13,opt,name=utilisation,proto3" json:"utilisation,omitempty"`                                      // share of the window in which anything was in it
+	ServiceRate       float64                `protobuf:"fixed64,14,opt,name=service_rate,json=serviceRate,proto3" json:"service_rate,omitempty"`                   // what it would do if it were never idle; 0 = not known
+	Samples           int64                  `protobuf:"varint,15,opt,name=samples,proto3" json:"samples,omitempty"`                                               // behind concurrency and utilisation
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *StageReport) Reset() {
+	*x = StageReport{}
+	mi := &file_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageReport) ProtoMessage() {}
+
+func (x *StageReport) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageReport.ProtoReflect.Descriptor instead.
+func (*StageReport) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *StageReport) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *StageReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *StageReport) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *StageReport) GetArrivalRate() float64 {
+	if x != nil {
+		return x.ArrivalRate
+	}
+	return 0
+}
+
+func (x *StageReport) GetDepartureRate() float64 {
+	if x != nil {
+		return x.DepartureRate
+	}
+	return 0
+}
+
+func (x *StageReport) GetMean() float64 {
+	if x != nil {
+		return x.Mean
+	}
+	return 0
+}
+
+func (x *StageReport) GetStandardDeviation() float64 {
+	if x != nil {
+		return x.StandardDeviation
+	}
+	return 0
+}
+
+func (x *StageReport) GetP50() float64 {
+	if x != nil {
+		return x.P50
+	}
+	return 0
+}
+
+func (x *StageReport) GetP99() float64 {
+	if x != nil {
+		return x.P99
+	}
+	return 0
+}
+
+func (x *StageReport) GetMax() float64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+func (x *StageReport) GetConcurrency() float64 {
+	if x != nil {
+		return x.Concurrency
+	}
+	return 0
+}
+
+func (x *StageReport) GetLittleConcurrency() float64 {
+	if x != nil {
+		return x.LittleConcurrency
+	}
+	return 0
+}
+
+func (x *StageReport) GetUtilisation() float64 {
+	if x != nil {
+		return x.Utilisation
+	}
+	return 0
+}
+
+func (x *StageReport) GetServiceRate() float64 {
+	if x != nil {
+		return x.ServiceRate
+	}
+	return 0
+}
+
+func (x *StageReport) GetSamples() int64 {
+	if x != nil {
+		return x.Samples
+	}
+	return 0
+}
+
 type InitClusterRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -32,7 +401,7 @@ type InitClusterRequest struct {
 
 func (x *InitClusterRequest) Reset() {
 	*x = InitClusterRequest{}
-	mi := &file_admin_proto_msgTypes[0]
+	mi := &file_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -44,7 +413,7 @@ func (x *InitClusterRequest) String() string {
 func (*InitClusterRequest) ProtoMessage() {}
 
 func (x *InitClusterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[0]
+	mi := &file_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -57,7 +426,7 @@ func (x *InitClusterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitClusterRequest.ProtoReflect.Descriptor instead.
 func (*InitClusterRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{0}
+	return file_admin_proto_rawDescGZIP(), []int{4}
 }
 
 type InitClusterResponse struct {
@@ -70,7 +439,7 @@ type InitClusterResponse struct {
 
 func (x *InitClusterResponse) Reset() {
 	*x = InitClusterResponse{}
-	mi := &file_admin_proto_msgTypes[1]
+	mi := &file_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -82,7 +451,7 @@ func (x *InitClusterResponse) String() string {
 func (*InitClusterResponse) ProtoMessage() {}
 
 func (x *InitClusterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[1]
+	mi := &file_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -95,7 +464,7 @@ func (x *InitClusterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitClusterResponse.ProtoReflect.Descriptor instead.
 func (*InitClusterResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{1}
+	return file_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *InitClusterResponse) GetCluster() string {
@@ -123,7 +492,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_admin_proto_msgTypes[2]
+	mi := &file_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -135,7 +504,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[2]
+	mi := &file_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -148,7 +517,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{2}
+	return file_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *JoinRequest) GetNode() string {
@@ -182,7 +551,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_admin_proto_msgTypes[3]
+	mi := &file_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -194,7 +563,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[3]
+	mi := &file_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -207,7 +576,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{3}
+	return file_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *JoinResponse) GetJoined() bool {
@@ -232,7 +601,7 @@ type ClusterStatusRequest struct {
 
 func (x *ClusterStatusRequest) Reset() {
 	*x = ClusterStatusRequest{}
-	mi := &file_admin_proto_msgTypes[4]
+	mi := &file_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +613,7 @@ func (x *ClusterStatusRequest) String() string {
 func (*ClusterStatusRequest) ProtoMessage() {}
 
 func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[4]
+	mi := &file_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +626,7 @@ func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{4}
+	return file_admin_proto_rawDescGZIP(), []int{8}
 }
 
 type ClusterStatusResponse struct {
@@ -274,7 +643,7 @@ type ClusterStatusResponse struct {
 
 func (x *ClusterStatusResponse) Reset() {
 	*x = ClusterStatusResponse{}
-	mi := &file_admin_proto_msgTypes[5]
+	mi := &file_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -286,7 +655,7 @@ func (x *ClusterStatusResponse) String() string {
 func (*ClusterStatusResponse) ProtoMessage() {}
 
 func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[5]
+	mi := &file_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -299,7 +668,7 @@ func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{5}
+	return file_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ClusterStatusResponse) GetCluster() string {
@@ -352,7 +721,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_admin_proto_msgTypes[6]
+	mi := &file_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -364,7 +733,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[6]
+	mi := &file_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -377,7 +746,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{6}
+	return file_admin_proto_rawDescGZIP(), []int{10}
 }
 
 type ListNodesResponse struct {
@@ -389,7 +758,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_admin_proto_msgTypes[7]
+	mi := &file_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -401,7 +770,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[7]
+	mi := &file_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -414,7 +783,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{7}
+	return file_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -441,7 +810,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_admin_proto_msgTypes[8]
+	mi := &file_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +822,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[8]
+	mi := &file_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,7 +835,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{8}
+	return file_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Node) GetId() string {
@@ -544,7 +913,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_admin_proto_msgTypes[9]
+	mi := &file_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -556,7 +925,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[9]
+	mi := &file_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -569,7 +938,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{9}
+	return file_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Disk) GetId() string {
@@ -611,7 +980,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[10]
+	mi := &file_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +992,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[10]
+	mi := &file_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +1005,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{10}
+	return file_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -669,7 +1038,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_admin_proto_msgTypes[11]
+	mi := &file_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -681,7 +1050,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[11]
+	mi := &file_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -694,7 +1063,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{11}
+	return file_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *VolumeRequest) GetName() string {
@@ -712,7 +1081,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[12]
+	mi := &file_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +1093,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[12]
+	mi := &file_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +1106,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_proto_rawDescGZIP(), []int{16}
 }
 
 type ListVolumesRequest struct {
@@ -748,7 +1117,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_admin_proto_msgTypes[13]
+	mi := &file_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +1129,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[13]
+	mi := &file_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +1142,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type ListVolumesResponse struct {
@@ -785,7 +1154,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_admin_proto_msgTypes[14]
+	mi := &file_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +1166,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[14]
+	mi := &file_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +1179,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -843,7 +1212,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +1224,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +1237,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Volume) GetId() string {
@@ -996,7 +1365,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1377,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1390,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Replica) GetId() string {
@@ -1111,7 +1480,7 @@ type ReclaimVolumeRequest struct {
 
 func (x *ReclaimVolumeRequest) Reset() {
 	*x = ReclaimVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1492,7 @@ func (x *ReclaimVolumeRequest) String() string {
 func (*ReclaimVolumeRequest) ProtoMessage() {}
 
 func (x *ReclaimVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1505,7 @@ func (x *ReclaimVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReclaimVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ReclaimVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReclaimVolumeRequest) GetName() string {
@@ -1163,7 +1532,7 @@ type MoveLeaderRequest struct {
 
 func (x *MoveLeaderRequest) Reset() {
 	*x = MoveLeaderRequest{}
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1175,7 +1544,7 @@ func (x *MoveLeaderRequest) String() string {
 func (*MoveLeaderRequest) ProtoMessage() {}
 
 func (x *MoveLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1188,7 +1557,7 @@ func (x *MoveLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveLeaderRequest.ProtoReflect.Descriptor instead.
 func (*MoveLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *MoveLeaderRequest) GetName() string {
@@ -1215,7 +1584,7 @@ type SetReplicasRequest struct {
 
 func (x *SetReplicasRequest) Reset() {
 	*x = SetReplicasRequest{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1596,7 @@ func (x *SetReplicasRequest) String() string {
 func (*SetReplicasRequest) ProtoMessage() {}
 
 func (x *SetReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1609,7 @@ func (x *SetReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicasRequest.ProtoReflect.Descriptor instead.
 func (*SetReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetReplicasRequest) GetName() string {
@@ -1268,7 +1637,7 @@ type MoveReplicaRequest struct {
 
 func (x *MoveReplicaRequest) Reset() {
 	*x = MoveReplicaRequest{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1649,7 @@ func (x *MoveReplicaRequest) String() string {
 func (*MoveReplicaRequest) ProtoMessage() {}
 
 func (x *MoveReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1662,7 @@ func (x *MoveReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveReplicaRequest.ProtoReflect.Descriptor instead.
 func (*MoveReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MoveReplicaRequest) GetName() string {
@@ -1326,7 +1695,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1707,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1720,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NodeRequest) GetNode() string {
@@ -1372,7 +1741,7 @@ type CordonNodeRequest struct {
 
 func (x *CordonNodeRequest) Reset() {
 	*x = CordonNodeRequest{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1384,7 +1753,7 @@ func (x *CordonNodeRequest) String() string {
 func (*CordonNodeRequest) ProtoMessage() {}
 
 func (x *CordonNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1397,7 +1766,7 @@ func (x *CordonNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CordonNodeRequest.ProtoReflect.Descriptor instead.
 func (*CordonNodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CordonNodeRequest) GetNode() string {
@@ -1431,7 +1800,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1443,7 +1812,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1456,7 +1825,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *NodeStatus) GetNode() *Node {
@@ -1489,7 +1858,7 @@ type Remaining struct {
 
 func (x *Remaining) Reset() {
 	*x = Remaining{}
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1870,7 @@ func (x *Remaining) String() string {
 func (*Remaining) ProtoMessage() {}
 
 func (x *Remaining) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1883,7 @@ func (x *Remaining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remaining.ProtoReflect.Descriptor instead.
 func (*Remaining) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Remaining) GetVolume() string {
@@ -1576,7 +1945,7 @@ type AttachVolumeResponse struct {
 
 func (x *AttachVolumeResponse) Reset() {
 	*x = AttachVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1957,7 @@ func (x *AttachVolumeResponse) String() string {
 func (*AttachVolumeResponse) ProtoMessage() {}
 
 func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1970,7 @@ func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeResponse.ProtoReflect.Descriptor instead.
 func (*AttachVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AttachVolumeResponse) GetVolume() *Volume {
@@ -1628,7 +1997,7 @@ type DetachVolumeRequest struct {
 
 func (x *DetachVolumeRequest) Reset() {
 	*x = DetachVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1640,7 +2009,7 @@ func (x *DetachVolumeRequest) String() string {
 func (*DetachVolumeRequest) ProtoMessage() {}
 
 func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1653,7 +2022,7 @@ func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DetachVolumeRequest) GetName() string {
@@ -1684,7 +2053,7 @@ type ServeVolumeRequest struct {
 
 func (x *ServeVolumeRequest) Reset() {
 	*x = ServeVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1696,7 +2065,7 @@ func (x *ServeVolumeRequest) String() string {
 func (*ServeVolumeRequest) ProtoMessage() {}
 
 func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1709,7 +2078,7 @@ func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ServeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ServeVolumeRequest) GetName() string {
@@ -1763,7 +2132,7 @@ type ServeVolumeResponse struct {
 
 func (x *ServeVolumeResponse) Reset() {
 	*x = ServeVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +2144,7 @@ func (x *ServeVolumeResponse) String() string {
 func (*ServeVolumeResponse) ProtoMessage() {}
 
 func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +2157,7 @@ func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ServeVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ServeVolumeResponse) GetUri() string {
@@ -1802,7 +2171,45 @@ var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
 	"\n" +
-	"\vadmin.proto\x12\rtrivet.api.v1\"\x14\n" +
+	"\vadmin.proto\x12\rtrivet.api.v1\"\xb6\x01\n" +
+	"\x10SetVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12O\n" +
+	"\n" +
+	"parameters\x18\x02 \x03(\v2/.trivet.api.v1.SetVolumeRequest.ParametersEntryR\n" +
+	"parameters\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
+	"\x14ExplainVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xa1\x02\n" +
+	"\fVolumeReport\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
+	"\rattached_node\x18\x03 \x01(\tR\fattachedNode\x12%\n" +
+	"\x0ewindow_seconds\x18\x04 \x01(\x01R\rwindowSeconds\x122\n" +
+	"\x06stages\x18\x05 \x03(\v2\x1a.trivet.api.v1.StageReportR\x06stages\x12%\n" +
+	"\x0elimiting_stage\x18\x06 \x01(\tR\rlimitingStage\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
+	"\x06advice\x18\b \x01(\tR\x06advice\x12\x16\n" +
+	"\x06silent\x18\t \x03(\tR\x06silent\"\xc0\x03\n" +
+	"\vStageReport\x12\x14\n" +
+	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
+	"\x05count\x18\x03 \x01(\x04R\x05count\x12!\n" +
+	"\farrival_rate\x18\x04 \x01(\x01R\varrivalRate\x12%\n" +
+	"\x0edeparture_rate\x18\x05 \x01(\x01R\rdepartureRate\x12\x12\n" +
+	"\x04mean\x18\x06 \x01(\x01R\x04mean\x12-\n" +
+	"\x12standard_deviation\x18\a \x01(\x01R\x11standardDeviation\x12\x10\n" +
+	"\x03p50\x18\b \x01(\x01R\x03p50\x12\x10\n" +
+	"\x03p99\x18\t \x01(\x01R\x03p99\x12\x10\n" +
+	"\x03max\x18\n" +
+	" \x01(\x01R\x03max\x12 \n" +
+	"\vconcurrency\x18\v \x01(\x01R\vconcurrency\x12-\n" +
+	"\x12little_concurrency\x18\f \x01(\x01R\x11littleConcurrency\x12 \n" +
+	"\vutilisation\x18\r \x01(\x01R\vutilisation\x12!\n" +
+	"\fservice_rate\x18\x0e \x01(\x01R\vserviceRate\x12\x18\n" +
+	"\asamples\x18\x0f \x01(\x03R\asamples\"\x14\n" +
 	"\x12InitClusterRequest\"C\n" +
 	"\x13InitClusterResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
@@ -1946,8 +2353,7 @@ const file_admin_proto_rawDesc = "" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri2\xef\n" +
-	"\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri2\x89\f\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -1968,7 +2374,9 @@ const file_admin_proto_rawDesc = "" +
 	"\aGetNode\x12\x1a.trivet.api.v1.NodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12Q\n" +
 	"\fAttachVolume\x12\x1c.trivet.api.v1.VolumeRequest\x1a#.trivet.api.v1.AttachVolumeResponse\x12I\n" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
-	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01B\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01\x12C\n" +
+	"\tSetVolume\x12\x1f.trivet.api.v1.SetVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12S\n" +
+	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01B\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -1982,97 +2390,108 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_admin_proto_goTypes = []any{
-	(*InitClusterRequest)(nil),    // 0: trivet.api.v1.InitClusterRequest
-	(*InitClusterResponse)(nil),   // 1: trivet.api.v1.InitClusterResponse
-	(*JoinRequest)(nil),           // 2: trivet.api.v1.JoinRequest
-	(*JoinResponse)(nil),          // 3: trivet.api.v1.JoinResponse
-	(*ClusterStatusRequest)(nil),  // 4: trivet.api.v1.ClusterStatusRequest
-	(*ClusterStatusResponse)(nil), // 5: trivet.api.v1.ClusterStatusResponse
-	(*ListNodesRequest)(nil),      // 6: trivet.api.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),     // 7: trivet.api.v1.ListNodesResponse
-	(*Node)(nil),                  // 8: trivet.api.v1.Node
-	(*Disk)(nil),                  // 9: trivet.api.v1.Disk
-	(*CreateVolumeRequest)(nil),   // 10: trivet.api.v1.CreateVolumeRequest
-	(*VolumeRequest)(nil),         // 11: trivet.api.v1.VolumeRequest
-	(*DeleteVolumeResponse)(nil),  // 12: trivet.api.v1.DeleteVolumeResponse
-	(*ListVolumesRequest)(nil),    // 13: trivet.api.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),   // 14: trivet.api.v1.ListVolumesResponse
-	(*Volume)(nil),                // 15: trivet.api.v1.Volume
-	(*Replica)(nil),               // 16: trivet.api.v1.Replica
-	(*ReclaimVolumeRequest)(nil),  // 17: trivet.api.v1.ReclaimVolumeRequest
-	(*MoveLeaderRequest)(nil),     // 18: trivet.api.v1.MoveLeaderRequest
-	(*SetReplicasRequest)(nil),    // 19: trivet.api.v1.SetReplicasRequest
-	(*MoveReplicaRequest)(nil),    // 20: trivet.api.v1.MoveReplicaRequest
-	(*NodeRequest)(nil),           // 21: trivet.api.v1.NodeRequest
-	(*CordonNodeRequest)(nil),     // 22: trivet.api.v1.CordonNodeRequest
-	(*NodeStatus)(nil),            // 23: trivet.api.v1.NodeStatus
-	(*Remaining)(nil),             // 24: trivet.api.v1.Remaining
-	(*AttachVolumeResponse)(nil),  // 25: trivet.api.v1.AttachVolumeResponse
-	(*DetachVolumeRequest)(nil),   // 26: trivet.api.v1.DetachVolumeRequest
-	(*ServeVolumeRequest)(nil),    // 27: trivet.api.v1.ServeVolumeRequest
-	(*ServeVolumeResponse)(nil),   // 28: trivet.api.v1.ServeVolumeResponse
-	nil,                           // 29: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                           // 30: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                           // 31: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                           // 32: trivet.api.v1.Volume.ParametersEntry
+	(*SetVolumeRequest)(nil),      // 0: trivet.api.v1.SetVolumeRequest
+	(*ExplainVolumeRequest)(nil),  // 1: trivet.api.v1.ExplainVolumeRequest
+	(*VolumeReport)(nil),          // 2: trivet.api.v1.VolumeReport
+	(*StageReport)(nil),           // 3: trivet.api.v1.StageReport
+	(*InitClusterRequest)(nil),    // 4: trivet.api.v1.InitClusterRequest
+	(*InitClusterResponse)(nil),   // 5: trivet.api.v1.InitClusterResponse
+	(*JoinRequest)(nil),           // 6: trivet.api.v1.JoinRequest
+	(*JoinResponse)(nil),          // 7: trivet.api.v1.JoinResponse
+	(*ClusterStatusRequest)(nil),  // 8: trivet.api.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil), // 9: trivet.api.v1.ClusterStatusResponse
+	(*ListNodesRequest)(nil),      // 10: trivet.api.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),     // 11: trivet.api.v1.ListNodesResponse
+	(*Node)(nil),                  // 12: trivet.api.v1.Node
+	(*Disk)(nil),                  // 13: trivet.api.v1.Disk
+	(*CreateVolumeRequest)(nil),   // 14: trivet.api.v1.CreateVolumeRequest
+	(*VolumeRequest)(nil),         // 15: trivet.api.v1.VolumeRequest
+	(*DeleteVolumeResponse)(nil),  // 16: trivet.api.v1.DeleteVolumeResponse
+	(*ListVolumesRequest)(nil),    // 17: trivet.api.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),   // 18: trivet.api.v1.ListVolumesResponse
+	(*Volume)(nil),                // 19: trivet.api.v1.Volume
+	(*Replica)(nil),               // 20: trivet.api.v1.Replica
+	(*ReclaimVolumeRequest)(nil),  // 21: trivet.api.v1.ReclaimVolumeRequest
+	(*MoveLeaderRequest)(nil),     // 22: trivet.api.v1.MoveLeaderRequest
+	(*SetReplicasRequest)(nil),    // 23: trivet.api.v1.SetReplicasRequest
+	(*MoveReplicaRequest)(nil),    // 24: trivet.api.v1.MoveReplicaRequest
+	(*NodeRequest)(nil),           // 25: trivet.api.v1.NodeRequest
+	(*CordonNodeRequest)(nil),     // 26: trivet.api.v1.CordonNodeRequest
+	(*NodeStatus)(nil),            // 27: trivet.api.v1.NodeStatus
+	(*Remaining)(nil),             // 28: trivet.api.v1.Remaining
+	(*AttachVolumeResponse)(nil),  // 29: trivet.api.v1.AttachVolumeResponse
+	(*DetachVolumeRequest)(nil),   // 30: trivet.api.v1.DetachVolumeRequest
+	(*ServeVolumeRequest)(nil),    // 31: trivet.api.v1.ServeVolumeRequest
+	(*ServeVolumeResponse)(nil),   // 32: trivet.api.v1.ServeVolumeResponse
+	nil,                           // 33: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                           // 34: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                           // 35: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                           // 36: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                           // 37: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	29, // 0: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
-	8,  // 1: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	30, // 2: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	8,  // 3: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
-	9,  // 4: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	31, // 5: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	15, // 6: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	32, // 7: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
-	16, // 8: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	16, // 9: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	8,  // 10: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	24, // 11: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	15, // 12: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	0,  // 13: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	2,  // 14: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	4,  // 15: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	6,  // 16: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	10, // 17: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	13, // 18: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	11, // 19: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	11, // 20: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	11, // 21: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	17, // 22: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	18, // 23: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	19, // 24: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	20, // 25: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	22, // 26: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	21, // 27: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	11, // 28: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	26, // 29: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	27, // 30: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	1,  // 31: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	3,  // 32: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	5,  // 33: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	7,  // 34: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	15, // 35: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	14, // 36: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	15, // 37: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	12, // 38: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	15, // 39: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	15, // 40: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	15, // 41: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	15, // 42: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	15, // 43: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	23, // 44: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	23, // 45: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	25, // 46: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	15, // 47: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	28, // 48: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	31, // [31:49] is the sub-list for method output_type
-	13, // [13:31] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	33, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
+	34, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	12, // 3: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
+	35, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	12, // 5: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
+	13, // 6: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
+	36, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	19, // 8: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
+	37, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	20, // 10: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
+	20, // 11: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	12, // 12: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	28, // 13: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	19, // 14: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	4,  // 15: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 16: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 17: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 18: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 19: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 20: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 21: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 22: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 23: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 24: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 25: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 26: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 27: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 28: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 29: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 30: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 31: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 32: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 33: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 34: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	5,  // 35: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 36: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 37: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 38: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 39: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 40: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 41: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 42: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 43: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 44: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 45: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 46: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 47: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 48: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 49: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 50: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 51: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 52: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 53: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 54: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	35, // [35:55] is the sub-list for method output_type
+	15, // [15:35] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -2086,7 +2505,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

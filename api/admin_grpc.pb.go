@@ -40,6 +40,8 @@ const (
 	Admin_AttachVolume_FullMethodName  = "/trivet.api.v1.Admin/AttachVolume"
 	Admin_DetachVolume_FullMethodName  = "/trivet.api.v1.Admin/DetachVolume"
 	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
+	Admin_SetVolume_FullMethodName     = "/trivet.api.v1.Admin/SetVolume"
+	Admin_ExplainVolume_FullMethodName = "/trivet.api.v1.Admin/ExplainVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -84,6 +86,12 @@ type AdminClient interface {
 	// socket or on the network with TLS, for as long as the call lasts. The first message says that it
 	// listens.
 	ServeVolume(ctx context.Context, in *ServeVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ServeVolumeResponse], error)
+	// SetVolume changes parameters of a volume, all or none, in use or not. It returns once that is
+	// decided; the node that has the volume attached follows at once.
+	SetVolume(ctx context.Context, in *SetVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
+	// their time: a report for each window, until the caller has enough.
+	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
 }
 
 type adminClient struct {
@@ -283,6 +291,35 @@ func (c *adminClient) ServeVolume(ctx context.Context, in *ServeVolumeRequest, o
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ServeVolumeClient = grpc.ServerStreamingClient[ServeVolumeResponse]
 
+func (c *adminClient) SetVolume(ctx context.Context, in *SetVolumeRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_SetVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_ExplainVolume_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExplainVolumeRequest, VolumeReport]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ExplainVolumeClient = grpc.ServerStreamingClient[VolumeReport]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -325,6 +362,12 @@ type AdminServer interface {
 	// socket or on the network with TLS, for as long as the call lasts. The first message says that it
 	// listens.
 	ServeVolume(*ServeVolumeRequest, grpc.ServerStreamingServer[ServeVolumeResponse]) error
+	// SetVolume changes parameters of a volume, all or none, in use or not. It returns once that is
+	// decided; the node that has the volume attached follows at once.
+	SetVolume(context.Context, *SetVolumeRequest) (*Volume, error)
+	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
+	// their time: a report for each window, until the caller has enough.
+	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -388,6 +431,12 @@ func (UnimplementedAdminServer) DetachVolume(context.Context, *DetachVolumeReque
 }
 func (UnimplementedAdminServer) ServeVolume(*ServeVolumeRequest, grpc.ServerStreamingServer[ServeVolumeResponse]) error {
 	return status.Error(codes.Unimplemented, "method ServeVolume not implemented")
+}
+func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetVolume not implemented")
+}
+func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
+	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -727,6 +776,35 @@ func _Admin_ServeVolume_Handler(srv interface{}, stream grpc.ServerStream) error
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ServeVolumeServer = grpc.ServerStreamingServer[ServeVolumeResponse]
 
+func _Admin_SetVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SetVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SetVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SetVolume(ctx, req.(*SetVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ExplainVolume_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ExplainVolumeRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).ExplainVolume(m, &grpc.GenericServerStream[ExplainVolumeRequest, VolumeReport]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ExplainVolumeServer = grpc.ServerStreamingServer[VolumeReport]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -802,11 +880,20 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "DetachVolume",
 			Handler:    _Admin_DetachVolume_Handler,
 		},
+		{
+			MethodName: "SetVolume",
+			Handler:    _Admin_SetVolume_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "ServeVolume",
 			Handler:       _Admin_ServeVolume_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "ExplainVolume",
+			Handler:       _Admin_ExplainVolume_Handler,
 			ServerStreams: true,
 		},
 	},

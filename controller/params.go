@@ -17,13 +17,11 @@ import (
 // The parameters of a StorageClass. Keys are compared without regard to case; these spellings are
 // the canonical ones, which meta.Volume.Params holds.
 const (
-	ParamReplicas       = "replicas"                  // 1, 3 or 5; default 3
-	ParamReclaimPolicy  = "reclaimPolicy"             // delete (default), retain or recycle
-	ParamIOPSLimit      = "iopsLimit"                 // requests/s, a quantity; 0 or absent = none
-	ParamBandwidthLimit = "bandwidthLimit"            // bytes/s, a quantity; 0 or absent = none
-	ParamFSType         = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
-	ParamSpread         = "spread"                    // node (default) or zone
-	ParamReads          = "readConsistency"           // strong (default), session or eventual
+	ParamReplicas      = "replicas"                  // 1, 3 or 5; default 3
+	ParamReclaimPolicy = "reclaimPolicy"             // delete (default), retain or recycle
+	ParamFSType        = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
+	ParamSpread        = "spread"                    // node (default) or zone
+	ParamReads         = "readConsistency"           // strong (default), session or eventual
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -37,18 +35,19 @@ const (
 
 // Params are the parsed parameters of a volume.
 type Params struct {
-	Replicas       int
-	Reclaim        meta.ReclaimPolicy
-	IOPSLimit      int64 // requests/s; 0 = none
-	BandwidthLimit int64 // bytes/s; 0 = none
-	FSType         string
-	Spread         Spread
-	Reads          trivet.ReadConsistency
+	Replicas int
+	Reclaim  meta.ReclaimPolicy
+	QoS
+	FSType string
+	Spread Spread
+	Reads  trivet.ReadConsistency
 }
 
 // DefaultParams returns what a StorageClass without parameters gets.
 func DefaultParams() Params {
-	return Params{Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong}
+	return Params{
+		Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong, QoS: DefaultQoS(),
+	}
 }
 
 // ignoredParams are added by the provisioner's --extra-create-metadata. They name the claim, so they
@@ -75,6 +74,9 @@ func ParseParams(raw map[string]string) (Params, error) {
 			return Params{}, fmt.Errorf("parameter %q: %w", key, err)
 		}
 	}
+	if err := p.check(); err != nil {
+		return Params{}, err
+	}
 	return p, nil
 }
 
@@ -86,10 +88,6 @@ func (p *Params) set(lower, value string) error {
 	case strings.ToLower(ParamReclaimPolicy):
 		err = oneOf(value, func(v string) { p.Reclaim = meta.ReclaimPolicy(v) },
 			string(meta.ReclaimDelete), string(meta.ReclaimRetain), string(meta.ReclaimRecycle))
-	case strings.ToLower(ParamIOPSLimit):
-		p.IOPSLimit, err = parseQuantity(value)
-	case strings.ToLower(ParamBandwidthLimit):
-		p.BandwidthLimit, err = parseQuantity(value)
 	case ParamFSType:
 		err = oneOf(value, func(v string) { p.FSType = v }, "ext4", "xfs")
 	case strings.ToLower(ParamReads):
@@ -98,7 +96,10 @@ func (p *Params) set(lower, value string) error {
 	case ParamSpread:
 		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
 	default:
-		return fmt.Errorf("unknown: %w", trivet.ErrInvalid)
+		known := false
+		if known, err = p.QoS.set(lower, value); !known {
+			return fmt.Errorf("unknown: %w", trivet.ErrInvalid)
+		}
 	}
 	return err
 }
@@ -160,12 +161,7 @@ func (p Params) Map() map[string]string {
 		ParamReclaimPolicy: string(p.Reclaim),
 		ParamSpread:        string(p.Spread),
 	}
-	if p.IOPSLimit > 0 {
-		m[ParamIOPSLimit] = strconv.FormatInt(p.IOPSLimit, 10)
-	}
-	if p.BandwidthLimit > 0 {
-		m[ParamBandwidthLimit] = strconv.FormatInt(p.BandwidthLimit, 10)
-	}
+	p.put(m)
 	if p.FSType != "" {
 		m[ParamFSType] = p.FSType
 	}

@@ -5,12 +5,12 @@ import (
 	"time"
 )
 
-// burst is how much budget an idle volume saves up, as time at its full rate. It is short, so
-// that the rate holds over any 10 s to within 1 %, and long enough to make up for late timers.
-const burst = 100 * time.Millisecond
+// slack is how much budget an idle volume saves up in any case, as time at its full rate. It is short,
+// so that the rate holds over any 10 s to within 1 %, and long enough to make up for late timers.
+const slack = 100 * time.Millisecond
 
 // bucket is a token bucket that may go into debt: a request is let through as soon as the
-// bucket holds the request's cost, or is full when the cost is more than it can hold, and is
+// bucket holds the request's cost, or slack's worth when the cost is more than that, and is
 // then charged in full. So a request larger than a second's budget is still served, and those
 // behind it pay. It is pure: time comes in as the duration since any fixed instant. Tokens are
 // requests or bytes. The zero value is unlimited.
@@ -21,15 +21,16 @@ type bucket struct {
 	at     time.Duration // when tokens was computed
 }
 
-// setRate changes the rate from now on. Debt stays and is paid at the new rate. A bucket that
-// was unlimited begins full.
-func (b *bucket) setRate(now time.Duration, perSec int64) {
+// setRate changes the rate from now on, and how much an idle volume saves up beyond slack. Debt stays
+// and is paid at the new rate. A bucket that was unlimited begins with slack: credit has to be earned, or
+// whoever attaches anew, or sets a limit anew, would have it for nothing.
+func (b *bucket) setRate(now time.Duration, perSec int64, credit time.Duration) {
 	b.fill(now)
 	wasUnlimited := b.rate == 0
 	b.rate = float64(max(perSec, 0))
-	b.depth = max(b.rate*burst.Seconds(), 1)
+	b.depth = max(b.rate*(slack+max(credit, 0)).Seconds(), 1)
 	if wasUnlimited {
-		b.tokens = b.depth
+		b.tokens = max(b.rate*slack.Seconds(), 1)
 	}
 	b.tokens = min(b.tokens, b.depth)
 	b.at = now
@@ -50,7 +51,8 @@ func (b *bucket) wait(now time.Duration, cost float64) time.Duration {
 		return 0
 	}
 	b.fill(now)
-	missing := min(cost, b.depth) - b.tokens
+	// What a request must find is at most slack's worth, however much may be saved up.
+	missing := min(cost, max(b.rate*slack.Seconds(), 1)) - b.tokens
 	if missing <= tokenSlack*b.depth {
 		return 0
 	}
@@ -69,5 +71,12 @@ const waitMax = time.Hour
 func (b *bucket) take(cost float64) {
 	if b.rate > 0 {
 		b.tokens -= cost
+	}
+}
+
+// giveBack undoes a take of a request that did not go after all.
+func (b *bucket) giveBack(cost float64) {
+	if b.rate > 0 {
+		b.tokens = min(b.tokens+cost, b.depth)
 	}
 }

@@ -18,7 +18,7 @@ func TestBucketHoldsTheRate(t *testing.T) {
 		rate := int64(1) << rng.IntN(31)
 		costMax := 1 + rng.Int64N(2*rate)
 		var b bucket
-		b.setRate(0, rate)
+		b.setRate(0, rate, 0)
 		now, spent := time.Duration(0), 0.0
 		for range 500 {
 			cost := float64(1 + rng.Int64N(costMax))
@@ -39,20 +39,20 @@ func TestBucketHoldsTheRate(t *testing.T) {
 func TestBucketDebtIsPaidAtTheNewRate(t *testing.T) {
 	t.Parallel()
 	var b bucket
-	b.setRate(0, 1000) // holds 100
+	b.setRate(0, 1000, 0) // holds 100
 	require.Zero(t, b.wait(0, 10_000), "a full bucket serves any request")
 	b.take(10_000)
 	require.Equal(t, 9901*time.Millisecond, b.wait(0, 1))
-	b.setRate(0, 100_000)
+	b.setRate(0, 100_000, 0)
 	require.Equal(t, 99_010*time.Microsecond, b.wait(0, 1))
-	b.setRate(0, 0)
+	b.setRate(0, 0, 0)
 	require.Zero(t, b.wait(0, 1<<40), "unlimited")
 }
 
 func TestBucketTinyRateNeverOverflows(t *testing.T) {
 	t.Parallel()
 	var b bucket
-	b.setRate(0, 1)
+	b.setRate(0, 1, 0)
 	b.take(1 << 60)
 	require.Equal(t, waitMax, b.wait(0, 1))
 	require.Equal(t, waitMax, b.wait(1<<62, 1))
@@ -61,7 +61,7 @@ func TestBucketTinyRateNeverOverflows(t *testing.T) {
 func TestBucketTimeNeverRunsBack(t *testing.T) {
 	t.Parallel()
 	var b bucket
-	b.setRate(0, 10)
+	b.setRate(0, 10, 0)
 	b.take(1)
 	before := b.wait(time.Second, 1)
 	b.take(1)

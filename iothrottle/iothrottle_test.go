@@ -151,20 +151,25 @@ func TestLiveChangeReachesWaiters(t *testing.T) {
 
 func TestFirstComeFirstServed(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		dev := faultdev.Wrap(faultdev.NewMem(1 << 20))
-		th := iothrottle.New(dev, iothrottle.Limits{IOPS: 10, BytesPerSec: 10 * 4096})
-		var wg sync.WaitGroup
-		for i := range 20 { // large and small by turns: the small must not overtake
-			n := 4096 * (1 + i%2*3)
-			wg.Go(func() { assert.NoError(t, th.WriteAt(t.Context(), make([]byte, n), int64(i)*4096)) })
-			synctest.Wait()
-		}
-		wg.Wait()
-		for i, op := range dev.Ops() {
-			require.EqualValues(t, i*4096, op.OffBytes)
-		}
-	})
+	for _, limits := range []iothrottle.Limits{
+		{IOPS: 10, BytesPerSec: 10 * 4096},
+		{WriteIOPS: 10, WriteBytesPerSec: 10 * 4096},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			dev := faultdev.Wrap(faultdev.NewMem(1 << 20))
+			th := iothrottle.New(dev, limits)
+			var wg sync.WaitGroup
+			for i := range 20 { // large and small by turns: the small must not overtake
+				n := 4096 * (1 + i%2*3)
+				wg.Go(func() { assert.NoError(t, th.WriteAt(t.Context(), make([]byte, n), int64(i)*4096)) })
+				synctest.Wait()
+			}
+			wg.Wait()
+			for i, op := range dev.Ops() {
+				require.EqualValues(t, i*4096, op.OffBytes)
+			}
+		})
+	}
 }
 
 func TestContextEndsTheWaitAndIsNotCharged(t *testing.T) {

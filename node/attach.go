@@ -10,6 +10,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
@@ -38,6 +39,7 @@ type attacher struct {
 	follow  bool   // leadership follows the attachment
 
 	ioTimeout time.Duration
+	shared    shared
 
 	cat     Catalogue
 	network transport.Network
@@ -73,7 +75,8 @@ func newAttacher(cfg *Config) *attacher {
 	return &attacher{
 		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(),
 		follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
-		cat: cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
+		shared: shared{scheduler: iothrottle.NewScheduler(), stages: cfg.Stages},
+		cat:    cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
 		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
@@ -216,7 +219,7 @@ func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, erro
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
-	path, err := stack(group, v)
+	path, err := stack(group, v, &a.shared)
 	if err != nil {
 		return nil, errors.Join(err, group.Close())
 	}
@@ -305,6 +308,7 @@ func (a *attacher) drop(id trivet.VolumeID) error {
 	if at.group == nil {
 		return nil
 	}
+	defer at.path.close() // when what was under way has ended
 	if err := at.group.Close(); err != nil && !errors.Is(err, trivet.ErrClosed) {
 		return fmt.Errorf("close %s at epoch %d: %w", id, at.epoch, err)
 	}

@@ -42,6 +42,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -69,6 +70,9 @@ type Config struct {
 	Mux       *raftgroup.Mux
 	Timing    raftgroup.Timing // the zero value means the defaults
 	IOTimeout time.Duration    // how long I/O waits for a leader before it fails; 0 = 60 s
+
+	// Stages is where the attachments and the replicas of this node are measured; nil = not at all.
+	Stages *stage.Registry
 
 	// OverlapFlush is that of replication.HostConfig.
 	OverlapFlush bool
@@ -162,8 +166,9 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
-		IsMember: memberChecker(cfg.Catalogue),
-		Logger:   cfg.Logger, Fatal: cfg.Fatal,
+		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages,
+		Background: n.mounts.attacher.shared.scheduler.Background,
+		Logger:     cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())

@@ -6,12 +6,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/internal/faultdev"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/iothrottle"
 )
 
@@ -64,6 +67,17 @@ func TestLimits(t *testing.T) {
 			iothrottle.Limits{IOPS: 100, BytesPerSec: 1 << 20},
 			nil,
 		},
+		{
+			"all",
+			map[string]string{
+				"iopsLimit": "1", "readIopsLimit": "2", "writeIopsLimit": "3", "burst": "60",
+				"bandwidthLimit": "4", "readBandwidthLimit": "5", "writeBandwidthLimit": "6",
+			},
+			iothrottle.Limits{
+				IOPS: 1, ReadIOPS: 2, WriteIOPS: 3, BytesPerSec: 4, ReadBytesPerSec: 5, WriteBytesPerSec: 6, Burst: time.Minute,
+			},
+			nil,
+		},
 		{"negative", map[string]string{"iopsLimit": "-1"}, iothrottle.Limits{}, trivet.ErrInvalid},
 		{"not canonical", map[string]string{"bandwidthLimit": "1Mi"}, iothrottle.Limits{}, trivet.ErrInvalid},
 	} {
@@ -76,6 +90,59 @@ func TestLimits(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestShares(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		params map[string]string
+		want   iothrottle.Share
+		err    error
+	}{
+		{nil, iothrottle.Share{Weight: 50}, nil},
+		{map[string]string{"priority": "0", "iopsReservation": "300"}, iothrottle.Share{Reservation: 300}, nil},
+		{map[string]string{"priority": "100"}, iothrottle.Share{Weight: 100}, nil},
+		{map[string]string{"priority": "high"}, iothrottle.Share{}, trivet.ErrInvalid},
+		{map[string]string{"iopsReservation": "-1"}, iothrottle.Share{}, trivet.ErrInvalid},
+	} {
+		got, err := shareOf(tt.params)
+		require.ErrorIs(t, err, tt.err)
+		if tt.err == nil {
+			assert.Equal(t, tt.want, got)
+		}
+	}
+}
+
+// TestPathFollowsTheCatalogue: an open path takes what changed, all or, if it cannot be read, nothing, and leaves
+// what it shares with others when it is closed.
+func TestPathFollowsTheCatalogue(t *testing.T) {
+	t.Parallel()
+	with := shared{scheduler: iothrottle.NewScheduler(), stages: stage.NewRegistry()}
+	v := &meta.Volume{ID: vol, Params: map[string]string{"iopsLimit": "100"}}
+	p, err := stack(faultdev.NewMem(1<<20), v, &with)
+	require.NoError(t, err)
+	require.Len(t, with.stages.Volumes(), 1)
+	v.Params = map[string]string{"writeIopsLimit": "7", "burst": "9", "priority": "80", "iopsReservation": "5"}
+	require.NoError(t, p.apply(v))
+	wantLimits := iothrottle.Limits{WriteIOPS: 7, Burst: 9 * time.Second}
+	wantShare := iothrottle.Share{Weight: 80, Reservation: 5}
+	assert.Equal(t, wantLimits, p.throttle.Limits())
+	assert.Equal(t, wantShare, p.scheduled.Share())
+	v.Params = map[string]string{"writeIopsLimit": "8", "priority": "x"}
+	require.ErrorIs(t, p.apply(v), trivet.ErrInvalid)
+	assert.Equal(t, wantLimits, p.throttle.Limits())
+	assert.Equal(t, wantShare, p.scheduled.Share())
+	require.NoError(t, p.WriteAt(t.Context(), make([]byte, 4096), 0))
+	for _, s := range []stage.Stage{stage.Write, stage.Throttle, stage.Scheduler, stage.Replication} {
+		assert.EqualValues(t, 1, p.stages.Meter(s).Totals().LeftN, s)
+	}
+	p.close()
+	require.Empty(t, with.stages.Volumes())
+
+	p, err = stack(faultdev.NewMem(1<<20), &meta.Volume{ID: vol}, &shared{scheduler: with.scheduler})
+	require.NoError(t, err)
+	require.NoError(t, p.WriteAt(t.Context(), make([]byte, 4096), 0), "nothing is measured")
+	p.close()
 }
 
 // Reads of an attachment that writes are never older than its own writes.

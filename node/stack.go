@@ -4,18 +4,27 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/iothrottle"
 )
 
 // The parameters of a volume that shape its data path. Their values are canonical: decimal numbers,
 // in requests and bytes per second; absent or zero means no limit.
 const (
-	paramIOPSLimit      = "iopsLimit"
-	paramBandwidthLimit = "bandwidthLimit"
-	paramReads          = "readConsistency" // absent: ReadStrong
+	paramIOPSLimit           = "iopsLimit"
+	paramReadIOPSLimit       = "readIopsLimit"
+	paramWriteIOPSLimit      = "writeIopsLimit"
+	paramBandwidthLimit      = "bandwidthLimit"
+	paramReadBandwidthLimit  = "readBandwidthLimit"
+	paramWriteBandwidthLimit = "writeBandwidthLimit"
+	paramBurst               = "burst" // seconds
+	paramIOPSReservation     = "iopsReservation"
+	paramPriority            = "priority"        // absent: priorityDefault
+	paramReads               = "readConsistency" // absent: ReadStrong
 )
 
 // path is the data path of one attachment, above the replicated volume: a Device, whose settings follow
@@ -23,32 +32,93 @@ const (
 type path struct {
 	trivet.Device // the top of the stack
 
-	throttle *iothrottle.Throttle
+	throttle  *iothrottle.Throttle
+	scheduled *iothrottle.Scheduled
+	stages    *stage.Volume // what is measured of it
+}
+
+// shared is what the data paths of a node have in common.
+type shared struct {
+	scheduler *iothrottle.Scheduler
+	stages    *stage.Registry // nil = nothing is measured
 }
 
 // stack builds the data path; read it from the kernel device on the left to the Raft group on the right.
-func stack(group trivet.Device, v *meta.Volume) (*path, error) {
-	limits, err := limitsOf(v.Params)
+func stack(group trivet.Device, v *meta.Volume, with *shared) (*path, error) {
+	limits, share, err := qosOf(v)
 	if err != nil {
-		return nil, fmt.Errorf("data path of %s: %w", v.ID, err)
+		return nil, err
 	}
-	throttle := iothrottle.New(group, limits)
+	stages := with.stages.Open(v.ID)
+	below := probeStage(group, stages, stage.Replication)
+	scheduled := with.scheduler.Device(below, share, meterOf(stages, stage.Scheduler))
+	throttle := iothrottle.NewWith(scheduled, limits, iothrottle.Options{Meter: meterOf(stages, stage.Throttle)})
 	return &path{
-		Device:   protect(throttle, v.Attached != nil && v.Attached.ReadOnly),
-		throttle: throttle,
+		Device:   protect(probeRequests(throttle, stages), v.Attached != nil && v.Attached.ReadOnly),
+		throttle: throttle, scheduled: scheduled, stages: stages,
 	}, nil
+}
+
+// meterOf returns a Meter for iothrottle, which tells no Meter by nil.
+func meterOf(stages *stage.Volume, s stage.Stage) iothrottle.Meter {
+	if stages == nil {
+		return nil
+	}
+	return stages.Meter(s)
+}
+
+// close takes the path out of what it shares with others. REQUIRES: called once, when no request comes any more.
+func (p *path) close() {
+	p.scheduled.Close()
+	p.stages.Close()
 }
 
 // apply makes the open path follow v's parameters, without a pause.
 func (p *path) apply(v *meta.Volume) error {
-	limits, err := limitsOf(v.Params)
+	limits, share, err := qosOf(v)
 	if err != nil {
-		return fmt.Errorf("data path of %s: %w", v.ID, err)
+		return err
 	}
 	if limits != p.throttle.Limits() {
 		p.throttle.SetLimits(limits)
 	}
+	if share != p.scheduled.Share() {
+		p.scheduled.SetShare(share)
+	}
 	return nil
+}
+
+// qosOf returns what a volume may do by itself and beside others.
+func qosOf(v *meta.Volume) (iothrottle.Limits, iothrottle.Share, error) {
+	limits, err := limitsOf(v.Params)
+	if err != nil {
+		return limits, iothrottle.Share{}, fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	share, err := shareOf(v.Params)
+	if err != nil {
+		return limits, share, fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	return limits, share, nil
+}
+
+// priorityDefault is that of controller.PriorityDefault, which canonical parameters leave out.
+const priorityDefault = 50
+
+func shareOf(params map[string]string) (iothrottle.Share, error) {
+	share := iothrottle.Share{Weight: priorityDefault}
+	reservation, err := limitOf(params, paramIOPSReservation)
+	if err != nil {
+		return share, err
+	}
+	share.Reservation = reservation
+	if params[paramPriority] != "" {
+		priority, err := limitOf(params, paramPriority)
+		if err != nil {
+			return share, err
+		}
+		share.Weight = int(min(priority, 100))
+	}
+	return share, nil
 }
 
 // readsOf returns how reads of this attachment may be answered: one that can write sees its own writes,
@@ -62,12 +132,27 @@ func readsOf(v *meta.Volume) trivet.ReadConsistency {
 }
 
 func limitsOf(params map[string]string) (iothrottle.Limits, error) {
-	iops, err := limitOf(params, paramIOPSLimit)
-	if err != nil {
-		return iothrottle.Limits{}, err
+	var l iothrottle.Limits
+	var burstSeconds int64
+	for _, f := range []struct {
+		key string
+		at  *int64
+	}{
+		{paramIOPSLimit, &l.IOPS},
+		{paramReadIOPSLimit, &l.ReadIOPS},
+		{paramWriteIOPSLimit, &l.WriteIOPS},
+		{paramBandwidthLimit, &l.BytesPerSec},
+		{paramReadBandwidthLimit, &l.ReadBytesPerSec},
+		{paramWriteBandwidthLimit, &l.WriteBytesPerSec},
+		{paramBurst, &burstSeconds},
+	} {
+		var err error
+		if *f.at, err = limitOf(params, f.key); err != nil {
+			return iothrottle.Limits{}, err
+		}
 	}
-	bytes, err := limitOf(params, paramBandwidthLimit)
-	return iothrottle.Limits{IOPS: iops, BytesPerSec: bytes}, err
+	l.Burst = time.Duration(min(burstSeconds, int64(iothrottle.BurstMax/time.Second))) * time.Second
+	return l, nil
 }
 
 func limitOf(params map[string]string, key string) (int64, error) {

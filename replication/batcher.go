@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
 const (
@@ -32,6 +34,7 @@ type batcher struct {
 	cancel  context.CancelFunc
 	propose proposeFunc
 	workers sync.WaitGroup // one per entry in flight
+	waiting *stage.Meter   // what is in queue; nil = not measured
 
 	mu        sync.Mutex
 	closed    bool
@@ -52,8 +55,9 @@ type seqKey struct {
 // pending is a request on its way into the log.
 type pending struct {
 	req  request
-	term uint64 // of the leader that took it
-	sent *batch // nil while queued; under batcher.mu
+	term uint64        // of the leader that took it
+	came time.Duration // stage.Now, when it was queued
+	sent *batch        // nil while queued; under batcher.mu
 	done chan struct{}
 	err  error // valid once done is closed
 }
@@ -108,7 +112,8 @@ func (b *batcher) enqueue(req *request) (p *pending, owner bool, err error) {
 		return nil, false, fmt.Errorf("queue is full with %d requests and %d bytes: %w",
 			len(b.queue), b.queueData, trivet.ErrUnavailable)
 	}
-	p = &pending{req: *req, term: b.term, done: make(chan struct{})}
+	p = &pending{req: *req, term: b.term, came: stage.Now(), done: make(chan struct{})}
+	b.waiting.Enter()
 	b.byKey[key] = p
 	b.queue = append(b.queue, p)
 	b.queueData += len(req.data)
@@ -125,6 +130,7 @@ func (b *batcher) abandon(p *pending) {
 	if i := slices.Index(b.queue, p); i >= 0 {
 		b.queue = slices.Delete(b.queue, i, i+1)
 		b.queueData -= len(p.req.data)
+		b.waiting.LeaveSince(p.came)
 		b.finishLocked(p, fmt.Errorf("the first copy's client gave up: %w", trivet.ErrUnavailable))
 	}
 	b.mu.Unlock()
@@ -165,6 +171,7 @@ func (b *batcher) close() {
 
 func (b *batcher) failQueueLocked(err error) {
 	for _, p := range b.queue {
+		b.waiting.LeaveSince(p.came)
 		b.finishLocked(p, err)
 	}
 	b.queue, b.queueData = nil, 0
@@ -195,8 +202,10 @@ func (b *batcher) takeLocked() *batch {
 		n++
 	}
 	bt := &batch{ps: slices.Clone(b.queue[:n]), encoded: make(chan struct{})}
+	now := stage.Now()
 	for _, p := range bt.ps {
 		p.sent = bt
+		b.waiting.Leave(now - p.came)
 	}
 	b.queue = slices.Delete(b.queue, 0, n)
 	b.queueData -= dataN

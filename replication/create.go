@@ -8,6 +8,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
@@ -152,13 +153,16 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	if h.cfg.WrapMachine != nil {
 		cfg.Machine = h.cfg.WrapMachine(m)
 	}
+	cfg.Stages = h.cfg.Stages.Open(s.Volume)
+	m.applies = cfg.Stages.Meter(stage.Apply)
 	group, err := raftgroup.Open(cfg)
 	if err != nil {
+		cfg.Stages.Close()
 		return nil, err
 	}
 	log := h.log.With("volume", s.Volume.String(), "replica", string(s.Replica))
 	// The replica outlives the call that opens it.
-	return startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log), nil
+	return startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages), nil
 }
 
 // ParkReplica stops a replica and keeps everything of it; OpenReplica starts it again. A parked replica

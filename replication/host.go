@@ -15,6 +15,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/engine/segment"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -36,6 +37,8 @@ type HostConfig struct {
 	// CatchUpBytesPerSecond bounds what all replicas of this Host together pull of the state of others, when
 	// they missed more than a log keeps. 0 = no limit; at least CatchUpBytesPerSecondMin.
 	CatchUpBytesPerSecond int64
+	// Background, when set, is where a catch-up waits for its turn beside other work; see raftgroup.Config.
+	Background func(ctx context.Context, bytes int) (release func(), err error)
 	// Authorize, when set, is asked before each volume I/O whether node may act for an attachment
 	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
 	// The state machine checks the epoch in any case.
@@ -48,6 +51,8 @@ type HostConfig struct {
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
+	// Stages is where the replicas are measured, and what KindVolumeStages is answered from; nil = not at all.
+	Stages *stage.Registry
 	// Logger may be nil.
 	Logger *slog.Logger
 	// Fatal is called on damage, on a failing disk and on a broken invariant: stop the process. Must be set.
@@ -166,6 +171,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeWrite, h.handleWrite)
 	cfg.Network.Handle(transport.KindVolumeRead, h.handleRead)
 	cfg.Network.Handle(transport.KindVolumeStatus, h.handleStatus)
+	cfg.Network.Handle(transport.KindVolumeStages, h.handleStages)
 	return h, nil
 }
 
@@ -265,6 +271,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		OverlapFlush:  h.cfg.OverlapFlush,
 		SnapshotBytes: h.cfg.SnapshotBytes,
 		CatchUpLimit:  h.catchUp,
+		Background:    h.cfg.Background,
 		Logger:        h.log.With("volume", s.Volume.String()),
 		Fatal:         h.cfg.Fatal,
 	}

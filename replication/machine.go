@@ -9,6 +9,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
@@ -20,6 +21,8 @@ type machine struct {
 	id  trivet.VolumeID
 	eng *engine.Engine
 	vol *engine.Volume
+
+	applies *stage.Meter // batches of entries; nil = not measured
 
 	// Owned by the applying goroutine.
 	core core
@@ -60,6 +63,7 @@ func (m *machine) load() error {
 // An error is damage or a failing disk: the replica must stop, because skipping an entry that the
 // others applied would make it differ for ever.
 func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
+	defer m.applies.Begin().End()
 	results := make([]any, len(entries))
 	st := *m.view.Load()
 	first := 0

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
@@ -20,6 +21,8 @@ type Replica struct {
 	group   *raftgroup.Group
 	batcher *batcher
 	lease   time.Duration // longest read lease of a leader of the group
+	stages  *stage.Volume // what is measured of it
+	reads   *stage.Meter
 	log     *slog.Logger
 
 	cancel context.CancelFunc // ends watch
@@ -40,13 +43,14 @@ type ReplicaStatus struct {
 
 // startReplica starts the goroutine that tells the batcher who leads.
 func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.Group, lease time.Duration,
-	log *slog.Logger,
+	log *slog.Logger, stages *stage.Volume,
 ) *Replica {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &Replica{
-		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel,
+		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages,
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
+	r.batcher.waiting, r.reads = stages.Meter(stage.Queue), stages.Meter(stage.ServeRead)
 	r.watch.Go(func() { r.watchLeader(ctx) })
 	return r
 }
@@ -76,6 +80,7 @@ func (r *Replica) close() error {
 		r.watch.Wait()
 		r.batcher.close()
 		r.closed = r.group.Close()
+		r.stages.Close()
 	})
 	return r.closed
 }
@@ -162,6 +167,7 @@ func (r *Replica) readApplied(p []byte, req *readRequest) (term uint64, err erro
 }
 
 func (r *Replica) readBlocks(p []byte, lba trivet.LBA) error {
+	defer r.reads.Begin().End()
 	size := r.machine.view.Load().SizeBytes
 	if lba >= lbaMax {
 		return fmt.Errorf("block %d: %w", lba, trivet.ErrOutOfRange)

@@ -36,6 +36,10 @@ type Config struct {
 	LogLanes        int
 	LogSegmentBytes int64
 
+	// MetricsAddr is host:port of an HTTP listener without TLS that answers GET /metrics for Prometheus, and nothing
+	// else; empty = none. What it tells are numbers, names of volumes and nodes: neither contents nor secrets.
+	MetricsAddr string
+
 	// Timing of every Raft group. The zero value takes raftgroup's defaults.
 	Timing raftgroup.Timing
 	// IOTimeout bounds how long one request waits for a leader; 0 = 60 s.
@@ -113,7 +117,11 @@ func (c *Config) Validate() error {
 	if c.ReplaceAfter < 0 {
 		return fmt.Errorf("replace after %v: want zero or more: %w", c.ReplaceAfter, trivet.ErrInvalid)
 	}
-	for _, addr := range append([]string{c.Listen, c.Advertise}, c.Seeds...) {
+	addrs := append([]string{c.Listen, c.Advertise}, c.Seeds...)
+	if c.MetricsAddr != "" {
+		addrs = append(addrs, c.MetricsAddr)
+	}
+	for _, addr := range addrs {
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			return fmt.Errorf("address %q: want host:port: %w", addr, trivet.ErrInvalid)
 		}

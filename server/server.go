@@ -27,6 +27,7 @@ import (
 	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/driver"
 	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/node"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -52,6 +53,8 @@ type Server struct {
 	network transport.Network
 	mux     *raftgroup.Mux
 	grpc    *grpc.Server
+	stages  *stage.Registry
+	metrics *metricsServer // nil without an address
 
 	catalogue  *controller.Catalogue
 	controller *controller.Controller
@@ -79,7 +82,7 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("server config: %w", err)
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger.With("node", string(cfg.Node))}
+	s := &Server{cfg: cfg, log: cfg.Logger.With("node", string(cfg.Node)), stages: stage.NewRegistry()}
 	if err := s.open(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("start server %s: %w", cfg.Node, err), s.Close())
 	}
@@ -106,6 +109,9 @@ func (s *Server) open(ctx context.Context) error {
 	}
 	s.group.Go(func() error { s.stayJoined(life); return nil })
 	s.group.Go(func() error { s.learnAddresses(life); return nil })
+	if err := s.openMetrics(ctx); err != nil {
+		return err
+	}
 	mender := controller.NewMender(s.catalogue, s.cfg.Node, s.cfg.ReplaceAfter, s.log)
 	s.group.Go(func() error { mender.Run(life); return nil })
 	return nil
@@ -213,7 +219,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	cfg.ID, cfg.Address, cfg.Zone, cfg.Incarnation = s.cfg.Node, s.cfg.Advertise, s.cfg.Zone, trivet.NewUUID()
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
-	cfg.OverlapFlush = s.cfg.OverlapFlush
+	cfg.OverlapFlush, cfg.Stages = s.cfg.OverlapFlush, s.stages
 	cfg.Logger, cfg.Fatal, cfg.CatchUpBytesPerSecond = s.log, s.cfg.Fatal, s.cfg.CatchUpBytesPerSecond
 	if s.cfg.ParkAfter != 0 {
 		cfg.ParkAfter = s.cfg.ParkAfter
@@ -287,6 +293,9 @@ func (s *Server) Close() error {
 	}
 	if s.grpc != nil {
 		s.grpc.Stop()
+	}
+	if s.metrics != nil {
+		errs = append(errs, s.metrics.close())
 	}
 	if s.catalogue != nil {
 		errs = append(errs, s.catalogue.Close())

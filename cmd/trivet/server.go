@@ -67,6 +67,8 @@ func newServer(o *options) *cobra.Command {
 		"let a leader send entries while its own disk still flushes them: faster where disks are slow")
 	f.StringVar(&catchUp, "catch-up-bandwidth", "0",
 		"bytes per second, as 100Mi, that replicas here together pull from other nodes to catch up (0: no limit)")
+	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "",
+		"host:port for Prometheus, plain HTTP, as 127.0.0.1:7480 (default: no metrics)")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
 	return cmd

@@ -14,6 +14,7 @@ func newVolume(o *options) *cobra.Command {
 	return group("volume", "Make, attach and remove volumes",
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
+		newVolumeSet(o), newVolumeExplain(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
@@ -38,6 +39,9 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 		fmt.Fprintf(out, "device: %s\n", view.Device)
 	}
 	fmt.Fprintf(out, "replicas wanted: %d\n", view.Want)
+	if len(view.Parameters) > 0 {
+		fmt.Fprintf(out, "parameters: %s\n", pairsText(view.Parameters))
+	}
 	if view.Pending != "" {
 		fmt.Fprintf(out, "pending: %s\n", view.Pending)
 	}
@@ -82,13 +86,9 @@ func newVolumeCreate(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			parameters := map[string]string{}
-			for _, p := range params {
-				key, value, ok := strings.Cut(p, "=")
-				if !ok || key == "" {
-					return usageError{fmt.Errorf("--param %q: want KEY=VALUE", p)}
-				}
-				parameters[key] = value
+			parameters, err := parsePairs("--param", params)
+			if err != nil {
+				return err
 			}
 			return o.call(cmd, func(ctx context.Context, c *client) error {
 				v, err := c.CreateVolume(ctx, &api.CreateVolumeRequest{

@@ -33,6 +33,7 @@ type Command struct {
 	RemoveReplica *RemoveReplica `json:"removeReplica,omitempty"`
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
+	SetParams     *SetParams     `json:"setParams,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -226,6 +227,16 @@ type CordonNode struct {
 	Node     trivet.NodeID `json:"node"`
 	Cordoned bool          `json:"cordoned"`
 	Draining bool          `json:"draining,omitempty"`
+}
+
+// SetParams changes parameters of a volume, all of them or none. Which keys there are and which may change is
+// for the proposer to know; here they are text. What the volume was created with stays its Request: a create
+// that is repeated still finds it. ErrInvalid while it is Deleting, and when it would have too many;
+// ErrPending as in Release. Nothing that is not so already: no effect.
+type SetParams struct {
+	Volume     trivet.VolumeID   `json:"volume"`
+	Params     map[string]string `json:"params"`               // canonical; an empty value removes the key
+	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
 }
 
 // Result is what applying a command returned on every member alike.

@@ -82,6 +82,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
 		func() meta.Command { return meta.Command{Detach: &meta.Detach{Volume: vid}} },
+		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
 		func() meta.Command {
@@ -226,4 +227,15 @@ func FuzzImage(f *testing.F) {
 		require.Equal(t, once, mustImage(t, again))
 		meta.NewMachine(s).Apply(attach(1, true, 0))
 	})
+}
+
+func randomParams(r *rand.Rand, id trivet.VolumeID, now meta.Revision) *meta.SetParams {
+	p := &meta.SetParams{Volume: id, Params: map[string]string{}}
+	for range 1 + r.Intn(3) {
+		p.Params[[]string{"iopsLimit", "burst", "priority"}[r.Intn(3)]] = []string{"", "1", "2"}[r.Intn(3)]
+	}
+	if r.Intn(2) == 0 {
+		p.IfRevision = now
+	}
+	return p
 }

@@ -178,7 +178,9 @@ func TestGolden(t *testing.T) {
 	} {
 		mustApply(t, m, r)
 	}
-	commands := map[string]meta.Command{"command.v1": create, "command-add.v1": add}
+	commands := map[string]meta.Command{"command.v1": create, "command-add.v1": add, "command-params.v1": {
+		SetParams: &meta.SetParams{Volume: 7, IfRevision: 9, Params: map[string]string{"iopsLimit": "100", "burst": ""}},
+	}}
 	golden := map[string][]byte{"image.v2": mustImage(t, m.State())}
 	for name, c := range commands {
 		b, err := c.Encode()
@@ -247,11 +249,30 @@ func TestCodecRefuses(t *testing.T) {
 			ID: replicaID(1), Node: "n1", Disk: diskID(1), Replaces: replicaID(1),
 		}}},
 		"two replicas":           {SetReplicas: &meta.SetReplicas{Volume: 1, Count: 2}},
+		"no parameters":          {SetParams: &meta.SetParams{Volume: 1}},
+		"a nameless parameter":   {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"": "1"}}},
+		"no text":                {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": "\xff"}}},
+		"parameters of nothing":  {SetParams: &meta.SetParams{Params: map[string]string{"a": "1"}}},
 		"draining, not cordoned": {CordonNode: &meta.CordonNode{Node: "n1", Draining: true}},
 		"joining reported":       report(1, 1, meta.ReplicaJoining),
 		"leaving reported":       report(1, 1, meta.ReplicaLeaving),
 	} {
 		require.ErrorIs(t, c.Validate(), trivet.ErrInvalid, name)
+	}
+}
+
+// TestParamsReadBack: a state after changes of parameters is the one that its image gives, also when none is left.
+func TestParamsReadBack(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	v := volume(1, meta.ReclaimDelete, 1)
+	v.Params = nil
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: v}})
+	for _, value := range []string{"1", "2", ""} {
+		mustApply(t, m, meta.Command{SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": value}}})
+		read, err := meta.DecodeImage(mustImage(t, m.State()))
+		require.NoError(t, err)
+		assert.Equal(t, m.State(), read)
 	}
 }
 

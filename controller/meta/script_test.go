@@ -2,6 +2,8 @@ package meta_test
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -156,6 +158,13 @@ func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int)
 		}}
 	case "count":
 		return meta.Command{SetReplicas: &meta.SetReplicas{Volume: id, Count: number(t, d, "to")}}
+	case "params":
+		p := &meta.SetParams{Volume: id, Params: map[string]string{}, IfRevision: meta.Revision(number(t, d, "rev"))}
+		for _, line := range strings.Fields(d.Input) {
+			key, value, _ := strings.Cut(line, "=")
+			p.Params[key] = value
+		}
+		return meta.Command{SetParams: p}
 	case "cordon", "uncordon":
 		on := d.Cmd == "cordon"
 		return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: d.HasArg("drain")}}
@@ -199,6 +208,11 @@ func line(v *meta.Volume) string {
 	}
 	if v.Want() != len(v.Replicas) {
 		fmt.Fprintf(b, " want=%d", v.Want())
+	}
+	for _, k := range slices.Sorted(maps.Keys(v.Params)) {
+		if k != "replicas" { // which each of them has
+			fmt.Fprintf(b, " %s=%s", k, v.Params[k])
+		}
 	}
 	if v.Reason != "" {
 		fmt.Fprintf(b, " reason=%q", v.Reason)

@@ -48,6 +48,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.RemoveReplica)
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
+	add(&set, c.SetParams)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -130,15 +131,8 @@ func (c *CreateVolume) validate() error {
 			return err
 		}
 	}
-	if len(v.Params) > paramsMax {
-		return fmt.Errorf("%d parameters, at most %d are allowed: %w", len(v.Params), paramsMax, trivet.ErrInvalid)
-	}
-	for k, val := range v.Params {
-		if err := firstError(validateText("parameter", k, textBytesMax), validateText(k, val, textBytesMax)); err != nil {
-			return err
-		}
-	}
 	return firstError(
+		validateParams(v.Params),
 		validateVolume(v.ID),
 		trivet.ValidateName(v.Name),
 		validatePolicy(v.Reclaim),

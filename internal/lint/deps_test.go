@@ -28,19 +28,22 @@ var mayImport = map[string][]string{
 	"internal/faultdev/devtest": {"internal/faultdev"},
 	"internal/testutil":         {"api", "internal/pki", "server"},
 	"api":                       {},
-	"replication/raftgroup":     {"engine/segment", "replication/transport"},
-	"replication":               {"engine", "engine/segment", "replication/raftgroup", "replication/transport"},
+	"internal/stage":            {},
+	"replication/raftgroup":     {"engine/segment", "internal/stage", "replication/transport"},
+	"replication": {
+		"engine", "engine/segment", "internal/stage", "replication/raftgroup", "replication/transport",
+	},
 	"controller": {
 		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
 	},
 	"node": {
-		"controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "replication",
+		"controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
 	"server": {
-		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
-		"replication/raftgroup", "replication/transport",
+		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "internal/stage",
+		"iothrottle", "node", "replication", "replication/raftgroup", "replication/transport",
 	},
 	"cmd/trivet":         {"api", "controller/meta", "driver", "internal/kube", "internal/pki", "server"},
 	"internal/kube":      {"api", "internal/pki"},
@@ -59,11 +62,6 @@ var mayImport = map[string][]string{
 	"sanity":       {"internal/testutil", "server"},
 	"sanity/mount": {"sanity"},
 	"sanity/block": {"sanity"},
-
-	"internal/vm":        {"internal/vm/plan"},
-	"internal/vm/guest":  {"internal/vm/plan"},
-	"internal/vm/plan":   {},
-	"internal/vm/vmtest": {"internal/vm"},
 }
 
 // homes says where a third-party library may be used outside tests: it stops at one package, so
@@ -87,6 +85,7 @@ var homes = []struct {
 	}},
 	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
 	{"github.com/anishathalye/porcupine", []string{"internal/chaos", "internal/sim"}},
+	{"github.com/prometheus/", []string{"server"}},
 	{"k8s.io/api", []string{"internal/kube"}},
 	{"k8s.io/apimachinery", []string{"internal/kube"}},
 	{"k8s.io/client-go", []string{"internal/kube"}},

@@ -115,6 +115,9 @@ func (c *Cluster) Admin(i int) api.AdminClient { return c.admins[i] }
 // Config returns the configuration that server i was started with.
 func (c *Cluster) Config(i int) server.Config { return c.configs[i] }
 
+// Metrics returns host:port of server i's metrics, or "".
+func (c *Cluster) Metrics(i int) string { return c.servers[i].MetricsAddress() }
+
 // Stop closes server i.
 func (c *Cluster) Stop(i int) {
 	c.tb.Helper()

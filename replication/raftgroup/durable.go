@@ -7,6 +7,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
 // Durability at message boundaries (Config.OverlapFlush).
@@ -45,6 +46,7 @@ type queued struct {
 	last   uint64
 	ticket *segment.Ticket
 	write  uint64 // of the guard
+	spent  stage.Span
 }
 
 // waiter waits for one entry.
@@ -58,16 +60,17 @@ func newDurability(guard *diskGuard, mark uint64) *durability {
 }
 
 // queue takes note of an append from index first to last, which replaces what stood there, and which a ticket
-// of the log stands for. The disk guard watches it.
-func (d *durability) queue(first, last uint64, ticket *segment.Ticket) error {
+// of the log stands for. The disk guard watches it. spent is told when the append is over.
+func (d *durability) queue(first, last uint64, ticket *segment.Ticket, spent stage.Span) error {
 	write, err := d.guard.begin()
 	if err != nil {
+		spent.End()
 		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.cutLocked(first)
-	d.pending = append(d.pending, queued{last, ticket, write})
+	d.pending = append(d.pending, queued{last, ticket, write, spent})
 	if !d.draining {
 		d.draining = true
 		go d.drain() // ends with the last ticket; the log answers all of them, at the latest when it closes
@@ -127,6 +130,7 @@ func (d *durability) drain() {
 		d.mu.Unlock()
 		err := q.ticket.Err()
 		d.guard.end(q.write)
+		q.spent.End()
 		if err != nil {
 			d.guard.fail(fmt.Errorf("store entries: %w", err))
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
 // Group is one replica of one Raft group. It is safe for concurrent use.
@@ -37,6 +38,7 @@ type Group struct {
 	catch  *catchUp
 	images *images
 	slots  chan struct{} // one per proposal under way
+	sends  *stage.Meter  // entries on their way to followers; nil = not measured
 
 	wake        chan struct{} // the watcher should look
 	wakeCompact chan struct{} // the compactor should look
@@ -171,6 +173,8 @@ func (g *Group) openStores() error {
 		return err
 	}
 	g.store.onAppend = g.pokeCompact
+	g.store.leads, g.store.follows = g.cfg.Stages.Meter(stage.LeaderLog), g.cfg.Stages.Meter(stage.FollowerLog)
+	g.sends = g.cfg.Stages.Meter(stage.Network)
 	applied, _ := g.cfg.Machine.Applied()
 	g.fsm = &fsm{
 		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed, durable: g.store.durable,

@@ -8,6 +8,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
 // groupConfig is one configuration and the index of its entry.
@@ -24,6 +25,8 @@ type logStore struct {
 	overlap  bool // Config.OverlapFlush
 	durable  *durability
 	onAppend func() // called after entries were stored, without locks
+
+	leads, follows *stage.Meter // appends until they are on stable storage; nil = not measured
 
 	mu       sync.Mutex
 	configs  []groupConfig // of the log, in order; before them the one of the snapshot
@@ -165,7 +168,13 @@ func (s *logStore) put(entries []*raft.Log, overlap bool) error {
 		return nil
 	}
 	first, last := entries[0].Index, entries[len(entries)-1].Index
+	meter := s.follows
+	if !entries[0].AppendedAt.IsZero() { // which the library sets in a leader, and nobody sends
+		meter = s.leads
+	}
+	spent := meter.Begin()
 	if !overlap {
+		defer spent.End()
 		s.durable.cut(first) // whether it succeeds or not: a failed one may be there after all
 		err := s.log.append(entries)
 		if err == nil {
@@ -179,9 +188,10 @@ func (s *logStore) put(entries []*raft.Log, overlap bool) error {
 			err = errors.Join(err, t.Err())
 		}
 		s.durable.cut(first)
+		spent.End()
 		return err
 	}
-	return s.durable.queue(first, last, tickets[len(tickets)-1])
+	return s.durable.queue(first, last, tickets[len(tickets)-1], spent)
 }
 
 func (s *logStore) stored(entries []*raft.Log, configs []groupConfig) {

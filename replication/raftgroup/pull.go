@@ -167,6 +167,13 @@ func (p *pull) wait(n int) error {
 
 // fetch gets one piece. A damaged one, or one that got lost, is asked for again.
 func (p *pull) fetch(off uint64) (imagePiece, error) {
+	if yield := p.g.cfg.Background; yield != nil {
+		release, err := yield(p.ctx, p.opened.pieceN)
+		if err != nil {
+			return imagePiece{}, err
+		}
+		defer release()
+	}
 	body := imageRead{id: p.opened.id, offset: off}
 	for try := 1; ; try++ {
 		piece, err := p.fetchOnce(body)

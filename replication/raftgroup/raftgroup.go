@@ -16,6 +16,7 @@
 package raftgroup
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,6 +27,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
 const (
@@ -132,7 +134,9 @@ type Config struct {
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; what is answered and applied
 	// still waits for both (durable.go). Members may differ in it.
 	OverlapFlush bool
-	Logger       *slog.Logger // nil = discard
+	// Stages is where appends to the log and the way to followers are measured; nil = not at all.
+	Stages *stage.Volume
+	Logger *slog.Logger // nil = discard
 	// Fatal is told of an I/O error or a broken invariant and must stop the process. It is called
 	// once, with locks held: it must not call the group. If it returns, as in tests, the group answers
 	// nothing more. Must be set.
@@ -149,6 +153,9 @@ type Config struct {
 	// groups of a process, it bounds them together. Its burst, at least 1, is what may pass at once. nil = no
 	// limit.
 	CatchUpLimit *rate.Limiter
+	// Background, unless nil, is asked before each piece of a state of others is pulled: it returns when that does
+	// not disturb anybody, or when ctx ends, and release is called when the piece is here.
+	Background func(ctx context.Context, bytes int) (release func(), err error)
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.
 	BootTime func() time.Duration

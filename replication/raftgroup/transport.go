@@ -189,6 +189,7 @@ func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req 
 	if err != nil {
 		return nil, err
 	}
+	defer t.g.sends.Begin().End()
 	return t.call(id, to, transport.KindAppendEntries, body, timeout)
 }
 

@@ -42,6 +42,7 @@ const (
 	KindVolumeWrite  Kind = 16 // replication: write, discard, write-zeroes proposals
 	KindVolumeRead   Kind = 17
 	KindVolumeStatus Kind = 18
+	KindVolumeStages Kind = 24 // watch a volume for a while
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33

@@ -1,0 +1,77 @@
+package meta
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/trivet-csi/trivet"
+)
+
+func (p *SetParams) op() string {
+	return fmt.Sprintf("set %s of %s", strings.Join(slices.Sorted(maps.Keys(p.Params)), ", "), p.Volume)
+}
+
+func (p *SetParams) validate() error {
+	if len(p.Params) == 0 {
+		return fmt.Errorf("no parameters are given: %w", trivet.ErrInvalid)
+	}
+	return firstError(validateVolume(p.Volume), validateParams(p.Params))
+}
+
+func (p *SetParams) apply(d *draft) error {
+	v, err := d.edit(p.Volume)
+	if err != nil {
+		return err
+	}
+	if v.Phase == PhaseDeleting {
+		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrInvalid)
+	}
+	if err := v.unmoved(p.IfRevision); err != nil {
+		return err
+	}
+	changed := false
+	for key, value := range p.Params {
+		if v.Params[key] == value {
+			continue
+		}
+		changed = true
+		if value == "" {
+			delete(v.Params, key)
+			continue
+		}
+		if v.Params == nil {
+			v.Params = make(map[string]string)
+		}
+		v.Params[key] = value
+	}
+	if !changed {
+		return nil
+	}
+	if len(v.Params) == 0 {
+		v.Params = nil // as an image has it
+	}
+	if err := validateParams(v.Params); err != nil {
+		return err
+	}
+	d.put(v)
+	return nil
+}
+
+// validateParams bounds what parameters may add to the catalogue, and refuses what JSON could not carry.
+func validateParams(params map[string]string) error {
+	if len(params) > paramsMax {
+		return fmt.Errorf("%d parameters, at most %d are allowed: %w", len(params), paramsMax, trivet.ErrInvalid)
+	}
+	for _, k := range slices.Sorted(maps.Keys(params)) { // sorted: the same error on every member
+		if k == "" {
+			return fmt.Errorf("parameter without a name: %w", trivet.ErrInvalid)
+		}
+		err := firstError(validateText("parameter", k, textBytesMax), validateText(k, params[k], textBytesMax))
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,30 @@
+package node
+
+import (
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/iothrottle"
+	"github.com/trivet-csi/trivet/replication"
+)
+
+// Limits returns the limits in force on the data path of a volume, and whether one is open here.
+func (n *Node) Limits(id trivet.VolumeID) (iothrottle.Limits, bool) {
+	at := n.mounts.attacher.get(id)
+	if at == nil || at.path == nil {
+		return iothrottle.Limits{}, false
+	}
+	return at.path.throttle.Limits(), true
+}
+
+// Scheduler returns how the scheduler that the volumes attached here share is doing.
+func (n *Node) Scheduler() iothrottle.SchedulerStats {
+	return n.mounts.attacher.shared.scheduler.Stats()
+}
+
+// ReplicaStatus returns how the replica of a volume here is doing, and whether one runs.
+func (n *Node) ReplicaStatus(id trivet.VolumeID) (replication.ReplicaStatus, bool) {
+	r, ok := n.host.Replica(id)
+	if !ok {
+		return replication.ReplicaStatus{}, false
+	}
+	return r.Status(), true
+}

@@ -1,0 +1,166 @@
+package server
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/trivet-csi/trivet/internal/stage"
+	"github.com/trivet-csi/trivet/iothrottle"
+	"github.com/trivet-csi/trivet/replication"
+)
+
+// The metrics; docs/metrics.md says how to use them. Names and labels are an interface: they stay.
+var (
+	descNode     = desc("trivet_node_info", "1, with what this server is.", "node", "zone", "version")
+	descOmitted  = desc("trivet_metrics_omitted_volumes", "Volumes served here that are not in this scrape.")
+	descMember   = desc("trivet_node_member", "1 if this server is a member of a cluster.")
+	descMetaLead = desc("trivet_catalogue_leader", "1 if this server leads the catalogue.")
+	descRevision = desc("trivet_catalogue_revision", "Changes of the catalogue as known here.")
+	descDiskSize = desc("trivet_disk_size_bytes", "Size of the filesystem of a disk.", "disk", "path")
+	descDiskFree = desc("trivet_disk_free_bytes", "What volumes may still use of a disk.", "disk", "path")
+
+	descWindow   = desc("trivet_scheduler_window", "Requests that volumes here may have under way while others wait.")
+	descInSched  = desc("trivet_scheduler_inside", "Requests of volumes attached here that are under way.")
+	descWaiting  = desc("trivet_scheduler_waiting", "Requests that wait for other volumes.")
+	descCapacity = desc("trivet_scheduler_capacity", "Requests per second that were done while others waited; 0 = never.")
+
+	descConns    = desc("trivet_peer_connections", "Connections with other nodes.", "direction")
+	descSent     = desc("trivet_peer_sent_bytes_total", "Bytes sent to other nodes.")
+	descReceived = desc("trivet_peer_received_bytes_total", "Bytes received from other nodes.")
+	descDials    = desc("trivet_peer_dial_failures_total", "Failed attempts to reach other nodes.")
+	descTimeouts = desc("trivet_peer_timeouts_total", "Connections found dead.")
+
+	descOps   = desc("trivet_volume_requests_total", "Requests answered on this node.", "volume", "op")
+	descBytes = desc("trivet_volume_bytes_total", "Bytes read and written on this node.", "volume", "op")
+	descTime  = desc("trivet_volume_request_seconds", "Time until requests were answered.", "volume", "op")
+	descLimit = desc("trivet_volume_limit", "Limits in force, per second; those that are absent are not listed.",
+		"volume", "limit")
+
+	descStage    = desc("trivet_stage_seconds", "Time of requests in a stage of the data path.", "volume", "stage")
+	descSquares  = desc("trivet_stage_seconds_squared_total", "Sum of the squares of those times.", "volume", "stage")
+	descMean     = desc("trivet_stage_mean_seconds", "Mean of those times since the volume is open.", "volume", "stage")
+	descVariance = desc("trivet_stage_variance_seconds2", "Variance of those times since the volume is open.", "volume",
+		"stage")
+	descInside = desc("trivet_stage_inside", "Requests in a stage at this moment.", "volume", "stage")
+
+	descLeader  = desc("trivet_replica_leader", "1 if the replica here leads its group.", "volume")
+	descTerm    = desc("trivet_replica_term", "Raft term of the replica here.", "volume")
+	descCommit  = desc("trivet_replica_commit_index", "Last index known as committed here.", "volume")
+	descApplied = desc("trivet_replica_applied_index", "Last index applied here.", "volume")
+	descUsed    = desc("trivet_replica_used_bytes", "Space that the blocks of the replica take.", "volume")
+)
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, labels, nil)
+}
+
+func gauge(out chan<- prometheus.Metric, d *prometheus.Desc, x float64, labels ...string) {
+	out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, x, labels...)
+}
+
+func counter(out chan<- prometheus.Metric, d *prometheus.Desc, x float64, labels ...string) {
+	out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, x, labels...)
+}
+
+func flag(on bool) float64 {
+	if on {
+		return 1
+	}
+	return 0
+}
+
+func (c *collector) node(out chan<- prometheus.Metric) {
+	cfg := &c.s.cfg
+	gauge(out, descNode, 1, string(cfg.Node), cfg.Zone, cfg.Version)
+	gauge(out, descMember, flag(c.s.catalogue.Joined()))
+	gauge(out, descMetaLead, flag(c.s.catalogue.Leader() == cfg.Node))
+	local := c.s.catalogue.Local()
+	gauge(out, descRevision, float64(local.Revision()))
+	self, ok := local.Node(cfg.Node)
+	if !ok {
+		return
+	}
+	for _, d := range self.Disks {
+		gauge(out, descDiskSize, float64(d.SizeBytes), string(d.ID), d.Path)
+		gauge(out, descDiskFree, float64(d.FreeBytes), string(d.ID), d.Path)
+	}
+}
+
+func (c *collector) peers(out chan<- prometheus.Metric) {
+	if c.s.peers == nil {
+		return
+	}
+	st := c.s.peers.Stats()
+	gauge(out, descConns, float64(st.ConnsOutN), "out")
+	gauge(out, descConns, float64(st.ConnsInN), "in")
+	counter(out, descSent, float64(st.BytesSent))
+	counter(out, descReceived, float64(st.BytesReceived))
+	counter(out, descDials, float64(st.DialFailures))
+	counter(out, descTimeouts, float64(st.Timeouts))
+}
+
+// volume writes the meters of one volume. Whole requests have a family of their own, by the name that people
+// look for.
+func (c *collector) volume(out chan<- prometheus.Metric, v *stage.Volume, name string) {
+	stages, meters := v.Used()
+	for i, m := range meters {
+		t := m.Totals()
+		below, all := t.Cumulative()
+		buckets := make(map[float64]uint64, len(below))
+		for j, bound := range stage.Bounds {
+			buckets[bound.Seconds()] = below[j]
+		}
+		what, family := stages[i].String(), descStage
+		switch stages[i] {
+		case stage.Read, stage.Write, stage.Discard, stage.Flush:
+			family = descTime
+			counter(out, descOps, float64(t.LeftN), name, what)
+			if stages[i] == stage.Read || stages[i] == stage.Write {
+				counter(out, descBytes, float64(t.Bytes), name, what)
+			}
+		default:
+		}
+		out <- prometheus.MustNewConstHistogram(family, all, t.Sum.Seconds(), buckets, name, what)
+		counter(out, descSquares, t.Squares, name, what)
+		gauge(out, descMean, t.Mean().Seconds(), name, what)
+		gauge(out, descVariance, t.Variance(), name, what)
+		gauge(out, descInside, float64(m.Inside()), name, what)
+	}
+}
+
+func schedulerMetrics(out chan<- prometheus.Metric, st iothrottle.SchedulerStats) {
+	gauge(out, descWindow, st.Window)
+	gauge(out, descInSched, st.Inside)
+	gauge(out, descWaiting, float64(st.WaitingN))
+	gauge(out, descCapacity, st.Capacity)
+}
+
+func limitMetrics(out chan<- prometheus.Metric, name string, l iothrottle.Limits) {
+	for _, f := range []struct {
+		label string
+		value float64
+	}{
+		{"iops", float64(l.IOPS)},
+		{"read_iops", float64(l.ReadIOPS)},
+		{"write_iops", float64(l.WriteIOPS)},
+		{"bytes", float64(l.BytesPerSec)},
+		{"read_bytes", float64(l.ReadBytesPerSec)},
+		{"write_bytes", float64(l.WriteBytesPerSec)},
+		{"burst_seconds", float64(l.Burst / time.Second)},
+	} {
+		if f.value > 0 {
+			gauge(out, descLimit, f.value, name, f.label)
+		}
+	}
+}
+
+func replicaMetrics(out chan<- prometheus.Metric, name string, st *replication.ReplicaStatus) {
+	gauge(out, descLeader, flag(st.IsLeader), name)
+	gauge(out, descTerm, float64(st.Term), name)
+	gauge(out, descCommit, float64(st.Commit), name)
+	gauge(out, descApplied, float64(st.Applied), name)
+	if st.UsedBytes >= 0 {
+		gauge(out, descUsed, float64(st.UsedBytes), name)
+	}
+}
