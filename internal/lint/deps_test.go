@@ -19,7 +19,8 @@ var mayImport = map[string][]string{
 	"engine":                    {},
 	"engine/segment":            {},
 	"iothrottle":                {},
-	"node/blockdev":             {},
+	"node/blockdev":             {"node/keeper"},
+	"node/keeper":               {},
 	"controller/meta":           {},
 	"replication/transport":     {},
 	"internal/pki":              {},
@@ -34,7 +35,7 @@ var mayImport = map[string][]string{
 		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
 	},
 	"node": {
-		"controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "replication",
+		"controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "node/keeper", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
@@ -84,7 +85,7 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
+		"internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
 		"replication/transport",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},

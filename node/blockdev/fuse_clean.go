@@ -20,6 +20,11 @@ func (fuseTransport) clean(ctx context.Context, s *site, rec record) error {
 	if err != nil {
 		return err
 	}
+	if s.keeper != nil { // it would keep the corpse waiting for a server; ErrInUse: another server has it
+		if err := s.keeper.Drop(s.name, true); err != nil && !errors.Is(err, trivet.ErrUnavailable) {
+			return err
+		}
+	}
 	// The server is dead. Before all else tell the kernel, so that nothing below, and no thread
 	// of the corpse, waits for it.
 	mounted, err := fuseMounted(rec.Name, st.Point)

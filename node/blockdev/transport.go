@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // Kind names a way of showing a Device as a block device of the kernel. The zero value is KindAuto.
@@ -87,6 +88,7 @@ type site struct {
 	name   string
 	device trivet.Device // nil where something is removed
 	folder *folder
+	keeper *keeper.Client // nil = there is none
 	log    *slog.Logger
 }
 
