@@ -40,10 +40,12 @@ var mayImport = map[string][]string{
 	},
 	"driver": {"controller", "controller/meta", "node"},
 	"server": {
-		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
-		"replication/raftgroup", "replication/transport",
+		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "node/blockdev",
+		"node/keeper", "replication", "replication/raftgroup", "replication/transport",
 	},
-	"cmd/trivet":     {"api", "controller/meta", "driver", "internal/kube", "internal/pki", "server"},
+	"cmd/trivet": {
+		"api", "controller/meta", "driver", "internal/kube", "internal/pki", "node/keeper", "server",
+	},
 	"internal/kube":  {"api", "internal/pki"},
 	"internal/sim":   {"engine", "engine/segment", "replication", "replication/raftgroup", "replication/transport"},
 	"internal/demo":  {"api", "internal/pki"},

@@ -73,6 +73,34 @@ func (l Leftovers) CleanOne(ctx context.Context, name string) error {
 	return dir.remove()
 }
 
+// Abort makes every request on the device of an attachment fail, so that nothing that looks at it waits
+// for a server. What was dead before, or is not there, is success. ErrInUse: its process lives.
+func (l Leftovers) Abort(ctx context.Context, name string) error {
+	path, err := attachmentPath(l.RunDir, name)
+	if err != nil {
+		return fmt.Errorf("abort %s: %w", name, err)
+	}
+	dir, err := lockFolder(path, false)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("abort %s: %w", name, err)
+	}
+	defer dir.unlock()
+	rec, err := dir.read()
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("abort %s: %w", name, err)
+	}
+	if t, ok := transportOf(rec.Kind).(aborter); ok {
+		if err := t.abort(ctx, l.site(dir), rec); err != nil {
+			return fmt.Errorf("abort %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
 // Resumable returns the names of the attachments that Resume can go on with. It changes nothing. One
 // that it cannot tell of, such as a record that makes no sense, is not among them.
 func (l Leftovers) Resumable(ctx context.Context) ([]string, error) {
@@ -90,6 +118,26 @@ func (l Leftovers) Resumable(ctx context.Context) ([]string, error) {
 		return nil, fmt.Errorf("look for attachments: %w", err)
 	}
 	return names, nil
+}
+
+// Check returns nil if Resume can go on with the attachment of that name. ErrClosed or ErrNotFound: nobody
+// ever can; anything else may change.
+func (l Leftovers) Check(ctx context.Context, name string) error {
+	path, err := attachmentPath(l.RunDir, name)
+	if err != nil {
+		return fmt.Errorf("check %s: %w", name, err)
+	}
+	dir, err := lockFolder(path, false)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("check %s: %w", name, trivet.ErrNotFound)
+	} else if err != nil {
+		return fmt.Errorf("check %s: %w", name, err)
+	}
+	defer dir.unlock()
+	if _, _, err := l.site(dir).resumable(ctx); err != nil {
+		return fmt.Errorf("check %s: %w", name, err)
+	}
+	return nil
 }
 
 // each calls do with the folder, locked, of each attachment of a dead process. do unlocks it.

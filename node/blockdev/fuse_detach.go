@@ -39,7 +39,8 @@ func (d *fuseDev) freeLoop(ctx context.Context) error {
 
 // checkUnmounted returns ErrInUse if the device is mounted, or its node is bound to a pod.
 func (d *fuseDev) checkUnmounted() error {
-	if file, err := backingFile(d.loop.number); err != nil || file != d.point {
+	// "/" is a file whose mount is gone, as after a resume in another mount namespace.
+	if file, err := backingFile(d.loop.number); err != nil || (file != d.point && file != "/") {
 		return err // not our device any more
 	}
 	mounts, err := readMounts()

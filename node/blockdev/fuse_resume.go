@@ -53,15 +53,15 @@ func (d *fuseDev) survives() error {
 	return nil
 }
 
-// release ends the server only.
+// release ends the server only. Once it has begun it does not fail: there is no way back.
 func (d *fuseDev) release(ctx context.Context) error {
 	if err := d.survives(); err != nil {
 		return err
 	}
-	if err := d.server.release(ctx); err != nil {
-		return err
+	if err := errors.Join(d.server.release(ctx), d.keeper.Release(d.name)); err != nil {
+		d.log.Warn("released, but not cleanly", "err", err)
 	}
-	return d.keeper.Release(d.name)
+	return nil
 }
 
 // resumable looks at what the kernel and the keeper say, without asking the file's server for
@@ -93,7 +93,7 @@ func (fuseTransport) resumable(_ context.Context, s *site, rec record) error {
 			return checkFacts(&entries[i].Facts)
 		}
 	}
-	return errNoKeeper
+	return fmt.Errorf("%w: %w", errNoKeeper, trivet.ErrClosed)
 }
 
 // checkFacts returns why this version cannot serve a connection that another one began, or nil.

@@ -60,6 +60,12 @@ type transport interface {
 	clean(ctx context.Context, s *site, rec record) error
 }
 
+// aborter is a transport whose device may wait for a server that is away. abort makes every request on
+// the device of rec fail, at once and for good.
+type aborter interface {
+	abort(ctx context.Context, s *site, rec record) error
+}
+
 // kernelDev is a block device that this process serves. detach and release are never called at the
 // same time.
 type kernelDev interface {
