@@ -40,7 +40,8 @@ type attacher struct {
 	runDir  string // of package blockdev
 	kind    blockdev.Kind
 	keeper  *keeper.Client // may be nil
-	follow  bool           // leadership follows the attachment
+	buffers *blockdev.Buffers
+	follow  bool // leadership follows the attachment
 
 	ioTimeout time.Duration
 
@@ -78,7 +79,8 @@ type attached struct {
 func newAttacher(cfg *Config) *attacher {
 	return &attacher{
 		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(), kind: cfg.Attach, keeper: cfg.Keeper,
-		follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
+		buffers: new(blockdev.Buffers),
+		follow:  cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
 		cat: cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
 		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
@@ -290,7 +292,8 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 func (a *attacher) kernelConfig(id trivet.VolumeID, at *attached) blockdev.Config {
 	return blockdev.Config{
 		Name: id.String(), RunDir: a.runDir, Device: at.path, Kind: a.kind, Keeper: a.keeper,
-		Logger: a.log.With("volume", id),
+		Buffers: a.buffers,
+		Logger:  a.log.With("volume", id),
 	}
 }
 

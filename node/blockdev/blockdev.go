@@ -48,6 +48,9 @@ type Config struct {
 	// Detach or Release. Nil: a device of KindFUSE does not outlive the process.
 	Keeper *keeper.Client
 
+	// Buffers that this attachment shares with the others of the node; nil = it has all it can use itself.
+	Buffers *Buffers
+
 	// Logger; nil discards.
 	Logger *slog.Logger
 }
@@ -131,7 +134,7 @@ func newSite(cfg Config, dir *folder) *site {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &site{
-		name: cfg.Name, device: cfg.Device, folder: dir, keeper: cfg.Keeper,
+		name: cfg.Name, device: cfg.Device, folder: dir, keeper: cfg.Keeper, buffers: cfg.Buffers,
 		log: log.With("component", "blockdev", "volume", cfg.Name),
 	}
 }

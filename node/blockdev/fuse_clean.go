@@ -22,7 +22,7 @@ func (fuseTransport) clean(ctx context.Context, s *site, rec record) error {
 	}
 	// The server is dead. Before all else tell the kernel, so that nothing below, and no thread
 	// of the corpse, waits for it.
-	mounted, err := abortAll(s, st.Point)
+	mounted, err := abortAll(ctx, s, st.Point)
 	if err != nil {
 		return err
 	}
@@ -47,20 +47,21 @@ func (fuseTransport) clean(ctx context.Context, s *site, rec record) error {
 }
 
 // abort ends the connection, whoever has descriptors of it.
-func (fuseTransport) abort(_ context.Context, s *site, rec record) error {
+func (fuseTransport) abort(ctx context.Context, s *site, rec record) error {
 	st, err := decodeFuseState(rec, s.folder.file(deviceName))
 	if err != nil {
 		return err
 	}
-	_, err = abortAll(s, st.Point)
+	_, err = abortAll(ctx, s, st.Point)
 	return err
 }
 
 // abortAll aborts the connection through the keeper, which has it when the mount is in another mount
 // namespace, too, and through the mount. It tells whether the file is mounted here.
-func abortAll(s *site, point string) (mounted bool, err error) {
-	if s.keeper != nil { // ErrInUse: another server has it
-		if err := s.keeper.Drop(s.name, true); err != nil && !errors.Is(err, trivet.ErrUnavailable) {
+func abortAll(ctx context.Context, s *site, point string) (mounted bool, err error) {
+	if s.keeper != nil {
+		err := whileInUse(ctx, func() error { return s.keeper.Drop(s.name, true) })
+		if err != nil && !errors.Is(err, trivet.ErrUnavailable) {
 			return false, err
 		}
 	}

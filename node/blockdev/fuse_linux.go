@@ -43,15 +43,22 @@ func decodeFuseState(rec record, point string) (fuseState, error) {
 
 // fuseDev is a device of fuseTransport that this process serves.
 type fuseDev struct {
-	name   string
-	point  string // of the FUSE file
-	device trivet.Device
-	server *fuseServer
-	loop   loopDevice
-	keeper *keeper.Client // nil = there is none
-	log    *slog.Logger
+	name    string
+	point   string // of the FUSE file
+	device  trivet.Device
+	server  *fuseServer
+	loop    loopDevice
+	keeper  *keeper.Client // nil = there is none
+	buffers *Buffers       // may be nil
+	log     *slog.Logger
 
 	loopOff bool // the loop device was freed; of detach alone
+}
+
+func newFuseDev(s *site) *fuseDev {
+	return &fuseDev{
+		name: s.name, point: s.folder.file(deviceName), device: s.device, keeper: s.keeper, buffers: s.buffers, log: s.log,
+	}
 }
 
 // available looks for the two control devices.
@@ -66,7 +73,7 @@ func (fuseTransport) available() error {
 
 // attach mounts the file, serves it and configures the loop device.
 func (fuseTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
-	d := &fuseDev{name: s.name, point: s.folder.file(deviceName), device: s.device, keeper: s.keeper, log: s.log}
+	d := newFuseDev(s)
 	if err := d.open(ctx, s); err != nil {
 		return nil, err
 	}
@@ -115,7 +122,7 @@ func (d *fuseDev) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.server, err = newFuseServer(fd, d.device, d.log)
+	d.server, err = newFuseServer(fd, d.device, d.buffers, d.log)
 	if err != nil {
 		return errors.Join(err, unmountFuse(ctx, d.point))
 	}

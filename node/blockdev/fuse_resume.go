@@ -114,18 +114,23 @@ func (fuseTransport) resume(ctx context.Context, s *site, rec record) (_ kernelD
 	if err != nil {
 		return nil, err
 	}
-	d := &fuseDev{name: s.name, point: st.Point, device: s.device, keeper: s.keeper, log: s.log}
+	d := newFuseDev(s)
 	if d.loop, err = findLoop(st.Loop); err != nil {
 		return nil, err
 	}
-	fd, facts, err := s.keeper.Take(s.name)
+	var fd int
+	var facts keeper.Facts
+	err = whileInUse(ctx, func() (err error) {
+		fd, facts, err = s.keeper.Take(s.name)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
 	if err := errors.Join(checkFacts(&facts), connected(fd), s.save(KindFUSE, st)); err != nil {
 		return nil, errors.Join(err, unix.Close(fd), s.keeper.Release(s.name))
 	}
-	if d.server, err = newFuseServer(fd, s.device, s.log); err != nil {
+	if d.server, err = newFuseServer(fd, s.device, s.buffers, s.log); err != nil {
 		return nil, errors.Join(err, s.keeper.Release(s.name))
 	}
 	d.server.adopt(facts)
@@ -137,6 +142,15 @@ func (fuseTransport) resume(ctx context.Context, s *site, rec record) (_ kernelD
 		return nil, errors.Join(err, d.server.release(ctx), s.keeper.Release(s.name))
 	}
 	return d, nil
+}
+
+// whileInUse calls try again for a while as long as it returns ErrInUse: the keeper hears of a server's
+// death a moment after its locks are free.
+func whileInUse(ctx context.Context, try func() error) error {
+	return retry(ctx, busyPatience, func() (bool, error) {
+		err := try()
+		return errors.Is(err, trivet.ErrInUse), err
+	})
 }
 
 // connected returns an error if the kernel has ended the connection.

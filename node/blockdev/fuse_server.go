@@ -67,14 +67,14 @@ type fuseTask struct {
 
 // newFuseServer takes over fd, an open /dev/fuse in non-blocking mode, also when it fails. Call
 // start to serve it.
-func newFuseServer(fd int, dev trivet.Device, log *slog.Logger) (*fuseServer, error) {
+func newFuseServer(fd int, dev trivet.Device, buffers *Buffers, log *slog.Logger) (*fuseServer, error) {
 	conn := os.NewFile(uintptr(fd), fusePath)
 	replyFD, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		_ = conn.Close() // nothing was written
 		return nil, fmt.Errorf("duplicate fuse connection: %w", err)
 	}
-	pool, err := newBufPool(fuseSmallN, fuseLargeN)
+	pool, err := buffers.newPool()
 	if err != nil {
 		_, _ = conn.Close(), unix.Close(replyFD) // nothing was written
 		return nil, err

@@ -36,6 +36,8 @@ type survivorConfig struct {
 	Latency  time.Duration // of the Device
 	Hang     bool          // no write is ever answered
 	Watchdog time.Duration
+	// Namespace: in a mount namespace that dies with the process, as a container's.
+	Namespace bool
 }
 
 func runSurvivor(text string) error {
@@ -177,9 +179,13 @@ func startSurvivor(t *testing.T, cfg survivorConfig) *survivor {
 	t.Helper()
 	exe, err := os.Executable()
 	require.NoError(t, err)
+	command := []string{exe}
+	if cfg.Namespace {
+		command = []string{"unshare", "--mount", "--propagation", "private", exe}
+	}
 	text, err := json.Marshal(cfg)
 	require.NoError(t, err)
-	s := &survivor{t: t, cmd: exec.Command(exe)}
+	s := &survivor{t: t, cmd: exec.Command(command[0], command[1:]...)}
 	s.cmd.Env = append(os.Environ(), survivorEnv+"="+string(text))
 	s.cmd.Stderr = t.Output()
 	out, err := s.cmd.StdoutPipe()
@@ -381,6 +387,26 @@ func TestResumeAnswersWhatWasHeld(t *testing.T) {
 	require.NoError(t, f.Close())
 	server.kill()
 	next.order("survives", "<nil>")
+	next.order("detach", "<nil>")
+	requireNothingLeft(t, s.cfg.RunDir)
+}
+
+// TestResumeInAnotherMountNamespace: the file of a server whose container is gone is mounted nowhere any
+// more, and its device goes on all the same.
+func TestResumeInAnotherMountNamespace(t *testing.T) {
+	needPrograms(t, "unshare")
+	s := newSurvival(t, 16<<20)
+	server := s.startServer(0, func(c *survivorConfig) { c.Namespace = true })
+	skipUnlessResend(t, server)
+	f := openDirect(t, s.device)
+	server.kill()
+	require.Equal(t, "/\n", readFile(t, "/sys/block/"+filepath.Base(s.device)+"/loop/backing_file"))
+	next := s.startServer(1, nil)
+	buf := aligned(t, 4096)
+	_, err := f.WriteAt(buf, 4096)
+	require.NoError(t, err)
+	next.order("detach", trivet.ErrInUse.Error())
+	require.NoError(t, f.Close())
 	next.order("detach", "<nil>")
 	requireNothingLeft(t, s.cfg.RunDir)
 }

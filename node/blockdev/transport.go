@@ -91,11 +91,12 @@ type kernelDev interface {
 
 // site is where an attachment is made, resumed or removed.
 type site struct {
-	name   string
-	device trivet.Device // nil where something is removed
-	folder *folder
-	keeper *keeper.Client // nil = there is none
-	log    *slog.Logger
+	name    string
+	device  trivet.Device // nil where something is removed
+	folder  *folder
+	keeper  *keeper.Client // nil = there is none
+	buffers *Buffers       // may be nil
+	log     *slog.Logger
 }
 
 // save writes the attachment's record; state is what the transport has to know of it.
