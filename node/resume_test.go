@@ -175,18 +175,17 @@ func TestResumeOfACrashedResume(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newResumeBench(t)
 		for i := range 3 { // each took over; the first two died before they could write it down
-			before := b.mounts.records.get(vol)
+			atTakeOver := &watchedCatalogue{fakeCatalogue: b.cat, mounts: b.mounts}
+			b.mounts.attacher.cat = atTakeOver
 			ctx, cancel := context.WithCancel(t.Context())
 			l := b.leftover(t)
 			done := make(chan struct{})
 			go func() { b.mounts.resume(ctx, l); close(done) }()
 			synctest.Wait()
-			found := b.cat.volume(vol).Attached.Epoch - 1
 			cancel()
 			<-done
 			if i < 2 {
-				before.Epoch = found // what it wrote before it took over
-				require.NoError(t, b.mounts.records.put(before))
+				require.NoError(t, b.mounts.records.put(atTakeOver.rec))
 			}
 			require.Zero(t, b.resumedN)
 			require.Equal(t, 2, b.mounter.mountedN(), "a process that ends takes nothing away")
@@ -200,6 +199,21 @@ func TestResumeOfACrashedResume(t *testing.T) {
 		<-done
 		b.requireResumed(t)
 	})
+}
+
+// watchedCatalogue remembers the record as it stands on disk when the volume is taken over.
+type watchedCatalogue struct {
+	*fakeCatalogue
+
+	mounts *mounts
+	rec    record
+}
+
+func (c *watchedCatalogue) Propose(ctx context.Context, cmd meta.Command) (meta.Result, error) {
+	if cmd.TakeOver != nil {
+		c.rec = c.mounts.records.get(vol)
+	}
+	return c.fakeCatalogue.Propose(ctx, cmd)
 }
 
 // TestResumeIsRefused: whoever may have missed a write of another node must not go on.
