@@ -171,8 +171,8 @@ type survivor struct {
 	t     *testing.T
 	cmd   *exec.Cmd
 	in    io.Writer
-	lines *bufio.Scanner
-	early []string // lines that came before the one expected
+	lines chan string // closed when the process ends
+	early []string    // lines that came before the one expected
 }
 
 func startSurvivor(t *testing.T, cfg survivorConfig) *survivor {
@@ -194,8 +194,27 @@ func startSurvivor(t *testing.T, cfg survivorConfig) *survivor {
 	require.NoError(t, err)
 	require.NoError(t, s.cmd.Start())
 	t.Cleanup(func() { _, _ = s.cmd.Process.Kill(), s.cmd.Wait() })
-	s.lines = bufio.NewScanner(out)
+	s.lines = make(chan string, 100)
+	go func() {
+		defer close(s.lines)
+		for in := bufio.NewScanner(out); in.Scan(); {
+			s.lines <- in.Text()
+		}
+	}()
 	return s
+}
+
+// next returns the next line, "" at the end. It does not wait for ever: then the test would hang in the
+// kernel, on a device that nobody serves, instead of failing.
+func (s *survivor) next() string {
+	s.t.Helper()
+	select {
+	case line := <-s.lines:
+		return line
+	case <-time.After(30 * time.Second):
+		require.Fail(s.t, "the helper says nothing", "heard %q", s.early)
+		return ""
+	}
 }
 
 // expect waits for a line that begins so and returns the rest. Other lines are kept for a later call.
@@ -207,12 +226,12 @@ func (s *survivor) expect(prefix string) string {
 			return rest
 		}
 	}
-	for s.lines.Scan() {
-		if rest, ok := strings.CutPrefix(s.lines.Text(), prefix); ok {
+	for line := s.next(); line != ""; line = s.next() {
+		if rest, ok := strings.CutPrefix(line, prefix); ok {
 			return rest
 		}
-		require.NotContains(s.t, s.lines.Text(), "failed: ")
-		s.early = append(s.early, s.lines.Text())
+		require.NotContains(s.t, line, "failed: ")
+		s.early = append(s.early, line)
 	}
 	require.Fail(s.t, "the helper ended", "waited for %q, heard %q", prefix, s.early)
 	return ""
@@ -299,6 +318,18 @@ func skipUnlessResend(t *testing.T, server *survivor) {
 	}
 }
 
+// outcome returns what became of a request, which must not wait for ever.
+func outcome(t *testing.T, done <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(30 * time.Second):
+		require.Fail(t, "nobody has answered the request")
+		return nil
+	}
+}
+
 // written returns how many bytes were ever written to a block device (Documentation/block/stat.rst).
 func written(t *testing.T, device string) int64 {
 	t.Helper()
@@ -380,7 +411,7 @@ func TestResumeAnswersWhatWasHeld(t *testing.T) {
 	server.order("release", "<nil>")
 	require.Empty(t, wrote, "nobody has answered")
 	next := s.startServer(1, nil) // while the one that released it lives
-	require.NoError(t, <-wrote)
+	require.NoError(t, outcome(t, wrote))
 	got := make([]byte, 16<<20)
 	copy(got, readFile(t, s.cfg.File))
 	require.Equal(t, byte(7), got[8192])
@@ -417,15 +448,8 @@ func TestOneOfTwoServersResumes(t *testing.T) {
 	server := s.startServer(0, nil)
 	skipUnlessResend(t, server)
 	server.kill()
-	results := make(chan string, 2)
-	servers := []*survivor{startSurvivor(t, s.cfg), startSurvivor(t, s.cfg)}
-	for _, x := range servers {
-		go func() {
-			x.lines.Scan()
-			results <- x.lines.Text()
-		}()
-	}
-	both := []string{<-results, <-results}
+	one, two := startSurvivor(t, s.cfg), startSurvivor(t, s.cfg)
+	both := []string{one.next(), two.next()}
 	won := 0
 	for _, r := range both {
 		if strings.HasPrefix(r, "attached: "+s.device+" 1") {
@@ -485,7 +509,7 @@ func TestWatchdogAborts(t *testing.T) {
 	}()
 	server.expect("holding: ")
 	server.kill()
-	require.ErrorIs(t, <-wrote, unix.EIO)
+	require.ErrorIs(t, outcome(t, wrote), unix.EIO)
 	require.NoError(t, f.Close())
 	server = s.startServer(0, nil) // the remains are removed, and a new device is made
 	server.order("detach", "<nil>")
@@ -518,7 +542,7 @@ func TestCleanWithKeeper(t *testing.T) {
 	require.Empty(t, cleaned)
 	require.Empty(t, wrote, "still waiting")
 	require.NoError(t, left.CleanOne(t.Context(), "vol-1"))
-	require.ErrorIs(t, <-wrote, unix.EIO)
+	require.ErrorIs(t, outcome(t, wrote), unix.EIO)
 	require.NoError(t, f.Close())
 	entries, err := c.List()
 	require.NoError(t, err)
