@@ -119,10 +119,19 @@ func one[T metav1.Object](t *testing.T) T {
 func podSpecs(t *testing.T) map[string]corev1.PodSpec {
 	t.Helper()
 	return map[string]corev1.PodSpec{
-		"node":       one[*appsv1.DaemonSet](t).Spec.Template.Spec,
+		"node":       daemonSet(t, "trivet-node").Spec.Template.Spec,
+		"keeper":     daemonSet(t, "trivet-keeper").Spec.Template.Spec,
 		"controller": one[*appsv1.Deployment](t).Spec.Template.Spec,
 		"init":       one[*batchv1.Job](t).Spec.Template.Spec,
 	}
+}
+
+func daemonSet(t *testing.T, name string) *appsv1.DaemonSet {
+	t.Helper()
+	found := all[*appsv1.DaemonSet](t)
+	i := slices.IndexFunc(found, func(d *appsv1.DaemonSet) bool { return d.Name == name })
+	require.GreaterOrEqual(t, i, 0, "daemon set %s", name)
+	return found[i]
 }
 
 // containers returns all of them, those that start first in front.
@@ -267,7 +276,7 @@ func assertNoWildcard(t *testing.T, rules []rbacv1.PolicyRule) {
 
 func TestSocketsAgree(t *testing.T) {
 	t.Parallel()
-	node := one[*appsv1.DaemonSet](t).Spec.Template.Spec
+	node := podSpecs(t)["node"]
 	server := container(t, node, "trivet")
 	path, ok := strings.CutPrefix(flag(t, server, "csi"), "unix://")
 	require.True(t, ok)
@@ -296,6 +305,25 @@ func mountPaths(c corev1.Container) []string {
 		paths = append(paths, m.MountPath)
 	}
 	return paths
+}
+
+// TestKeeper: server and keeper meet on the host, neither ends with the other, and an update of either
+// replaces no pod by itself.
+func TestKeeper(t *testing.T) {
+	t.Parallel()
+	specs := podSpecs(t)
+	server, keeper := container(t, specs["node"], "trivet"), container(t, specs["keeper"], "keeper")
+	want, _ := onHost(t, specs["node"], server, flag(t, server, "keeper"))
+	got, _ := onHost(t, specs["keeper"], keeper, flag(t, keeper, "socket"))
+	assert.Equal(t, want, got)
+	assert.Less(t, len(got), 108, "sun_path, unix(7)")
+	assert.EqualValues(t, 0, *keeper.SecurityContext.RunAsUser, "the server's user")
+	runDir, mount := onHost(t, specs["node"], server, flag(t, server, "run-dir"))
+	assert.Equal(t, "/run/trivet", runDir, "gone with the boot, as the devices are")
+	assert.Equal(t, corev1.MountPropagationBidirectional, *mount.MountPropagation)
+	for _, d := range all[*appsv1.DaemonSet](t) {
+		assert.Equal(t, appsv1.OnDeleteDaemonSetStrategyType, d.Spec.UpdateStrategy.Type, d.Name)
+	}
 }
 
 // TestUsers: all containers of the controller share a socket and files that only their owner may
@@ -363,7 +391,7 @@ func TestCertificates(t *testing.T) {
 
 func TestServerPaths(t *testing.T) {
 	t.Parallel()
-	spec := one[*appsv1.DaemonSet](t).Spec.Template.Spec
+	spec := daemonSet(t, "trivet-node").Spec.Template.Spec
 	server := container(t, spec, "trivet")
 	assert.True(t, *server.SecurityContext.Privileged)
 	for _, name := range []string{"data", "disk", "certs", "run-dir"} {
@@ -396,7 +424,7 @@ func service(t *testing.T, name string) *corev1.Service {
 
 func TestSeedIsTheService(t *testing.T) {
 	t.Parallel()
-	set := one[*appsv1.DaemonSet](t)
+	set := daemonSet(t, "trivet-node")
 	service := service(t, "trivet")
 	server := container(t, set.Spec.Template.Spec, "trivet")
 	seed := flag(t, server, "seed")
@@ -423,7 +451,8 @@ func TestSeedIsTheService(t *testing.T) {
 
 func TestSelectors(t *testing.T) {
 	t.Parallel()
-	set, deployment := one[*appsv1.DaemonSet](t), one[*appsv1.Deployment](t)
+	set, deployment := daemonSet(t, "trivet-node"), one[*appsv1.Deployment](t)
+	keeper := daemonSet(t, "trivet-keeper")
 	budget := one[*policyv1.PodDisruptionBudget](t)
 	affinity := deployment.Spec.Template.Spec.Affinity
 	nodePods, sidecarPods := set.Spec.Template.Labels, deployment.Spec.Template.Labels
@@ -432,6 +461,7 @@ func TestSelectors(t *testing.T) {
 		want, other map[string]string
 	}{
 		"daemon set": {set.Spec.Selector, nodePods, sidecarPods},
+		"keeper":     {keeper.Spec.Selector, keeper.Spec.Template.Labels, nodePods},
 		"deployment": {deployment.Spec.Selector, sidecarPods, nodePods},
 		"budget":     {budget.Spec.Selector, sidecarPods, nodePods},
 		"apart": {

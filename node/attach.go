@@ -12,6 +12,7 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/node/blockdev"
+	"github.com/trivet-csi/trivet/node/keeper"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -28,6 +29,8 @@ type kernelDevice interface {
 	Path() string
 	Err() error
 	Detach(ctx context.Context) error
+	Survives() error
+	Release(ctx context.Context) error
 }
 
 // attacher opens volumes for I/O on this node and shows them as kernel devices. Its methods are
@@ -36,7 +39,10 @@ type attacher struct {
 	node    trivet.NodeID
 	process string // incarnation that the node registers
 	runDir  string // of package blockdev
-	follow  bool   // leadership follows the attachment
+	kind    blockdev.Kind
+	keeper  *keeper.Client // may be nil
+	buffers *blockdev.Buffers
+	follow  bool // leadership follows the attachment
 
 	ioTimeout time.Duration
 	shared    shared
@@ -53,6 +59,7 @@ type attacher struct {
 
 	openGroup func(replication.VolumeConfig) (groupDevice, error)
 	show      func(context.Context, blockdev.Config) (kernelDevice, error)
+	resume    func(context.Context, blockdev.Config) (kernelDevice, error)
 
 	mu   sync.Mutex
 	held map[trivet.VolumeID]*attached
@@ -73,14 +80,18 @@ type attached struct {
 
 func newAttacher(cfg *Config) *attacher {
 	return &attacher{
-		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(),
-		follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
+		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(), kind: cfg.Attach, keeper: cfg.Keeper,
+		buffers: new(blockdev.Buffers),
+		follow:  cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
 		shared: shared{scheduler: iothrottle.NewScheduler(), stages: cfg.Stages},
 		cat:    cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
 		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
 			return blockdev.Attach(ctx, c)
+		},
+		resume: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
+			return blockdev.Resume(ctx, c)
 		},
 	}
 }
@@ -166,10 +177,15 @@ func (a *attacher) open(ctx context.Context, v *meta.Volume) (*attached, error) 
 		at = &attached{epoch: epoch}
 		a.set(v.ID, at)
 	}
+	return a.openGranted(ctx, v.ID, at)
+}
+
+// openGranted opens the data path at an epoch that was granted, once everything older is fenced.
+func (a *attacher) openGranted(ctx context.Context, id trivet.VolumeID, at *attached) (*attached, error) {
 	if at.group != nil {
 		return at, nil
 	}
-	v, err := a.awaitFence(ctx, v.ID, at.epoch)
+	v, err := a.awaitFence(ctx, id, at.epoch)
 	if err != nil {
 		return nil, err
 	}
@@ -265,9 +281,7 @@ func (a *attacher) bringLeader(ctx context.Context, v *meta.Volume) {
 // showKernel makes the open volume a kernel block device and returns its path.
 func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
 	if at.kernel == nil {
-		k, err := a.show(ctx, blockdev.Config{
-			Name: id.String(), RunDir: a.runDir, Device: at.path, Logger: a.log.With("volume", id),
-		})
+		k, err := a.show(ctx, a.kernelConfig(id, at))
 		if err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
 		}
@@ -276,6 +290,44 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 		a.log.Info("volume attached", "volume", id, "epoch", at.epoch, "device", k.Path())
 	}
 	return at.kernel.Path(), nil
+}
+
+func (a *attacher) kernelConfig(id trivet.VolumeID, at *attached) blockdev.Config {
+	return blockdev.Config{
+		Name: id.String(), RunDir: a.runDir, Device: at.path, Kind: a.kind, Keeper: a.keeper,
+		Buffers: a.buffers,
+		Logger:  a.log.With("volume", id),
+	}
+}
+
+// resumeKernel goes on with the kernel device of an earlier process. REQUIRES: everything older than
+// at's epoch is fenced (H13, H31), which holds for whoever has its data path.
+func (a *attacher) resumeKernel(ctx context.Context, id trivet.VolumeID, at *attached) error {
+	k, err := a.resume(ctx, a.kernelConfig(id, at))
+	if err != nil {
+		return fmt.Errorf("resume %s: %w", id, err)
+	}
+	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path, kernel: k})
+	a.log.Info("volume resumed: what uses it has seen a pause", "volume", id, "epoch", at.epoch, "device", k.Path())
+	return nil
+}
+
+// release leaves the kernel device in place for the next process, if it survives this one. ErrUnavailable
+// if not: then nothing has changed.
+func (a *attacher) release(ctx context.Context, id trivet.VolumeID) error {
+	at := a.get(id)
+	if at == nil || at.kernel == nil {
+		return fmt.Errorf("release %s: it is not attached: %w", id, trivet.ErrUnavailable)
+	}
+	if err := at.kernel.Survives(); err != nil {
+		return err
+	}
+	if err := at.kernel.Release(ctx); err != nil {
+		return err
+	}
+	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
+	a.log.Info("volume left attached for the next process", "volume", id, "epoch", at.epoch)
+	return nil
 }
 
 // hide removes the kernel device, flushing it. Not shown is success. ErrInUse while it is open or

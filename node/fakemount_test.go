@@ -196,6 +196,18 @@ func (k *fakeKernel) die(err error) {
 	k.err = err
 }
 
+func (k *fakeKernel) Survives() error {
+	if !k.bench.survive {
+		return trivet.ErrUnavailable
+	}
+	return k.Err()
+}
+
+func (k *fakeKernel) Release(context.Context) error {
+	k.die(trivet.ErrClosed)
+	return nil
+}
+
 func (k *fakeKernel) Detach(context.Context) error {
 	m := k.bench.mounter
 	m.mu.Lock()
@@ -217,6 +229,7 @@ type mountBench struct {
 	mounter *fakeMounter
 	mounts  *mounts
 	runDir  string
+	survive bool // kernel devices survive their process
 
 	mu      sync.Mutex
 	groups  []*fakeGroup

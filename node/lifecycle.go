@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/node/blockdev"
@@ -20,7 +21,33 @@ func (m *mounts) attach(ctx context.Context, id trivet.VolumeID) (string, error)
 	if err != nil {
 		return "", err
 	}
+	return m.show(ctx, id, at)
+}
+
+// show makes the open volume a kernel block device. Its epoch is recorded before: by that a later
+// process knows whether the attachment went on without a break (resume.go).
+func (m *mounts) show(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
+	rec := m.records.get(id)
+	if rec.Epoch != at.epoch {
+		rec.Epoch = at.epoch
+		if err := m.records.put(rec); err != nil {
+			return "", fmt.Errorf("attach %s: %w", id, err)
+		}
+	}
 	return m.attacher.showKernel(ctx, id, at)
+}
+
+// hide removes the kernel device.
+func (m *mounts) hide(ctx context.Context, id trivet.VolumeID) error {
+	if err := m.attacher.hide(ctx, id); err != nil {
+		return err
+	}
+	rec := m.records.get(id)
+	if rec.Epoch == 0 {
+		return nil
+	}
+	rec.Epoch = 0
+	return m.records.put(rec)
 }
 
 // openNBD opens a volume, counts one more NBD server on it, and returns its data path, its name and
@@ -60,7 +87,7 @@ func (m *mounts) detach(ctx context.Context, id trivet.VolumeID) error {
 	if rec := m.records.get(id); rec.Staged != nil {
 		return fmt.Errorf("detach %s: staged at %s: %w", id, rec.Staged.Path, trivet.ErrInUse)
 	}
-	return m.attacher.hide(ctx, id)
+	return m.hide(ctx, id)
 }
 
 // follow makes the open data paths follow the parameters that the catalogue holds now.
@@ -92,23 +119,31 @@ func (m *mounts) sweep() {
 	}
 }
 
-// cleanUp cleans up after a process that is dead: its kernel devices died with it, so every mount in
-// the records leads nowhere. REQUIRES: the lock of the run directory is held.
-func (m *mounts) cleanUp(ctx context.Context, blockdevDir string) error {
+// cleanUp cleans up after a process that is dead. The kernel devices in keep outlived it and stay, with
+// their mounts, to be resumed; all others lead nowhere, and so does every mount on them. REQUIRES: the
+// lock of the run directory is held.
+func (m *mounts) cleanUp(ctx context.Context, left blockdev.Leftovers, keep []string) error {
 	for _, id := range m.records.list() {
+		if slices.Contains(keep, id.String()) {
+			continue
+		}
+		if err := left.Abort(ctx, id.String()); err != nil { // or the unmounting below could wait for a server
+			return err
+		}
 		rec := m.records.get(id)
 		m.log.Warn("a volume was in use when the last process ended; its pods have to be restarted",
 			"volume", id, "published", len(rec.Published))
 		if err := m.abandon(&rec); err != nil {
 			return err
 		}
+		rec.Epoch = 0
 		if err := m.records.put(rec); err != nil {
 			return err
 		}
 	}
-	cleaned, err := blockdev.Cleanup(ctx, blockdevDir, m.log)
+	cleaned, err := left.Clean(ctx, keep)
 	if err != nil {
-		return fmt.Errorf("clean up %s: %w", blockdevDir, err)
+		return fmt.Errorf("clean up %s: %w", left.RunDir, err)
 	}
 	if len(cleaned) > 0 {
 		m.log.Info("cleaned up after the last process", "volumes", cleaned)
@@ -116,7 +151,7 @@ func (m *mounts) cleanUp(ctx context.Context, blockdevDir string) error {
 	return nil
 }
 
-// close takes every volume off the machine.
+// close takes every volume off the machine, or leaves it to the next process.
 func (m *mounts) close(ctx context.Context) error {
 	m.attacher.mu.Lock()
 	ids := make([]trivet.VolumeID, 0, len(m.attacher.held))
@@ -139,6 +174,15 @@ func (m *mounts) closeVolume(ctx context.Context, id trivet.VolumeID) error {
 		return fmt.Errorf("close: %w", err) // the caller was to stop the driver first
 	}
 	defer unlock()
+	if at := m.attacher.get(id); at != nil && at.kernel == nil && m.records.get(id).Epoch != 0 {
+		return m.attacher.drop(id) // was not resumed in time, and is not ours to take away
+	}
+	if !m.detachOnStop {
+		released, err := m.handOver(ctx, id)
+		if released || err != nil {
+			return err
+		}
+	}
 	rec := m.records.get(id)
 	if n := rec.live(); n > 0 {
 		m.log.Error("stopping while a volume is in use; its pods get I/O errors and have to be restarted",
@@ -152,7 +196,7 @@ func (m *mounts) closeVolume(ctx context.Context, id trivet.VolumeID) error {
 	if err := m.records.put(rec); err != nil {
 		return err
 	}
-	if err := m.attacher.hide(ctx, id); err != nil {
+	if err := m.hide(ctx, id); err != nil {
 		m.log.Error("stopping while a process has the device open", "volume", id, "err", err)
 	}
 	return m.attacher.drop(id)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/node/blockdev"
 )
 
 const (
@@ -310,7 +311,7 @@ func TestNewProcessTakesOver(t *testing.T) {
 	n.Incarnation = testUUID(0x302)
 	b.cat.must(meta.Command{RegisterNode: &meta.RegisterNode{Node: n}})
 	b.process(t, n.Incarnation)
-	require.NoError(t, b.mounts.cleanUp(t.Context(), filepath.Join(b.runDir, "blockdev")))
+	require.NoError(t, b.mounts.cleanUp(t.Context(), blockdev.Leftovers{RunDir: filepath.Join(b.runDir, "blockdev")}, nil))
 	assert.Zero(t, b.mounter.mountedN(), "what the dead process mounted is gone")
 	assert.True(t, b.mounter.shaded[targetA])
 	_, err := b.mounts.stats(t.Context(), vol, targetA)
@@ -459,7 +460,7 @@ func TestCloseTakesEverythingOff(t *testing.T) {
 
 	// The next process knows of the shade, and unpublishing removes it.
 	b.process(t, testUUID(0x302))
-	require.NoError(t, b.mounts.cleanUp(t.Context(), filepath.Join(b.runDir, "blockdev")))
+	require.NoError(t, b.mounts.cleanUp(t.Context(), blockdev.Leftovers{RunDir: filepath.Join(b.runDir, "blockdev")}, nil))
 	require.NoError(t, b.mounts.unpublish(t.Context(), vol, targetA))
 	assert.Empty(t, b.mounter.table[targetA])
 	assert.Empty(t, b.mounter.made)
@@ -474,6 +475,6 @@ func TestCleanUpLeavesForeignMounts(t *testing.T) {
 	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
 	b.mounter.table[stagingDir] = []uint64{5}
 	b.process(t, testUUID(0x302))
-	require.NoError(t, b.mounts.cleanUp(t.Context(), filepath.Join(b.runDir, "blockdev")))
+	require.NoError(t, b.mounts.cleanUp(t.Context(), blockdev.Leftovers{RunDir: filepath.Join(b.runDir, "blockdev")}, nil))
 	assert.Equal(t, []uint64{5}, b.mounter.table[stagingDir])
 }

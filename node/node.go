@@ -20,12 +20,16 @@
 //
 // # Stop and crash
 //
-// The kernel devices of this version are served by this process and die with it. Close therefore
-// unmounts what it can and detaches; what is in use it unmounts lazily, after writing back, and says
-// so in the log. Programs that still hold files open get I/O errors then. After a crash, Open
-// removes what the dead process left behind. In both cases an empty read-only filesystem stays at
-// each published path until it is unpublished, so that a container which is started again cannot
-// write to the machine's own disk by mistake. The kubelet stages and publishes anew for new pods.
+// A kernel device that survives its process (see blockdev, and Config.Keeper) stays in place, with its
+// mounts, when the process stops or crashes, and the next one resumes it (resume.go): programs see a
+// pause. Until then calls for the volume get ErrPending.
+//
+// A device that does not survive dies with the process. Close then unmounts what it can and detaches;
+// what is in use it unmounts lazily, after writing back, and says so in the log. Programs that still
+// hold files open get I/O errors. After a crash, Open removes what the dead process left behind. In
+// both cases an empty read-only filesystem stays at each published path until it is unpublished, so
+// that a container which is started again cannot write to the machine's own disk by mistake. The
+// kubelet stages and publishes anew for new pods.
 package node
 
 import (
@@ -43,6 +47,8 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/internal/stage"
+	"github.com/trivet-csi/trivet/node/blockdev"
+	"github.com/trivet-csi/trivet/node/keeper"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -85,6 +91,14 @@ type Config struct {
 
 	MaxVolumes       int64 // volumes attached here at a time, as told to Kubernetes; 0 = no limit
 	FollowAttachment bool  // Attach brings leadership to the local replica (DefaultConfig: true)
+
+	// Attach is the kind of kernel devices; zero = blockdev.KindAuto.
+	Attach blockdev.Kind
+	// Keeper holds kernel devices while no process serves them; closed by the caller after Close. Nil: a
+	// device of KindFUSE ends with this process.
+	Keeper *keeper.Client
+	// DetachOnStop makes Close take every volume off the machine, although its device would survive.
+	DetachOnStop bool
 
 	Mounter Mounter      // nil = NewMounter()
 	Logger  *slog.Logger // nil discards
@@ -138,7 +152,9 @@ type Node struct {
 	agent  *Agent
 	mounts *mounts
 
-	stop  context.CancelFunc // of the sweeper
+	left []leftover // what the last process left to be resumed
+
+	stop  context.CancelFunc // of the sweeper and of what resumes
 	group *errgroup.Group
 
 	closeOnce sync.Once
@@ -184,6 +200,9 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	life, cancel := context.WithCancel(context.Background())
 	n.stop, n.group = cancel, new(errgroup.Group)
 	n.group.Go(func() error { n.sweep(life); return nil })
+	for _, l := range n.left {
+		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
+	}
 	return n, nil
 }
 
@@ -209,8 +228,13 @@ func (n *Node) openMounts(ctx context.Context) error {
 	if mounter == nil {
 		mounter = NewMounter()
 	}
-	n.mounts = &mounts{attacher: newAttacher(&n.cfg), mounter: mounter, records: recs, log: n.log}
-	return n.mounts.cleanUp(ctx, n.cfg.blockdevDir())
+	n.mounts = &mounts{
+		attacher: newAttacher(&n.cfg), mounter: mounter, records: recs, log: n.log, detachOnStop: n.cfg.DetachOnStop,
+	}
+	n.left, err = n.mounts.takeStock(ctx, blockdev.Leftovers{
+		RunDir: n.cfg.blockdevDir(), Keeper: n.cfg.Keeper, Logger: n.log,
+	})
+	return err
 }
 
 func (n *Node) agentConfig() (agentConfig, error) {

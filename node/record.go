@@ -24,6 +24,7 @@ type record struct {
 	Boot      string          `json:"boot"` // boot ID of the machine: mounts do not outlive it
 	Volume    trivet.VolumeID `json:"volume"`
 	Device    uint64          `json:"device,omitempty"`   // number of the block device, 0 = none
+	Epoch     trivet.Epoch    `json:"epoch,omitempty"`    // of the block device, 0 = none; see resume.go
 	ReadOnly  bool            `json:"readOnly,omitempty"` // the attachment is
 	Staged    *staging        `json:"staged,omitempty"`
 	Published []publication   `json:"published,omitempty"`
@@ -75,7 +76,7 @@ func (r *record) live() int {
 	return n
 }
 
-func (r *record) empty() bool { return r.Staged == nil && len(r.Published) == 0 }
+func (r *record) empty() bool { return r.Staged == nil && len(r.Published) == 0 && r.Epoch == 0 }
 
 // clone returns a copy that may be changed.
 func (r record) clone() record {

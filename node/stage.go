@@ -18,6 +18,8 @@ type mounts struct {
 	records  *records
 	log      *slog.Logger
 
+	detachOnStop bool // close leaves nothing to the next process
+
 	ops      keyLock
 	statting keyLock // Stats may hang on a dead device; one call a volume does, and no other kind
 }
@@ -75,7 +77,7 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 	if err != nil {
 		return err
 	}
-	device, err := m.attacher.showKernel(ctx, v.ID, at)
+	device, err := m.show(ctx, v.ID, at)
 	if err != nil {
 		return err
 	}
@@ -93,7 +95,7 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 	}
 	if err := m.mountStaging(ctx, device, rec); err != nil {
 		if before.Staged == nil {
-			err = errors.Join(err, m.records.put(before), m.attacher.hide(ctx, v.ID))
+			err = errors.Join(err, m.records.put(before), m.hide(ctx, v.ID))
 		}
 		return fmt.Errorf("stage %s: %w", v.ID, err)
 	}
@@ -140,7 +142,7 @@ func (m *mounts) discardDead(ctx context.Context, v *meta.Volume) error {
 	if err := m.records.put(rec); err != nil {
 		return err
 	}
-	if err := m.attacher.hide(ctx, v.ID); err != nil {
+	if err := m.hide(ctx, v.ID); err != nil {
 		return err
 	}
 	if at.stale(v) {
@@ -219,7 +221,7 @@ func (m *mounts) unstage(ctx context.Context, id trivet.VolumeID, path string) e
 	if err := m.attacher.hide(ctx, id); err != nil {
 		return fmt.Errorf("unstage: %w", err)
 	}
-	rec.Staged, rec.Device, rec.ReadOnly = nil, 0, false
+	rec.Staged, rec.Device, rec.ReadOnly, rec.Epoch = nil, 0, false, 0
 	return m.records.put(rec)
 }
 

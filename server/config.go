@@ -11,10 +11,14 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller"
+	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
+
+// RunDirName is the run directory below DataDir, unless Config.RunDir says otherwise.
+const RunDirName = "run"
 
 // Config is what a server is told. DefaultConfig fills in what has a default.
 type Config struct {
@@ -30,6 +34,16 @@ type Config struct {
 	Register  string        // kubelet's plugins_registry, to register CSI there; empty = no registration
 	Version   string        // of the binary, as CSI reports it
 	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
+
+	// Attach is the kind of the kernel devices of volumes, as blockdev.ParseKind reads it.
+	Attach string
+	// KeeperSocket is that of the keeper, by which kernel devices outlive this server; empty = none. StartKeeper,
+	// unless nil, is called when no keeper answers there, and starts one.
+	KeeperSocket string
+	StartKeeper  func() error
+	// DetachOnStop makes Close take every volume off the machine; by default a device that survives stays
+	// for the next server.
+	DetachOnStop bool
 
 	// LogLanes and LogSegmentBytes are the shape of the logs on disks that this server formats; 0 = by the
 	// size of the disk (node.DiskConfig). Throw-away clusters take less, to start faster.
@@ -72,7 +86,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
-		ReplaceAfter: controller.DefaultReplaceAfter,
+		ReplaceAfter: controller.DefaultReplaceAfter, Attach: string(blockdev.KindAuto),
 	}
 }
 
@@ -98,10 +112,16 @@ func (c *Config) Validate() error {
 		c.Disks = []string{filepath.Join(c.DataDir, "disk")}
 	}
 	if c.RunDir == "" {
-		c.RunDir = filepath.Join(c.DataDir, "run")
+		c.RunDir = filepath.Join(c.DataDir, RunDirName)
 	}
 	if c.Advertise == "" {
 		c.Advertise = c.Listen
+	}
+	if _, err := blockdev.ParseKind(c.Attach); err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	if c.KeeperSocket != "" && !filepath.IsAbs(c.KeeperSocket) {
+		return fmt.Errorf("keeper socket %q: want an absolute path: %w", c.KeeperSocket, trivet.ErrInvalid)
 	}
 	if c.CSI != "" && !strings.HasPrefix(c.CSI, "unix://") {
 		return fmt.Errorf("csi endpoint %q: want unix:///path: %w", c.CSI, trivet.ErrInvalid)

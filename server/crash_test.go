@@ -47,7 +47,7 @@ type fleet struct {
 	processes []*process
 }
 
-func newFleet(t testing.TB) *fleet {
+func newFleet(t testing.TB, change ...func(*server.Config)) *fleet {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "trivet-crash-")
 	require.NoError(t, err)
@@ -88,6 +88,9 @@ func newFleet(t testing.TB) *fleet {
 		cfg.Node, cfg.Listen, cfg.Seeds = trivet.NodeID(name), address, addresses
 		cfg.DataDir, cfg.CertsDir = filepath.Join(dir, name, "data"), filepath.Join(dir, name, "certs")
 		cfg.RunDir = filepath.Join(dir, name, "run")
+		for _, c := range change {
+			c(&cfg)
+		}
 		conn, err := grpc.NewClient("passthrough:///"+address,
 			grpc.WithTransportCredentials(credentials.NewTLS(creds.ClientConfig("", "h2"))))
 		require.NoError(t, err)

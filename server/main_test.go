@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 // childSpec is the value of childEnv for a configuration.
 func childSpec(cfg *server.Config) string {
 	return strings.Join(append([]string{
-		string(cfg.Node), cfg.DataDir, cfg.CertsDir, cfg.Listen, cfg.RunDir,
+		string(cfg.Node), cfg.DataDir, cfg.CertsDir, cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI,
 	}, cfg.Seeds...), "\n")
 }
 
@@ -37,7 +37,8 @@ func runChild(spec []string) int {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
 	cfg := server.DefaultConfig()
 	cfg.Node, cfg.DataDir, cfg.CertsDir = trivet.NodeID(spec[0]), spec[1], spec[2]
-	cfg.Listen, cfg.RunDir, cfg.Seeds, cfg.Logger = spec[3], spec[4], spec[5:], log
+	cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI = spec[3], spec[4], spec[5], spec[6]
+	cfg.Seeds, cfg.Logger = spec[7:], log
 	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20
 	cfg.Fatal = func(err error) {
 		log.Error("fatal", "err", err)

@@ -3,8 +3,8 @@
 // server finds and joins its cluster (join.go); the administration API (admin.go) only translates.
 //
 // It guarantees that everything that listens on TCP demands a certificate of the own cluster, that a
-// data directory is used by one process of one node, and that Close leaves no mount, loop device or
-// goroutine behind.
+// data directory is used by one process of one node, and that Close leaves no goroutine behind, nor any
+// mount or loop device, except those that the next server is to go on with (Config.KeeperSocket).
 package server
 
 import (
@@ -29,6 +29,8 @@ import (
 	"github.com/trivet-csi/trivet/internal/pki"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/node"
+	"github.com/trivet-csi/trivet/node/blockdev"
+	"github.com/trivet-csi/trivet/node/keeper"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
@@ -71,8 +73,9 @@ type Server struct {
 
 // member is what runs only on a member of a cluster.
 type member struct {
-	node *node.Node
-	csi  *driver.Server // nil without an endpoint
+	keeper *keeper.Client // nil without a socket
+	node   *node.Node
+	csi    *driver.Server // nil without an endpoint
 }
 
 // Open starts a server. It returns once the server listens and, if it was a member of a cluster
@@ -228,9 +231,16 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if cfg.RunDir, err = filepath.Abs(s.cfg.RunDir); err != nil {
 		return err
 	}
-	m := &member{}
-	if m.node, err = node.Open(ctx, cfg); err != nil {
+	if cfg.Attach, err = blockdev.ParseKind(s.cfg.Attach); err != nil {
 		return err
+	}
+	m := &member{}
+	if s.cfg.KeeperSocket != "" {
+		m.keeper = keeper.NewClient(s.cfg.KeeperSocket, s.cfg.StartKeeper, s.log)
+	}
+	cfg.Keeper, cfg.DetachOnStop = m.keeper, s.cfg.DetachOnStop
+	if m.node, err = node.Open(ctx, cfg); err != nil {
+		return errors.Join(err, m.close())
 	}
 	if s.cfg.CSI != "" {
 		m.csi, err = driver.Open(ctx, driver.Config{
@@ -238,7 +248,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 			Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
 		})
 		if err != nil {
-			return errors.Join(err, m.node.Close())
+			return errors.Join(err, m.close())
 		}
 	}
 	s.mu.Lock()
@@ -251,11 +261,17 @@ func (s *Server) becomeMember(ctx context.Context) error {
 }
 
 func (m *member) close() error {
-	var csiErr error
+	var errs []error
 	if m.csi != nil {
-		csiErr = m.csi.Close()
+		errs = append(errs, m.csi.Close())
 	}
-	return errors.Join(csiErr, m.node.Close())
+	if m.node != nil {
+		errs = append(errs, m.node.Close())
+	}
+	if m.keeper != nil {
+		m.keeper.Close()
+	}
+	return errors.Join(errs...)
 }
 
 // node returns the running node, or ErrUnavailable before the server is a member of a cluster.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -19,6 +20,7 @@ func newServer(o *options) *cobra.Command {
 		logLevel string
 		logJSON  bool
 		catchUp  string
+		keeper   string
 	)
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -33,6 +35,9 @@ func newServer(o *options) *cobra.Command {
 				return err
 			}
 			cfg.Node, cfg.CertsDir, cfg.Logger, cfg.Version = trivet.NodeID(node), o.certs, log, version
+			if cfg.KeeperSocket, cfg.StartKeeper, err = keeperOf(keeper, runDirOf(&cfg)); err != nil {
+				return err
+			}
 			cfg.Fatal = func(err error) {
 				log.Error("stopping: going on would risk data", "err", err)
 				os.Exit(1)
@@ -56,6 +61,11 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&cfg.Register, "register", "",
 		"register the --csi endpoint with the kubelet in this directory, as /var/lib/kubelet/plugins_registry")
 	f.StringVar(&cfg.RunDir, "run-dir", "", "directory for FUSE mount points and records (default DATA/run)")
+	f.StringVar(&cfg.Attach, "attach", cfg.Attach, "kind of the kernel devices of volumes: auto, ublk, nbd or fuse")
+	f.StringVar(&keeper, "keeper", "",
+		"socket of the `trivet keeper` that keeps kernel devices while this server restarts; auto: start one if none runs")
+	f.BoolVar(&cfg.DetachOnStop, "detach-on-stop", false,
+		"take every volume off the machine when the server stops, instead of leaving it to the next server")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
 		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
@@ -72,6 +82,14 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
 	return cmd
+}
+
+// runDirOf is the run directory that the server will use.
+func runDirOf(cfg *server.Config) string {
+	if cfg.RunDir != "" {
+		return cfg.RunDir
+	}
+	return filepath.Join(cfg.DataDir, server.RunDirName)
 }
 
 // parseRate reads bytes per second as parseSize reads bytes; 0 means no limit.

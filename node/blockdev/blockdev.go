@@ -7,7 +7,8 @@
 //   - fsync and FUA become Flush; discards become Discard; explicit zeroing becomes WriteZeroes.
 //   - A request may wait in the Device for minutes; others go on meanwhile.
 //   - Once the Device is fenced, every request fails with EIO.
-//   - Attach records what it is about to make, so Cleanup can undo it after a SIGKILL.
+//   - Attach records what it is about to make, so Cleanup can undo it after a SIGKILL, or Resume go on
+//     with it: then whoever uses the device has seen a pause and nothing else (resume.go).
 //
 // What it leaves to its caller: mounting, and keeping the process away from its own volumes: it
 // must never write to a filesystem on one, nor call sync(2), which waits for itself. Needs root
@@ -25,6 +26,7 @@ import (
 	"sync"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // Config says what to attach, and how it is called.
@@ -41,6 +43,13 @@ type Config struct {
 
 	// Kind of the kernel device; zero = KindAuto.
 	Kind Kind
+
+	// Keeper holds what the kernel would take away with this process; the caller closes it after the last
+	// Detach or Release. Nil: a device of KindFUSE does not outlive the process.
+	Keeper *keeper.Client
+
+	// Buffers that this attachment shares with the others of the node; nil = it has all it can use itself.
+	Buffers *Buffers
 
 	// Logger; nil discards.
 	Logger *slog.Logger
@@ -73,12 +82,13 @@ func (c Config) Validate() error {
 type Attachment struct {
 	name   string
 	dev    kernelDev
+	device trivet.Device
 	folder *folder
 	log    *slog.Logger
 
 	mu     sync.Mutex
-	ending *ending // the Detach under way, or the last one
-	closed bool    // nothing is left
+	ending *ending // the Detach or Release under way
+	closed bool    // nothing is left, or nothing that is ours
 }
 
 // Attach shows cfg.Device as a block device; Path tells which. It returns ErrInUse if an
@@ -111,7 +121,11 @@ func Attach(ctx context.Context, cfg Config) (*Attachment, error) {
 		return nil, fmt.Errorf("attach %s: %w", cfg.Name, errors.Join(err, dir.remove()))
 	}
 	s.log.Info("attached", "device", dev.path(), "size", cfg.Device.Size())
-	return &Attachment{name: cfg.Name, dev: dev, folder: dir, log: s.log}, nil
+	return newAttachment(s, dev), nil
+}
+
+func newAttachment(s *site, dev kernelDev) *Attachment {
+	return &Attachment{name: s.name, dev: dev, device: s.device, folder: s.folder, log: s.log}
 }
 
 func newSite(cfg Config, dir *folder) *site {
@@ -120,7 +134,8 @@ func newSite(cfg Config, dir *folder) *site {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &site{
-		name: cfg.Name, device: cfg.Device, folder: dir, log: log.With("component", "blockdev", "volume", cfg.Name),
+		name: cfg.Name, device: cfg.Device, folder: dir, keeper: cfg.Keeper, buffers: cfg.Buffers,
+		log: log.With("component", "blockdev", "volume", cfg.Name),
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -25,7 +26,8 @@ const (
 
 // buffer holds the payload of one request, and its header in front.
 type buffer struct {
-	mem   []byte // headRoom + capacity bytes
+	mem   []byte   // headRoom + capacity bytes
+	home  *bufPool // that it goes back to
 	small bool
 }
 
@@ -35,6 +37,47 @@ func (b *buffer) payload(n int64) []byte { return b.mem[headRoom : headRoom+n] }
 // withHeader returns the last headN bytes of the head room and n bytes of payload.
 func (b *buffer) withHeader(headN, n int64) []byte { return b.mem[headRoom-headN : headRoom+n] }
 
+// Buffers is the reserve of buffers that the attachments of a node share. Each attachment has a few of
+// its own, so that those whose Device does not answer, which may hold the whole reserve, never keep
+// another from going on. Without a shared reserve each attachment has as many as it can ever use.
+//
+// The memory, 14 MiB and 2.2 MiB for each attachment, is mapped at the first attach; the reserve stays as
+// long as the process, for a device that is in use when all else is closed is served to the end. A Buffers
+// is safe for concurrent use.
+type Buffers struct {
+	mu   sync.Mutex
+	pool *bufPool // nil before the first use
+}
+
+// Own buffers of an attachment that has a reserve to fall back on: one long request being read and one
+// being served, so that the reader and a worker never wait for each other.
+const (
+	ownSmallN = 8
+	ownLargeN = 2
+)
+
+// newPool returns the buffers of one attachment, which close frees. b may be nil.
+func (b *Buffers) newPool() (*bufPool, error) {
+	if b == nil {
+		return newBufPool(fuseSmallN, fuseLargeN)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.pool == nil {
+		reserve, err := newBufPool(fuseSmallN, fuseLargeN)
+		if err != nil {
+			return nil, err
+		}
+		b.pool = reserve
+	}
+	own, err := newBufPool(ownSmallN, ownLargeN)
+	if err != nil {
+		return nil, err
+	}
+	own.reserve = b.pool
+	return own, nil
+}
+
 // bufPool is a fixed set of buffers in one arena, outside the Go heap, touched and locked in
 // memory before use. The data path must not allocate: under memory pressure the kernel writes
 // back to us while our own allocation waits for that writeback, for ever. And the first touch
@@ -43,6 +86,9 @@ type bufPool struct {
 	arena []byte
 	small chan *buffer
 	large chan *buffer
+
+	// reserve has the buffers to take when all of the pool's own are in use; nil = none.
+	reserve *bufPool
 }
 
 // newBufPool maps an arena with the given numbers of buffers.
@@ -62,11 +108,11 @@ func newBufPool(smallN, largeN int) (*bufPool, error) {
 		}
 	}
 	for range smallN {
-		p.small <- &buffer{mem: arena[:smallStep:smallStep], small: true}
+		p.small <- &buffer{mem: arena[:smallStep:smallStep], home: p, small: true}
 		arena = arena[smallStep:]
 	}
 	for range largeN {
-		p.large <- &buffer{mem: arena[:largeStep:largeStep]}
+		p.large <- &buffer{mem: arena[:largeStep:largeStep], home: p}
 		arena = arena[largeStep:]
 	}
 	return p, nil
@@ -78,31 +124,42 @@ func (p *bufPool) get(ctx context.Context, n int64) (*buffer, error) {
 	if n > requestBytesMax {
 		return nil, fmt.Errorf("buffer for %d bytes: most is %d: %w", n, requestBytesMax, trivet.ErrInvalid)
 	}
-	from := p.large
-	if n <= smallBytes {
-		from = p.small
-	}
+	own, reserve := p.queue(n), p.reserve.queue(n)
 	select {
-	case b := <-from:
+	case b := <-own:
 		return b, nil
 	default:
 	}
 	select {
-	case b := <-from:
+	case b := <-own:
+		return b, nil
+	case b := <-reserve:
 		return b, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for a buffer: %w", context.Cause(ctx))
 	}
 }
 
-// put gives b back. Nil is a no-op.
+// queue returns where the free buffers for n bytes wait; nil, on which a receive waits for ever, of no
+// pool.
+func (p *bufPool) queue(n int64) chan *buffer {
+	switch {
+	case p == nil:
+		return nil
+	case n <= smallBytes:
+		return p.small
+	}
+	return p.large
+}
+
+// put gives b back to where it came from. Nil is a no-op.
 func (p *bufPool) put(b *buffer) {
 	switch {
 	case b == nil:
 	case b.small:
-		p.small <- b
+		b.home.small <- b
 	default:
-		p.large <- b
+		b.home.large <- b
 	}
 }
 

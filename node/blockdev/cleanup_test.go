@@ -27,6 +27,10 @@ func TestMain(m *testing.M) {
 		fmt.Println("failed:", attachHelper(runDir)) //nolint:forbidigo // the parent reads it
 		os.Exit(1)
 	}
+	if cfg := os.Getenv(survivorEnv); cfg != "" {
+		fmt.Println("failed:", runSurvivor(cfg)) //nolint:forbidigo // the parent reads it
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 

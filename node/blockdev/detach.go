@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// ending is one run of detach. done is closed when it is over; then err is set.
+// ending is one run of detach or release. done is closed when it is over; then err is set.
 type ending struct {
 	done chan struct{}
 	err  error
@@ -26,9 +26,7 @@ func (a *Attachment) Detach(ctx context.Context) error {
 	}
 	e := a.ending
 	if e == nil {
-		e = &ending{done: make(chan struct{})}
-		a.ending = e
-		go a.runDetach(context.WithoutCancel(ctx), e)
+		e = a.endLocked(context.WithoutCancel(ctx), "detach", a.detach)
 	}
 	a.mu.Unlock()
 	select {
@@ -39,18 +37,22 @@ func (a *Attachment) Detach(ctx context.Context) error {
 	}
 }
 
-func (a *Attachment) runDetach(ctx context.Context, e *ending) {
-	err := a.detach(ctx)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.closed = err == nil
-	a.ending = nil
-	if err != nil {
-		e.err = fmt.Errorf("detach %s: %w", a.name, err)
-	} else {
-		a.log.Info("detached", "device", a.Path())
-	}
-	close(e.done)
+// endLocked starts to end the attachment by do.
+func (a *Attachment) endLocked(ctx context.Context, op string, do func(context.Context) error) *ending {
+	e := &ending{done: make(chan struct{})}
+	a.ending = e
+	go func() {
+		err := do(ctx)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.closed = err == nil
+		a.ending = nil
+		if err != nil {
+			e.err = fmt.Errorf("%s %s: %w", op, a.name, err)
+		}
+		close(e.done)
+	}()
+	return e
 }
 
 // detach runs alone. Each step may be repeated after an error in a later one.
@@ -58,5 +60,6 @@ func (a *Attachment) detach(ctx context.Context) error {
 	if err := a.dev.detach(ctx); err != nil {
 		return err
 	}
+	a.log.Info("detached", "device", a.Path())
 	return a.folder.remove()
 }

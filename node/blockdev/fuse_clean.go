@@ -22,15 +22,11 @@ func (fuseTransport) clean(ctx context.Context, s *site, rec record) error {
 	}
 	// The server is dead. Before all else tell the kernel, so that nothing below, and no thread
 	// of the corpse, waits for it.
-	mounted, err := fuseMounted(rec.Name, st.Point)
+	mounted, err := abortAll(ctx, s, st.Point)
 	if err != nil {
 		return err
 	}
-	if mounted {
-		if err := abortFuse(st.Point); err != nil {
-			return err
-		}
-	} else if s.folder.corpse {
+	if !mounted && s.folder.corpse {
 		return fmt.Errorf("process %d was killed, cannot die and its mount is gone; mount fusectl and write 1 to "+
 			"/sys/fs/fuse/connections/*/abort: %w", rec.PID, trivet.ErrInUse)
 	}
@@ -48,6 +44,32 @@ func (fuseTransport) clean(ctx context.Context, s *site, rec record) error {
 		}
 	}
 	return nil
+}
+
+// abort ends the connection, whoever has descriptors of it.
+func (fuseTransport) abort(ctx context.Context, s *site, rec record) error {
+	st, err := decodeFuseState(rec, s.folder.file(deviceName))
+	if err != nil {
+		return err
+	}
+	_, err = abortAll(ctx, s, st.Point)
+	return err
+}
+
+// abortAll aborts the connection through the keeper, which has it when the mount is in another mount
+// namespace, too, and through the mount. It tells whether the file is mounted here.
+func abortAll(ctx context.Context, s *site, point string) (mounted bool, err error) {
+	if s.keeper != nil {
+		err := whileInUse(ctx, func() error { return s.keeper.Drop(s.name, true) })
+		if err != nil && !errors.Is(err, trivet.ErrUnavailable) {
+			return false, err
+		}
+	}
+	mounted, err = fuseMounted(s.name, point)
+	if err == nil && mounted {
+		err = abortFuse(point)
+	}
+	return mounted, err
 }
 
 // cleanLoop unmounts everything on the loop device and frees it, if it is ours.

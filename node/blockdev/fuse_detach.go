@@ -39,7 +39,8 @@ func (d *fuseDev) freeLoop(ctx context.Context) error {
 
 // checkUnmounted returns ErrInUse if the device is mounted, or its node is bound to a pod.
 func (d *fuseDev) checkUnmounted() error {
-	if file, err := backingFile(d.loop.number); err != nil || file != d.point {
+	// "/" is a file whose mount is gone, as after a resume in another mount namespace.
+	if file, err := backingFile(d.loop.number); err != nil || (file != d.point && file != "/") {
 		return err // not our device any more
 	}
 	mounts, err := readMounts()
@@ -110,11 +111,17 @@ func (d *fuseDev) writeBack(ctx context.Context, dev *os.File) error {
 	return fmt.Errorf("write back %s: %w", d.path(), err)
 }
 
-// endServer unmounts the FUSE file and stops the server.
+// endServer unmounts the FUSE file and stops the server. The keeper lets go before: as long as it has a
+// descriptor, to close ours would not end the connection, and requests would wait for nobody.
 func (d *fuseDev) endServer(ctx context.Context) error {
 	d.server.stopping.Store(true)
 	if err := unmountFuse(ctx, d.point); err != nil {
 		return err
+	}
+	if d.keeper != nil {
+		if err := d.keeper.Drop(d.name, false); err != nil && !errors.Is(err, trivet.ErrUnavailable) {
+			return err
+		}
 	}
 	return d.server.stop()
 }

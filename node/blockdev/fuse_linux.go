@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // fuseTransport shows a Device as a FUSE filesystem of one regular file with a loop device on top. It
@@ -42,14 +43,22 @@ func decodeFuseState(rec record, point string) (fuseState, error) {
 
 // fuseDev is a device of fuseTransport that this process serves.
 type fuseDev struct {
-	name   string
-	point  string // of the FUSE file
-	device trivet.Device
-	server *fuseServer
-	loop   loopDevice
-	log    *slog.Logger
+	name    string
+	point   string // of the FUSE file
+	device  trivet.Device
+	server  *fuseServer
+	loop    loopDevice
+	keeper  *keeper.Client // nil = there is none
+	buffers *Buffers       // may be nil
+	log     *slog.Logger
 
 	loopOff bool // the loop device was freed; of detach alone
+}
+
+func newFuseDev(s *site) *fuseDev {
+	return &fuseDev{
+		name: s.name, point: s.folder.file(deviceName), device: s.device, keeper: s.keeper, buffers: s.buffers, log: s.log,
+	}
 }
 
 // available looks for the two control devices.
@@ -64,20 +73,11 @@ func (fuseTransport) available() error {
 
 // attach mounts the file, serves it and configures the loop device.
 func (fuseTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
-	d := &fuseDev{name: s.name, point: s.folder.file(deviceName), device: s.device, log: s.log}
+	d := newFuseDev(s)
 	if err := d.open(ctx, s); err != nil {
 		return nil, err
 	}
 	return d, nil
-}
-
-// resumable knows no way yet to serve the connection of a dead process.
-func (fuseTransport) resumable(context.Context, *site, record) error {
-	return fmt.Errorf("fuse: nobody keeps the connection: %w", trivet.ErrUnavailable)
-}
-
-func (t fuseTransport) resume(ctx context.Context, s *site, rec record) (kernelDev, error) {
-	return nil, t.resumable(ctx, s, rec)
 }
 
 // open mounts the file, serves it and configures the loop device. On error it has undone all
@@ -108,7 +108,12 @@ func (d *fuseDev) open(ctx context.Context, s *site) (err error) {
 		st.Loop = number
 		return s.save(KindFUSE, st)
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	d.server.facts.Connection = fuseConnection(d.point)
+	d.keep()
+	return nil
 }
 
 // serve mounts the FUSE file and waits until the kernel has greeted the server.
@@ -117,7 +122,7 @@ func (d *fuseDev) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.server, err = newFuseServer(fd, d.device, d.log)
+	d.server, err = newFuseServer(fd, d.device, d.buffers, d.log)
 	if err != nil {
 		return errors.Join(err, unmountFuse(ctx, d.point))
 	}
@@ -136,12 +141,6 @@ func (d *fuseDev) serve(ctx context.Context) error {
 func (d *fuseDev) path() string { return d.loop.path() }
 
 func (d *fuseDev) err() error { return d.server.err() }
-
-func (d *fuseDev) survives() error {
-	return fmt.Errorf("fuse: nobody keeps the connection: %w", trivet.ErrUnavailable)
-}
-
-func (d *fuseDev) release(context.Context) error { return d.survives() }
 
 func (d *fuseDev) grow(context.Context) error {
 	want := d.device.Size()

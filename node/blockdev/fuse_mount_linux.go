@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +48,24 @@ func fuseMounted(name, point string) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// fuseConnection returns the minor device number of the file's filesystem, by which fusectl names the
+// connection; 0 if the mount is not to be seen.
+func fuseConnection(point string) uint32 {
+	mounts, err := readMounts()
+	if err != nil {
+		return 0
+	}
+	for _, m := range mounts {
+		if minor, ok := strings.CutPrefix(m.dev, "0:"); ok && m.point == point && m.fstype == fuseFstype {
+			n, err := strconv.ParseUint(minor, 10, 32)
+			if err == nil {
+				return uint32(n)
+			}
+		}
+	}
+	return 0
 }
 
 // abortFuse makes the kernel fail every request, waiting or to come, of the connection mounted

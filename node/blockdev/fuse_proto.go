@@ -6,6 +6,7 @@ import (
 	"math"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // The part of the FUSE protocol (linux include/uapi/linux/fuse.h, version 7.41) that a
@@ -183,6 +184,12 @@ func putInit(b []byte, r fuseRequest) int {
 	ne.PutUint16(b[28:], requestBytesMax/4096)
 	ne.PutUint32(b[32:], r.flags2&init2HasResend)
 	return 64
+}
+
+// factsOf reads back what an INIT reply granted.
+func factsOf(b []byte) keeper.Facts {
+	u32 := binary.NativeEndian.Uint32
+	return keeper.Facts{Minor: u32(b[4:]), Flags: u32(b[12:]), Flags2: u32(b[32:]), MaxWrite: u32(b[20:])}
 }
 
 // putAttr's zero validity makes the kernel ask for the size each time, so growing just works.

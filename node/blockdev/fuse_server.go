@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 const (
@@ -48,9 +49,13 @@ type fuseServer struct {
 	ended  chan struct{} // closed when the connection is gone and all goroutines have ended
 	cancel context.CancelCauseFunc
 
+	facts keeper.Facts // set before inited is closed; of the owner alone afterwards
+
 	opensN   atomic.Int64 // open descriptors of the file
 	stopOnce sync.Once
 	stopping atomic.Bool // the end of the connection is our own wish
+	leaving  atomic.Bool // what we do not answer, another process will
+	muted    atomic.Bool // nothing is answered any more
 	failed   atomic.Pointer[error]
 }
 
@@ -62,14 +67,14 @@ type fuseTask struct {
 
 // newFuseServer takes over fd, an open /dev/fuse in non-blocking mode, also when it fails. Call
 // start to serve it.
-func newFuseServer(fd int, dev trivet.Device, log *slog.Logger) (*fuseServer, error) {
+func newFuseServer(fd int, dev trivet.Device, buffers *Buffers, log *slog.Logger) (*fuseServer, error) {
 	conn := os.NewFile(uintptr(fd), fusePath)
 	replyFD, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		_ = conn.Close() // nothing was written
 		return nil, fmt.Errorf("duplicate fuse connection: %w", err)
 	}
-	pool, err := newBufPool(fuseSmallN, fuseLargeN)
+	pool, err := buffers.newPool()
 	if err != nil {
 		_, _ = conn.Close(), unix.Close(replyFD) // nothing was written
 		return nil, err
@@ -97,7 +102,9 @@ func (s *fuseServer) start(ctx context.Context) {
 		if !s.stopping.Load() {
 			s.fail(err)
 		}
-		s.cancel(err)
+		if !s.leaving.Load() {
+			s.cancel(err)
+		}
 		close(s.queue)
 		wg.Wait()
 		close(s.ended)
@@ -219,7 +226,7 @@ func (s *fuseServer) answer(b []byte, req fuseRequest) {
 		}
 		n = putInit(body, req)
 		s.reply(b[:fuseReplyBytes+n], req.unique, 0)
-		s.initDone(req)
+		s.initDone(req, factsOf(body))
 		return
 	case opGetattr:
 		n = putAttr(body, s.device.Size())
@@ -243,11 +250,12 @@ func (s *fuseServer) answer(b []byte, req fuseRequest) {
 	s.reply(b[:fuseReplyBytes+n], req.unique, errno)
 }
 
-func (s *fuseServer) initDone(req fuseRequest) {
+func (s *fuseServer) initDone(req fuseRequest, facts keeper.Facts) {
 	select {
 	case <-s.inited:
 		s.log.Warn("kernel sent a second fuse init")
 	default:
+		s.facts = facts
 		close(s.inited)
 	}
 	s.log.Debug("fuse connection is up", "minor", req.minor, "async_dio", req.flags&initAsyncDIO != 0)
@@ -328,6 +336,9 @@ func (s *fuseServer) logRequest(r fuseRequest, err error) {
 // reply completes the header in front of b and sends it. A reply never blocks: the kernel
 // copies it to pages that wait for it.
 func (s *fuseServer) reply(b []byte, unique uint64, errno unix.Errno) {
+	if s.muted.Load() {
+		return
+	}
 	if errno != 0 {
 		b = b[:fuseReplyBytes]
 	}

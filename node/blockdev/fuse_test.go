@@ -143,6 +143,11 @@ func newFakeKernel(t *testing.T, sizeBytes int64) *fakeKernel {
 
 func newFakeKernelOver(t *testing.T, dev trivet.Device) *fakeKernel {
 	t.Helper()
+	return newFakeKernelWith(t, dev, nil)
+}
+
+func newFakeKernelWith(t *testing.T, dev trivet.Device, buffers *Buffers) *fakeKernel {
+	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	require.NoError(t, err)
 	require.NoError(t, unix.SetNonblock(fds[1], true))
@@ -150,7 +155,7 @@ func newFakeKernelOver(t *testing.T, dev trivet.Device) *fakeKernel {
 	require.NoError(t, unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout))
 	k := &fakeKernel{t: t, fd: fds[0]}
 	k.dev, _ = dev.(*faultdev.Device)
-	k.server, err = newFuseServer(fds[1], dev, slog.New(slog.DiscardHandler))
+	k.server, err = newFuseServer(fds[1], dev, buffers, slog.New(slog.DiscardHandler))
 	require.NoError(t, err)
 	k.server.start(t.Context())
 	t.Cleanup(func() {
@@ -339,7 +344,7 @@ func (nullDevice) Size() int64                                  { return 1 << 20
 
 // TestFuseNoAllocationPerRequest keeps the promise of bufPool. It must not run in parallel.
 func TestFuseNoAllocationPerRequest(t *testing.T) {
-	k := newFakeKernelOver(t, nullDevice{})
+	k := newFakeKernelWith(t, nullDevice{}, new(Buffers))
 	reply := make([]byte, fuseReplyBytes+4096)
 	for name, request := range map[string][]byte{
 		"write":      fuseMessage(opWrite, 1, ioArgs(0, 4096, make([]byte, 4096)...)...),

@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // Kind names a way of showing a Device as a block device of the kernel. The zero value is KindAuto.
@@ -64,6 +65,12 @@ type transport interface {
 	clean(ctx context.Context, s *site, rec record) error
 }
 
+// aborter is a transport whose device may wait for a server that is away. abort makes every request on
+// the device of rec fail, at once and for good.
+type aborter interface {
+	abort(ctx context.Context, s *site, rec record) error
+}
+
 // kernelDev is a block device that this process serves. detach and release are never called at the
 // same time.
 type kernelDev interface {
@@ -89,10 +96,12 @@ type kernelDev interface {
 
 // site is where an attachment is made, resumed or removed.
 type site struct {
-	name   string
-	device trivet.Device // nil where something is removed
-	folder *folder
-	log    *slog.Logger
+	name    string
+	device  trivet.Device // nil where something is removed
+	folder  *folder
+	keeper  *keeper.Client // nil = there is none
+	buffers *Buffers       // may be nil
+	log     *slog.Logger
 }
 
 // save writes the attachment's record; state is what the transport has to know of it.

@@ -1,0 +1,321 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/node/blockdev"
+)
+
+// resumeBench is a mountBench whose kernel devices survive. What package blockdev says of the device that
+// the last process left is faked; everything else is as in mountBench.
+type resumeBench struct {
+	*mountBench
+
+	checkErr  error // of the device
+	resumeErr error
+	resumedN  int
+	fencedAt  trivet.Epoch // the group's fence when the device was resumed
+	aborted   bool
+}
+
+// newResumeBench has vol staged and published by a first process, which has been killed.
+func newResumeBench(t *testing.T) *resumeBench {
+	t.Helper()
+	b := &resumeBench{mountBench: newMountBench(t)}
+	b.survive = true
+	b.grant("n1", meta.SingleNodeMultiWriter, false)
+	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
+	b.next(t, 0x302)
+	return b
+}
+
+// next starts another process, without a word to the last one.
+func (b *resumeBench) next(t *testing.T, incarnation int) {
+	t.Helper()
+	n, _ := b.cat.Local().Node("n1")
+	n.Incarnation = testUUID(incarnation)
+	b.cat.must(meta.Command{RegisterNode: &meta.RegisterNode{Node: n}})
+	b.process(t, n.Incarnation)
+	b.mounts.attacher.resume = func(_ context.Context, c blockdev.Config) (kernelDevice, error) {
+		b.mu.Lock()
+		err := b.resumeErr
+		b.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+		if c.Name != vol.String() || c.Device == nil {
+			return nil, fmt.Errorf("resume of %q: %w", c.Name, trivet.ErrInvalid)
+		}
+		b.resumedN++
+		b.fencedAt = b.cat.volume(vol).FencedEpoch
+		return &fakeKernel{bench: b.mountBench, path: b.kernel().path}, nil
+	}
+}
+
+// leftover is what takeStock finds of the last process.
+func (b *resumeBench) leftover(t *testing.T) leftover {
+	t.Helper()
+	unlock, err := b.mounts.ops.try(vol)
+	require.NoError(t, err)
+	return leftover{id: vol, all: fakeLeft{b}, unlock: unlock}
+}
+
+// fakeLeft plays blockdev.Leftovers.
+type fakeLeft struct{ b *resumeBench }
+
+func (f fakeLeft) Check(context.Context, string) error { return f.b.checkErr }
+
+func (f fakeLeft) Abort(context.Context, string) error {
+	f.b.aborted = true
+	return nil
+}
+
+func (f fakeLeft) CleanOne(context.Context, string) error {
+	if !f.b.aborted {
+		return fmt.Errorf("clean before abort: %w", trivet.ErrInvalid)
+	}
+	delete(f.b.mounter.devices, f.b.kernel().path)
+	return nil
+}
+
+// requireResumed checks that all is as it was, at a fenced epoch of the new process.
+func (b *resumeBench) requireResumed(t *testing.T) {
+	t.Helper()
+	v := b.cat.volume(vol)
+	require.Equal(t, 1, b.resumedN)
+	require.Equal(t, b.mounts.attacher.process, v.Attached.Incarnation)
+	require.Equal(t, v.Epoch, b.fencedAt, "resumed before everything older was fenced (H13, H31)")
+	require.Equal(t, v.Epoch, b.group().cfg.Epoch)
+	require.Equal(t, v.Epoch, b.mounts.records.get(vol).Epoch)
+	require.Equal(t, 2, b.mounter.mountedN(), "the mounts stay")
+	require.False(t, b.mounter.shaded[targetA])
+	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
+	require.NoError(t, b.mounts.unpublish(t.Context(), vol, targetA))
+	require.NoError(t, b.mounts.unstage(t.Context(), vol, stagingDir))
+	require.Empty(t, b.mounts.records.list())
+	require.Empty(t, b.mounter.devices)
+	require.Len(t, b.kernels, 1, "no second device was made")
+}
+
+// requireGivenUp checks that nothing of the old attachment is left.
+func (b *resumeBench) requireGivenUp(t *testing.T) {
+	t.Helper()
+	require.Zero(t, b.resumedN)
+	require.True(t, b.aborted)
+	require.Zero(t, b.mounter.mountedN())
+	require.True(t, b.mounter.shaded[targetA])
+	require.Zero(t, b.mounts.records.get(vol).Epoch)
+	require.Empty(t, b.mounter.devices)
+}
+
+// TestResumeAfterTheFence: the new process serves the device only once the epoch of the old one is
+// fenced, and puts everybody off until then.
+func TestResumeAfterTheFence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		v := b.cat.volume(vol)
+		require.Less(t, v.FencedEpoch, v.Epoch, "taken over and not fenced yet")
+		require.Zero(t, b.resumedN)
+		require.ErrorIs(t, b.mounts.stage(t.Context(), stageReq()), trivet.ErrPending)
+		require.ErrorIs(t, b.mounts.publish(t.Context(), publishReq(targetB)), trivet.ErrPending)
+		require.ErrorIs(t, b.mounts.unpublish(t.Context(), vol, targetA), trivet.ErrPending)
+		_, err := b.mounts.attach(t.Context(), vol)
+		require.ErrorIs(t, err, trivet.ErrPending)
+		_, err = b.mounts.stats(t.Context(), vol, targetA)
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		b.fence()
+		<-done
+		b.requireResumed(t)
+	})
+}
+
+// TestResumeWaitsForTheCatalogue: without a quorum nothing is given up.
+func TestResumeWaitsForTheCatalogue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		b.cat.setDown(true)
+		b.resumeErr = fmt.Errorf("the keeper has not heard of the death yet: %w", trivet.ErrInUse)
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		b.cat.setDown(false)
+		for b.cat.volume(vol).Attached.Incarnation != b.mounts.attacher.process {
+			<-b.cat.Changed()
+		}
+		synctest.Wait()
+		b.fence()
+		synctest.Wait()
+		require.False(t, b.aborted)
+		b.mu.Lock()
+		b.resumeErr = nil
+		b.mu.Unlock()
+		<-done
+		b.requireResumed(t)
+	})
+}
+
+// TestResumeOfACrashedResume: processes that die at any step of the resume do not keep the next one
+// from it.
+func TestResumeOfACrashedResume(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		for i := range 3 { // each took over; the first two died before they could write it down
+			atTakeOver := &watchedCatalogue{fakeCatalogue: b.cat, mounts: b.mounts}
+			b.mounts.attacher.cat = atTakeOver
+			ctx, cancel := context.WithCancel(t.Context())
+			l := b.leftover(t)
+			done := make(chan struct{})
+			go func() { b.mounts.resume(ctx, l); close(done) }()
+			synctest.Wait()
+			cancel()
+			<-done
+			if i < 2 {
+				require.NoError(t, b.mounts.records.put(atTakeOver.rec))
+			}
+			require.Zero(t, b.resumedN)
+			require.Equal(t, 2, b.mounter.mountedN(), "a process that ends takes nothing away")
+			b.next(t, 0x400+i)
+		}
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		b.fence()
+		<-done
+		b.requireResumed(t)
+	})
+}
+
+// watchedCatalogue remembers the record as it stands on disk when the volume is taken over.
+type watchedCatalogue struct {
+	*fakeCatalogue
+
+	mounts *mounts
+	rec    record
+}
+
+func (c *watchedCatalogue) Propose(ctx context.Context, cmd meta.Command) (meta.Result, error) {
+	if cmd.TakeOver != nil {
+		c.rec = c.mounts.records.get(vol)
+	}
+	return c.fakeCatalogue.Propose(ctx, cmd)
+}
+
+// TestResumeIsRefused: whoever may have missed a write of another node must not go on.
+func TestResumeIsRefused(t *testing.T) {
+	for name, change := range map[string]func(b *resumeBench){
+		"detached":          func(b *resumeBench) { b.revoke() },
+		"held elsewhere":    func(b *resumeBench) { b.revoke(); b.grant("n2", meta.SingleNodeMultiWriter, false) },
+		"detached and back": func(b *resumeBench) { b.revoke(); b.grant("n1", meta.SingleNodeMultiWriter, false) },
+		"elsewhere and back": func(b *resumeBench) {
+			b.revoke()
+			b.grant("n2", meta.SingleNodeMultiWriter, false)
+			b.revoke()
+			b.grant("n1", meta.SingleNodeMultiWriter, false)
+		},
+		"the device is dead": func(b *resumeBench) { b.checkErr = trivet.ErrClosed },
+		"the keeper is away": func(b *resumeBench) { b.checkErr = trivet.ErrUnavailable },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newResumeBench(t)
+				change(b)
+				b.mounts.resume(t.Context(), b.leftover(t))
+				b.requireGivenUp(t)
+			})
+		})
+	}
+}
+
+// TestResumeIsRefusedAtTheLastMoment: the volume goes to another node while the fence is awaited.
+func TestResumeIsRefusedAtTheLastMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		b.revoke()
+		b.grant("n2", meta.SingleNodeMultiWriter, false)
+		<-done
+		b.requireGivenUp(t)
+	})
+}
+
+// TestCloseHandsOver: a process that stops leaves what survives it, mounts and all, unless told not to.
+func TestCloseHandsOver(t *testing.T) {
+	t.Parallel()
+	b := newMountBench(t)
+	b.survive = true
+	b.grant("n1", meta.SingleNodeMultiWriter, false)
+	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
+	require.NoError(t, b.mounts.close(t.Context()))
+	assert.Equal(t, 2, b.mounter.mountedN())
+	assert.Len(t, b.mounter.devices, 1)
+	assert.ErrorIs(t, b.kernel().Err(), trivet.ErrClosed, "released")
+	assert.True(t, b.group().isClosed())
+	assert.Equal(t, b.cat.volume(vol).Epoch, b.mounts.records.get(vol).Epoch)
+}
+
+func TestCloseDetachesWhenTold(t *testing.T) {
+	t.Parallel()
+	b := newMountBench(t)
+	b.survive, b.mounts.detachOnStop = true, true
+	b.grant("n1", meta.SingleNodeMultiWriter, false)
+	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+	require.NoError(t, b.mounts.close(t.Context()))
+	assert.Zero(t, b.mounter.mountedN())
+	assert.Empty(t, b.mounter.devices)
+	assert.Empty(t, b.mounts.records.list())
+}
+
+// TestCloseLeavesWhatWasNotResumed: stopping in the middle of the resume takes nothing away.
+func TestCloseLeavesWhatWasNotResumed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		b.resumeErr = trivet.ErrUnavailable
+		l := b.leftover(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { b.mounts.resume(ctx, l); close(done) }()
+		synctest.Wait()
+		b.fence()
+		synctest.Wait()
+		cancel()
+		<-done
+		require.NoError(t, b.mounts.close(t.Context()))
+		require.True(t, b.group().isClosed())
+		require.Equal(t, 2, b.mounter.mountedN())
+		require.False(t, b.aborted)
+		require.NotZero(t, b.mounts.records.get(vol).Epoch)
+	})
+}
+
+// TestTakeStockWithoutDevices: a record whose device is gone is cleaned up after, whatever its epoch.
+func TestTakeStockWithoutDevices(t *testing.T) {
+	t.Parallel()
+	b := newResumeBench(t)
+	left, err := b.mounts.takeStock(t.Context(), blockdev.Leftovers{RunDir: b.runDir + "/blockdev"})
+	require.NoError(t, err)
+	require.Empty(t, left)
+	require.Zero(t, b.mounter.mountedN())
+	require.True(t, b.mounter.shaded[targetA])
+	require.NoError(t, b.mounts.unpublish(t.Context(), vol, targetA))
+	require.Empty(t, b.mounts.records.list())
+}

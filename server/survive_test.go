@@ -1,0 +1,271 @@
+package server_test
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/node/keeper"
+	"github.com/trivet-csi/trivet/server"
+)
+
+// survivalNode is the node whose server is killed.
+const survivalNode = 2
+
+// kept is a fleet whose servers have a keeper, and what a pod on one node needs.
+type kept struct {
+	*fleet
+
+	t       *testing.T
+	csi     *grpc.ClientConn
+	process *process
+
+	id, staging, target string
+}
+
+func newKept(t *testing.T) *kept {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("kills processes for a minute; not with -short")
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount")
+	}
+	for _, path := range []string{"/dev/fuse", "/dev/loop-control"} {
+		if _, err := os.Stat(path); err != nil {
+			t.Skip("needs ", path)
+		}
+	}
+	if _, err := exec.LookPath("fio"); err != nil {
+		t.Skip("needs fio")
+	}
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "keeper", "sock")
+	k, err := keeper.Open(keeper.Config{Socket: socket, Watchdog: 2 * time.Minute})
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- k.Serve(ctx) }()
+	t.Cleanup(func() { cancel(); require.NoError(t, <-ended) })
+	f := &kept{t: t, fleet: newFleet(t, func(cfg *server.Config) {
+		cfg.KeeperSocket, cfg.CSI = socket, "unix://"+filepath.Join(dir, string(cfg.Node)+".sock")
+	})}
+	f.staging, f.target = filepath.Join(dir, "staging"), filepath.Join(dir, "pod", "mount")
+	for _, d := range []string{f.staging, filepath.Dir(f.target)} {
+		require.NoError(t, os.MkdirAll(d, 0o750))
+	}
+	t.Cleanup(func() { // after a failure only
+		for _, p := range []string{f.target, f.staging} {
+			for unix.Unmount(p, unix.MNT_DETACH) == nil {
+				continue
+			}
+		}
+	})
+	f.process = f.processes[survivalNode]
+	f.csi, err = grpc.NewClient(f.process.cfg.CSI, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, f.csi.Close()) })
+	f.eventually("cluster init", func(ctx context.Context) error {
+		_, err := f.processes[0].admin.InitCluster(ctx, &api.InitClusterRequest{})
+		return err
+	})
+	f.awaitUp()
+	return f
+}
+
+func capabilityOf(fsType string) *csi.VolumeCapability {
+	return &csi.VolumeCapability{
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fsType}},
+	}
+}
+
+// up does what Kubernetes does for a pod with a claim.
+func (f *kept) up(fsType string, sizeBytes int64) {
+	f.t.Helper()
+	ctrl, node := csi.NewControllerClient(f.csi), csi.NewNodeClient(f.csi)
+	capability := capabilityOf(fsType)
+	f.eventually("create, attach and mount", func(ctx context.Context) error {
+		created, err := ctrl.CreateVolume(ctx, &csi.CreateVolumeRequest{
+			Name: "kept-" + fsType, CapacityRange: &csi.CapacityRange{RequiredBytes: sizeBytes},
+			VolumeCapabilities: []*csi.VolumeCapability{capability},
+		})
+		if err != nil {
+			return err
+		}
+		f.id = created.GetVolume().GetVolumeId()
+		published, err := ctrl.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{
+			VolumeId: f.id, NodeId: string(f.process.cfg.Node), VolumeCapability: capability,
+		})
+		if err != nil {
+			return err
+		}
+		_, err = node.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
+			VolumeId: f.id, PublishContext: published.GetPublishContext(), StagingTargetPath: f.staging,
+			VolumeCapability: capability,
+		})
+		if err != nil {
+			return err
+		}
+		_, err = node.NodePublishVolume(ctx, f.publishRequest(fsType, published.GetPublishContext()))
+		return err
+	})
+}
+
+func (f *kept) publishRequest(fsType string, publishContext map[string]string) *csi.NodePublishVolumeRequest {
+	return &csi.NodePublishVolumeRequest{
+		VolumeId: f.id, PublishContext: publishContext, StagingTargetPath: f.staging, TargetPath: f.target,
+		VolumeCapability: capabilityOf(fsType),
+	}
+}
+
+// down takes the pod away again, and the attachment with it.
+func (f *kept) down() {
+	f.t.Helper()
+	node := csi.NewNodeClient(f.csi)
+	f.eventually("unmount and detach", func(ctx context.Context) error {
+		_, err := node.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: f.id, TargetPath: f.target})
+		if err != nil {
+			return err
+		}
+		_, err = node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: f.id, StagingTargetPath: f.staging})
+		if err != nil {
+			return err
+		}
+		_, err = csi.NewControllerClient(f.csi).ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{
+			VolumeId: f.id, NodeId: string(f.process.cfg.Node),
+		})
+		return err
+	})
+}
+
+// device returns the loop device that a path is mounted from.
+func (f *kept) device() string {
+	f.t.Helper()
+	var st unix.Stat_t
+	require.NoError(f.t, unix.Stat(f.target, &st))
+	name, err := os.Readlink("/sys/dev/block/7:" + strconv.Itoa(int(unix.Minor(st.Dev))))
+	require.NoError(f.t, err)
+	return filepath.Base(name)
+}
+
+// writtenTo returns how many bytes were ever written to a block device (Documentation/block/stat.rst).
+func writtenTo(t *testing.T, device string) int64 {
+	t.Helper()
+	b, err := os.ReadFile("/sys/block/" + device + "/stat")
+	require.NoError(t, err)
+	n, err := strconv.ParseInt(strings.Fields(string(b))[6], 10, 64)
+	require.NoError(t, err)
+	return n * 512
+}
+
+// complaints counts the kernel's messages about errors on a device.
+func complaints(t *testing.T, device string) int {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "dmesg").Output()
+	if err != nil {
+		t.Log("no dmesg: ", err)
+	}
+	n := 0
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, device) && strings.Contains(strings.ToLower(line), "error") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestPodSurvivesItsServer kills the server of the node three times under a pod that writes, and then
+// stops it in good order, as an upgrade does: the pod sees pauses, and neither it nor fsck an error.
+func TestPodSurvivesItsServer(t *testing.T) {
+	f := newKept(t)
+	for _, fs := range []struct {
+		name      string
+		sizeBytes int64
+		check     []string
+	}{
+		{"ext4", 128 << 20, []string{"fsck.ext4", "-f", "-n"}},
+		{"xfs", 320 << 20, []string{"xfs_repair", "-n"}},
+	} {
+		if _, err := exec.LookPath(fs.check[0]); err != nil {
+			t.Skip("needs ", fs.check[0])
+		}
+		f.up(fs.name, fs.sizeBytes)
+		device := f.device()
+		before := complaints(t, device)
+		type result struct {
+			out []byte
+			err error
+		}
+		done := make(chan result, 1)
+		go func() {
+			out, err := exec.Command("fio", "--name=x", "--directory="+f.target, "--ioengine=libaio", "--direct=1",
+				"--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--iodepth=16", "--size=48m", "--fsync=32", "--loops=6",
+				"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0").CombinedOutput()
+			done <- result{out, err}
+		}()
+		for round, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGKILL, syscall.SIGTERM} {
+			next := writtenTo(t, device) + 16<<20
+			require.Eventually(t, func() bool {
+				require.Empty(t, done, "fio ended before its server was hit often enough")
+				return writtenTo(t, device) > next
+			}, time.Minute, 5*time.Millisecond, "%s, round %d: no progress", fs.name, round)
+			f.process.end(t, sig)
+			f.start(f.process)
+			f.kubeletAsks(fs.name)
+		}
+		r := <-done
+		require.NoError(t, r.err, "%s", r.out)
+		require.Equal(t, device, f.device(), "the same device all along")
+		require.Equal(t, before, complaints(t, device), "the kernel noticed")
+		f.down()
+		f.check(fs.name, fs.check)
+	}
+}
+
+// kubeletAsks publishes once more while the volume is being resumed, as the kubelet does all the time: it
+// is put off or told that all is well, and no second device is made.
+func (f *kept) kubeletAsks(fsType string) {
+	f.t.Helper()
+	node := csi.NewNodeClient(f.csi)
+	f.eventually("publish again", func(ctx context.Context) error {
+		_, err := node.NodePublishVolume(ctx, f.publishRequest(fsType, nil))
+		if c := status.Code(err); c != codes.OK && c != codes.Unavailable && c != codes.Aborted {
+			require.NoError(f.t, err)
+		}
+		return err
+	})
+}
+
+// check runs fsck on the volume and gives it back.
+func (f *kept) check(fsType string, command []string) {
+	f.t.Helper()
+	name := "kept-" + fsType
+	var device string
+	f.eventually("attach for fsck", func(ctx context.Context) error {
+		r, err := f.process.admin.AttachVolume(ctx, &api.VolumeRequest{Name: name})
+		device = r.GetDevice()
+		return err
+	})
+	out, err := exec.CommandContext(f.t.Context(), command[0], append(command[1:], device)...).CombinedOutput()
+	require.NoError(f.t, err, "%s", out)
+	f.eventually("detach", func(ctx context.Context) error {
+		_, err := f.process.admin.DetachVolume(ctx, &api.DetachVolumeRequest{Name: name})
+		return err
+	})
+}
