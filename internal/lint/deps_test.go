@@ -19,6 +19,7 @@ var mayImport = map[string][]string{
 	"engine":                    {},
 	"engine/segment":            {},
 	"iothrottle":                {},
+	"cache":                     {},
 	"node/blockdev":             {},
 	"controller/meta":           {},
 	"replication/transport":     {},
@@ -34,12 +35,12 @@ var mayImport = map[string][]string{
 		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
 	},
 	"node": {
-		"controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "replication",
+		"cache", "controller/meta", "engine", "engine/segment", "iothrottle", "node/blockdev", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
 	"server": {
-		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
+		"api", "cache", "controller", "controller/meta", "driver", "engine", "internal/pki", "node", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"cmd/trivet":     {"api", "controller/meta", "driver", "internal/kube", "internal/pki", "server"},
@@ -84,7 +85,7 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
+		"cache", "internal/faultdev", "node", "node/blockdev", "replication/raftgroup",
 		"replication/transport",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
