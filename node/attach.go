@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
@@ -49,6 +50,8 @@ type attacher struct {
 	// it nothing.
 	registered func(context.Context) error
 
+	caches *caches
+
 	openGroup func(replication.VolumeConfig) (groupDevice, error)
 	show      func(context.Context, blockdev.Config) (kernelDevice, error)
 
@@ -63,10 +66,11 @@ type attacher struct {
 //
 // An attached never changes; a changed copy takes its place.
 type attached struct {
-	epoch  trivet.Epoch // granted to this process
-	group  groupDevice  // nil while waiting for the fence
-	path   *path        // the data path on top of group
-	kernel kernelDevice // nil while not shown
+	epoch  trivet.Epoch  // granted to this process
+	lock   *cache.Locked // of the mapping file, until path has it; may be nil
+	group  groupDevice   // nil while waiting for the fence
+	path   *path         // the data path on top of group
+	kernel kernelDevice  // nil while not shown
 }
 
 func newAttacher(cfg *Config) *attacher {
@@ -74,7 +78,7 @@ func newAttacher(cfg *Config) *attacher {
 		node: cfg.ID, process: cfg.Incarnation, runDir: cfg.blockdevDir(),
 		follow: cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
 		cat: cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
-		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
+		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int), caches: newCaches(cfg),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
 			return blockdev.Attach(ctx, c)
@@ -156,11 +160,15 @@ func (a *attacher) open(ctx context.Context, v *meta.Volume) (*attached, error) 
 		at = nil
 	}
 	if at == nil {
+		lock, err := a.caches.lock(v) // before the epoch rises (H13)
+		if err != nil {
+			return nil, fmt.Errorf("attach %s: %w", v.ID, err)
+		}
 		epoch, err := a.takeOver(ctx, v.ID, poisoned)
 		if err != nil {
-			return nil, err
+			return nil, errors.Join(err, unlockCache(lock))
 		}
-		at = &attached{epoch: epoch}
+		at = &attached{epoch: epoch, lock: lock}
 		a.set(v.ID, at)
 	}
 	if at.group != nil {
@@ -171,7 +179,14 @@ func (a *attacher) open(ctx context.Context, v *meta.Volume) (*attached, error) 
 		return nil, err
 	}
 	a.bringLeader(ctx, v)
-	return a.openPath(at.epoch, v)
+	return a.openPath(at, v)
+}
+
+func unlockCache(l *cache.Locked) error {
+	if l == nil {
+		return nil
+	}
+	return l.Close()
 }
 
 // poisoned reports whether a group that nothing uses at the moment has lost a write: its Flush then
@@ -180,7 +195,7 @@ func (a *attacher) poisoned(ctx context.Context, id trivet.VolumeID, at *attache
 	if at == nil || at.group == nil || at.kernel != nil || a.usersNBD(id) > 0 {
 		return false
 	}
-	return at.group.Flush(ctx) != nil && ctx.Err() == nil
+	return (at.group.Flush(ctx) != nil || at.path.cache.Lost() != nil) && ctx.Err() == nil
 }
 
 // takeOver returns an epoch of this process. The catalogue raises it unless it was granted to this
@@ -204,7 +219,11 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 	return res.Volume.Attached.Epoch, nil
 }
 
-func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, error) {
+func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
+	if err := checkSettings(v); err != nil {
+		return nil, err
+	}
+	epoch := at.epoch
 	find := func() []raftgroup.Member {
 		now, _ := a.cat.Local().Volume(v.ID) // gone: nobody
 		return mayLead(&now)
@@ -216,11 +235,15 @@ func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, erro
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
-	path, err := stack(group, v)
+	cached, err := a.caches.open(group, v, epoch, at.lock)
 	if err != nil {
 		return nil, errors.Join(err, group.Close())
 	}
-	at := &attached{epoch: epoch, group: group, path: path}
+	path, err := stack(a.caches.follow(cached, v, epoch), v)
+	if err != nil {
+		return nil, errors.Join(err, cached.Abandon(), group.Close())
+	}
+	at = &attached{epoch: epoch, group: group, path: path}
 	a.set(v.ID, at)
 	return at, nil
 }
@@ -234,7 +257,9 @@ func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch tri
 		case ok && v.Usable(a.node, epoch):
 			return &v, nil
 		case ok && v.Epoch > epoch:
-			a.set(id, nil)
+			if err := a.drop(id); err != nil {
+				return nil, err
+			}
 			return nil, fmt.Errorf("attach %s: epoch %d was overtaken by %d: %w", id, epoch, v.Epoch, trivet.ErrFenced)
 		}
 		select {
@@ -279,7 +304,11 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 // mounted. The group stays open.
 func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 	at := a.get(id)
-	if at == nil || at.kernel == nil {
+	if at == nil {
+		return nil
+	}
+	if at.kernel == nil {
+		a.drain(ctx, id, at)
 		return nil
 	}
 	dead := at.dead()
@@ -287,12 +316,25 @@ func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 		return fmt.Errorf("detach %s: %w", id, err)
 	}
 	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
+	a.drain(ctx, id, at)
 	if dead != nil {
 		// umount and detach succeed on a dead device although they drop its dirty pages.
 		a.log.Error("detached a dead device; writes that were not synced are lost", "volume", id, "err", dead)
 	}
 	a.log.Info("volume detached", "volume", id, "epoch", at.epoch)
 	return nil
+}
+
+// drain has everything committed that was acknowledged, for the attachment may end now, and with it the right to
+// write. The kernel has flushed; this is for whoever did not. A failure is no reason to stay attached: a device that
+// has lost a write would never be let go.
+func (a *attacher) drain(ctx context.Context, id trivet.VolumeID, at *attached) {
+	if at == nil || at.path == nil {
+		return
+	}
+	if err := at.path.drain(ctx); err != nil && !errors.Is(err, trivet.ErrClosed) {
+		a.log.Error("writes that were acknowledged, and not flushed, are not committed yet", "volume", id, "err", err)
+	}
 }
 
 // drop closes the group, for good as far as this epoch is concerned. REQUIRES: hidden.
@@ -303,8 +345,9 @@ func (a *attacher) drop(id trivet.VolumeID) error {
 	}
 	a.set(id, nil)
 	if at.group == nil {
-		return nil
+		return unlockCache(at.lock)
 	}
+	at.path.cache.end()
 	if err := at.group.Close(); err != nil && !errors.Is(err, trivet.ErrClosed) {
 		return fmt.Errorf("close %s at epoch %d: %w", id, at.epoch, err)
 	}

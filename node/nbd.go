@@ -23,7 +23,7 @@ func (n *Node) ServeNBD(ctx context.Context, id trivet.VolumeID, socket string, 
 	if err != nil {
 		return err
 	}
-	defer n.mounts.attacher.useNBD(id, -1)
+	defer n.mounts.closeNBD(id)
 	group, serving := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		err := blockdev.ServeNBD(serving, socket, name, device, n.cfg.Logger)

@@ -24,19 +24,35 @@ type path struct {
 	trivet.Device // the top of the stack
 
 	throttle *iothrottle.Throttle
+	cache    *caching
 }
 
 // stack builds the data path; read it from the kernel device on the left to the Raft group on the right.
-func stack(group trivet.Device, v *meta.Volume) (*path, error) {
+// The cache is open already: it belongs to an epoch, which is not for the stack to know.
+func stack(cached *caching, v *meta.Volume) (*path, error) {
 	limits, err := limitsOf(v.Params)
 	if err != nil {
 		return nil, fmt.Errorf("data path of %s: %w", v.ID, err)
 	}
-	throttle := iothrottle.New(group, limits)
+	throttle := iothrottle.New(cached, limits)
 	return &path{
 		Device:   protect(throttle, v.Attached != nil && v.Attached.ReadOnly),
 		throttle: throttle,
+		cache:    cached,
 	}, nil
+}
+
+// checkSettings returns ErrInvalid for parameters that no data path can be opened with. It comes before the group is
+// opened: an epoch has one, and a group that a cache has written to cannot be thrown away (H39).
+func checkSettings(v *meta.Volume) error {
+	_, err := limitsOf(v.Params)
+	if err == nil {
+		_, _, err = cacheOf(v)
+	}
+	if err != nil {
+		return fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	return nil
 }
 
 // apply makes the open path follow v's parameters, without a pause.
@@ -48,7 +64,19 @@ func (p *path) apply(v *meta.Volume) error {
 	if limits != p.throttle.Limits() {
 		p.throttle.SetLimits(limits)
 	}
+	if err := p.cache.apply(v); err != nil {
+		return fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
 	return nil
+}
+
+// drain returns once everything that was acknowledged is committed.
+func (p *path) drain(ctx context.Context) error {
+	release, err := p.cache.Drain(ctx)
+	if err == nil {
+		release()
+	}
+	return err
 }
 
 // readsOf returns how reads of this attachment may be answered: one that can write sees its own writes,
