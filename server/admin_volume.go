@@ -277,15 +277,24 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
+	before, err := a.find(ctx, r.GetName())
+	if err != nil {
+		return err
+	}
 	v, err := a.attach(ctx, r.GetName())
 	if err != nil {
 		return err
 	}
+	served := false
 	socket := url.URL{Path: r.GetSocket()} // escaped as a path: slashes stay readable
 	uri := url.URL{Scheme: "nbd+unix", Path: "/" + v.Name, RawQuery: "socket=" + socket.EscapedPath()}
 	serveErr := n.ServeNBD(ctx, v.ID, r.GetSocket(), func() error {
+		served = true
 		return stream.Send(&api.ServeVolumeResponse{Uri: uri.String()})
 	})
+	if !served && before.Attached != nil {
+		return serveErr // whoever has it attached goes on; a node that recovers its cache must not be fenced for this
+	}
 	// The client is gone, so its context is too: the detach gets one of its own.
 	detach, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTimeout)
 	defer cancel()

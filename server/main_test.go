@@ -39,6 +39,9 @@ func runChild(spec []string) int {
 	cfg.Node, cfg.DataDir, cfg.CertsDir = trivet.NodeID(spec[0]), spec[1], spec[2]
 	cfg.Listen, cfg.RunDir, cfg.Seeds, cfg.Logger = spec[3], spec[4], spec[5:], log
 	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20
+	if dir := os.Getenv(cacheDirEnv); dir != "" {
+		cfg.CacheDir = dir
+	}
 	cfg.Fatal = func(err error) {
 		log.Error("fatal", "err", err)
 		os.Exit(3)
