@@ -42,7 +42,9 @@ type pendingOp struct {
 
 func (c *crashPoints) Lock() {
 	c.Mutex.Lock()
-	c.check()
+	if !c.t.Failed() { // stores come from several goroutines, so a check cannot end the test
+		c.check()
+	}
 }
 
 // check recovers the image of this instant.
@@ -56,9 +58,13 @@ func (c *crashPoints) check() {
 	c.mu.Unlock()
 	got := c.stamps()
 	t, err := newSlots(image, 7, LRU)
-	require.NoError(c.t, err)
+	if err != nil {
+		panic(err) // of a policy that is not there
+	}
 	_, n, err := t.recover(0)
-	require.NoError(c.t, err)
+	if err != nil {
+		c.t.Errorf("store %d: %v", c.pointN, err)
+	}
 	c.dirtyN += n
 	for lba := range crashBlocks {
 		if s := t.index.get(trivet.LBA(lba)); s != none {
@@ -72,19 +78,22 @@ func (c *crashPoints) check() {
 		case inside && got[lba] == op.stamp:
 			newN++
 		case got[lba] != want[lba]:
-			c.t.Fatalf("store %d: block %d holds write %d, acknowledged %d, under way %+v", c.pointN, lba, got[lba],
+			c.t.Errorf("store %d: block %d holds write %d, acknowledged %d, under way %+v", c.pointN, lba, got[lba],
 				want[lba], op)
+			return
 		}
 	}
 	if op.stamp != 0 && op.n <= pieceBlocks && newN != 0 && newN != op.n {
-		c.t.Fatalf("store %d: %d blocks of write %+v", c.pointN, newN, op)
+		c.t.Errorf("store %d: %d blocks of write %+v", c.pointN, newN, op)
 	}
 }
 
 func (c *crashPoints) stamps() [crashBlocks]uint64 {
 	var got [crashBlocks]uint64
 	p := c.below
-	require.NoError(c.t, c.disk.ReadAt(context.Background(), p, 0))
+	if err := c.disk.ReadAt(context.Background(), p, 0); err != nil {
+		panic(err) // memory
+	}
 	for lba := range got {
 		got[lba] = binary.LittleEndian.Uint64(p[lba*trivet.BlockSize:])
 	}
@@ -110,7 +119,7 @@ func TestCrashPoints(t *testing.T) {
 	t.Parallel()
 	opsN := 500
 	if testing.Short() {
-		opsN = 80
+		opsN = 50
 	}
 	disk := faultdev.NewMem(crashBlocks * trivet.BlockSize)
 	c := &crashPoints{t: t, disk: disk}

@@ -61,7 +61,7 @@ func TestModel(t *testing.T) {
 	t.Parallel()
 	seeds := 20
 	if testing.Short() {
-		seeds = 4
+		seeds = 2
 	}
 	for seed := range seeds {
 		r := rand.New(rand.NewPCG(uint64(seed), 1))
@@ -207,4 +207,40 @@ func TestNoMemoryPassesThrough(t *testing.T) {
 	require.NoError(t, d.WriteAt(t.Context(), block(1), 0))
 	holds(t, mem, 0, 1)
 	require.NoError(t, d.Detach(t.Context()))
+}
+
+// BenchmarkCache shows the cost of the cache itself: the device below is memory.
+func BenchmarkCache(b *testing.B) {
+	mem := faultdev.NewMem(64 << 20)
+	mem.Touch()
+	cfg := config(cache.WriteBack, 32<<20)
+	cfg.Deadline = 5 * time.Second
+	d := open(b, file(b), mem, cfg)
+	defer func() { require.NoError(b, d.Detach(context.Background())) }()
+	p := block(1)
+	r := rand.New(rand.NewPCG(1, 1))
+	off := func() int64 { return r.Int64N(4096) * trivet.BlockSize }
+	for _, bench := range []struct {
+		name string
+		f    func() error
+	}{
+		{"write", func() error { return d.WriteAt(b.Context(), p, off()) }},
+		{"read", func() error { return d.ReadAt(b.Context(), p, off()) }},
+		{"write and flush", func() error {
+			if err := d.WriteAt(b.Context(), p, off()); err != nil {
+				return err
+			}
+			return d.Flush(b.Context())
+		}},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			b.SetBytes(trivet.BlockSize)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := bench.f(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

@@ -425,7 +425,7 @@ func TestDeadline(t *testing.T) {
 // TestWriteBacksAreMergedAndWhole: neighbours go together, sorted, and no write of up to 64 KiB is cut.
 func TestWriteBacksAreMergedAndWhole(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, config(cache.WriteBack, 2<<20))
+	l := newLab(t, config(cache.WriteBack, 4<<20)) // so that nothing leaves before the flush
 	for _, w := range [][2]int64{{40, 8}, {32, 8}, {24, 8}, {0, 16}, {16, 8}, {48, 4}} {
 		l.write(w[0], byte(w[0]), int(w[1]))
 	}
@@ -438,4 +438,50 @@ func TestWriteBacksAreMergedAndWhole(t *testing.T) {
 	}
 	require.ElementsMatch(t, [][2]int64{{0, 16}, {16, 16}, {32, 16}, {48, 4}}, got)
 	require.EqualValues(t, 2, l.Stats().Merged)
+}
+
+// TestNothingComesBackToLife: once everything is below, no older block of a slot that was superseded, in whatever
+// state, is left for a successor to find.
+func TestNothingComesBackToLife(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name string
+		run  func(l *lab, gate *faultdev.Gate)
+	}{
+		{"a dirty one", func(l *lab, gate *faultdev.Gate) {
+			gate.Open()
+			l.write(1, 1, 1)
+			l.write(1, 2, 1)
+		}},
+		{"one being written back", func(l *lab, gate *faultdev.Gate) {
+			l.write(1, 1, 1)
+			flushed := make(chan error, 1)
+			go func() { flushed <- l.Flush(context.Background()) }()
+			<-gate.Arrived()
+			l.write(1, 2, 1)
+			gate.Open()
+			require.NoError(l.t, <-flushed)
+		}},
+		{"one that was discarded", func(l *lab, gate *faultdev.Gate) {
+			gate.Open()
+			l.write(1, 1, 1)
+			require.NoError(l.t, l.Discard(context.Background(), trivet.BlockSize, trivet.BlockSize))
+			l.write(1, 2, 1)
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t, config(cache.WriteBack, small))
+			tc.run(l, l.disk.Hold(faultdev.OfKind(faultdev.Write)))
+			require.NoError(t, l.Flush(t.Context()))
+			require.NoError(t, l.Abandon())
+			k, err := cache.Lock(l.path)
+			require.NoError(t, err)
+			n, err := k.Dirty()
+			require.NoError(t, err)
+			require.Zero(t, n)
+			require.NoError(t, k.Close())
+			holds(t, l.mem, 1, 2)
+		})
+	}
 }
