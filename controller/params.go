@@ -22,6 +22,10 @@ const (
 	ParamFSType        = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
 	ParamSpread        = "spread"                    // node (default) or zone
 	ParamReads         = "readConsistency"           // strong (default), session or eventual
+	ParamCacheMode     = "cacheMode"                 // writeThrough (default), writeBack or writeAround
+	ParamCacheSize     = "cacheSize"                 // bytes, a quantity; default by the mode
+	ParamReadAhead     = "readAhead"                 // bytes, a quantity, at most 1Mi (default)
+	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -38,15 +42,30 @@ type Params struct {
 	Replicas int
 	Reclaim  meta.ReclaimPolicy
 	QoS
-	FSType string
-	Spread Spread
-	Reads  trivet.ReadConsistency
+	FSType    string
+	Spread    Spread
+	Reads     trivet.ReadConsistency
+	CacheMode string // "" = writeThrough
+	CacheSize int64  // bytes; sizeByDefault = the node decides by the mode
+	ReadAhead int64  // bytes; sizeByDefault = as much as there is
+	Eviction  string // "" = lru
 }
+
+// sizeByDefault stands for a size that was not given: zero is one that may be asked for.
+const sizeByDefault = -1
+
+// The bounds of cache sizes, in bytes. Those of package cache are the same; node checks by them.
+const (
+	cacheSizeMin = 512 << 10
+	cacheSizeMax = 1 << 40
+	readAheadMax = 1 << 20
+)
 
 // DefaultParams returns what a StorageClass without parameters gets.
 func DefaultParams() Params {
 	return Params{
 		Replicas: 3, Reclaim: meta.ReclaimDelete, Spread: SpreadNode, Reads: trivet.ReadStrong, QoS: DefaultQoS(),
+		CacheSize: sizeByDefault, ReadAhead: sizeByDefault,
 	}
 }
 
@@ -98,8 +117,46 @@ func (p *Params) set(lower, value string) error {
 	default:
 		known := false
 		if known, err = p.QoS.set(lower, value); !known {
-			return fmt.Errorf("unknown: %w", trivet.ErrInvalid)
+			return p.setCache(lower, value)
 		}
+	}
+	return err
+}
+
+func (p *Params) setCache(lower, value string) error {
+	var err error
+	switch lower {
+	case strings.ToLower(ParamCacheMode):
+		err = oneOf(value, func(v string) { p.CacheMode = v }, "writeThrough", "writeBack", "writeAround")
+		if p.CacheMode == "writeThrough" {
+			p.CacheMode = ""
+		}
+	case ParamEviction:
+		err = oneOf(value, func(v string) { p.Eviction = v }, "lru", "lfu", "fifo", "random")
+		if p.Eviction == "lru" {
+			p.Eviction = ""
+		}
+	case strings.ToLower(ParamCacheSize):
+		err = parseSize(value, &p.CacheSize, cacheSizeMin, cacheSizeMax)
+	case strings.ToLower(ParamReadAhead):
+		err = parseSize(value, &p.ReadAhead, trivet.BlockSize, readAheadMax)
+	default:
+		return fmt.Errorf("unknown: %w", trivet.ErrInvalid)
+	}
+	return err
+}
+
+// parseSize reads a size that is zero or from least to most bytes.
+func parseSize(value string, to *int64, least, most int64) error {
+	if value == "" {
+		return nil
+	}
+	n, err := parseQuantity(value)
+	if err == nil && n != 0 && (n < least || n > most) {
+		err = fmt.Errorf("value %q: want 0, or %d to %d bytes: %w", value, least, most, trivet.ErrInvalid)
+	}
+	if err == nil {
+		*to = n
 	}
 	return err
 }
@@ -167,6 +224,18 @@ func (p Params) Map() map[string]string {
 	}
 	if p.Reads != "" && p.Reads != trivet.ReadStrong {
 		m[ParamReads] = string(p.Reads)
+	}
+	if p.CacheMode != "" {
+		m[ParamCacheMode] = p.CacheMode
+	}
+	if p.CacheSize >= 0 {
+		m[ParamCacheSize] = strconv.FormatInt(p.CacheSize, 10)
+	}
+	if p.ReadAhead >= 0 {
+		m[ParamReadAhead] = strconv.FormatInt(p.ReadAhead, 10)
+	}
+	if p.Eviction != "" {
+		m[ParamEviction] = p.Eviction
 	}
 	return m
 }

@@ -25,6 +25,10 @@ var liveParams = []string{
 	ParamIOPSReservation,
 	ParamPriority,
 	ParamIOScheduler,
+	ParamCacheMode,
+	ParamCacheSize,
+	ParamReadAhead,
+	ParamEviction,
 }
 
 // LiveParams returns the canonical names of the parameters that SetParams changes, sorted.

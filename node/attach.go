@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/node/keeper"
@@ -57,6 +59,8 @@ type attacher struct {
 	// it nothing.
 	registered func(context.Context) error
 
+	caches *caches
+
 	openGroup func(replication.VolumeConfig) (groupDevice, error)
 	show      func(context.Context, blockdev.Config) (kernelDevice, error)
 	resume    func(context.Context, blockdev.Config) (kernelDevice, error)
@@ -72,10 +76,11 @@ type attacher struct {
 //
 // An attached never changes; a changed copy takes its place.
 type attached struct {
-	epoch  trivet.Epoch // granted to this process
-	group  groupDevice  // nil while waiting for the fence
-	path   *path        // the data path on top of group
-	kernel kernelDevice // nil while not shown
+	epoch  trivet.Epoch  // granted to this process
+	lock   *cache.Locked // of the mapping file, until path has it; may be nil
+	group  groupDevice   // nil while waiting for the fence
+	path   *path         // the data path on top of group
+	kernel kernelDevice  // nil while not shown
 }
 
 func newAttacher(cfg *Config) *attacher {
@@ -85,7 +90,7 @@ func newAttacher(cfg *Config) *attacher {
 		follow:  cfg.FollowAttachment, ioTimeout: cfg.IOTimeout,
 		shared: shared{scheduler: iothrottle.NewScheduler(), stages: cfg.Stages},
 		cat:    cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
-		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int),
+		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int), caches: newCaches(cfg),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
 			return blockdev.Attach(ctx, c)
@@ -170,11 +175,15 @@ func (a *attacher) open(ctx context.Context, v *meta.Volume) (*attached, error) 
 		at = nil
 	}
 	if at == nil {
+		lock, err := a.caches.lock(v) // before the epoch rises (H13)
+		if err != nil {
+			return nil, fmt.Errorf("attach %s: %w", v.ID, err)
+		}
 		epoch, err := a.takeOver(ctx, v.ID, poisoned)
 		if err != nil {
-			return nil, err
+			return nil, errors.Join(err, unlockCache(lock))
 		}
-		at = &attached{epoch: epoch}
+		at = &attached{epoch: epoch, lock: lock}
 		a.set(v.ID, at)
 	}
 	return a.openGranted(ctx, v.ID, at)
@@ -190,7 +199,14 @@ func (a *attacher) openGranted(ctx context.Context, id trivet.VolumeID, at *atta
 		return nil, err
 	}
 	a.bringLeader(ctx, v)
-	return a.openPath(at.epoch, v)
+	return a.openPath(at, v)
+}
+
+func unlockCache(l *cache.Locked) error {
+	if l == nil {
+		return nil
+	}
+	return l.Close()
 }
 
 // poisoned reports whether a group that nothing uses at the moment has lost a write: its Flush then
@@ -199,7 +215,7 @@ func (a *attacher) poisoned(ctx context.Context, id trivet.VolumeID, at *attache
 	if at == nil || at.group == nil || at.kernel != nil || a.usersNBD(id) > 0 {
 		return false
 	}
-	return at.group.Flush(ctx) != nil && ctx.Err() == nil
+	return (at.group.Flush(ctx) != nil || at.path.cache.Lost() != nil) && ctx.Err() == nil
 }
 
 // takeOver returns an epoch of this process. The catalogue raises it unless it was granted to this
@@ -223,7 +239,11 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 	return res.Volume.Attached.Epoch, nil
 }
 
-func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, error) {
+func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
+	if err := checkSettings(v); err != nil {
+		return nil, err
+	}
+	epoch := at.epoch
 	find := func() []raftgroup.Member {
 		now, _ := a.cat.Local().Volume(v.ID) // gone: nobody
 		return mayLead(&now)
@@ -235,11 +255,18 @@ func (a *attacher) openPath(epoch trivet.Epoch, v *meta.Volume) (*attached, erro
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
-	path, err := stack(group, v, &a.shared)
+	stages := a.shared.stages.Open(v.ID)
+	cached, err := a.caches.open(probeStage(group, stages, stage.Replication), v, epoch, at.lock)
 	if err != nil {
+		stages.Close()
 		return nil, errors.Join(err, group.Close())
 	}
-	at := &attached{epoch: epoch, group: group, path: path}
+	path, err := stack(a.caches.follow(cached, v, epoch), v, &a.shared, stages)
+	if err != nil {
+		stages.Close()
+		return nil, errors.Join(err, cached.Abandon(), group.Close())
+	}
+	at = &attached{epoch: epoch, group: group, path: path}
 	a.set(v.ID, at)
 	return at, nil
 }
@@ -253,7 +280,9 @@ func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch tri
 		case ok && v.Usable(a.node, epoch):
 			return &v, nil
 		case ok && v.Epoch > epoch:
-			a.set(id, nil)
+			if err := a.drop(id); err != nil {
+				return nil, err
+			}
 			return nil, fmt.Errorf("attach %s: epoch %d was overtaken by %d: %w", id, epoch, v.Epoch, trivet.ErrFenced)
 		}
 		select {
@@ -334,7 +363,11 @@ func (a *attacher) release(ctx context.Context, id trivet.VolumeID) error {
 // mounted. The group stays open.
 func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 	at := a.get(id)
-	if at == nil || at.kernel == nil {
+	if at == nil {
+		return nil
+	}
+	if at.kernel == nil {
+		a.drain(ctx, id, at)
 		return nil
 	}
 	dead := at.dead()
@@ -342,12 +375,25 @@ func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 		return fmt.Errorf("detach %s: %w", id, err)
 	}
 	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
+	a.drain(ctx, id, at)
 	if dead != nil {
 		// umount and detach succeed on a dead device although they drop its dirty pages.
 		a.log.Error("detached a dead device; writes that were not synced are lost", "volume", id, "err", dead)
 	}
 	a.log.Info("volume detached", "volume", id, "epoch", at.epoch)
 	return nil
+}
+
+// drain has everything committed that was acknowledged, for the attachment may end now, and with it the right to
+// write. The kernel has flushed; this is for whoever did not. A failure is no reason to stay attached: a device that
+// has lost a write would never be let go.
+func (a *attacher) drain(ctx context.Context, id trivet.VolumeID, at *attached) {
+	if at == nil || at.path == nil {
+		return
+	}
+	if err := at.path.drain(ctx); err != nil && !errors.Is(err, trivet.ErrClosed) {
+		a.log.Error("writes that were acknowledged, and not flushed, are not committed yet", "volume", id, "err", err)
+	}
 }
 
 // drop closes the group, for good as far as this epoch is concerned. REQUIRES: hidden.
@@ -358,8 +404,9 @@ func (a *attacher) drop(id trivet.VolumeID) error {
 	}
 	a.set(id, nil)
 	if at.group == nil {
-		return nil
+		return unlockCache(at.lock)
 	}
+	at.path.cache.end()
 	defer at.path.close() // when what was under way has ended
 	if err := at.group.Close(); err != nil && !errors.Is(err, trivet.ErrClosed) {
 		return fmt.Errorf("close %s at epoch %d: %w", id, at.epoch, err)

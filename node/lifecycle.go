@@ -67,6 +67,16 @@ func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device
 	return at.path, v.Name, v.Attached != nil && v.Attached.ReadOnly, nil
 }
 
+// closeNBD counts an NBD server out. What its clients have written is committed then, flushed or not: the attachment
+// may end next.
+func (m *mounts) closeNBD(id trivet.VolumeID) {
+	//nolint:forbidigo // the server's own context has ended
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	m.attacher.drain(ctx, id, m.attacher.get(id))
+	m.attacher.useNBD(id, -1)
+}
+
 func (m *mounts) openHeld(ctx context.Context, id trivet.VolumeID) (*attached, error) {
 	v, err := m.attacher.holding(ctx, id)
 	if err != nil {

@@ -33,7 +33,7 @@ func (n *Node) ServeNBD(ctx context.Context, id trivet.VolumeID, s NBDService) e
 	if err != nil {
 		return err
 	}
-	defer n.mounts.attacher.useNBD(id, -1)
+	defer n.mounts.closeNBD(id)
 	ln, err := s.listen(ctx)
 	if err != nil {
 		return fmt.Errorf("serve %s: %w", id, err)

@@ -45,6 +45,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/node/blockdev"
@@ -70,6 +71,10 @@ type Config struct {
 
 	Disks  []*Disk // opened by, and closed by, the caller
 	RunDir string  // absolute, below /run: does not outlive the boot; one Node has it
+
+	Cluster    trivet.ClusterID // goes into the mapping files of caches
+	CacheDir   string           // absolute, on a tmpfs: mapping files of caches; "" = no volume is writeBack here
+	CacheBytes int64            // of the caches of all volumes together
 
 	Catalogue Catalogue
 	Network   transport.Network // one Node a Network
@@ -124,6 +129,8 @@ func (c *Config) Validate() error {
 		missing = "Address"
 	case !filepath.IsAbs(c.RunDir):
 		missing = "RunDir (absolute)"
+	case c.CacheDir != "" && !filepath.IsAbs(c.CacheDir):
+		missing = "CacheDir (absolute)"
 	case c.Catalogue == nil:
 		missing = "Catalogue"
 	case c.Network == nil:
@@ -203,6 +210,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
 	}
+	n.group.Go(func() error { n.mounts.recoverCaches(life); return nil })
 	return n, nil
 }
 
@@ -295,6 +303,7 @@ func (n *Node) sweep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-changed:
+		case <-n.mounts.attacher.caches.poke:
 		}
 	}
 }
@@ -307,6 +316,7 @@ func (n *Node) Close() error {
 		_ = n.group.Wait() // returns nil
 		//nolint:forbidigo // Close has no context; each volume has a time limit of its own
 		errs := []error{n.mounts.close(context.Background())}
+		n.mounts.attacher.caches.tidy()
 		n.agent.close()
 		errs = append(errs, n.host.Close(), n.unlock())
 		n.closeErr = errors.Join(errs...)
@@ -336,4 +346,13 @@ func (n *Node) Device(id trivet.VolumeID) string {
 		return at.kernel.Path()
 	}
 	return ""
+}
+
+// CacheStats returns the figures of the cache of a volume whose data path is open here; false if it is not.
+func (n *Node) CacheStats(id trivet.VolumeID) (cache.Stats, bool) {
+	at := n.mounts.attacher.get(id)
+	if at == nil || at.path == nil {
+		return cache.Stats{}, false
+	}
+	return at.path.cache.Stats(), true
 }

@@ -113,14 +113,27 @@ func TestShares(t *testing.T) {
 	}
 }
 
+// openTestPath opens a data path over a disk in memory, as attacher.openPath does.
+func openTestPath(t *testing.T, v *meta.Volume, with *shared) *path {
+	t.Helper()
+	all := newCaches(&Config{})
+	stages := with.stages.Open(v.ID)
+	cached, err := all.open(probeStage(faultdev.NewMem(1<<20), stages, stage.Replication), v, 1, nil)
+	require.NoError(t, err)
+	p, err := stack(all.follow(cached, v, 1), v, with, stages)
+	require.NoError(t, err)
+	return p
+}
+
 // TestPathFollowsTheCatalogue: an open path takes what changed, all or, if it cannot be read, nothing, and leaves
 // what it shares with others when it is closed.
 func TestPathFollowsTheCatalogue(t *testing.T) {
 	t.Parallel()
 	with := shared{scheduler: iothrottle.NewScheduler(), stages: stage.NewRegistry()}
-	v := &meta.Volume{ID: vol, Params: map[string]string{"iopsLimit": "100"}}
-	p, err := stack(faultdev.NewMem(1<<20), v, &with)
-	require.NoError(t, err)
+	v := &meta.Volume{
+		ID: vol, Params: map[string]string{"iopsLimit": "100"}, Attached: &meta.Attachment{Node: "n1", Epoch: 1},
+	}
+	p := openTestPath(t, v, &with)
 	require.Len(t, with.stages.Volumes(), 1)
 	v.Params = map[string]string{"writeIopsLimit": "7", "burst": "9", "priority": "80", "iopsReservation": "5"}
 	require.NoError(t, p.apply(v))
@@ -136,12 +149,13 @@ func TestPathFollowsTheCatalogue(t *testing.T) {
 	for _, s := range []stage.Stage{stage.Write, stage.Throttle, stage.Scheduler, stage.Replication} {
 		assert.EqualValues(t, 1, p.stages.Meter(s).Totals().LeftN, s)
 	}
+	p.cache.end()
 	p.close()
 	require.Empty(t, with.stages.Volumes())
 
-	p, err = stack(faultdev.NewMem(1<<20), &meta.Volume{ID: vol}, &shared{scheduler: with.scheduler})
-	require.NoError(t, err)
+	p = openTestPath(t, &meta.Volume{ID: vol, Attached: v.Attached}, &shared{scheduler: with.scheduler})
 	require.NoError(t, p.WriteAt(t.Context(), make([]byte, 4096), 0), "nothing is measured")
+	p.cache.end()
 	p.close()
 }
 

@@ -180,18 +180,23 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 	if v.Attached.Incarnation == m.attacher.process {
 		want = found // an attempt whose answer was lost
 	}
+	lock, err := m.attacher.caches.lock(v) // before the epoch rises (H13)
+	if err != nil {
+		return nil, fmt.Errorf("resume %s: %w", v.ID, err)
+	}
 	epoch, err := m.attacher.takeOver(ctx, v.ID, false)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, unlockCache(lock))
 	}
 	if epoch != want {
-		return nil, fmt.Errorf("resume %s of epoch %d: took over epoch %d: %w", v.ID, found, epoch, errInterrupted)
+		err := unlockCache(lock)
+		return nil, errors.Join(err, fmt.Errorf("resume %s of epoch %d: took over epoch %d: %w", v.ID, found, epoch, errInterrupted))
 	}
 	rec.Epoch = epoch
 	if err := m.records.put(rec); err != nil {
-		return nil, fmt.Errorf("resume %s: %w", v.ID, err)
+		return nil, errors.Join(fmt.Errorf("resume %s: %w", v.ID, err), unlockCache(lock))
 	}
-	at := &attached{epoch: epoch}
+	at := &attached{epoch: epoch, lock: lock}
 	m.attacher.set(v.ID, at)
 	return at, nil
 }

@@ -38,13 +38,26 @@ func newResumeBench(t *testing.T) *resumeBench {
 	return b
 }
 
+// endPaths ends, with the test, what a process has running for its open data paths: a bubble ends with all in it.
+func (b *resumeBench) endPaths(t *testing.T, m *mounts) {
+	t.Helper()
+	t.Cleanup(func() {
+		for _, p := range m.attacher.paths() {
+			p.cache.stop()
+			<-p.cache.done
+		}
+	})
+}
+
 // next starts another process, without a word to the last one.
 func (b *resumeBench) next(t *testing.T, incarnation int) {
 	t.Helper()
 	n, _ := b.cat.Local().Node("n1")
 	n.Incarnation = testUUID(incarnation)
 	b.cat.must(meta.Command{RegisterNode: &meta.RegisterNode{Node: n}})
+	b.endPaths(t, b.mounts)
 	b.process(t, n.Incarnation)
+	b.endPaths(t, b.mounts)
 	b.mounts.attacher.resume = func(_ context.Context, c blockdev.Config) (kernelDevice, error) {
 		b.mu.Lock()
 		err := b.resumeErr

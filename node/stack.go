@@ -34,6 +34,7 @@ type path struct {
 
 	throttle  *iothrottle.Throttle
 	scheduled *iothrottle.Scheduled
+	cache     *caching
 	stages    *stage.Volume // what is measured of it
 }
 
@@ -44,18 +45,17 @@ type shared struct {
 }
 
 // stack builds the data path; read it from the kernel device on the left to the Raft group on the right.
-func stack(group trivet.Device, v *meta.Volume, with *shared) (*path, error) {
+// The cache is open already: it belongs to an epoch, which is not for the stack to know. The path closes stages.
+func stack(cached *caching, v *meta.Volume, with *shared, stages *stage.Volume) (*path, error) {
 	limits, share, err := qosOf(v)
 	if err != nil {
 		return nil, err
 	}
-	stages := with.stages.Open(v.ID)
-	below := probeStage(group, stages, stage.Replication)
-	scheduled := with.scheduler.Device(below, share, meterOf(stages, stage.Scheduler))
+	scheduled := with.scheduler.Device(cached, share, meterOf(stages, stage.Scheduler))
 	throttle := iothrottle.NewWith(scheduled, limits, iothrottle.Options{Meter: meterOf(stages, stage.Throttle)})
 	return &path{
 		Device:   protect(probeRequests(throttle, stages), v.Attached != nil && v.Attached.ReadOnly),
-		throttle: throttle, scheduled: scheduled, stages: stages,
+		throttle: throttle, scheduled: scheduled, cache: cached, stages: stages,
 	}, nil
 }
 
@@ -73,6 +73,18 @@ func (p *path) close() {
 	p.stages.Close()
 }
 
+// checkSettings returns ErrInvalid for parameters that no data path can be opened with. It comes before the group is
+// opened: an epoch has one, and a group that a cache has written to cannot be thrown away (H39).
+func checkSettings(v *meta.Volume) error {
+	if _, _, err := qosOf(v); err != nil {
+		return err
+	}
+	if _, _, err := cacheOf(v); err != nil {
+		return fmt.Errorf("data path of %s: %w", v.ID, err)
+	}
+	return nil
+}
+
 // apply makes the open path follow v's parameters, without a pause.
 func (p *path) apply(v *meta.Volume) error {
 	limits, share, err := qosOf(v)
@@ -84,6 +96,9 @@ func (p *path) apply(v *meta.Volume) error {
 	}
 	if share != p.scheduled.Share() {
 		p.scheduled.SetShare(share)
+	}
+	if err := p.cache.apply(v); err != nil {
+		return fmt.Errorf("data path of %s: %w", v.ID, err)
 	}
 	return nil
 }
@@ -119,6 +134,15 @@ func shareOf(params map[string]string) (iothrottle.Share, error) {
 		share.Weight = int(min(priority, 100))
 	}
 	return share, nil
+}
+
+// drain returns once everything that was acknowledged is committed.
+func (p *path) drain(ctx context.Context) error {
+	release, err := p.cache.Drain(ctx)
+	if err == nil {
+		release()
+	}
+	return err
 }
 
 // readsOf returns how reads of this attachment may be answered: one that can write sees its own writes,

@@ -31,10 +31,16 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
+	served := false
 	service.Ready = func(export string, at net.Addr) error {
+		served = true
 		return stream.Send(&api.ServeVolumeResponse{Uri: nbdURI(export, at)})
 	}
 	n, err := a.s.node()
+	if err != nil {
+		return err
+	}
+	before, err := a.find(ctx, r.GetName())
 	if err != nil {
 		return err
 	}
@@ -43,6 +49,9 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 		return err
 	}
 	serveErr := n.ServeNBD(ctx, v.ID, service)
+	if !served && before.Attached != nil {
+		return serveErr // whoever has it attached goes on; a node that recovers its cache must not be fenced for this
+	}
 	// The client is gone, so its context is too: the detach gets one of its own.
 	detach, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTimeout)
 	defer cancel()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
@@ -44,6 +45,11 @@ type Config struct {
 	// DetachOnStop makes Close take every volume off the machine; by default a device that survives stays
 	// for the next server.
 	DetachOnStop bool
+	// CacheDir is where writeBack volumes keep what is acknowledged and not committed yet, so that it outlives this
+	// process: it must be on a tmpfs that outlives it too. CacheOff: there is none, such volumes are written through.
+	CacheDir string
+	// CacheBytes bounds the caches of all volumes together, from 512 KiB; 0 = none.
+	CacheBytes int64
 
 	// LogLanes and LogSegmentBytes are the shape of the logs on disks that this server formats; 0 = by the
 	// size of the disk (node.DiskConfig). Throw-away clusters take less, to start faster.
@@ -82,11 +88,20 @@ type Config struct {
 	Fatal func(error)
 }
 
+// CacheOff is the CacheDir of a server that keeps no write-back caches.
+const CacheOff = "off"
+
+const (
+	cacheDirDefault   = "/dev/shm/trivet"
+	cacheBytesDefault = 256 << 20
+)
+
 // DefaultConfig returns a Config with every default that does not depend on another field.
 func DefaultConfig() Config {
 	return Config{
 		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
 		ReplaceAfter: controller.DefaultReplaceAfter, Attach: string(blockdev.KindAuto),
+		CacheDir: cacheDirDefault, CacheBytes: cacheBytesDefault,
 	}
 }
 
@@ -113,6 +128,9 @@ func (c *Config) Validate() error {
 	}
 	if c.RunDir == "" {
 		c.RunDir = filepath.Join(c.DataDir, RunDirName)
+	}
+	if err := c.checkCache(); err != nil {
+		return err
 	}
 	if c.Advertise == "" {
 		c.Advertise = c.Listen
@@ -153,6 +171,33 @@ func (c *Config) Validate() error {
 	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
 		return fmt.Errorf("advertised address %q: other nodes cannot reach it; set --advertise: %w", c.Advertise,
 			trivet.ErrInvalid)
+	}
+	return nil
+}
+
+// checkCache settles where caches are. A default that is not there means no write-back caches; a directory that was
+// asked for must do.
+func (c *Config) checkCache() error {
+	if c.CacheBytes < 0 {
+		return fmt.Errorf("cache memory of %d bytes: want zero or more: %w", c.CacheBytes, trivet.ErrInvalid)
+	}
+	if c.CacheDir == "" {
+		c.CacheDir = CacheOff
+	}
+	if c.CacheDir == CacheOff {
+		return nil
+	}
+	if !filepath.IsAbs(c.CacheDir) {
+		return fmt.Errorf("cache directory %q: want an absolute path: %w", c.CacheDir, trivet.ErrInvalid)
+	}
+	err := cache.CheckDir(c.CacheDir)
+	if err != nil && c.CacheDir == cacheDirDefault {
+		c.Logger.Warn("no write-back caches: give a directory on a tmpfs", "err", err)
+		c.CacheDir = CacheOff
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%w; give one that is, or %q", err, CacheOff)
 	}
 	return nil
 }

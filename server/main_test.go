@@ -40,6 +40,9 @@ func runChild(spec []string) int {
 	cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI = spec[3], spec[4], spec[5], spec[6]
 	cfg.Seeds, cfg.Logger = spec[7:], log
 	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20
+	if dir := os.Getenv(cacheDirEnv); dir != "" {
+		cfg.CacheDir = dir
+	}
 	cfg.Fatal = func(err error) {
 		log.Error("fatal", "err", err)
 		os.Exit(3)

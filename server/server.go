@@ -231,6 +231,10 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if cfg.RunDir, err = filepath.Abs(s.cfg.RunDir); err != nil {
 		return err
 	}
+	cfg.Cluster, cfg.CacheBytes = s.cluster, s.cfg.CacheBytes
+	if s.cfg.CacheDir != CacheOff { // a folder of its own: other servers of this machine may share the directory
+		cfg.CacheDir = filepath.Join(s.cfg.CacheDir, string(s.cluster), string(s.cfg.Node))
+	}
 	if cfg.Attach, err = blockdev.ParseKind(s.cfg.Attach); err != nil {
 		return err
 	}

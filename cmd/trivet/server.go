@@ -21,6 +21,7 @@ func newServer(o *options) *cobra.Command {
 		logJSON  bool
 		catchUp  string
 		keeper   string
+		memory   string
 	)
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -32,6 +33,9 @@ func newServer(o *options) *cobra.Command {
 				return err
 			}
 			if cfg.CatchUpBytesPerSecond, err = parseRate(catchUp); err != nil {
+				return err
+			}
+			if cfg.CacheBytes, err = parseMemory(memory); err != nil {
 				return err
 			}
 			cfg.Node, cfg.CertsDir, cfg.Logger, cfg.Version = trivet.NodeID(node), o.certs, log, version
@@ -66,6 +70,9 @@ func newServer(o *options) *cobra.Command {
 		"socket of the `trivet keeper` that keeps kernel devices while this server restarts; auto: start one if none runs")
 	f.BoolVar(&cfg.DetachOnStop, "detach-on-stop", false,
 		"take every volume off the machine when the server stops, instead of leaving it to the next server")
+	f.StringVar(&cfg.CacheDir, "cache-dir", cfg.CacheDir,
+		"directory on a tmpfs of the host for write-back caches, which outlive this process; \"off\": none")
+	f.StringVar(&memory, "cache-memory", "256Mi", "memory for the caches of all volumes together, as 1Gi (0: none)")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
 		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
@@ -100,6 +107,18 @@ func parseRate(s string) (int64, error) {
 	n, err := parseSize(s)
 	if err != nil {
 		return 0, usageError{fmt.Errorf("--catch-up-bandwidth: %w", err)}
+	}
+	return n, nil
+}
+
+// parseMemory reads bytes as parseSize does; 0 means none.
+func parseMemory(s string) (int64, error) {
+	if s == "0" {
+		return 0, nil
+	}
+	n, err := parseSize(s)
+	if err != nil {
+		return 0, usageError{fmt.Errorf("--cache-memory: %w", err)}
 	}
 	return n, nil
 }

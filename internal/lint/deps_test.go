@@ -19,6 +19,7 @@ var mayImport = map[string][]string{
 	"engine":                    {},
 	"engine/segment":            {},
 	"iothrottle":                {},
+	"cache":                     {},
 	"node/blockdev":             {"node/keeper"},
 	"node/keeper":               {},
 	"controller/meta":           {},
@@ -38,13 +39,13 @@ var mayImport = map[string][]string{
 		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
 	},
 	"node": {
-		"controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev", "node/keeper",
+		"cache", "controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev", "node/keeper",
 		"replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
 	"server": {
-		"api", "controller", "controller/meta", "driver", "engine", "internal/pki", "internal/stage",
+		"api", "cache", "controller", "controller/meta", "driver", "engine", "internal/pki", "internal/stage",
 		"iothrottle", "node", "node/blockdev", "node/keeper", "replication", "replication/raftgroup",
 		"replication/transport",
 	},
@@ -98,7 +99,7 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
+		"cache", "internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
 		"replication/transport",
 		"internal/vm/guest",
 	}},

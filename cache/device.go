@@ -1,0 +1,497 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/trivet-csi/trivet"
+)
+
+const (
+	pieceBlocks = trivet.AtomicWriteBytes / trivet.BlockSize
+
+	// dirtyShare is how many of the slots, in per cent, may hold what is not written back: the rest is for fills.
+	dirtyShare = 75
+	// backgroundShare of the dirty limit, in per cent: from there on blocks are written back before their deadline.
+	backgroundShare = 10
+	// slotsMin lets a few of the longest writes be under way at once.
+	slotsMin = 8 * pieceBlocks
+)
+
+// Device is a cache in front of a Device. See the package comment for what it promises in which mode. It is safe for
+// concurrent use.
+//
+// REQUIRES of the Device below: a write that returned outlives this process (a quorum has committed it).
+type Device struct {
+	next trivet.Device
+	cfg  Config
+	log  *slog.Logger
+	lock *Locked // nil: no file, so never writeBack
+
+	start   time.Time // the instant that durations count from
+	kick    chan struct{}
+	all     []*flight
+	idle    chan *flight // flights at rest
+	work    chan *flight
+	fetch   chan fetch // read-ahead to do
+	batch   []due      // of the flusher, and the table that they are in
+	batchOf *slots
+
+	sleeper sleeper
+
+	life   context.Context // ends by Close
+	end    context.CancelCauseFunc
+	group  errgroup.Group
+	closes sync.Mutex // held by Close and Set: one at a time
+
+	mu      sync.Mutex
+	set     Settings
+	t       *slots // nil: no memory; everything passes through
+	err     error  // sticky: fenced, closed, or a lost write-back (H14)
+	fenced  bool
+	closed  bool
+	running bool // the goroutines were started
+	seq     uint64
+	flushTo uint64  // write back up to this one now
+	urgent  int     // who waits for room or for an empty cache
+	holdN   int     // who holds writes
+	activeN int     // writes, discards and reads that use slots outside of mu
+	spans   []span  // ranges that are in use below
+	armed   bool    // the flusher wakes up at the next deadline
+	fills   []*fill // under way
+	rest    []*fill // at rest
+	changed signal
+	pace    pacer
+	streams streams
+	stats   Stats
+}
+
+var _ trivet.Device = (*Device)(nil)
+
+// Open puts a cache in front of next and closes l when the Device is closed. l must have been adopted; blocks that it
+// holds are dirty again and are written back from now on. On an error l stays open.
+//
+// l = nil is a cache in plain memory. It is never writeBack: that mode then means writeThrough.
+func Open(next trivet.Device, l *Locked, cfg Config) (*Device, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg = cfg.withDefaults()
+	d := &Device{
+		next: next, cfg: cfg, log: cfg.Logger.With("component", "cache", "volume", cfg.Volume.String()), lock: l,
+		start: time.Now(), kick: make(chan struct{}, 1), set: cfg.Settings,
+	}
+	d.life, d.end = context.WithCancelCause(context.Background()) //nolint:forbidigo // ended by Close
+	if l != nil && l.there && l.head.epoch != cfg.Epoch && l.head.next != cfg.Epoch {
+		l.stale = true // the epoch was raised by somebody else since Adopt
+	}
+	if err := d.openSlots(); err != nil {
+		return nil, fmt.Errorf("open cache of %s: %w", cfg.Volume, err)
+	}
+	return d, nil
+}
+
+// openSlots takes over what the file holds, or begins anew.
+func (d *Device) openSlots() error {
+	if d.lock == nil || !d.lock.there || d.lock.head.slotN == 0 {
+		return d.beginOrPass()
+	}
+	h := &d.lock.head
+	lost, err := d.lock.Dirty()
+	if err != nil {
+		return err
+	}
+	if d.lock.stale || h.dropped || lost == 0 {
+		if lost > 0 {
+			d.log.Error("dropping acknowledged writes of an attachment that is over: the volume belonged to others since",
+				"bytes", lost, "epoch", h.epoch, "now", d.cfg.Epoch)
+		}
+		return d.beginOrPass()
+	}
+	m, err := newMapping(d.lock.f, int(h.slotN))
+	if err != nil {
+		return err
+	}
+	if d.t, err = newSlots(m, d.cfg.Volume, d.set.Eviction); err != nil {
+		return errors.Join(err, m.close())
+	}
+	seq, n, lostErr := d.t.recover(d.now() - d.cfg.Deadline)
+	d.seq = seq
+	poison := h.poisoned && d.cfg.Resume
+	if lostErr != nil {
+		d.log.Error("acknowledged writes are damaged in the cache and lost", "err", lostErr)
+		if d.cfg.Resume {
+			poison = true
+		}
+	}
+	if poison {
+		d.err = fmt.Errorf("%s: a write was lost before this process took over: %w", d.cfg.Volume, trivet.ErrUnavailable)
+	}
+	h.epoch, h.next, h.poisoned = d.cfg.Epoch, d.cfg.Epoch, poison
+	d.putHeader()
+	d.log.Info("took over the writes of a process that died", "blocks", n, "epoch", d.cfg.Epoch)
+	d.run()
+	return nil
+}
+
+// beginOrPass begins anew. Where there is no memory everything passes through: that is slower, and nothing else.
+func (d *Device) beginOrPass() error {
+	err := d.begin(d.set)
+	if errors.Is(err, trivet.ErrNoSpace) {
+		d.log.Warn("no memory for the cache: the volume is written through", "bytes", d.set.Bytes, "err", err)
+		return nil
+	}
+	return err
+}
+
+// begin makes an empty table, in a file that holds nothing of value.
+func (d *Device) begin(s Settings) error {
+	slotN := s.slots()
+	if d.lock != nil {
+		if err := d.lock.f.Truncate(0); err != nil {
+			return err
+		}
+		d.lock.there = false
+	}
+	if slotN == 0 {
+		d.t = nil
+		return nil
+	}
+	l := d.lock
+	var f *os.File
+	if l != nil {
+		f = l.f
+	}
+	m, err := newMapping(f, slotN)
+	if err != nil {
+		if f != nil {
+			err = errors.Join(err, f.Truncate(0)) // what was reserved
+		}
+		return err
+	}
+	if d.t, err = newSlots(m, d.cfg.Volume, s.Eviction); err != nil {
+		return errors.Join(err, m.close())
+	}
+	m.commit(d.seq)
+	if l != nil {
+		l.head = header{
+			generation: 1, cluster: d.cfg.Cluster, volume: d.cfg.Volume, epoch: d.cfg.Epoch, next: d.cfg.Epoch,
+			slotN: uint32(slotN),
+		}
+		l.there, l.stale = true, false
+		m.writeHeader(&l.head)
+	}
+	d.run()
+	return nil
+}
+
+// putHeader writes the header after a change. REQUIRES: there is a file and a mapping of it.
+func (d *Device) putHeader() {
+	d.lock.head.generation++
+	d.t.m.writeHeader(&d.lock.head)
+}
+
+func (d *Device) now() time.Duration { return time.Since(d.start) }
+
+// Size implements trivet.Device.
+func (d *Device) Size() int64 { return d.next.Size() }
+
+// WriteAt implements trivet.Device. In writeBack it returns once the write is in the mapping.
+func (d *Device) WriteAt(ctx context.Context, p []byte, off int64) error {
+	if err := trivet.CheckRange(off, int64(len(p)), d.next.Size()); err != nil {
+		return fmt.Errorf("write %s: %w", d.cfg.Volume, err)
+	}
+	mode, err := d.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer d.leave()
+	if mode != WriteBack {
+		return d.writeThrough(ctx, p, off, mode)
+	}
+	for first := true; len(p) > 0 || first; first = false {
+		n := len(p)
+		if n > trivet.AtomicWriteBytes { // only then is it atomic per block alone: cut at multiples
+			n = trivet.AtomicWriteBytes - int(off%trivet.AtomicWriteBytes)
+		}
+		if n == 0 {
+			break
+		}
+		if err := d.writeBack(ctx, p[:n], trivet.LBA(off/trivet.BlockSize)); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// enter counts a call that changes blocks in, once nobody holds writes, and returns the mode that holds for it.
+func (d *Device) enter(ctx context.Context) (Mode, error) {
+	d.mu.Lock()
+	for d.err == nil && d.holdN > 0 {
+		if err := d.waitLocked(ctx); err != nil {
+			d.mu.Unlock()
+			return "", err
+		}
+	}
+	defer d.mu.Unlock()
+	if d.err != nil {
+		return "", d.err
+	}
+	d.activeN++
+	return d.modeLocked(), nil
+}
+
+func (d *Device) leave() {
+	d.mu.Lock()
+	d.activeN--
+	if d.activeN == 0 {
+		d.changed.fire()
+	}
+	d.mu.Unlock()
+}
+
+func (d *Device) modeLocked() Mode {
+	switch {
+	case d.t == nil, d.set.Mode == "":
+		return WriteThrough
+	case d.set.Mode == WriteBack && (d.lock == nil || d.set.NoClean):
+		return WriteThrough // it would not outlive the process; another writer would not see it
+	}
+	return d.set.Mode
+}
+
+// waitLocked waits for a change, or the end of ctx. It lets go of mu meanwhile.
+func (d *Device) waitLocked(ctx context.Context) error {
+	ch := d.changed.wait()
+	d.mu.Unlock()
+	defer d.mu.Lock()
+	select {
+	case <-ch:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the cache of %s: %w", d.cfg.Volume, context.Cause(ctx))
+	}
+}
+
+// writeBack acknowledges at most AtomicWriteBytes as one write.
+func (d *Device) writeBack(ctx context.Context, p []byte, lba trivet.LBA) error {
+	var room [pieceBlocks]int32
+	taken := room[:len(p)/trivet.BlockSize]
+	if err := d.takeSlots(ctx, taken); err != nil {
+		return err
+	}
+	for i, s := range taken {
+		d.t.crc[s] = d.t.m.fill(s, p[i*trivet.BlockSize:(i+1)*trivet.BlockSize])
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.err != nil {
+		d.t.giveBack(taken)
+		return d.err
+	}
+	d.seq++
+	d.t.acknowledge(taken, lba, d.seq, d.now())
+	d.spoilFillsLocked(lba, int64(len(taken)))
+	d.stats.Writes++
+	d.stats.WrittenBytes += uint64(len(p))
+	d.wakeFlusherLocked()
+	return nil
+}
+
+// takeSlots takes slots for a write, after the delay that the dirty limit asks for.
+func (d *Device) takeSlots(ctx context.Context, taken []int32) error {
+	d.mu.Lock()
+	limit := d.dirtyLimitLocked()
+	wait := d.pace.delay(d.now(), len(taken), d.t.unwritten(), limit)
+	d.mu.Unlock()
+	if err := d.sleeper.sleep(ctx, wait); err != nil {
+		return fmt.Errorf("write to the cache of %s: %w", d.cfg.Volume, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if wait > 0 {
+		d.stats.Delayed++
+		d.stats.DelayedFor += wait
+	}
+	waits := false
+	defer func() {
+		if waits {
+			d.urgent--
+		}
+	}()
+	for {
+		switch {
+		case d.err != nil:
+			return d.err
+		case d.t.unwritten()+len(taken) <= limit && d.t.take(taken):
+			return nil
+		}
+		if !waits {
+			waits = true
+			d.urgent++
+			d.stats.Stalled++
+		}
+		d.wakeFlusherLocked()
+		if err := d.waitLocked(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+func (d *Device) dirtyLimitLocked() int { return max(d.t.m.slotN*dirtyShare/100, pieceBlocks) }
+
+// Drain writes everything back, holds writes, discards and write-zeroes from then on, writes back the rest, and
+// flushes. What is below is then all that was ever acknowledged, until release is called. An error leaves nothing held.
+func (d *Device) Drain(ctx context.Context) (release func(), err error) {
+	if err := d.drain(ctx); err != nil { // most of it, while writes go on
+		return nil, err
+	}
+	d.mu.Lock()
+	d.holdN++
+	for d.activeN > 0 && err == nil {
+		err = d.waitLocked(ctx)
+	}
+	d.mu.Unlock()
+	if err == nil {
+		err = d.drain(ctx)
+	}
+	if err == nil {
+		err = d.next.Flush(ctx)
+	}
+	var once sync.Once
+	release = func() {
+		once.Do(func() {
+			d.mu.Lock()
+			d.holdN--
+			d.changed.fire()
+			d.mu.Unlock()
+		})
+	}
+	if err != nil {
+		release()
+		return nil, fmt.Errorf("drain the cache of %s: %w", d.cfg.Volume, err)
+	}
+	return release, nil
+}
+
+// drain waits until all that is acknowledged at the moment is below.
+func (d *Device) drain(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.writtenBackLocked(ctx, d.seq)
+}
+
+// Settings returns the settings in force.
+func (d *Device) Settings() Settings {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.set
+}
+
+// HasFile reports whether the Device can be writeBack.
+func (d *Device) HasFile() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.lock != nil
+}
+
+// Lost returns why the Device fails: fenced, or a lost write-back; nil while it is well.
+func (d *Device) Lost() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err
+}
+
+// Set changes the settings while I/O goes on. A change of Bytes drains the cache and holds writes meanwhile. It
+// returns when the change is in force: after a switch away from writeBack, that is once nothing is dirty.
+func (d *Device) Set(ctx context.Context, s Settings) error {
+	if err := s.Validate(); err != nil {
+		return err
+	}
+	d.closes.Lock()
+	defer d.closes.Unlock()
+	d.mu.Lock()
+	old := d.set
+	if d.err != nil {
+		defer d.mu.Unlock()
+		return d.err
+	}
+	slotN := 0
+	if d.t != nil {
+		slotN = d.t.m.slotN
+	}
+	if slotN == s.slots() {
+		defer d.mu.Unlock()
+		return d.setLocked(ctx, old, s)
+	}
+	d.mu.Unlock()
+	return d.replace(ctx, s, nil)
+}
+
+// UseFile gives a Device without a file one, so that it can be writeBack. l must have been adopted at the Device's
+// epoch; what is in it is dropped. It belongs to the Device, unless there is an error. Reads lose their cached blocks.
+func (d *Device) UseFile(ctx context.Context, l *Locked) error {
+	d.closes.Lock()
+	defer d.closes.Unlock()
+	if d.lock != nil {
+		return fmt.Errorf("cache of %s has a file: %w", d.cfg.Volume, trivet.ErrExists)
+	}
+	d.mu.Lock()
+	set := d.set
+	d.mu.Unlock()
+	return d.replace(ctx, set, func() { d.lock = l })
+}
+
+func (d *Device) setLocked(ctx context.Context, old, s Settings) error {
+	if d.t != nil && old.Eviction != s.Eviction {
+		if err := d.t.setPolicy(s.Eviction); err != nil {
+			return err
+		}
+	}
+	d.set = s
+	if d.t != nil && (s.NoClean || s.Mode == WriteAround) && !old.NoClean {
+		d.t.dropAllClean()
+	}
+	if old.Mode == WriteBack && s.Mode != WriteBack {
+		return d.writtenBackLocked(ctx, d.seq)
+	}
+	return nil
+}
+
+// replace puts another table in place, empty. first runs while nothing uses either.
+func (d *Device) replace(ctx context.Context, s Settings, first func()) error {
+	release, err := d.Drain(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.err != nil {
+		return d.err
+	}
+	old, lock := d.t, d.lock
+	if old != nil {
+		if err := old.m.close(); err != nil {
+			return err
+		}
+	}
+	d.t = nil
+	if first != nil {
+		first()
+	}
+	if err := d.begin(s); err != nil { // without memory: everything passes through, which is safe
+		d.lock = lock
+		return fmt.Errorf("give the cache of %s %d bytes: %w", d.cfg.Volume, s.Bytes, err)
+	}
+	d.set = s
+	return nil
+}

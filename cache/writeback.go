@@ -1,0 +1,321 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+)
+
+// batchMax is how many dirty blocks the flusher sorts at a time: 32 MiB.
+const batchMax = 8192
+
+// due is a dirty block that is to be written back.
+type due struct {
+	lba  trivet.LBA
+	slot int32
+	seq  uint64
+}
+
+// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes.
+type flight struct {
+	buf   []byte
+	lba   trivet.LBA
+	slots []int32
+	cover uint64 // the lowest; noCover while at rest. Guarded by Device.mu
+	began time.Duration
+}
+
+const noCover = ^uint64(0)
+
+// run starts the goroutines, once there is memory to look after.
+func (d *Device) run() {
+	if d.running {
+		return
+	}
+	d.running = true
+	d.idle, d.work = make(chan *flight, d.cfg.Depth), make(chan *flight, d.cfg.Depth)
+	buf := make([]byte, d.cfg.Depth*trivet.AtomicWriteBytes)
+	for i := range d.cfg.Depth {
+		f := &flight{
+			buf:   buf[i*trivet.AtomicWriteBytes : (i+1)*trivet.AtomicWriteBytes],
+			slots: make([]int32, 0, pieceBlocks), cover: noCover,
+		}
+		d.all = append(d.all, f)
+		d.idle <- f
+		d.group.Go(func() error { d.fly(); return nil })
+	}
+	d.batch = make([]due, 0, batchMax)
+	d.spans = make([]span, 0, 2*d.cfg.Depth)
+	d.group.Go(func() error { d.flusher(); return nil })
+	d.runReadAhead()
+	d.kick <- struct{}{}
+}
+
+// wakeFlusherLocked wakes the flusher if there is something to do before the next deadline.
+func (d *Device) wakeFlusherLocked() {
+	if d.t == nil || d.t.dirty.n == 0 {
+		return
+	}
+	if d.armed && d.urgent == 0 && d.flushTo < d.t.cover[d.t.dirty.head] &&
+		d.t.dirty.n < d.dirtyLimitLocked()*backgroundShare/100 {
+		return
+	}
+	select {
+	case d.kick <- struct{}{}:
+	default:
+	}
+}
+
+// flusher writes back what is due.
+func (d *Device) flusher() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		select {
+		case <-d.life.Done():
+			return
+		case <-d.kick:
+		case <-timer.C:
+		}
+		timer.Reset(d.pass())
+	}
+}
+
+// pass starts write-backs until nothing more can be started, and returns when the next deadline is.
+func (d *Device) pass() time.Duration {
+	for {
+		d.mu.Lock()
+		next := d.collectLocked()
+		d.mu.Unlock()
+		if len(d.batch) == 0 {
+			return next
+		}
+		slices.SortFunc(d.batch, func(a, b due) int {
+			switch {
+			case a.lba < b.lba:
+				return -1
+			case a.lba > b.lba:
+				return 1
+			}
+			return 0
+		})
+		started := false
+		for _, w := range d.batch {
+			var f *flight
+			select {
+			case f = <-d.idle:
+			case <-d.life.Done():
+				return time.Hour
+			}
+			d.mu.Lock()
+			ok := d.loadLocked(f, w)
+			d.mu.Unlock()
+			if !ok {
+				d.idle <- f
+				continue
+			}
+			started = true
+			d.work <- f // has room for all
+		}
+		if !started {
+			return next // all in the way of others, whose end kicks the flusher
+		}
+	}
+}
+
+// collectLocked lists what is to be written back now, oldest first, and returns how long the rest may wait.
+func (d *Device) collectLocked() time.Duration {
+	d.batch = d.batch[:0]
+	d.armed = d.t != nil && d.err == nil && d.t.dirty.n > 0
+	if d.t == nil || d.err != nil || d.t.dirty.n == 0 {
+		return time.Hour
+	}
+	t, now := d.t, d.now()
+	d.batchOf = t
+	all := d.urgent > 0 || t.dirty.n >= d.dirtyLimitLocked()*backgroundShare/100
+	// What is nearly due goes along, so that neighbours written one after the other leave together.
+	nearly := time.Duration(0)
+	if age := now - t.since[t.dirty.head]; age >= d.cfg.Deadline {
+		nearly = d.cfg.Deadline / 2
+	} else {
+		nearly = d.cfg.Deadline
+	}
+	for s := t.dirty.head; s != none && len(d.batch) < batchMax; s = t.dirty.next[s] {
+		if !all && t.cover[s] > d.flushTo && now-t.since[s] < nearly {
+			break
+		}
+		d.batch = append(d.batch, due{t.lba[s], s, t.seq[s]})
+	}
+	return max(d.cfg.Deadline-(now-t.since[t.dirty.head]), time.Millisecond)
+}
+
+// loadLocked makes a flight of w and its dirty neighbours. What is left of one write stays together, as long as no
+// other write has covered a part of it: so it reaches the device below whole or not at all. False: w is gone, or in
+// the way of another write-back or an operation that goes through; never are two of one block under way.
+func (d *Device) loadLocked(f *flight, w due) bool {
+	t := d.t
+	if t == nil || t != d.batchOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {
+		return false
+	}
+	first := w.lba
+	for first > 0 { // the beginning of its write
+		s := t.index.get(first - 1)
+		if s == none || t.state[s] != dirty || t.seq[s] != w.seq {
+			break
+		}
+		first--
+	}
+	if d.inUseLocked(first, int64(w.lba-first)+1) {
+		return false
+	}
+	f.lba, f.slots, f.cover, f.began = first, f.slots[:0], noCover, d.now()
+	for writes := 0; ; writes++ {
+		run := t.runOf(first + trivet.LBA(len(f.slots)))
+		at := first + trivet.LBA(len(f.slots))
+		if run == 0 || len(f.slots)+run > pieceBlocks || d.inUseLocked(at, int64(run)) {
+			if writes == 0 {
+				return false
+			}
+			d.stats.Merged += uint64(writes - 1)
+			break
+		}
+		for i := range run {
+			s := t.index.get(at + trivet.LBA(i))
+			f.slots = append(f.slots, s)
+			f.cover = min(f.cover, t.cover[s])
+		}
+	}
+	for _, s := range f.slots {
+		t.launch(s)
+	}
+	d.spans = append(d.spans, span{f.lba, int64(len(f.slots)), false})
+	d.stats.WriteBacks++
+	d.stats.WriteBackBytes += uint64(len(f.slots)) * trivet.BlockSize
+	return true
+}
+
+// runOf returns how many dirty blocks of one write there are from lba on.
+func (t *slots) runOf(lba trivet.LBA) int {
+	n := 0
+	seq := uint64(0)
+	for ; n < pieceBlocks; n++ {
+		s := t.index.get(lba + trivet.LBA(n))
+		if s == none || t.state[s] != dirty || n > 0 && t.seq[s] != seq {
+			break
+		}
+		seq = t.seq[s]
+	}
+	return n
+}
+
+// fly carries out write-backs.
+func (d *Device) fly() {
+	for {
+		select {
+		case <-d.life.Done():
+			return
+		case f := <-d.work:
+			d.land(f, d.carry(f))
+			d.idle <- f
+		}
+	}
+}
+
+func (d *Device) carry(f *flight) error {
+	for i, s := range f.slots {
+		if err := d.t.m.verify(s, f.lba+trivet.LBA(i), d.t.crc[s]); err != nil {
+			return fmt.Errorf("cache of %s: %w", d.cfg.Volume, err)
+		}
+		copy(f.buf[i*trivet.BlockSize:], d.t.m.block(s))
+	}
+	p := f.buf[:len(f.slots)*trivet.BlockSize]
+	return d.next.WriteAt(d.life, p, int64(f.lba)*trivet.BlockSize)
+}
+
+// land notes how a write-back went.
+func (d *Device) land(f *flight, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dropSpanLocked(f.lba, int64(len(f.slots)), false)
+	f.cover = noCover
+	keep := !d.set.NoClean
+	for _, s := range f.slots {
+		if err != nil {
+			d.t.crashed(s)
+		} else {
+			d.t.landed(s, keep)
+		}
+	}
+	switch {
+	case err == nil:
+		d.pace.done(f.began, d.now(), len(f.slots))
+	case errors.Is(err, trivet.ErrFenced):
+		d.fenceLocked(err)
+	case d.life.Err() == nil: // else Close has broken it off
+		d.poisonLocked(err)
+	}
+	d.changed.fire()
+	d.wakeFlusherLocked()
+}
+
+// poisonLocked makes every later call that changes or flushes fail: a write that was acknowledged may be lost, and
+// whoever asks must not be told later that all is well (fsyncgate, H14). The blocks stay in the mapping: the next
+// attachment writes them back.
+func (d *Device) poisonLocked(cause error) {
+	if d.err != nil {
+		return
+	}
+	d.err = fmt.Errorf("%s: a write-back failed: %w", d.cfg.Volume, cause)
+	if d.lock != nil {
+		d.lock.head.poisoned = true
+		d.putHeader()
+	}
+	d.log.Error("a write-back failed; writes and flushes fail until the volume is detached",
+		"bytes", int64(d.t.unwritten())*trivet.BlockSize, "err", cause)
+}
+
+// Flush implements trivet.Device: a barrier. Everything that was acknowledged before is below, and the device below
+// was flushed, when it returns nil.
+func (d *Device) Flush(ctx context.Context) error {
+	d.mu.Lock()
+	err := d.writtenBackLocked(ctx, d.seq)
+	d.stats.Flushes++
+	d.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return d.noteFence(d.next.Flush(ctx))
+}
+
+// writtenBackLocked waits until every write up to seq is below.
+func (d *Device) writtenBackLocked(ctx context.Context, seq uint64) error {
+	for {
+		switch {
+		case d.err != nil:
+			return d.err
+		case d.t == nil || d.oldestLocked() > seq:
+			return nil
+		}
+		d.flushTo = max(d.flushTo, seq)
+		d.wakeFlusherLocked()
+		if err := d.waitLocked(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// oldestLocked returns the oldest write that is not below; the highest number if there is none.
+func (d *Device) oldestLocked() uint64 {
+	oldest := noCover
+	if s := d.t.dirty.head; s != none {
+		oldest = d.t.cover[s]
+	}
+	for _, f := range d.all {
+		oldest = min(oldest, f.cover)
+	}
+	return oldest
+}
