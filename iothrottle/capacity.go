@@ -19,8 +19,8 @@ import (
 // half minute to minute, but at least 5 ms, so that a slow disk is not starved of work and a fast one is not
 // buried in it. Under constant load the latency that is seen is one that the window itself has made, and a target
 // that follows it would grow for ever; so, as BBR looks for the round trip time (Cardwell et al., ACM Queue
-// 2016), the window is at its least for two epochs of each half minute. By Little's law the window over the latency is the
-// capacity, which is what the shares divide.
+// 2016), the window is at its least for two epochs of each half minute. By Little's law the window over the
+// latency is the capacity, which is what the shares divide.
 //
 // It is pure: time comes in as a duration since any instant.
 type window struct {

@@ -53,7 +53,8 @@ func TestWindowFindsTheStorage(t *testing.T) {
 func TestWindowStaysWhereNobodyWaits(t *testing.T) {
 	t.Parallel()
 	w := newWindow()
-	drive(&w, 0, 10*time.Second, time.Second, 1, false)
+	drive(&w, 0, 10*time.Second, 10*time.Millisecond, 1000, false)
+	require.Zero(t, w.probingN, "epochs have passed")
 	require.InDelta(t, windowFirst, w.size, 0)
 	require.Zero(t, w.capacity)
 }
