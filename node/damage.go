@@ -53,9 +53,13 @@ func (d *damages) since(n int) []*engine.DamageError {
 const damageReason = "disk is damaged: "
 
 // noteDamage looks at what the disks have met since it was called last, and wakes the workers of the replicas that
-// are touched. A replica that is made there later is another one, and is not.
+// are touched. A replica that is made there later is another one, and is not. It waits until the local copy of the
+// catalogue shows this process as registered: all that was placed here before is in it then.
 func (a *Agent) noteDamage() {
 	st := a.cat.Local()
+	if self, ok := st.Node(a.cfg.ID); !ok || self.Incarnation != a.cfg.Self.Incarnation {
+		return
+	}
 	for id, d := range a.cfg.Damages {
 		a.mu.Lock()
 		news := d.since(a.damageSeen[id])

@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -44,6 +46,32 @@ func TestAgentReportsDamage(t *testing.T) {
 
 		later := meta.Volume{ID: vol, Replicas: []meta.Replica{{ID: "later"}, {ID: own}}}
 		require.Len(t, b.agent.damageOf(&later), 1)
+		require.Empty(t, b.fatals())
+	})
+}
+
+// Damage that is met while the process starts waits for the catalogue, which may still be behind.
+func TestDamageWaitsForTheCatalogue(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newAgentBench(3)
+		b.start()
+		settle()
+		b.agent.close()
+		b.cat.freeze(true)
+		b.cat.addVolume(vol, 3, nil)
+		for i := 1; i <= 3; i++ {
+			b.cat.report(vol, i, meta.ReplicaReady)
+		}
+		time.Sleep(2 * leaseLen)
+		b.damage.add(&engine.DamageError{First: vol, Last: vol})
+		b.cfg.Self.Incarnation = testUUID(0x3fe)
+		b.start()
+		defer func() { b.agent.close() }()
+		settle()
+		b.cat.freeze(false)
+		settle()
+		require.Equal(t, meta.ReplicaFaulted, b.cat.volume(vol).Replicas[0].State)
 		require.Empty(t, b.fatals())
 	})
 }

@@ -62,10 +62,17 @@ func (n *nemesis) wipe(ctx context.Context, node *Node) (made bool, err error) {
 
 // swap boots two machines with each other's disk: neither replica may open (H11).
 func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
-	a, b := n.two()
-	if n.rotten[a] || n.rotten[b] || !a.hasReplica() || !b.hasReplica() {
+	var whole []*Node
+	for _, node := range n.sim.cluster.Nodes() {
+		if !n.rotten[node] && node.hasReplica() {
+			whole = append(whole, node)
+		}
+	}
+	if len(whole) < 2 {
 		return false, nil
 	}
+	p := n.rnd.Perm(len(whole))
+	a, b := whole[p[0]], whole[p[1]]
 	for _, node := range []*Node{a, b} {
 		if _, err := n.crash(ctx, node, 0); err != nil {
 			return false, err

@@ -112,7 +112,7 @@ func TestSim(t *testing.T) {
 	assert.Positive(t, sum.Leaders, "elections")
 	assert.Positive(t, sum.Probes, "probes")
 	assert.Positive(t, sum.Flushes, "logs compacted")
-	if n < 20 {
+	if time.Duration(n)*options(t, 1).Duration < time.Hour {
 		return
 	}
 	// A long run must have met every kind of fault, or its draw is wrong.
