@@ -189,8 +189,8 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 		return nil, errors.Join(err, unlockCache(lock))
 	}
 	if epoch != want {
-		err := unlockCache(lock)
-		return nil, errors.Join(err, fmt.Errorf("resume %s of epoch %d: took over epoch %d: %w", v.ID, found, epoch, errInterrupted))
+		err := fmt.Errorf("resume %s of epoch %d: took over epoch %d: %w", v.ID, found, epoch, errInterrupted)
+		return nil, errors.Join(err, unlockCache(lock))
 	}
 	rec.Epoch = epoch
 	if err := m.records.put(rec); err != nil {

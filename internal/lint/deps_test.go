@@ -39,8 +39,8 @@ var mayImport = map[string][]string{
 		"controller/meta", "engine/segment", "replication/raftgroup", "replication/transport",
 	},
 	"node": {
-		"cache", "controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev", "node/keeper",
-		"replication",
+		"cache", "controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev",
+		"node/keeper", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
