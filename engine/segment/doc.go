@@ -21,7 +21,8 @@
 // the handle of one group; it needs no creation. Append waits for the disk; AppendAsync returns a Ticket that
 // waits for that very write. Locate tells where an entry's payload stands, and pins it there; ReadAt reads a
 // block in place. An owner that keeps such places over a restart opens with Options.Hold, pins what it needs,
-// and calls Release.
+// and calls Release. A log with a DataLane also takes blocks that have no entry, with Store: what an owner copies
+// out of segments that it wants to have back, or gets from elsewhere.
 //
 // # What it leaves to its caller
 //
