@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -20,6 +22,9 @@ const (
 	// HasRoom asks the filesystem again after this time, or this many bytes written.
 	spaceAgeMax   = time.Second
 	spaceBytesMax = 64 << 20
+
+	// tightSegments is how many segments' worth of room may be left before cleaning is no longer held back.
+	tightSegments = 8
 )
 
 // Usage is the space of the disk in bytes.
@@ -39,10 +44,13 @@ type space struct {
 	fs       vfs.FS
 	dir      string
 	memBytes func() uint64 // what waits in memory to be written
+	log      *segment.Log  // its free files are room, too; may be nil
+	tight    func(bool)    // told at each look whether room runs out; may be nil
 
 	mu      sync.Mutex
 	left    int64 // bytes that may be written: at the last look, less what was written since
 	since   int64 // written since the last look
+	all     int64 // and since Open
 	looked  time.Time
 	unknown bool // the filesystem cannot tell: no limit
 }
@@ -65,6 +73,17 @@ func (s *space) wrote(n int64) {
 	defer s.mu.Unlock()
 	s.left -= n
 	s.since += n
+	s.all += n
+	if s.tight != nil && s.since >= spaceBytesMax { // a replica that does not lead is not asked for room
+		s.lookLocked()
+	}
+}
+
+// total is how many bytes were written since Open, as wrote was told.
+func (s *space) total() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.all
 }
 
 func (s *space) hasRoom(n int64) bool {
@@ -84,6 +103,12 @@ func (s *space) lookLocked() {
 	s.left = 0
 	if err == nil {
 		s.left = u.FreeBytes - u.ReserveBytes - int64(s.memBytes())
+		if s.log != nil {
+			s.left += s.log.FreeBytes()
+		}
+	}
+	if s.tight != nil {
+		s.tight(!s.unknown && s.left < tightSegments*s.log.SegmentBytes())
 	}
 	s.since, s.looked = 0, time.Now()
 }

@@ -27,8 +27,10 @@ func (l *Log) StoreBytesMax() int64 {
 	}
 }
 
-// Store puts blocks of a volume that have no entry into the data lane, described by one BlockInfo each, and returns where
-// they stand once they are on stable storage. Their segment is pinned once for the caller, and nothing else keeps it: it
+// Store puts blocks of a volume that have no entry into the data lane, described by one BlockInfo each, and returns
+// where
+// they stand once they are on stable storage. Their segment is pinned once for the caller, and nothing else keeps
+// it: it
 // is recycled after the Unpin. Blocks that a crash came before, or that nobody pins after a restart, are lost.
 // Payload must not change before Store returns.
 //

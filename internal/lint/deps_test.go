@@ -16,7 +16,7 @@ import (
 // newcomer decides where it stands.
 var mayImport = map[string][]string{
 	".":                         {},
-	"engine":                    {},
+	"engine":                    {"engine/segment"},
 	"engine/segment":            {},
 	"iothrottle":                {},
 	"node/blockdev":             {},

@@ -49,7 +49,8 @@ func (m *placed) Apply(entries []Entry) ([]any, error) {
 
 func (m *placed) Applied() (index, term uint64) { return m.index, m.term }
 
-// TestApplyTellsWhereBlocksStand: the blocks of an entry stand aligned in the log, the library sees entries in one piece
+// TestApplyTellsWhereBlocksStand: the blocks of an entry stand aligned in the log, the library sees entries in one
+// piece
 // all the same, and the machine is told the place, pinned for as long as it applies and no longer.
 func TestApplyTellsWhereBlocksStand(t *testing.T) {
 	dir := LogDir(nil, t.TempDir())
