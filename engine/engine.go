@@ -182,6 +182,9 @@ func (e *Engine) openLog(cfg *Config) error {
 	}
 	e.log, e.live = cfg.Log, newLive(cfg.Log, &e.committed, wake)
 	e.space.log = cfg.Log
+	if e.clean != nil {
+		e.live.target = e.clean.target
+	}
 	if err := e.countAll(); err != nil {
 		return err
 	}

@@ -19,6 +19,8 @@ import (
 type live struct {
 	log       *segment.Log
 	committed *atomic.Uint64 // of the engine
+	capacity  int64          // blocks of a segment
+	target    float64        // share of it that should be live, or the cleaner is poked
 	poke      func()         // there may be something to clean or to give back; called with mu held
 
 	mu      sync.Mutex // held briefly; the log's locks come after it
@@ -65,7 +67,7 @@ type hold struct{ seq uint64 }
 
 func newLive(log *segment.Log, committed *atomic.Uint64, poke func()) *live {
 	return &live{
-		log: log, committed: committed, poke: poke,
+		log: log, committed: committed, capacity: log.SegmentBytes() / trivet.BlockSize, poke: poke,
 		segs: map[segment.ID]*segLive{}, byOrd: []*segLive{nil}, dead: map[*segLive]struct{}{},
 		holds: map[*hold]struct{}{}, vols: map[trivet.VolumeID]*volLive{},
 	}
@@ -240,6 +242,9 @@ func (l *live) commit(id trivet.VolumeID, changes []change, next trivet.Generati
 				l.countLocked(v, l.byOrd[old], -1)
 			}
 		}
+	}
+	if float64(l.blockN) < l.target*float64(int64(len(l.segs))*l.capacity) {
+		l.poke()
 	}
 	if next != v.gen { // what pages had is of an older generation now, and stays
 		v.gen, v.whole, v.pages = next, v.whole && v.blockN == 0, map[uint32]*livePage{}

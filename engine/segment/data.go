@@ -99,11 +99,12 @@ type Info struct {
 	Pins       int
 }
 
-// Segments returns all segments that hold something, or are not known to hold nothing, in the order of their IDs.
+// Segments returns all segments that hold something or are pinned, and the current ones, in the order of their IDs.
 func (l *Log) Segments() []Info {
 	var out []Info
 	for _, lane := range l.lanes {
 		lane.mu.Lock()
+		lane.collectLocked()
 		for _, s := range lane.segments {
 			out = append(out, Info{
 				ID: segmentID(lane.id, s.number), Lane: lane.id, Data: l.isData(lane.id),
@@ -122,10 +123,25 @@ func (l *Log) FreeBytes() int64 {
 	var n int64
 	for _, lane := range l.lanes {
 		lane.mu.Lock()
+		lane.collectLocked()
 		n += int64(len(lane.free)) * l.shape.segmentBytes
 		lane.mu.Unlock()
 	}
 	return n
+}
+
+// ReadyBytes is FreeBytes as far as every lane has as much: a lane cannot use the files of another.
+func (l *Log) ReadyBytes() int64 {
+	least := -1
+	for _, lane := range l.lanes {
+		lane.mu.Lock()
+		lane.collectLocked()
+		if n := len(lane.free); least < 0 || n < least {
+			least = n
+		}
+		lane.mu.Unlock()
+	}
+	return int64(least*len(l.lanes)) * l.shape.segmentBytes
 }
 
 // Buffer returns n bytes that begin at a page, so that ReadAt reads into them without a copy.

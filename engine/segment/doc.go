@@ -29,5 +29,6 @@
 // That one process at a time has the directory open; room on the disk (H26: a disk without room for the next
 // file refuses entries with ErrNoSpace and still takes terms, votes and trims, up to an eighth of a segment and not
 // over a restart: keep a reserve); when to trim (H1); and what entries mean. A lost directory, or a lost
-// newest segment file, looks like an older log: compare with your own applied index (H4).
+// newest segment file, looks like an older log: compare with your own applied index (H4). Blocks of the data lane are
+// not the log's to check: their owner has their checksums.
 package segment
