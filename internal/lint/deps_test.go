@@ -50,6 +50,9 @@ var mayImport = map[string][]string{
 	"internal/replbench": {
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
 	},
+	"internal/enginebench": {
+		"engine", "engine/segment",
+	},
 	"deploy":       {},
 	"sanity":       {"internal/testutil", "server"},
 	"sanity/mount": {"sanity"},
