@@ -13,8 +13,8 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-replication fuzz sim sim-long chaos models image \
-	e2e-build e2e-smoke vm-test tools deps clean
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-engine bench-replication fuzz sim sim-long chaos \
+	models image e2e-build e2e-smoke vm-test tools deps clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ bench-go: ## run the Go benchmarks
 
 fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 	./internal/testutil/fuzz.sh $(FUZZTIME)
+
+bench-engine: ## measure the engine over references against Pebble values, in ratios; needs an idle machine, 5 minutes
+	$(GO) test -run '^$$' -bench . -benchtime 1s ./engine ./engine/segment
+	$(GO) run ./internal/enginebench $(ENGINEBENCH)
 
 bench-replication: ## measure replication against plain files, in ratios; needs fio and an idle machine, 5 minutes
 	$(GO) run ./internal/replbench $(REPLBENCH)

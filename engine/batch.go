@@ -7,6 +7,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -34,6 +35,10 @@ type Batch struct {
 
 	touched []extent // all of it, for the journal; the buffer is the volume's
 	written []extent // only while older generations may exist: what Zero cannot find in the store yet
+
+	changes []change   // for live, in order; the buffer is the volume's
+	claims  []*segLive // segments that the batch refers to
+	refN    int64      // blocks that it does
 }
 
 // NewBatch starts a batch. One may be open at a time: while another batch is, or a Restore runs, all
@@ -44,9 +49,9 @@ func (v *Volume) NewBatch() *Batch {
 		return &Batch{v: v, err: err}
 	}
 	v.mu.Lock()
-	gen, touched := v.rec.state.Generation, v.touched[:0]
+	gen, touched, changes := v.rec.state.Generation, v.touched[:0], v.changes[:0]
 	v.mu.Unlock()
-	return &Batch{v: v, gen: gen, b: v.e.newBatch(), touched: touched}
+	return &Batch{v: v, gen: gen, b: v.e.newBatch(), touched: touched, changes: changes}
 }
 
 func (e *Engine) newBatch() *pebble.Batch {
@@ -59,13 +64,60 @@ func (e *Engine) newBatch() *pebble.Batch {
 // 256 MiB. ErrOutOfRange: beyond the largest volume; the volume's size is checked by Commit, because
 // an entry of the same batch may have raised it.
 func (b *Batch) Write(lba trivet.LBA, p []byte) error {
-	if err := b.write(lba, p); err != nil {
+	if err := b.write(lba, p, nil, ref{}); err != nil {
 		return fmt.Errorf("write %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, b.v.id, err)
 	}
 	return nil
 }
 
-func (b *Batch) write(lba trivet.LBA, p []byte) error {
+// Refer is Write of blocks that stand in Config.Log already, one behind the other from skip bytes into a place on,
+// durably: they are not stored again, but referred to. The segment must be pinned until Refer returns; from then on
+// the engine pins it for as long as it refers to it. An engine without a log, or a place without bytes, makes it Write.
+func (b *Batch) Refer(lba trivet.LBA, p []byte, at segment.Place, skip int64) error {
+	if b.err == nil && (b.v.e.live == nil || at.Bytes == 0) {
+		return b.Write(lba, p)
+	}
+	err := b.refer(lba, p, at, skip)
+	if err != nil {
+		return fmt.Errorf("refer to %d blocks at %d of %s, %d bytes into %v: %w", len(p)/trivet.BlockSize, lba, b.v.id,
+			skip, at.Segment, err)
+	}
+	return nil
+}
+
+func (b *Batch) refer(lba trivet.LBA, p []byte, at segment.Place, skip int64) error {
+	if b.err != nil {
+		return b.err
+	}
+	if b.b == nil {
+		return fmt.Errorf("batch is over: %w", trivet.ErrClosed)
+	}
+	if skip < 0 || skip%trivet.BlockSize != 0 || at.Off%trivet.BlockSize != 0 || skip+int64(len(p)) > at.Bytes {
+		return fmt.Errorf("place of %d bytes at %d: %w", at.Bytes, at.Off, trivet.ErrInvalid)
+	}
+	s, err := b.claim(at.Segment)
+	if err != nil {
+		return err
+	}
+	return b.write(lba, p, s, refAt(at, skip))
+}
+
+// claim keeps a segment until the batch is over.
+func (b *Batch) claim(id segment.ID) (*segLive, error) {
+	for _, s := range b.claims { // few: an entry stands in one segment
+		if s.id == id {
+			return s, nil
+		}
+	}
+	s, err := b.v.e.live.claim(id)
+	if err == nil {
+		b.claims = append(b.claims, s)
+	}
+	return s, err
+}
+
+// write puts blocks by value, or, where s is set, by reference to that segment.
+func (b *Batch) write(lba trivet.LBA, p []byte, s *segLive, at ref) error {
 	if len(p)%trivet.BlockSize != 0 {
 		return fmt.Errorf("%d bytes are not whole blocks: %w", len(p), trivet.ErrInvalid)
 	}
@@ -82,10 +134,8 @@ func (b *Batch) write(lba trivet.LBA, p []byte) error {
 			i += zeroN
 			continue
 		}
-		op := b.b.SetDeferred(blockKeyBytes, dataValueBytes)
-		appendBlockKey(op.Key[:0], b.v.id, lba+trivet.LBA(i), b.gen)
-		putData(op.Value, p[i*trivet.BlockSize:(i+1)*trivet.BlockSize], place(op.Key))
-		if err := op.Finish(); err != nil {
+		data := p[i*trivet.BlockSize : (i+1)*trivet.BlockSize]
+		if err := b.put(lba+trivet.LBA(i), data, s, at.then(int(i))); err != nil {
 			return err
 		}
 		i++
@@ -94,6 +144,36 @@ func (b *Batch) write(lba trivet.LBA, p []byte) error {
 		b.written = append(b.written, extent{lba, n})
 	}
 	return nil
+}
+
+// put puts one block.
+func (b *Batch) put(lba trivet.LBA, data []byte, s *segLive, at ref) error {
+	n := dataValueBytes
+	if s != nil {
+		n = refValueBytes
+		b.refN++
+	}
+	op := b.b.SetDeferred(blockKeyBytes, n)
+	appendBlockKey(op.Key[:0], b.v.id, lba, b.gen)
+	if s != nil {
+		putRef(op.Value, sumAt(data, place(op.Key)), at)
+	} else {
+		putData(op.Value, data, place(op.Key))
+	}
+	b.note(extent{lba, 1}, s)
+	return op.Finish()
+}
+
+// note takes note of a change for live.
+func (b *Batch) note(x extent, s *segLive) {
+	if b.v.e.live == nil {
+		return
+	}
+	if k := len(b.changes); k > 0 && b.changes[k-1].seg == s && b.changes[k-1].end() == x.lba {
+		b.changes[k-1].n += x.n
+		return
+	}
+	b.changes = append(b.changes, change{x, s})
 }
 
 // leadingZeroBlocks counts the blocks of zeroes that p begins with.
@@ -148,6 +228,7 @@ func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
 // store or this batch has a version of the block. Where a batch began decides at most whether a
 // tombstone stands where nothing need be hidden, which neither reads nor digests see.
 func (b *Batch) zero(lba trivet.LBA, n int64) error {
+	b.note(extent{lba, n}, nil)
 	if b.gen > 0 {
 		return b.zeroOverOlder(lba, n)
 	}
@@ -248,7 +329,12 @@ func (b *Batch) commit(st State) error {
 	if err != nil {
 		return err
 	}
-	return v.apply(b.b, &record{replica: v.replica, state: st, journal: j})
+	v.e.space.wrote(b.refN * trivet.BlockSize)
+	return v.apply(b.b, &record{replica: v.replica, state: st, journal: j}, func() {
+		if l := v.e.live; l != nil {
+			l.commit(v.id, b.changes, st.Generation)
+		}
+	})
 }
 
 // follows returns ErrInvalid when s cannot come after old. An equal index is allowed: a commit may
@@ -279,7 +365,11 @@ func (b *Batch) Close() error {
 	}
 	err := b.b.Close()
 	b.b = nil
-	b.v.endApplier(b.touched)
-	b.touched = nil
+	if l := b.v.e.live; l != nil {
+		l.unclaim(b.claims)
+	}
+	clear(b.changes)
+	b.v.endApplier(b.touched, b.changes)
+	b.touched, b.changes, b.claims = nil, nil, nil
 	return err
 }

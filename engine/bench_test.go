@@ -9,6 +9,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const benchBlocksN = 1 << 14 // 64 MiB
@@ -119,4 +120,38 @@ func BenchmarkCatchUp(b *testing.B) {
 		require.NoError(b, v.Restore(i))
 		require.NoError(b, i.Close())
 	}
+}
+
+// BenchmarkRefer applies entries of 16 blocks each, at random places, that stand in the log already: what is left of
+// a write once its bytes are on the disk.
+func BenchmarkRefer(b *testing.B) {
+	cfg := engine.Config{Dir: b.TempDir() + "/engine", Fatal: func(err error) { b.Error(err) }}
+	require.NoError(b, engine.WithLog(&cfg, segment.NewOSDir(b.TempDir()+"/log")))
+	e, err := engine.Open(cfg)
+	require.NoError(b, err)
+	b.Cleanup(func() { require.NoError(b, e.Close()) })
+	require.NoError(b, e.CreateVolume(1, "r", benchBlocksN*trivet.BlockSize))
+	v, err := e.OpenVolume(1)
+	require.NoError(b, err)
+	r := rand.New(rand.NewPCG(1, 2))
+	data := make([]byte, 4*trivet.BlockSize)
+	for i := range data {
+		data[i] = byte(r.Uint32())
+	}
+	log := engine.LogOf(e)
+	at, err := log.Store(1, make([]segment.BlockInfo, 4), data)
+	require.NoError(b, err)
+	b.SetBytes(16 * trivet.BlockSize)
+	b.ReportAllocs()
+	for b.Loop() {
+		st := v.State()
+		st.AppliedIndex++
+		st.AppliedTerm = 1
+		batch := v.NewBatch()
+		for range 16 {
+			require.NoError(b, batch.Refer(trivet.LBA(r.IntN(benchBlocksN)), data[:trivet.BlockSize], at, 0))
+		}
+		require.NoError(b, batch.Commit(st))
+	}
+	log.Unpin(at.Segment)
 }

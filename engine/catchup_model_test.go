@@ -197,7 +197,7 @@ func (r *stampReplica) newest(t *testing.T, only bool) map[blockKey]uint32 {
 	for ok := it.SeekGE(lower); ok && it.Key()[0] == tableBlock; ok = it.Next() {
 		bk, err := decodeBlockKey(it.Key())
 		require.NoError(t, err)
-		data, _, err := blockAt(it, bk)
+		data, _, err := (&blockReader{e: r.e}).at(it, bk)
 		require.NoError(t, err)
 		if only && bk.lba == last {
 			continue

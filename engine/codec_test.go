@@ -83,9 +83,13 @@ func TestGolden(t *testing.T) {
 	tomb := make([]byte, valueHeadBytes)
 	putTombstone(tomb, place(key))
 	golden(t, "tombstone_value", tomb)
+	at := make([]byte, refValueBytes)
+	putRef(at, 0x01020304, ref{0x0a0b0c0d0e0f, 0x1112})
+	golden(t, "ref_value", at)
 	r := fullRecord()
 	golden(t, "volume_record", appendRecord(nil, id, &r))
-	golden(t, "store_format", appendStoreFormat(nil, storeVersion))
+	golden(t, "store_format_v3", appendStoreFormat(nil, storeVersion))
+	require.Equal(t, goldenBytes(t, "store_format"), appendStoreFormat(nil, 2), "of version 2, still read")
 	jkey := appendJournalKey(nil, id, 0x99)
 	golden(t, "journal_key", jkey)
 	golden(t, "journal_value", appendJournalValue(nil, jkey, testExtents()))
@@ -151,6 +155,8 @@ func TestEveryFlipIsSeen(t *testing.T) {
 	putData(value, patternBlock(), place(key))
 	tomb := make([]byte, valueHeadBytes)
 	putTombstone(tomb, place(key))
+	at := make([]byte, refValueBytes)
+	putRef(at, 7, ref{0x100, 3})
 	r, jkey := fullRecord(), appendJournalKey(nil, id, 5)
 	for name, c := range map[string]struct {
 		bytes  []byte
@@ -158,6 +164,7 @@ func TestEveryFlipIsSeen(t *testing.T) {
 	}{
 		"value":     {value, func(b []byte) error { _, _, err := decodeValue(b, key, bk); return err }},
 		"tombstone": {tomb, func(b []byte) error { _, _, err := decodeValue(b, key, bk); return err }},
+		"ref":       {at, func(b []byte) error { _, _, err := decodeRef(b, bk); return sumless(b, at, err) }},
 		"record":    {appendRecord(nil, id, &r), func(b []byte) error { _, err := decodeRecord(id, b); return err }},
 		"store":     {appendStoreFormat(nil, 2), func(b []byte) error { _, err := decodeStoreFormat(b); return err }},
 		"journal": {appendJournalValue(nil, jkey, testExtents()), func(b []byte) error {
@@ -260,6 +267,30 @@ func FuzzDecodeKey(f *testing.F) {
 		if version, err := decodeStoreFormat(b); err == nil {
 			require.Equal(t, b, appendStoreFormat(nil, version))
 		}
+	})
+}
+
+// sumless stands for the check of the data, which is what shows a change of sum or place.
+func sumless(b, want []byte, err error) error {
+	if err == nil && len(b) == len(want) && !bytes.Equal(b, want) {
+		return trivet.ErrCorrupt
+	}
+	return err
+}
+
+func FuzzDecodeRef(f *testing.F) {
+	v := make([]byte, refValueBytes)
+	putRef(v, 1, ref{2, 3})
+	f.Add(v)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		at, sum, err := decodeRef(b, blockKey{1, 2, 3})
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrCorrupt)
+			return
+		}
+		again := make([]byte, refValueBytes)
+		putRef(again, sum, at)
+		require.Equal(t, b, again)
 	})
 }
 

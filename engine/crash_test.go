@@ -39,7 +39,7 @@ func checkPrefix(e *engine.Engine, id trivet.VolumeID, h *history, atLeast, atMo
 	if durable, err := v.DurableState(); err != nil || durable.AppliedIndex != applied {
 		return fmt.Errorf("%s: durable index %d (%v) right after opening, want %d", id, durable.AppliedIndex, err, applied)
 	}
-	return h.check(v)
+	return errors.Join(h.check(v), engine.CheckLive(e))
 }
 
 // TestCrashBetweenCommits: after a crash at any moment, the blocks are those of the applied index
@@ -97,6 +97,7 @@ func TestCrashBetweenCommits(t *testing.T) {
 		}
 	}
 	require.Greater(t, later, steps/4, "hardly any crash found data: the test is void")
+	requireRecycled(t, e)
 }
 
 // hook calls f before every change to a file system, on whatever goroutine makes it.
@@ -162,6 +163,20 @@ func TestCrashAtEveryFileOperation(t *testing.T) {
 	armed = false
 	t.Logf("%d crash points", points)
 	require.Greater(t, points, steps)
+	requireRecycled(t, e)
+}
+
+// requireRecycled checks that cleaning was at work: else a crash test says nothing of it.
+func requireRecycled(t *testing.T, e *engine.Engine) {
+	t.Helper()
+	recycled, stored := int64(0), int64(0)
+	for _, s := range engine.LogOf(e).Stats() {
+		recycled += s.Recycled
+		stored += s.StoredBytes
+	}
+	t.Logf("%d segments recycled, %d bytes moved by cleaning", recycled, stored)
+	require.Positive(t, recycled)
+	require.Positive(t, stored)
 }
 
 func kindName(op errorfs.Op) string { return fmt.Sprintf("operation %d", op.Kind) }

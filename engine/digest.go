@@ -32,6 +32,8 @@ func (v *Volume) digest() (d [32]byte, err error) {
 		return d, err
 	}
 	defer v.e.exit()
+	hold := v.e.live.hold() // before the snapshot
+	defer v.e.live.end(hold)
 	snap := v.e.db.NewSnapshot()
 	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
 	it, r, err := v.pinned(snap)
@@ -41,13 +43,14 @@ func (v *Volume) digest() (d [32]byte, err error) {
 	defer func() { err = closeIter(it, err) }()
 	h := sha256.New()
 	hashState(h, &r.state)
+	blocks := blockReader{e: v.e}
 	next := trivet.LBA(0)
 	for ok := it.First(); ok; ok = it.Next() {
 		bk, err := decodeBlockKey(it.Key())
 		if err != nil {
 			return d, err
 		}
-		data, sum, err := blockAt(it, bk)
+		data, sum, err := blocks.at(it, bk)
 		if err != nil {
 			return d, err
 		}

@@ -1,5 +1,6 @@
-// Package engine is the store of one disk: the blocks and the replicated state of every volume
-// replica that lives there, in one Pebble store.
+// Package engine is the store of one disk: the replicated state of every volume replica that lives there, and the map
+// that says where each of its blocks stands in the disk's log (engine/segment), in one Pebble store. The blocks
+// themselves are written once, by the log; without one they are values of the store. DESIGN.md tells how.
 //
 // # What it guarantees
 //
@@ -18,12 +19,15 @@
 //   - A dropped volume's bytes never show again, in no later volume.
 //   - Damage is told, once for each table or volume (Config.OnCorruption), and costs neither the good blocks nor
 //     a core: compactions that meet it are tried again later and later (compactions.go, H22, H38).
+//   - A segment of the log that a block may still be read from, now, after a crash, or by an image that is open,
+//     stays pinned; one that nothing refers to is given back. Live blocks that keep a segment nearly empty are
+//     copied out of it, sorted, to the log's data lane.
 //   - After a background I/O error nothing is acknowledged any more, and Config.Fatal is called once (H28).
 //
 // # How to use it
 //
 // Open the engine of a disk, CreateVolume once per replica, OpenVolume, then per group of log entries
-// NewBatch, Write and Zero, Commit with the new State. Flush, then DurableState, before the log is cut.
+// NewBatch, Refer (or Write) and Zero, Commit with the new State. Flush, then DurableState, before the log is cut.
 // A volume has one applier at a time and any number of readers; volumes are independent of each other.
 //
 // # How a replica catches up
@@ -48,6 +52,7 @@
 // order of entries: a Batch trusts them, except that index, term, epoch, generation and size never go
 // back. That equal indexes mean equal content on all replicas is what a log gives; images rest on it.
 // The caller asks HasRoom before it accepts a write; a full disk is a background I/O error (H26).
+// The log must have been opened with Hold, and closes after the engine.
 // Loss of the store's manifest, or a damaged manifest that Pebble reads as a shorter one, gives an older
 // but consistent state: the caller must compare State with its log before it starts (H4, I1).
 package engine

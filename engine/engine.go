@@ -13,6 +13,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 // Config says where the store is and what happens when it fails.
@@ -27,6 +28,14 @@ type Config struct {
 	JournalBytes int64
 	Logger       *slog.Logger // nil: none
 
+	// Log is the disk's log, which the engine refers to instead of storing blocks again (Batch.Refer), in which it
+	// pins what it refers to, and of which it cleans the segments. It must be open until Close has returned, with
+	// Options.Hold, which Open releases once it has pinned what the store refers to. nil: blocks are values.
+	Log *segment.Log
+	// CleanTarget is the share of the segments' space that live blocks should take; below it the emptiest segments
+	// are cleaned. 0 = 0.7; negative: only Clean does it. At most 0.95. It needs a log with a data lane.
+	CleanTarget float64
+
 	// Fatal is called once, on the first I/O error in the background, or with a *DamageError when damage keeps
 	// the disk from taking more writes. From then on nothing that changes or flushes succeeds. It runs on a
 	// goroutine of Pebble, with locks held: it must not call the engine. It should end the
@@ -39,8 +48,9 @@ type Config struct {
 	// disk from compacting. It must not block. The error is a *DamageError, an ErrCorrupt. nil: only logged.
 	OnCorruption func(error)
 
-	tableBlockBytes int // tests only; 0 = tableBlockBytesDefault
-	imageRangeBytes int // tests only; 0 = imageRangeBytesDefault
+	tableBlockBytes int  // tests only; 0 = tableBlockBytesDefault
+	imageRangeBytes int  // tests only; 0 = imageRangeBytesDefault
+	ownsLog         bool // tests only: Log ends with the engine, and with an Open that fails
 }
 
 // Validate returns ErrInvalid and names the bad field.
@@ -52,6 +62,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("engine config: CacheBytes is %d: %w", c.CacheBytes, trivet.ErrInvalid)
 	case c.MemTableBytes < 0 || c.MemTableBytes > 1<<30:
 		return fmt.Errorf("engine config: MemTableBytes is %d: %w", c.MemTableBytes, trivet.ErrInvalid)
+	case c.CleanTarget > cleanTargetMax || c.CleanTarget != c.CleanTarget:
+		return fmt.Errorf("engine config: CleanTarget is %g: %w", c.CleanTarget, trivet.ErrInvalid)
 	case c.JournalBytes < 0:
 		return fmt.Errorf("engine config: JournalBytes is %d: %w", c.JournalBytes, trivet.ErrInvalid)
 	}
@@ -64,6 +76,10 @@ type Engine struct {
 	lock   *pebble.Lock
 	health *health
 	space  *space
+	log    *segment.Log // nil: blocks are values
+	live   *live        // nil when log is
+	clean  *cleaner     // nil when log has no data lane
+	owns   *segment.Log // that Close closes, too; tests only
 
 	journalBytes    int64 // bound per volume
 	imageRangeBytes int
@@ -110,6 +126,9 @@ func Open(cfg Config) (*Engine, error) {
 	}
 	e, err := open(cfg)
 	if err != nil {
+		if cfg.ownsLog {
+			err = errors.Join(err, cfg.Log.Close())
+		}
 		return nil, fmt.Errorf("open engine in %s: %w", cfg.Dir, err)
 	}
 	return e, nil
@@ -144,7 +163,40 @@ func open(cfg Config) (*Engine, error) {
 	if err := e.checkFormat(); err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
+	if err := e.openLog(&cfg); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
 	return e, nil
+}
+
+// openLog finds out what the store refers to in the log, pins it, and starts to clean.
+func (e *Engine) openLog(cfg *Config) error {
+	if cfg.Log == nil {
+		return nil
+	}
+	var wake func()
+	if cfg.Log.HasDataLane() {
+		e.clean = newCleaner(e, cfg.CleanTarget)
+		wake, e.space.tight = e.clean.poke, e.clean.setPressure
+	} else {
+		wake = func() {}
+	}
+	e.log, e.live = cfg.Log, newLive(cfg.Log, &e.committed, wake)
+	e.space.log = cfg.Log
+	if e.clean != nil {
+		e.live.target = e.clean.target
+	}
+	if err := e.countAll(); err != nil {
+		return err
+	}
+	cfg.Log.Release()
+	if cfg.ownsLog {
+		e.owns = cfg.Log
+	}
+	if e.clean != nil && cfg.CleanTarget >= 0 {
+		e.clean.start()
+	}
+	return nil
 }
 
 // openPebble opens Pebble. A fatal failure inside becomes an error, whichever goroutine it is on: what
@@ -191,10 +243,10 @@ func toErr(err error) error {
 
 // The store format record, big endian: "trvt", version (4), CRC32C of both (4). The version counts
 // changes to keys, values and records that an older program must not touch: 2 came with the change
-// journal, which an older program would not go on writing.
+// journal, which an older program would not go on writing; 3 with references into the log.
 const (
 	storeMagic         = "trvt"
-	storeVersion       = 2
+	storeVersion       = 3
 	storeFormatBytes   = 12
 	storeFormatSumFrom = 8
 )
@@ -230,7 +282,7 @@ func (e *Engine) checkFormat() error {
 	switch version {
 	case storeVersion:
 		return nil
-	case 1: // records without a journal say that it begins at their index (decodeRecord)
+	case 1, 2: // records without a journal say that it begins at their index (decodeRecord); values stay values
 		return e.setFormat()
 	}
 	return fmt.Errorf("store format %d, this program knows %d: %w", version, storeVersion, trivet.ErrInvalid)
@@ -342,6 +394,9 @@ func (e *Engine) flush() error {
 // Close flushes and closes. It waits for calls under way; open images end with ErrClosed, and volumes
 // with it. Idempotent. After a failure nothing is flushed, and the failure is returned.
 func (e *Engine) Close() error {
+	if e.clean != nil {
+		e.clean.stop()
+	}
 	e.life.Lock()
 	defer e.life.Unlock()
 	if e.closed {
@@ -357,6 +412,9 @@ func (e *Engine) Close() error {
 	}
 	clear(e.images)
 	err = errors.Join(err, toErr(e.db.Close()), e.lock.Close())
+	if e.owns != nil {
+		err = errors.Join(err, e.owns.Close())
+	}
 	if err != nil {
 		return fmt.Errorf("close engine: %w", err)
 	}

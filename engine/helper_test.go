@@ -13,6 +13,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 const (
@@ -29,8 +30,13 @@ func seeds(t testing.TB, seed uint64) *rand.Rand {
 }
 
 // config has a small memtable, so that tests meet flushes and compactions.
+// It refers to a small log on the same disk, which ends with the engine, and is cleaned by commit alone.
 func config(fs vfs.FS) engine.Config {
-	return engine.Config{FS: fs, Dir: "disk", CacheBytes: 1 << 20, MemTableBytes: 256 << 10}
+	cfg := engine.Config{FS: fs, Dir: "disk", CacheBytes: 1 << 20, MemTableBytes: 256 << 10, CleanTarget: -1}
+	if err := engine.WithLog(&cfg, raftgroup.LogDir(fs, "disk.log")); err != nil {
+		panic(err) // whatever a test has done, a log can be opened
+	}
+	return cfg
 }
 
 // mustOpen opens an engine that fails the test when it fails, and closes with the test.
@@ -72,6 +78,7 @@ type op struct {
 	stamp uint32
 }
 
+// addTo adds the change to a batch, one that writes by way of the log, as replication does.
 func (o op) addTo(b *engine.Batch) error {
 	if o.stamp == 0 {
 		return b.Zero(o.lba, o.n)
@@ -80,7 +87,7 @@ func (o op) addTo(b *engine.Batch) error {
 	for i := range trivet.LBA(o.n) {
 		p = append(p, block(o.stamp, o.lba+i)...)
 	}
-	err := b.Write(o.lba, p)
+	err := engine.WriteByLog(b, o.lba, p)
 	for i := range p { // the batch must have copied
 		p[i] = 0xee
 	}
@@ -95,6 +102,9 @@ func commit(v *engine.Volume, ops ...op) error {
 }
 
 func commitState(v *engine.Volume, st engine.State, ops ...op) error {
+	if err := engine.Housekeep(v); err != nil {
+		return err
+	}
 	b := v.NewBatch()
 	for _, o := range ops {
 		if err := o.addTo(b); err != nil {

@@ -27,6 +27,7 @@ type Image struct {
 
 	mu   sync.Mutex
 	snap *pebble.Snapshot // nil after Close
+	hold *hold            // of what it refers to
 	it   *pebble.Iterator // at the first key not sent, when run is not empty
 	out  partWriter
 	buf  []byte // produced, not read yet
@@ -37,6 +38,7 @@ type Image struct {
 	inside bool   // a version of run's first block is sent, another follows
 	sent   bool   // all blocks are
 
+	blocks    blockReader
 	sum       *versionHash // of the versions since the last digest
 	versionN  uint64
 	rangeLen  int // bytes since the last digest
@@ -60,12 +62,21 @@ func (v *Volume) image(wanted []byte) (_ *Image, err error) {
 		return nil, err
 	}
 	defer v.e.exit()
+	hold := v.e.live.hold() // before the snapshot
+	defer func() {
+		if err != nil {
+			v.e.live.end(hold)
+		}
+	}()
 	snap := v.e.db.NewSnapshot()
 	it, r, err := v.pinned(snap)
 	if err != nil {
 		return nil, errors.Join(err, toErr(snap.Close()))
 	}
-	i := &Image{e: v.e, volume: v.id, state: r.state, snap: snap, it: it, sum: newVersionHash()}
+	i := &Image{
+		e: v.e, volume: v.id, state: r.state, snap: snap, hold: hold, it: it, sum: newVersionHash(),
+		blocks: blockReader{e: v.e},
+	}
 	if err := i.begin(v, &r, wanted); err != nil {
 		return nil, errors.Join(closeIter(it, err), toErr(snap.Close()))
 	}
@@ -152,7 +163,7 @@ func (i *Image) estimate(base coverage, needed *BlockSet) (uint64, error) {
 	used := func(start, end trivet.LBA) (uint64, error) {
 		lower, upper := appendBlockPrefix(nil, i.volume, start), appendBlockPrefix(nil, i.volume, end)
 		n, err := i.e.db.EstimateDiskUsage(lower, upper)
-		return n, toErr(err)
+		return n + uint64(i.e.live.blocksIn(i.volume, start, end))*imageVersionBytesMax, toErr(err)
 	}
 	n, all := uint64(0), int64(0)
 	for k, s := range base {
@@ -279,7 +290,7 @@ func (i *Image) produceItem() error {
 }
 
 func (i *Image) produceVersion(bk blockKey) error {
-	data, sum, err := blockAt(i.it, bk)
+	data, sum, err := i.blocks.at(i.it, bk)
 	if err != nil {
 		return err
 	}
@@ -346,6 +357,7 @@ func (i *Image) unpin() error {
 	}
 	_ = i.it.Close() // repeats what Read has told
 	err := toErr(i.snap.Close())
+	i.e.live.end(i.hold)
 	i.snap, i.it, i.buf, i.end = nil, nil, nil, trivet.ErrClosed
 	return err
 }

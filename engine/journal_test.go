@@ -370,7 +370,7 @@ func TestStoreVersion1(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, appendStoreFormat(nil, storeVersion), raw)
 	require.NoError(t, closer.Close())
-	require.NoError(t, e.db.Set([]byte{tableFormat}, appendStoreFormat(nil, 3), pebble.NoSync))
+	require.NoError(t, e.db.Set([]byte{tableFormat}, appendStoreFormat(nil, storeVersion+1), pebble.NoSync))
 	require.NoError(t, e.db.Flush())
 	require.NoError(t, e.Close())
 	_, err = Open(damageConfig(mem))

@@ -53,6 +53,7 @@ func (e *Engine) createVolume(id trivet.VolumeID, replica trivet.ReplicaID, size
 	if err := e.apply(b); err != nil {
 		return err
 	}
+	e.live.create(id)
 	return e.flush()
 }
 
@@ -109,8 +110,12 @@ func (e *Engine) dropLocked(id trivet.VolumeID) error {
 		v.markDropped()
 		delete(e.open, id)
 	}
+	gone := e.references(id)
 	if err := e.apply(b); err != nil {
 		return err
+	}
+	if e.live != nil {
+		e.live.drop(id, gone)
 	}
 	return e.flush()
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 // Restore brings blocks and State to those of an image: one made for what Want tells, or of everything, of this
@@ -39,7 +40,7 @@ func (v *Volume) restore(r io.Reader) error {
 	if err := v.becomeApplier(true); err != nil {
 		return err
 	}
-	defer v.endApplier(nil)
+	defer v.endApplier(nil, nil)
 	ir, err := newImageReader(r)
 	if err != nil {
 		return err
@@ -79,7 +80,7 @@ func (v *Volume) mayRestore(b *imageBegin) error {
 	defer v.e.exit()
 	need := int64(b.estimateBytes)
 	if b.base.ceiling() == 0 {
-		used, err := v.usedBytes() // comes back as the old content is replaced
+		used, err := v.usedBytes() // comes back as the old content is replaced, and cleaned
 		if err != nil {
 			return err
 		}
@@ -112,7 +113,7 @@ func (v *Volume) beginRestore(img *imageBegin) error {
 	if next.journal, err = v.journalAnew(b, next.state.AppliedIndex); err != nil {
 		return err
 	}
-	if err := v.apply(b, &next); err != nil {
+	if err := v.apply(b, &next, func() { v.e.live.forgetPages(v.id) }); err != nil {
 		return err
 	}
 	return v.e.flush()
@@ -131,10 +132,13 @@ func (v *Volume) finishRestore(img *imageBegin) error {
 	if err := setRecord(b, v.id, next); err != nil {
 		return err
 	}
-	if err := v.apply(b, nil); err != nil {
+	if err := v.apply(b, nil, nil); err != nil {
 		return err
 	}
 	if err := v.e.flush(); err != nil {
+		return err
+	}
+	if err := v.e.countPages(v.id, next.state.Generation); err != nil {
 		return err
 	}
 	v.setRecord(next)
@@ -155,7 +159,9 @@ type restorer struct {
 	written  trivet.LBA   // below it everything is in the store
 	extents  []extent     // the blocks that the image has had items of since claimed
 	received *versionHash // of their versions, as received
-	inside   trivet.LBA   // one past the last block that has had an item
+	gone     []ref        // that the part under way takes away, and adds
+	come     []ref
+	inside   trivet.LBA // one past the last block that has had an item
 }
 
 // run works through all parts.
@@ -190,15 +196,22 @@ func (x *restorer) write(p *imagePart) error {
 	if err := x.deleteOld(b, p.items); err != nil {
 		return err
 	}
-	for i := range p.items {
-		if err := x.put(b, &p.items[i]); err != nil {
-			return err
-		}
-	}
-	if !e.space.hasRoom(int64(b.Len())) {
+	if !e.space.hasRoom(int64(b.Len()) + int64(len(p.items))*dataValueBytes) {
 		return fmt.Errorf("part of an image up to block %d: %w", p.to, trivet.ErrNoSpace)
 	}
-	if err := x.v.apply(b, nil); err != nil {
+	claims, err := x.putAll(b, p.items)
+	if e.live != nil {
+		defer func() { e.live.unclaim(claims) }()
+	}
+	if err != nil {
+		return err
+	}
+	err = x.v.apply(b, nil, func() {
+		if e.live != nil {
+			e.live.move(x.v.id, x.gone, x.come)
+		}
+	})
+	if err != nil {
 		return err
 	}
 	for i := range p.items {
@@ -227,6 +240,7 @@ func (x *restorer) deleteOld(b *pebble.Batch, items []imageItem) (err error) {
 	if len(items) == 0 {
 		return nil
 	}
+	x.gone = x.gone[:0]
 	last := items[len(items)-1]
 	it, err := x.v.e.db.NewIter(&pebble.IterOptions{
 		LowerBound: appendBlockPrefix(nil, x.v.id, items[0].lba),
@@ -244,32 +258,103 @@ func (x *restorer) deleteOld(b *pebble.Batch, items []imageItem) (err error) {
 		case next.lba <= run.end():
 			run.n = int64(next.end() - run.lba)
 		default:
-			if err := deleteRun(b, it, x.v.id, run); err != nil {
+			if err := x.deleteRun(b, it, run); err != nil {
 				return err
 			}
 			run = next
 		}
 	}
-	return deleteRun(b, it, x.v.id, run)
+	return x.deleteRun(b, it, run)
 }
 
 // deleteRun removes all versions of a run of blocks. One range tombstone stands for many points, and none
-// for none (deleteRangeFromN).
-func deleteRun(b *pebble.Batch, it *pebble.Iterator, id trivet.VolumeID, run extent) error {
+// for none (deleteRangeFromN). What stood in the log is noted in any case.
+func (x *restorer) deleteRun(b *pebble.Batch, it *pebble.Iterator, run extent) error {
 	if run.n == 0 {
 		return nil
 	}
-	start, end := appendBlockPrefix(nil, id, run.lba), appendBlockPrefix(nil, id, run.end())
+	start, end := appendBlockPrefix(nil, x.v.id, run.lba), appendBlockPrefix(nil, x.v.id, run.end())
 	ok := it.SeekGE(start) && bytes.Compare(it.Key(), end) < 0
-	if ok && run.n >= deleteRangeFromN {
-		return b.DeleteRange(start, end, nil)
+	whole := ok && run.n >= deleteRangeFromN
+	if whole {
+		if err := b.DeleteRange(start, end, nil); err != nil || x.v.e.live == nil {
+			return err
+		}
 	}
 	for ; ok; ok = it.Next() && bytes.Compare(it.Key(), end) < 0 {
+		if err := x.noteGone(it); err != nil {
+			return err
+		}
+		if whole {
+			continue
+		}
 		if err := b.Delete(it.Key(), nil); err != nil {
 			return err
 		}
 	}
-	return toErr(it.Error())
+	err := toErr(it.Error())
+	if whole && errors.Is(err, trivet.ErrCorrupt) { // it is replaced; only what it referred to is not known
+		x.v.e.live.keepAll()
+		return nil
+	}
+	return err
+}
+
+// noteGone notes where the block under the iterator stands, which goes. Damage does not keep it from being replaced.
+func (x *restorer) noteGone(it *pebble.Iterator) error {
+	if x.v.e.live == nil {
+		return nil
+	}
+	at, err := referredAt(it)
+	switch {
+	case errors.Is(err, trivet.ErrCorrupt):
+		x.v.e.live.keepAll()
+		return nil
+	case err == nil && at != (ref{}):
+		x.gone = append(x.gone, at)
+	}
+	return err
+}
+
+// putAll adds the versions of a part to a batch, their data to data segments of the log where there are such.
+func (x *restorer) putAll(b *pebble.Batch, items []imageItem) (claims []*segLive, err error) {
+	e := x.v.e
+	x.come = x.come[:0]
+	inLog := e.live != nil && e.log.HasDataLane()
+	var infos []segment.BlockInfo
+	var payload []byte
+	var data []*imageItem
+	for i := range items {
+		it := &items[i]
+		if !inLog || it.kind != kindData {
+			if err := x.put(b, it); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		infos = append(infos, segment.BlockInfo{LBA: it.lba, CRC: BlockSum(x.v.id, it.lba, it.data)})
+		payload = append(payload, it.data...)
+		data = append(data, it)
+	}
+	err = e.storeBlocks(x.v.id, infos, payload, func(first int, at segment.Place) error {
+		s, err := e.live.claim(at.Segment)
+		if err != nil {
+			return err
+		}
+		claims = append(claims, s)
+		for i := range int(at.Bytes / trivet.BlockSize) {
+			it, r := data[first+i], refAt(at, 0).then(i)
+			op := b.SetDeferred(blockKeyBytes, refValueBytes)
+			appendBlockKey(op.Key[:0], x.v.id, it.lba, it.gen)
+			putRef(op.Value, infos[first+i].CRC, r)
+			x.come = append(x.come, r)
+			if err := op.Finish(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return claims, err
 }
 
 // put adds a version to a batch. The checksum names volume and place, so it is made anew for this
@@ -333,12 +418,13 @@ func (x *restorer) claim(to trivet.LBA, index uint64) error {
 	next.have = next.have.set(x.claimed, to, index)
 	b := x.v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
-	return x.v.apply(b, &next)
+	return x.v.apply(b, &next, nil)
 }
 
 // readBack is the digest of what the store has of the blocks written since the last one.
 func (x *restorer) readBack() (d [32]byte, err error) {
 	h := newVersionHash()
+	blocks := blockReader{e: x.v.e}
 	if len(x.extents) == 0 {
 		return [32]byte(h.Sum(nil)), nil
 	}
@@ -358,7 +444,7 @@ func (x *restorer) readBack() (d [32]byte, err error) {
 			if err != nil {
 				return d, err
 			}
-			data, sum, err := blockAt(it, bk)
+			data, sum, err := blocks.at(it, bk)
 			if err != nil {
 				return d, err
 			}

@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 const (
@@ -20,6 +23,9 @@ const (
 	// HasRoom asks the filesystem again after this time, or this many bytes written.
 	spaceAgeMax   = time.Second
 	spaceBytesMax = 64 << 20
+
+	// tightSegments is how many segments' worth of room may be left before cleaning is no longer held back.
+	tightSegments = 8
 )
 
 // Usage is the space of the disk in bytes.
@@ -39,10 +45,13 @@ type space struct {
 	fs       vfs.FS
 	dir      string
 	memBytes func() uint64 // what waits in memory to be written
+	log      *segment.Log  // its free files are room, too, where every lane has some; may be nil
+	tight    func(bool)    // told at each look whether room runs out; may be nil
 
 	mu      sync.Mutex
 	left    int64 // bytes that may be written: at the last look, less what was written since
 	since   int64 // written since the last look
+	all     int64 // and since Open
 	looked  time.Time
 	unknown bool // the filesystem cannot tell: no limit
 }
@@ -65,6 +74,17 @@ func (s *space) wrote(n int64) {
 	defer s.mu.Unlock()
 	s.left -= n
 	s.since += n
+	s.all += n
+	if s.tight != nil && s.since >= spaceBytesMax { // a replica that does not lead is not asked for room
+		s.lookLocked()
+	}
+}
+
+// total is how many bytes were written since Open, as wrote was told.
+func (s *space) total() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.all
 }
 
 func (s *space) hasRoom(n int64) bool {
@@ -84,6 +104,12 @@ func (s *space) lookLocked() {
 	s.left = 0
 	if err == nil {
 		s.left = u.FreeBytes - u.ReserveBytes - int64(s.memBytes())
+		if s.log != nil {
+			s.left += s.log.ReadyBytes()
+		}
+	}
+	if s.tight != nil {
+		s.tight(!s.unknown && s.left < tightSegments*s.log.SegmentBytes())
 	}
 	s.since, s.looked = 0, time.Now()
 }
@@ -110,4 +136,60 @@ func (e *Engine) HasRoom(n int64) bool {
 	}
 	defer e.exit()
 	return e.space.hasRoom(n)
+}
+
+// LogUsage says what the segments of the disk's log are used for, in bytes. All but FreeBytes add up to the segments
+// that hold something.
+type LogUsage struct {
+	LiveBytes     int64 // blocks of volumes, written in their current generation
+	SnapshotBytes int64 // blocks of older generations; a volume still shows those that it has not written since
+	RetainedBytes int64 // entries that the log keeps for itself, beyond the blocks above: at least
+	GarbageBytes  int64 // the rest: overwritten, heads, padding, and what is not written yet of current segments
+	FreeBytes     int64 // files that wait to be used again
+	Segments      int
+}
+
+// LogUsage counts now. Without a log everything is zero.
+func (e *Engine) LogUsage() (u LogUsage) {
+	if e.live == nil || e.enter() != nil {
+		return u
+	}
+	defer e.exit()
+	infos := e.log.Segments()
+	u.FreeBytes, u.Segments = e.log.FreeBytes(), len(infos)
+	l := e.live
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, v := range l.vols {
+		for _, p := range v.pages {
+			u.LiveBytes += int64(p.n) * trivet.BlockSize
+		}
+		u.SnapshotBytes += v.blockN * trivet.BlockSize
+	}
+	u.SnapshotBytes -= u.LiveBytes
+	all := int64(0)
+	for _, x := range infos {
+		all += e.log.SegmentBytes()
+		if s := l.segs[x.ID]; s != nil {
+			x.EntryBytes -= s.blockN * trivet.BlockSize // as if entries had all the live blocks of their segment
+		}
+		u.RetainedBytes += max(x.EntryBytes, 0)
+	}
+	u.GarbageBytes = all - u.LiveBytes - u.SnapshotBytes - u.RetainedBytes
+	return u
+}
+
+// WrittenBytes is what the store itself has written to the disk since Open: tables and their metadata, what compactions
+// write again included; what is in the log is not.
+func (e *Engine) WrittenBytes() int64 {
+	if err := e.enter(); err != nil {
+		return 0
+	}
+	defer e.exit()
+	m := e.db.Metrics()
+	n := int64(0)
+	for i := range m.Levels {
+		n += int64(m.Levels[i].TableBytesFlushed + m.Levels[i].TableBytesCompacted)
+	}
+	return n
 }

@@ -17,15 +17,21 @@ import (
 //	| 0x01 | sum       | data, 4096 bytes    |   a block
 //	+------+-----------+---------------------+
 //	| 0x02 | sum       |                         a tombstone: reads as zeroes, hides older generations
-//	+------+-----------+
+//	+------+-----------+------------+---------+
+//	| 0x04 | sum       | segment (8)| page (4)|  a block whose data stand in the disk's log, from byte 4096 * page
+//	+------+-----------+------------+---------+  of that segment on; since version 3 of the store
+//
+// 0x03 is no value, but an item of an image.
 //
 // The first byte is format and kind at once; other layouts take other bytes.
 const (
 	kindData      byte = 0x01
 	kindTombstone byte = 0x02
+	kindRef       byte = 0x04
 
 	valueHeadBytes = 1 + 4
 	dataValueBytes = valueHeadBytes + trivet.BlockSize
+	refValueBytes  = valueHeadBytes + 8 + 4
 )
 
 var (

@@ -8,6 +8,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 )
 
 // Volume is one volume's blocks and state on one disk. Reads, State, DurableState, Digest and Image
@@ -31,6 +32,7 @@ type Volume struct {
 	applier bool // a Batch is open or a Restore runs
 	dropped bool
 	touched []extent // buffer of the one Batch
+	changes []change // and another
 }
 
 func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
@@ -87,8 +89,9 @@ func (v *Volume) DurableState() (State, error) {
 	return r.visible(), nil
 }
 
-// UsedBytes estimates the bytes that the volume takes on the disk, from the tables' indexes. Recent
-// writes count once flushed, garbage until it is compacted away.
+// UsedBytes estimates the bytes that the volume takes on the disk: its blocks in the log, all generations, and from the
+// tables' indexes what it has in the store. Of the latter, recent writes count once flushed, garbage until it is
+// compacted away.
 func (v *Volume) UsedBytes() (int64, error) {
 	if err := v.e.enter(); err != nil {
 		return 0, fmt.Errorf("used bytes of %s: %w", v.id, err)
@@ -103,14 +106,28 @@ func (v *Volume) UsedBytes() (int64, error) {
 
 func (v *Volume) usedBytes() (int64, error) {
 	n, err := v.e.db.EstimateDiskUsage(volumeBlocks(v.id))
-	return int64(n), toErr(err)
+	return int64(n) + v.e.live.blocks(v.id)*trivet.BlockSize, toErr(err)
 }
 
 // readScratch are the buffers of one read.
 type readScratch struct {
 	opts         pebble.IterOptions
 	lower, upper [blockKeyBytes]byte
+	wanted       []wanted
+	buf          []byte // aligned
 }
+
+// wanted is a block that the map says stands in the log.
+type wanted struct {
+	i   int // which of the read
+	at  ref
+	sum uint32
+}
+
+// readTries bounds how often a read looks again where its blocks are. Each look finds another place than the one
+// before,
+// so somebody has cleaned meanwhile.
+const readTries = 16
 
 var readPool = sync.Pool{New: func() any { return new(readScratch) }} //nolint:gochecknoglobals // buffers
 
@@ -141,6 +158,23 @@ func (v *Volume) readAt(p []byte, lba trivet.LBA) error {
 	defer v.e.exit()
 	sc := readPool.Get().(*readScratch) //nolint:forcetypeassert // the pool holds nothing else
 	defer readPool.Put(sc)
+	var before wanted
+	for range readTries {
+		if err := v.lookUp(p, lba, sc); err != nil {
+			return err
+		}
+		bad, err := v.fetch(p, lba, sc)
+		if err == nil || !errIsGone(err) || bad == before {
+			return err
+		}
+		before = bad // it may have moved, and its segment be gone, between the two looks
+	}
+	return fmt.Errorf("blocks moved %d times meanwhile: %w", readTries, trivet.ErrUnavailable)
+}
+
+// lookUp fills p with what the store has itself, and notes what stands in the log.
+func (v *Volume) lookUp(p []byte, lba trivet.LBA, sc *readScratch) error {
+	sc.wanted = sc.wanted[:0]
 	n := trivet.LBA(len(p) / trivet.BlockSize)
 	sc.opts = pebble.IterOptions{
 		LowerBound:   appendBlockPrefix(sc.lower[:0], v.id, lba),
@@ -156,7 +190,36 @@ func (v *Volume) readAt(p []byte, lba trivet.LBA) error {
 	} else {
 		it.First()
 	}
-	return closeIter(it, fill(p, it, lba))
+	return closeIter(it, sc.fill(p, it, lba))
+}
+
+// fetch reads what stands in the log into p, runs in one piece. On an error it says which block failed.
+func (v *Volume) fetch(p []byte, lba trivet.LBA, sc *readScratch) (bad wanted, err error) {
+	for rest := sc.wanted; len(rest) > 0; {
+		w, n := rest[0], 1
+		for n < min(len(rest), windowBlockN) && rest[n].i == w.i+n && rest[n].at == w.at.then(n) {
+			n++
+		}
+		if sc.buf == nil {
+			sc.buf = segment.Buffer(windowBlockN * trivet.BlockSize)
+		}
+		if v.e.log == nil {
+			return w, blockErr(fmt.Errorf("the engine has no log: %w", trivet.ErrCorrupt), blockKey{v.id, lba, 0})
+		}
+		b := sc.buf[:n*trivet.BlockSize]
+		if err := v.e.log.ReadAt(w.at.seg, b, w.at.off()); err != nil {
+			return w, blockErr(err, blockKey{v.id, lba + trivet.LBA(w.i), 0})
+		}
+		for i, w := range rest[:n] {
+			data, at := b[i*trivet.BlockSize:(i+1)*trivet.BlockSize], lba+trivet.LBA(w.i)
+			if got := sumAt(data, place(appendBlockPrefix(sc.lower[:0], v.id, at))); got != w.sum {
+				return w, &BlockError{Volume: v.id, LBA: at, Stored: w.sum, Actual: got}
+			}
+		}
+		copy(p[w.i*trivet.BlockSize:], b)
+		rest = rest[n:]
+	}
+	return wanted{}, nil
 }
 
 // closeIter closes an iterator after err. Close repeats the iterator's own error, so err goes first.
@@ -189,9 +252,9 @@ func (v *Volume) whyUnusable() error {
 	return fmt.Errorf("restore is not complete: %w", trivet.ErrUnavailable)
 }
 
-// fill copies the newest version of each block into p, zeroes where there is none. The iterator stands
-// at the first key at or after block lba and is bounded by the end of p.
-func fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error {
+// fill copies the newest version of each block into p, zeroes where there is none, and notes those that stand in the
+// log. The iterator stands at the first key at or after block lba and is bounded by the end of p.
+func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error {
 	rest := p // not filled yet; its first block is lba
 	for ok := it.Valid(); ok; ok = it.Next() {
 		bk, err := decodeBlockKey(it.Key())
@@ -201,17 +264,11 @@ func fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error {
 		if bk.lba < lba {
 			continue // an older generation of the block before
 		}
-		data, _, err := blockAt(it, bk)
-		if err != nil {
-			return err
-		}
 		gap := int(bk.lba-lba) * trivet.BlockSize
 		clear(rest[:gap])
 		rest = rest[gap:]
-		if data == nil {
-			clear(rest[:trivet.BlockSize])
-		} else {
-			copy(rest, data)
+		if err := sc.block(rest[:trivet.BlockSize], (len(p)-len(rest))/trivet.BlockSize, it, bk); err != nil {
+			return err
 		}
 		rest, lba = rest[trivet.BlockSize:], bk.lba+1
 		if len(rest) == 0 {
@@ -222,14 +279,29 @@ func fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error {
 	return toErr(it.Error())
 }
 
-// blockAt verifies the block under the iterator, whose key is bk. data is valid until the iterator
-// moves, and nil for a tombstone.
-func blockAt(it *pebble.Iterator, bk blockKey) (data []byte, sum uint32, err error) {
+// block copies the block under the iterator, whose key is bk and which is the i-th of the read, or notes where it is.
+func (sc *readScratch) block(p []byte, i int, it *pebble.Iterator, bk blockKey) error {
 	val, err := it.ValueAndErr()
 	if err != nil {
-		return nil, 0, toErr(err)
+		return toErr(err)
 	}
-	return decodeValue(val, it.Key(), bk)
+	if isRef(val) {
+		at, sum, err := decodeRef(val, bk)
+		if err == nil {
+			sc.wanted = append(sc.wanted, wanted{i, at, sum})
+		}
+		return err
+	}
+	data, _, err := decodeValue(val, it.Key(), bk)
+	if err != nil {
+		return err
+	}
+	if data == nil {
+		clear(p)
+	} else {
+		copy(p, data)
+	}
+	return nil
 }
 
 // becomeApplier claims the volume for a Batch or a Restore.
@@ -248,19 +320,23 @@ func (v *Volume) becomeApplier(restore bool) error {
 	return nil
 }
 
-// endApplier gives the volume free, and the buffer of a Batch back.
-func (v *Volume) endApplier(touched []extent) {
+// endApplier gives the volume free, and the buffers of a Batch back.
+func (v *Volume) endApplier(touched []extent, changes []change) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.applier = false
 	if cap(touched) > 0 && cap(touched) <= touchedRetainedN {
 		v.touched = touched
 	}
+	if cap(changes) > 0 && cap(changes) <= touchedRetainedN {
+		v.changes = changes
+	}
 }
 
-// apply commits a batch of this volume, and sets its record when next is not nil.
+// apply commits a batch of this volume, and sets its record when next is not nil. then, when set, is called once the
+// store has the batch, before any other of the volume.
 // REQUIRES: entered; the caller is the applier.
-func (v *Volume) apply(b *pebble.Batch, next *record) error {
+func (v *Volume) apply(b *pebble.Batch, next *record, then func()) error {
 	v.applyMu.Lock()
 	defer v.applyMu.Unlock()
 	v.mu.Lock()
@@ -276,6 +352,9 @@ func (v *Volume) apply(b *pebble.Batch, next *record) error {
 	}
 	if err := v.e.apply(b); err != nil {
 		return err
+	}
+	if then != nil {
+		then()
 	}
 	if next != nil {
 		v.setRecord(next)

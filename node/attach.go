@@ -78,6 +78,7 @@ type attacher struct {
 type attached struct {
 	epoch  trivet.Epoch  // granted to this process
 	lock   *cache.Locked // of the mapping file, until path has it; may be nil
+	goesOn bool          // until path is open: the kernel device of an earlier process is to be resumed on it
 	group  groupDevice   // nil while waiting for the fence
 	path   *path         // the data path on top of group
 	kernel kernelDevice  // nil while not shown
@@ -256,7 +257,7 @@ func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
 	stages := a.shared.stages.Open(v.ID)
-	cached, err := a.caches.open(probeStage(group, stages, stage.Replication), v, epoch, at.lock)
+	cached, err := a.caches.open(probeStage(group, stages, stage.Replication), v, at)
 	if err != nil {
 		stages.Close()
 		return nil, errors.Join(err, group.Close())

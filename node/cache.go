@@ -92,19 +92,20 @@ func (c *caches) tidy() {
 	}
 }
 
-// open puts the cache of v in front of group. l, which may be nil, belongs to the cache then. Without an error it
+// open puts the cache of v in front of group. The lock of at, if it has one, belongs to the cache then. When a kernel
+// device goes on, so does the loss of a write that an earlier process met: whoever uses the device has to be told (H14). Without an error it
 // returns a Device even for a volume that caches nothing: it may be told to later.
-func (c *caches) open(group trivet.Device, v *meta.Volume, epoch trivet.Epoch, l *cache.Locked) (*cache.Device, error) {
+func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached) (*cache.Device, error) {
 	want, weight, err := cacheOf(v)
 	if err != nil {
 		return nil, err
 	}
-	if want.Mode == cache.WriteBack && l == nil && !v.Attached.ReadOnly {
+	if want.Mode == cache.WriteBack && at.lock == nil && !v.Attached.ReadOnly {
 		c.log.Warn("no cache directory on a tmpfs: a writeBack volume is written through", "volume", v.ID)
 	}
 	want.Bytes = c.pool.Ask(v.ID, want.Bytes, weight)
-	d, err := cache.Open(group, l, cache.Config{
-		Cluster: c.cluster, Volume: v.ID, Epoch: epoch, Settings: want, Logger: c.log,
+	d, err := cache.Open(group, at.lock, cache.Config{
+		Cluster: c.cluster, Volume: v.ID, Epoch: at.epoch, Resume: at.goesOn, Settings: want, Logger: c.log,
 	})
 	if err != nil {
 		c.pool.Leave(v.ID)

@@ -42,7 +42,9 @@ type DiskConfig struct {
 	// segments for each lane, and more while groups are far behind. 0 = by the size of the filesystem (log.go).
 	LogLanes        int
 	LogSegmentBytes int64
-	Logger          *slog.Logger // nil discards
+	// CleanTarget is the share of the log's segments that live blocks should take (engine.Config). 0 = 0.7.
+	CleanTarget float64
+	Logger      *slog.Logger // nil discards
 	// Fatal is called when the disk must not be used any more: an I/O error, or another process on
 	// it. The process has to stop. REQUIRES: not nil for OpenDisk.
 	Fatal func(error)
@@ -223,8 +225,9 @@ func (d *Disk) start(cfg DiskConfig) error {
 		return err
 	}
 	e, err := engine.Open(engine.Config{
-		FS: vfs.Default, Dir: filepath.Join(d.dir, engineDir), CacheBytes: cfg.CacheBytes,
-		Logger: loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal, OnCorruption: d.damage.add,
+		FS: vfs.Default, Dir: filepath.Join(d.dir, engineDir), CacheBytes: cfg.CacheBytes, Log: log,
+		CleanTarget: cfg.CleanTarget,
+		Logger:      loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal, OnCorruption: d.damage.add,
 	})
 	if err != nil {
 		return errors.Join(err, log.Close())

@@ -157,17 +157,18 @@ func TestLogShape(t *testing.T) {
 		segment int64
 	}{
 		{64 << 20, 1, 8 << 20},
-		{512 << 20, 2, 8 << 20},
-		{1 << 30, 4, 8 << 20},
-		{4 << 30, 4, 32 << 20},
-		{8 << 30, 4, 64 << 20},
+		{512 << 20, 1, 8 << 20},
+		{1 << 30, 2, 8 << 20},
+		{2 << 30, 4, 8 << 20},
+		{5 << 30, 4, 32 << 20},
+		{10 << 30, 4, 64 << 20},
 		{10 << 40, 4, 64 << 20},
 	} {
 		lanes, segmentBytes := logShape(tt.total)
 		assert.Equal(t, tt.lanes, lanes, "%d", tt.total)
 		assert.Equal(t, tt.segment, segmentBytes, "%d", tt.total)
 		if tt.total >= 512<<20 {
-			assert.LessOrEqual(t, int64(lanes)*segmentBytes*logFilesN, tt.total/10, "%d", tt.total)
+			assert.LessOrEqual(t, int64(lanes+1)*segmentBytes*logFilesN, tt.total/10, "%d", tt.total)
 		}
 	}
 }

@@ -108,11 +108,11 @@ func (g *groupNode) boot() {
 		require.NoError(t, root.Close())
 	}
 	var err error
+	g.log = g.openLog()
 	g.eng, err = engine.Open(engine.Config{
-		FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Fatal: g.fatal,
+		FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Log: g.log, Fatal: g.fatal,
 	})
 	require.NoError(t, err)
-	g.log = g.openLog()
 	g.link = g.b.net.Node(testNodeID(g.n))
 	g.host, err = replication.NewHost(replication.HostConfig{
 		Network: g.link, Mux: raftgroup.NewMux(g.link), Timing: raftgroup.Timing{Heartbeat: 500 * time.Millisecond},
@@ -148,7 +148,8 @@ func (g *groupNode) openLog() *segment.Log {
 	t := g.b.t
 	t.Helper()
 	opts := segment.Options{
-		Dir: raftgroup.LogDir(g.fs, "/d/log"), Disk: g.disk, Lanes: 1, SegmentBytes: 256 << 10,
+		Dir: raftgroup.LogDir(g.fs, "/d/log"), Disk: g.disk, Lanes: 1, SegmentBytes: 256 << 10, DataLane: true,
+		Hold: true,
 	}
 	if _, err := g.fs.Stat("/d/log"); err != nil {
 		require.NoError(t, segment.Format(opts))
@@ -167,8 +168,8 @@ func (g *groupNode) kill() {
 	require.NoError(g.b.t, g.link.Close())
 	g.agent.close()
 	_ = g.host.Close() // a dead process: what it says does not count
-	_ = g.log.Close()
 	_ = g.eng.Close()
+	_ = g.log.Close()
 	g.agent, g.fs = nil, after
 }
 

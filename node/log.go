@@ -36,14 +36,14 @@ const (
 )
 
 // logShape returns lanes and segment size for a filesystem of totalBytes: as large as its share allows, with
-// fewer lanes only where even the smallest segments would pass it.
+// fewer lanes only where even the smallest segments would pass it. The data lane comes on top of lanes, and counts.
 func logShape(totalBytes int64) (lanes int, segmentBytes int64) {
 	budget := totalBytes / logShare / logFilesN
-	for lanes = logLanesMax; lanes > 1 && int64(lanes)*logSegmentBytesMin > budget; {
+	for lanes = logLanesMax; lanes > 1 && int64(lanes+1)*logSegmentBytesMin > budget; {
 		lanes /= 2
 	}
 	segmentBytes = logSegmentBytesMin
-	for segmentBytes < logSegmentBytesMax && 2*segmentBytes*int64(lanes) <= budget {
+	for segmentBytes < logSegmentBytesMax && 2*segmentBytes*int64(lanes+1) <= budget {
 		segmentBytes *= 2
 	}
 	return lanes, segmentBytes
@@ -67,7 +67,7 @@ func formatLog(cfg *DiskConfig, id trivet.DiskID) error {
 		return err
 	}
 	return segment.Format(segment.Options{
-		Dir: segment.NewOSDir(dir), Disk: id, Lanes: lanes, SegmentBytes: segmentBytes,
+		Dir: segment.NewOSDir(dir), Disk: id, Lanes: lanes, SegmentBytes: segmentBytes, DataLane: true,
 	})
 }
 
@@ -83,13 +83,15 @@ func placeLog(dir string) error {
 	return syncDir(dir)
 }
 
-// openLog recovers the log of a disk. Its first failure is the process's (H28).
+// openLog recovers the log of a disk, and holds its segments until the engine opens. Its first failure is the
+// process's (H28).
 func openLog(cfg *DiskConfig, id trivet.DiskID) (*segment.Log, error) {
 	if err := placeLog(cfg.Dir); err != nil {
 		return nil, err
 	}
 	dir := filepath.Join(cfg.Dir, logDir)
-	log, err := segment.Open(segment.Options{Dir: segment.NewOSDir(dir), Disk: id, Fatal: cfg.Fatal})
+	// The engine refers to blocks in it: nothing is recycled before it has pinned them.
+	log, err := segment.Open(segment.Options{Dir: segment.NewOSDir(dir), Disk: id, Hold: true, Fatal: cfg.Fatal})
 	switch {
 	case errors.Is(err, trivet.ErrNotFound):
 		return nil, fmt.Errorf("its log is gone from %s; its replicas have forgotten their votes, so empty this disk and "+

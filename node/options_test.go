@@ -118,7 +118,7 @@ func openTestPath(t *testing.T, v *meta.Volume, with *shared) *path {
 	t.Helper()
 	all := newCaches(&Config{})
 	stages := with.stages.Open(v.ID)
-	cached, err := all.open(probeStage(faultdev.NewMem(1<<20), stages, stage.Replication), v, 1, nil)
+	cached, err := all.open(probeStage(faultdev.NewMem(1<<20), stages, stage.Replication), v, &attached{epoch: 1})
 	require.NoError(t, err)
 	p, err := stack(all.follow(cached, v, 1), v, with, stages)
 	require.NoError(t, err)

@@ -196,7 +196,7 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 	if err := m.records.put(rec); err != nil {
 		return nil, errors.Join(fmt.Errorf("resume %s: %w", v.ID, err), unlockCache(lock))
 	}
-	at := &attached{epoch: epoch, lock: lock}
+	at := &attached{epoch: epoch, lock: lock, goesOn: true}
 	m.attacher.set(v.ID, at)
 	return at, nil
 }

@@ -13,8 +13,10 @@ import (
 
 // superblockVersion is the format that this version writes and the only one that it reads (H36). It tells how
 // the disk is laid out: since 2 the Raft logs of its groups are one shared log; on a disk of version 1 each
-// group had files of its own, which nothing reads any more.
-const superblockVersion = 2
+// group had files of its own, which nothing reads any more. Since 3 the blocks of volumes stand in that log, which
+// has a
+// lane for them, and the engine refers to them.
+const superblockVersion = 3
 
 const (
 	superblockMagic    = "trivet superblock"
@@ -24,7 +26,7 @@ const (
 // superblock says whose a disk is. On disk it is three lines of text, so that an operator can read
 // it with cat:
 //
-//	trivet superblock 2                       magic and version
+//	trivet superblock 3                       magic and version
 //	{"cluster":"…","node":"…","disk":"…",…}   one line of JSON, fields in this order
 //	crc32c 0123abcd                           of the two lines above, line ends included
 //

@@ -27,6 +27,9 @@ import (
 // write enters Trivet and nothing recomputes it on the way: it is checked by the leader before it
 // proposes and by every replica before it applies (I12, H25).
 //
+// The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
+// (payloadAt, docs/decisions/0021), so that a block can be read in place.
+//
 // arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize,
 // and zero otherwise. seq and low are zero for fence, resize and wipe: these need no session, because
 // a late copy of one has no effect (DESIGN.md).
@@ -220,6 +223,19 @@ func appendEntry(dst []byte, id trivet.VolumeID, rs []request) []byte {
 		dst = append(dst, rs[i].data...)
 	}
 	return dst
+}
+
+// payloadAt returns where the data of the writes begin in an encoded entry; its length when there are none, or b is not
+// one. The log keeps them from there on as blocks that can be read in place.
+func payloadAt(b []byte) int {
+	if len(b) < entryHeaderBytes || b[0] != entryVersion {
+		return len(b)
+	}
+	at := entryHeaderBytes + headerBytes*int(binary.BigEndian.Uint16(b[2:]))
+	if at > len(b) || len(b)-at != int(binary.BigEndian.Uint32(b[4:])) {
+		return len(b)
+	}
+	return at
 }
 
 // decodeEntry appends the requests of entry b of volume id to dst and returns them; their data are

@@ -160,3 +160,21 @@ func FuzzDecodeEntry(f *testing.F) {
 		require.Equal(t, b, appendEntry(nil, testVolume, reqs))
 	})
 }
+
+// The log cuts entries where payloadAt says, so it must find the data of every entry and be wrong about no other bytes.
+func TestPayloadAt(t *testing.T) {
+	t.Parallel()
+	reqs := everyKind()
+	b := appendEntry(nil, testVolume, reqs)
+	at := payloadAt(b)
+	want := append(bytes.Clone(reqs[0].data), reqs[6].data...)
+	require.Equal(t, want, b[at:])
+	none := appendEntry(nil, testVolume, reqs[1:3])
+	require.Equal(t, len(none), payloadAt(none), "no data")
+	for name, odd := range map[string][]byte{
+		"empty": {}, "short": b[:entryHeaderBytes-1], "cut": b[:len(b)-1], "longer": append(bytes.Clone(b), 0),
+		"another version": append([]byte{entryVersion + 1}, b[1:]...), "heads cut": b[:entryHeaderBytes+1],
+	} {
+		require.Equal(t, len(odd), payloadAt(odd), name)
+	}
+}

@@ -267,6 +267,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Dir:           fs.PathJoin(s.Disk.Dir, "groups", s.Volume.String()),
 		Log:           s.Disk.Log,
 		Network:       h.cfg.Mux,
+		PayloadAt:     payloadAt,
 		Timing:        h.cfg.Timing,
 		OverlapFlush:  h.cfg.OverlapFlush,
 		SnapshotBytes: h.cfg.SnapshotBytes,

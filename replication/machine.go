@@ -9,12 +9,14 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 // machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
-// which holds blocks, applied index, epoch, size, session window and members together (H2).
+// which holds blocks, applied index, epoch, size, session window and members together (H2). Blocks are not copied: the
+// engine refers to them where they stand in the log.
 //
 // Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
 type machine struct {
@@ -108,13 +110,19 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result,
 	if err != nil {
 		return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 	}
-	out := make([]result, len(reqs))
+	stored := e.Stored // where the data of all writes stand, one behind the other; else the engine takes a copy
+	if stored.Bytes != int64(len(e.Data)-payloadAt(e.Data)) {
+		stored = segment.Place{}
+	}
+	out, skip := make([]result, len(reqs)), int64(0)
 	for i := range reqs {
 		res, ch := m.core.step(&reqs[i])
 		out[i] = res
+		at := skip
+		skip += int64(len(reqs[i].data))
 		switch ch.effect {
 		case effectWrite:
-			err = batch.Write(ch.lba, reqs[i].data)
+			err = batch.Refer(ch.lba, reqs[i].data, stored, at)
 		case effectZero:
 			err = batch.Zero(ch.lba, ch.blockN)
 		case effectNone:

@@ -30,9 +30,10 @@ func decodeRecord(b []byte, number, incarnation uint64, off int64) (record, plac
 		data: b[blocksEnd : blocksEnd+dataBytes : blocksEnd+dataBytes],
 	}
 	at := place{number: number, off: uint32(off), page: le.Uint32(b[40:]), payload: le.Uint32(b[44:])}
-	carries := r.kind == kindEntry || r.kind == kindMove
+	carries := r.kind == kindEntry || r.kind == kindMove || r.kind == kindBlocks
 	switch {
-	case r.kind < kindEntry || r.kind > kindDelete,
+	case r.kind < kindEntry || r.kind > kindBlocks,
+		r.kind == kindBlocks && (blocksN == 0 || dataBytes > 0),
 		!carries && (at.payload > 0 || blocksN > 0),
 		at.payload%pageBytes != 0 || (at.payload == 0) != (at.page == 0),
 		blocksN != 0 && blocksN != int64(at.payload)/pageBytes,

@@ -21,12 +21,14 @@
 // the handle of one group; it needs no creation. Append waits for the disk; AppendAsync returns a Ticket that
 // waits for that very write. Locate tells where an entry's payload stands, and pins it there; ReadAt reads a
 // block in place. An owner that keeps such places over a restart opens with Options.Hold, pins what it needs,
-// and calls Release.
+// and calls Release. A log with a DataLane also takes blocks that have no entry, with Store: what an owner copies
+// out of segments that it wants to have back, or gets from elsewhere.
 //
 // # What it leaves to its caller
 //
 // That one process at a time has the directory open; room on the disk (H26: a disk without room for the next
 // file refuses entries with ErrNoSpace and still takes terms, votes and trims, up to an eighth of a segment and not
 // over a restart: keep a reserve); when to trim (H1); and what entries mean. A lost directory, or a lost
-// newest segment file, looks like an older log: compare with your own applied index (H4).
+// newest segment file, looks like an older log: compare with your own applied index (H4). Blocks of the data lane are
+// not the log's to check: their owner has their checksums.
 package segment

@@ -34,7 +34,8 @@ import (
 //	 56 previous end u64: where the segment before ended, and was durable; 0 = there was none
 //	 64 checkpoint bytes u32
 //	 68 checkpoint crc32c u32
-//	 72 zero (52)
+//	 72 data lanes u32: 1 when the last lane holds blocks without entries, else 0
+//	 76 zero (48)
 //	124 crc32c u32 over the rest
 //
 //	batch, padded to a page: header, records one after the other, page, payloads one after the other
@@ -52,10 +53,10 @@ import (
 //
 //	record, padded with zeroes to 8 bytes
 //	  0 crc32c u32 over number, incarnation, offset of the record, and what follows up to the data
-//	  4 kind u8: entry, move, truncate, trim, reset, stable or delete
+//	  4 kind u8: entry, move, truncate, trim, reset, stable, delete or blocks
 //	  5 type u8: of the entry, for the caller
 //	  6 zero u16
-//	  8 group u64
+//	  8 group u64: of blocks, their volume
 //	 16 index u64: of the entry | first to drop | last to drop | next | term of the vote | 0
 //	 24 term u64: of the entry | current term
 //	 32 blocks u32: described blocks; 0, or one for each 4096 bytes of payload
@@ -91,6 +92,7 @@ const (
 	kindReset    = 5
 	kindStable   = 6
 	kindDelete   = 7
+	kindBlocks   = 8 // of a volume, without an entry, in a data lane
 )
 
 var (
@@ -117,7 +119,7 @@ func parseDisk(id trivet.DiskID) (diskUUID, error) {
 
 type segmentHeader struct {
 	disk                diskUUID
-	lane, lanes         uint32
+	lane, lanes, data   uint32
 	number, incarnation uint64
 	segmentBytes        int64
 	prevEnd             int64
@@ -141,6 +143,7 @@ func (h segmentHeader) encode(b []byte) {
 	le.PutUint64(b[56:], uint64(h.prevEnd))
 	le.PutUint32(b[64:], h.checkpointBytes)
 	le.PutUint32(b[68:], h.checkpointSum)
+	le.PutUint32(b[72:], h.data)
 	le.PutUint32(b[124:], checksum(b[:124]))
 }
 
@@ -155,11 +158,11 @@ func decodeSegmentHeader(b []byte) (segmentHeader, error) {
 		lane: le.Uint32(b[24:]), lanes: le.Uint32(b[28:]),
 		number: le.Uint64(b[32:]), incarnation: le.Uint64(b[40:]),
 		segmentBytes: int64(le.Uint64(b[48:])), prevEnd: int64(le.Uint64(b[56:])),
-		checkpointBytes: le.Uint32(b[64:]), checkpointSum: le.Uint32(b[68:]),
+		checkpointBytes: le.Uint32(b[64:]), checkpointSum: le.Uint32(b[68:]), data: le.Uint32(b[72:]),
 	}
 	copy(h.disk[:], b[8:])
 	switch {
-	case h.lanes == 0 || h.lanes > lanesMax || h.lane >= h.lanes || h.number == 0,
+	case h.lanes == 0 || h.lanes > lanesMax || h.lane >= h.lanes || h.data > 1 || h.data >= h.lanes || h.number == 0,
 		h.segmentBytes < segmentBytesMin || h.segmentBytes > segmentBytesMax || h.segmentBytes%pageBytes != 0,
 		h.prevEnd < 0 || h.prevEnd > h.segmentBytes || h.prevEnd%pageBytes != 0,
 		int64(h.checkpointBytes) > h.segmentBytes/2:

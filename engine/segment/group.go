@@ -3,6 +3,7 @@ package segment
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -20,6 +21,21 @@ type Entry struct {
 
 	// Blocks describes the payload, one for each 4096 bytes, or is empty.
 	Blocks []BlockInfo
+}
+
+// Whole returns Data and Payload as one slice, without a copy when they lie one behind the other in memory: so do those
+// that Read returns, and those that were cut out of one slice. It must not be changed.
+func (e *Entry) Whole() []byte {
+	d, p := e.Data, e.Payload
+	switch {
+	case len(p) == 0:
+		return d
+	case len(d) == 0:
+		return p
+	case cap(d)-len(d) >= len(p) && &d[:len(d)+1][len(d)] == &p[0]:
+		return d[: len(d)+len(p) : len(d)+len(p)]
+	}
+	return append(slices.Clip(d), p...)
 }
 
 // Ticket waits for one change to be on stable storage: for that very write, whatever happens to its

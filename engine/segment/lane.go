@@ -82,6 +82,7 @@ type request struct {
 	head    int64  // bytes of the records in a batch, without payload
 	payload int64  // bytes
 	ticket  *Ticket
+	stored  *Place // of blocks without an entry: where they came to stand, pinned
 }
 
 func newLane(log *Log, id int) *lane {
@@ -163,9 +164,11 @@ func (l *lane) roomForLocked(entriesN int64) error {
 
 // acceptLocked takes a checked request: from here on readers see it.
 func (l *lane) acceptLocked(req *request) {
-	g := req.group
 	for i, r := range req.records {
-		at := req.refs[i]
+		at, g := req.refs[i], req.group
+		if g == nil {
+			continue
+		}
 		if at != nil {
 			at.entry = r
 			l.fifo = append(l.fifo, at)
@@ -349,6 +352,10 @@ func (l *lane) writeBatch(reqs []*request, records []*record, total int64) error
 	}
 	for _, req := range reqs {
 		for i, r := range req.records {
+			if req.stored != nil {
+				*req.stored = l.keepLocked(r, places[i])
+				continue
+			}
 			l.settleLocked(req.group, r, req.refs[i], places[i])
 		}
 		places = places[len(req.records):]

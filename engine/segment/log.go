@@ -35,6 +35,9 @@ type Options struct {
 	Lanes        int
 	SegmentBytes int64
 
+	// DataLane has Format add a lane for blocks that have no entry (Log.Store); Open finds it.
+	DataLane bool
+
 	// CacheBytes bounds the data of entries that are kept in memory, over all lanes, beside those that
 	// are not yet durable. 0 = 64 MiB.
 	CacheBytes int64
@@ -82,7 +85,7 @@ func (o Options) Validate() error {
 	}
 	for field, bad := range map[string]bool{
 		"Dir":          o.Dir == nil,
-		"Lanes":        o.Lanes < 1 || o.Lanes > lanesMax,
+		"Lanes":        o.Lanes < 1 || o.Lanes+o.dataLanes() > lanesMax,
 		"SegmentBytes": o.SegmentBytes < segmentBytesMin || o.SegmentBytes > segmentBytesMax || o.SegmentBytes%pageBytes != 0,
 		"CacheBytes":   o.CacheBytes < 0,
 		"QueueBytes":   o.QueueBytes < 0,
@@ -94,10 +97,19 @@ func (o Options) Validate() error {
 	return nil
 }
 
+// dataLanes is how many lanes Format adds for blocks without entries.
+func (o Options) dataLanes() int {
+	if o.DataLane {
+		return 1
+	}
+	return 0
+}
+
 // shape is what Format fixes.
 type shape struct {
 	disk         diskUUID
-	lanes        uint32
+	lanes        uint32 // all of them
+	data         uint32 // of them, the last, for blocks without entries: 0 or 1
 	segmentBytes int64
 }
 
@@ -106,6 +118,9 @@ type shape struct {
 func (s shape) checkpointMax() int64 { return s.segmentBytes/2 - 2*pageBytes }
 func (s shape) appendMax() int64     { return s.segmentBytes / 4 }
 func (s shape) carryMax() int64      { return s.segmentBytes / 8 }
+
+// laneOf returns the lane of a group's entries.
+func (s shape) laneOf(id trivet.VolumeID) int { return int(uint64(id) % uint64(s.lanes-s.data)) }
 
 // Log is the log of one disk. It is safe for concurrent use.
 type Log struct {
@@ -158,8 +173,9 @@ func Format(opts Options) error {
 		}
 	}
 	disk, _ := parseDisk(opts.Disk) // Validate looked at it
-	s := shape{disk: disk, lanes: uint32(opts.Lanes), segmentBytes: opts.SegmentBytes}
-	for i := range opts.Lanes {
+	data := opts.dataLanes()
+	s := shape{disk: disk, lanes: uint32(opts.Lanes + data), data: uint32(data), segmentBytes: opts.SegmentBytes}
+	for i := range int(s.lanes) {
 		f, err := opts.Dir.Create(slotName(i, 0), s.segmentBytes)
 		if err == nil {
 			h := segmentHeader{number: 1, incarnation: opts.Rand(), lane: uint32(i)}
@@ -177,7 +193,7 @@ func Format(opts Options) error {
 // is written to it. It returns the offset of the first batch.
 func activate(f File, s shape, h segmentHeader, groups []groupCheckpoint) (int64, error) {
 	body := appendCheckpoint(nil, groups)
-	h.disk, h.lanes, h.segmentBytes = s.disk, s.lanes, s.segmentBytes
+	h.disk, h.lanes, h.data, h.segmentBytes = s.disk, s.lanes, s.data, s.segmentBytes
 	h.checkpointBytes, h.checkpointSum = uint32(len(body)), checksum(body)
 	b := alignedBytes(h.start())
 	h.encode(b)
@@ -218,7 +234,7 @@ func Open(opts Options) (*Log, error) {
 
 // Group returns the handle of a group. It is there without being created: empty, with a zero Stable.
 func (l *Log) Group(id trivet.VolumeID) *Group {
-	lane := l.lanes[uint64(id)%uint64(len(l.lanes))]
+	lane := l.lanes[l.shape.laneOf(id)]
 	lane.mu.Lock()
 	defer lane.mu.Unlock()
 	return lane.groupLocked(id)

@@ -109,7 +109,12 @@ func (l *lane) readRecord(seg *segment, where place) (*record, error) {
 			r.kind, at, seg.number, where, trivet.ErrCorrupt)
 	}
 	if where.payload > 0 {
-		r.payload = alignedBytes(int64(where.payload))
+		// One behind the other, for Entry.Whole, and the payload at a page.
+		dataBytes := int64(len(r.data))
+		skip := alignUp(dataBytes, pageBytes)
+		b := alignedBytes(skip + int64(where.payload))
+		copy(b[skip-dataBytes:], r.data)
+		r.data, r.payload = b[skip-dataBytes:skip], b[skip:]
 		if err := readFull(seg.file, r.payload, payloadAt); err != nil {
 			return nil, fmt.Errorf("segment %d at %d: %w", seg.number, payloadAt, err)
 		}

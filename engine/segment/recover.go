@@ -101,7 +101,7 @@ func (l *Log) findShape(all []*candidate) error {
 		if c.head == nil {
 			continue
 		}
-		s := shape{disk: c.head.disk, lanes: c.head.lanes, segmentBytes: c.head.segmentBytes}
+		s := shape{disk: c.head.disk, lanes: c.head.lanes, data: c.head.data, segmentBytes: c.head.segmentBytes}
 		switch {
 		case s.disk != disk:
 			return fmt.Errorf("file %s belongs to disk %x, not %x: %w", c.name, s.disk, disk, trivet.ErrInvalid)
@@ -322,13 +322,16 @@ func (l *lane) batchAt(b []byte, seg segmentHeader) (batchHeader, []found, error
 // replayRecord applies one record. A damaged body of an entry is left to Read, so that it harms no other
 // group (H38); of a vote, nothing is left.
 func (l *lane) replayRecord(r *found) error {
-	if r.bad != nil && r.kind != kindEntry && r.kind != kindMove {
+	switch {
+	case (r.kind == kindBlocks) != l.log.isData(l.id),
+		r.kind != kindBlocks && l.log.shape.laneOf(r.group) != l.id:
+		return fmt.Errorf("record kind %d of %s is not of lane %d: %w", r.kind, r.group, l.id, trivet.ErrCorrupt)
+	case r.kind == kindBlocks:
+		return nil // whoever wanted them knows where they are, and checks them
+	case r.bad != nil && r.kind != kindEntry && r.kind != kindMove:
 		return r.bad
 	}
 	g := l.groupLocked(r.group)
-	if uint64(r.group)%uint64(l.log.shape.lanes) != uint64(l.id) {
-		return fmt.Errorf("%s is not of lane %d: %w", r.group, l.id, trivet.ErrCorrupt)
-	}
 	if err := g.durable.check(&r.record); err != nil {
 		return fmt.Errorf("%v: %w", err, trivet.ErrCorrupt)
 	}

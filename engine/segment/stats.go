@@ -13,7 +13,8 @@ type LaneStats struct {
 	QueuedBytes int64 // now
 
 	EntryBytes   int64 // data and payload that became durable
-	WrittenBytes int64 // to files; over EntryBytes it is the write amplification
+	StoredBytes  int64 // of blocks without an entry that did
+	WrittenBytes int64 // to files; over EntryBytes and StoredBytes it is the write amplification
 	MovedBytes   int64 // of it, entries carried forward
 	Flushes      int64
 	Marks        int64

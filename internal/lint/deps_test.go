@@ -16,7 +16,7 @@ import (
 // newcomer decides where it stands.
 var mayImport = map[string][]string{
 	".":                         {},
-	"engine":                    {},
+	"engine":                    {"engine/segment"},
 	"engine/segment":            {},
 	"iothrottle":                {},
 	"cache":                     {},
@@ -63,6 +63,9 @@ var mayImport = map[string][]string{
 	"internal/bench":     {},
 	"internal/replbench": {
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
+	},
+	"internal/enginebench": {
+		"engine", "engine/segment",
 	},
 	"deploy":       {},
 	"sanity":       {"internal/testutil", "server"},

@@ -218,7 +218,7 @@ func (n *Node) hasReplica() bool {
 // logOptions returns where the log is, by way of fs.
 func logOptions(fs vfs.FS, seed uint64) segment.Options {
 	return segment.Options{
-		Dir: raftgroup.LogDir(fs, logDir), Disk: diskID, Lanes: 1, SegmentBytes: logSegmentBytes,
+		Dir: raftgroup.LogDir(fs, logDir), Disk: diskID, Lanes: 1, SegmentBytes: logSegmentBytes, DataLane: true, Hold: true,
 		Rand: newRand(seed, 51).Uint64,
 	}
 }
@@ -256,7 +256,7 @@ func (n *Node) Boot() error {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
 	}
 	l.eng, err = engine.Open(engine.Config{
-		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20,
+		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Log: l.log,
 		Fatal: fatal, OnCorruption: n.c.damage(n, l), Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {

@@ -19,6 +19,7 @@ type fsm struct {
 	fatal   func(error)
 	failed  func() error // of the whole group
 	durable *durability
+	log     *groupLog // where entries stand; nil: it is not asked
 
 	mu     sync.Mutex // held over Apply and Image, so that an image has the index that is read with it
 	config groupConfig
@@ -73,6 +74,7 @@ func (f *fsm) awaitDurable(logs []*raft.Log) {
 func (f *fsm) applyLocked(logs []*raft.Log, results []any) error {
 	applied, _ := f.machine.Applied()
 	entries := make([]Entry, 0, len(logs))
+	defer func() { f.unpin(entries) }()
 	at := make([]int, 0, len(logs))
 	config := f.config
 	for i, e := range logs {
@@ -80,15 +82,18 @@ func (f *fsm) applyLocked(logs []*raft.Log, results []any) error {
 			continue
 		}
 		entry := Entry{Index: e.Index, Term: e.Term, Data: e.Data}
-		if e.Type == raft.LogConfiguration {
+		switch {
+		case e.Type == raft.LogConfiguration:
 			members, err := decodeConfiguration(e.Data)
 			if err != nil {
 				return fmt.Errorf("apply entry %d: %w", e.Index, err)
 			}
 			entry.Data, entry.Members = nil, members
 			config = groupConfig{e.Index, members}
-		} else if entry.Data == nil {
+		case entry.Data == nil:
 			entry.Data = []byte{}
+		case f.log != nil && e.Type == raft.LogCommand:
+			entry.Stored, _ = f.log.locate(e.Index, e.Term)
 		}
 		entries = append(entries, entry)
 		at = append(at, i)
@@ -110,6 +115,15 @@ func (f *fsm) applyLocked(logs []*raft.Log, results []any) error {
 	}
 	f.config = config
 	return nil
+}
+
+// unpin gives back what locate has pinned: the machine has pins of its own by now.
+func (f *fsm) unpin(entries []Entry) {
+	for i := range entries {
+		if entries[i].Stored.Bytes > 0 {
+			f.log.disk.Unpin(entries[i].Stored.Segment)
+		}
+	}
 }
 
 // Snapshot is called between two batches: everything up to the snapshot's index is applied.

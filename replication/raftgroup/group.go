@@ -161,6 +161,7 @@ func (g *Group) path(name string) string { return g.cfg.FS.PathJoin(g.cfg.Dir, n
 func (g *Group) openStores() error {
 	var err error
 	g.seglog = newGroupLog(g.cfg.Log, g.cfg.Group)
+	g.seglog.payload = g.cfg.PayloadAt
 	if err := g.seglog.verify(); err != nil {
 		return err
 	}
@@ -177,7 +178,7 @@ func (g *Group) openStores() error {
 	g.sends = g.cfg.Stages.Meter(stage.Network)
 	applied, _ := g.cfg.Machine.Applied()
 	g.fsm = &fsm{
-		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed, durable: g.store.durable,
+		machine: g.cfg.Machine, fatal: g.fatal, failed: g.guard.failed, durable: g.store.durable, log: g.seglog,
 		config: g.store.configAt(max(applied, g.snaps.record().index)),
 	}
 	g.snaps.fsm = g.fsm

@@ -25,18 +25,21 @@ const (
 )
 
 // groupLog is one group's part of the disk's log, in the library's terms. It has no state and no lock of
-// its own. Entries are kept as Data, so the log owns their bytes from the append on (H25).
+// its own. The log owns the bytes of entries from the append on (H25). What the library has as one piece of data is
+// kept in two, the blocks at its end as payload, where they can be read in place (docs/decisions/0021).
 type groupLog struct {
 	*segment.Group
+	disk     *segment.Log
 	id       trivet.VolumeID
-	batchMax int64 // bytes of records that one Append takes
-	entryMax int   // bytes of data that one entry may have
+	payload  func(data []byte) int // Config.PayloadAt, may be nil
+	batchMax int64                 // bytes of records that one Append takes
+	entryMax int                   // bytes of data that one entry may have
 }
 
 func newGroupLog(log *segment.Log, id trivet.VolumeID) *groupLog {
 	batchMax := log.AppendBytesMax() - batchSlack
 	return &groupLog{
-		Group: log.Group(id), id: id, batchMax: batchMax, entryMax: int(min(EntryBytesMax, batchMax-recordBytes)),
+		Group: log.Group(id), disk: log, id: id, batchMax: batchMax, entryMax: int(min(EntryBytesMax, batchMax-recordBytes)),
 	}
 }
 
@@ -74,7 +77,7 @@ func (l *groupLog) read(index uint64, out *raft.Log) error {
 	case err != nil:
 		return err
 	}
-	*out = raft.Log{Index: e.Index, Term: e.Term, Type: raft.LogType(e.Type), Data: e.Data}
+	*out = raft.Log{Index: e.Index, Term: e.Term, Type: raft.LogType(e.Type), Data: e.Whole()}
 	return nil
 }
 
@@ -137,7 +140,39 @@ func (l *groupLog) appendPart(entries []*raft.Log) (*segment.Ticket, error) {
 			return nil, fmt.Errorf("append entry %d of %s: %d bytes of extensions: %w",
 				e.Index, l.id, len(e.Extensions), trivet.ErrInvalid)
 		}
-		part = append(part, segment.Entry{Index: e.Index, Term: e.Term, Type: byte(e.Type), Data: e.Data})
+		at := l.payloadAt(e)
+		part = append(part, segment.Entry{
+			Index: e.Index, Term: e.Term, Type: byte(e.Type), Data: e.Data[:at], Payload: e.Data[at:],
+		})
 	}
 	return l.AppendAsync(part)
+}
+
+// payloadAt returns where the blocks begin that an entry's data ends with.
+func (l *groupLog) payloadAt(e *raft.Log) int {
+	n := len(e.Data)
+	if l.payload == nil || e.Type != raft.LogCommand || n < pageBytes {
+		return n
+	}
+	if at := l.payload(e.Data); at >= 0 && at < n && (n-at)%pageBytes == 0 {
+		return at
+	}
+	return n
+}
+
+// locate returns where the payload of an entry stands, and pins it; false when it has none, or the log does not have
+// that entry, or not yet on the disk.
+func (l *groupLog) locate(index, term uint64) (segment.Place, bool) {
+	if has, ok := l.term(index); !ok || has != term {
+		return segment.Place{}, false
+	}
+	at, err := l.Locate(index)
+	if err != nil {
+		return segment.Place{}, false
+	}
+	if at.Bytes == 0 {
+		l.disk.Unpin(at.Segment)
+		return segment.Place{}, false
+	}
+	return at, true
 }

@@ -58,8 +58,11 @@ type Member struct {
 // Entry is one committed log entry. Exactly one of Data and Members is set.
 type Entry struct {
 	Index, Term uint64
-	Data        []byte   // a proposal; valid only during Apply, and never to be written to
-	Members     []Member // a configuration change
+	Data        []byte // a proposal; valid only during Apply, and never to be written to
+	// Stored is where the blocks at the end of Data (Config.PayloadAt) stand in the disk's log, on stable storage.
+	// Its segment is pinned until Apply returns. Bytes is 0 when the entry has no blocks, or the log no such entry.
+	Stored  segment.Place
+	Members []Member // a configuration change
 }
 
 // StateMachine is what a group replicates. Apply is called by one goroutine at a time; Flush, Image
@@ -126,7 +129,11 @@ type Config struct {
 	Log     *segment.Log
 	Network *Mux
 	Machine StateMachine
-	Timing  Timing
+	// PayloadAt, when set, returns where in a proposal's data the blocks of trivet.BlockSize begin that run to its end;
+	// its length when there are none. The log keeps them at a multiple of the block size, so that the machine can
+	// refer to them there (Entry.Stored). It must be total, and always answer the same for the same data.
+	PayloadAt func(data []byte) int
+	Timing    Timing
 	// SnapshotBytes of log after which the log is compacted (and a snapshot record written), each entry
 	// counted in pages of 4 KiB, as it takes them on the disk. 0 = 64 MiB.
 	// Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
