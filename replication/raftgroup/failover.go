@@ -15,7 +15,7 @@ import (
 
 // Fast failover.
 //
-// A follower that has heard nothing of its leader for one to two Heartbeats looks for another one (pace.go).
+// A follower that has heard nothing of its leader for 1 to 1.5 Heartbeats looks for another one (pace.go).
 // When the transport knows that the leader's process is dead, there is nothing to wait for: one voter
 // is made to stand at once, as by a leader that hands over. It asks the others first: whoever has the
 // newest log stands, the next one 50 ms later if there is still no leader, and nobody before a quorum
