@@ -162,8 +162,8 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 }
 
 // ParkReplica stops a replica and keeps everything of it; OpenReplica starts it again. A parked replica
-// costs no CPU and hardly any memory: its log is cut first. Idempotent: nil when it does not run. ErrExists: another replica of the
-// volume runs here.
+// costs no CPU and hardly any memory: its log is cut first. Idempotent: nil when it does not run. ErrExists:
+// another replica of the volume runs here.
 func (h *Host) ParkReplica(ctx context.Context, s ReplicaSpec) error {
 	return h.exclusive(ctx, s.Volume, func() error {
 		r, ok := h.Replica(s.Volume)

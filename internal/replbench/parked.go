@@ -61,8 +61,8 @@ func (l *lab) parked(out io.Writer) error {
 		more = append(more, float64(after[i]-before[i])/(1<<20))
 	}
 	cpu := float64(to.minus(from).CPUMicros) / float64(l.o.idleSeconds) / 1e6 * 100
-	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; CPU %.2f %% of a core in "+
-		"three processes, that of two running groups included\n", parkedN, median(more), slices.Max(more), cpu)
+	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; CPU %.2f %% "+
+		"of a core in three processes, that of two running groups included\n", parkedN, median(more), slices.Max(more), cpu)
 	return nil
 }
 

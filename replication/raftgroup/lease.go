@@ -130,7 +130,9 @@ func (t *leaseTable) answered(term uint64, id trivet.ReplicaID, age time.Duratio
 
 // contacts counts the voters among members that a leader of term, which is self, has heard of less than age before
 // now, itself included.
-func (t *leaseTable) contacts(term uint64, self trivet.ReplicaID, members []Member, age time.Duration, now time.Time) int {
+func (t *leaseTable) contacts(term uint64, self trivet.ReplicaID, members []Member, age time.Duration,
+	now time.Time,
+) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n := 0

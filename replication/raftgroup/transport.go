@@ -211,7 +211,9 @@ func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req 
 // is told again after those, as a replica that was started anew has forgotten it. The library sends one every
 // CommitTimeout to each follower of each idle group, and the follower takes it on its main goroutine. Only while
 // heartbeats are answered.
-func (t *peerTransport) spare(id trivet.ReplicaID, req *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) bool {
+func (t *peerTransport) spare(id trivet.ReplicaID, req *raft.AppendEntriesRequest,
+	resp *raft.AppendEntriesResponse,
+) bool {
 	if len(req.Entries) > 0 || isHeartbeat(req) {
 		return false
 	}
