@@ -145,11 +145,12 @@ func (b *bench) touch(n int) error {
 }
 
 func (b *bench) write(ctx context.Context, r *replication.Replica, s replication.ReplicaSpec, data []byte) error {
-	if err := r.Fence(ctx, 1); err != nil {
+	epoch := r.Status().Epoch + 1 // leadership may have come from a node that has written already
+	if err := r.Fence(ctx, epoch); err != nil {
 		return err
 	}
 	v, err := replication.OpenVolume(replication.VolumeConfig{
-		ID: s.Volume, SizeBytes: s.SizeBytes, Epoch: 1, Members: s.Members, Network: b.peers, Host: b.host,
+		ID: s.Volume, SizeBytes: s.SizeBytes, Epoch: epoch, Members: s.Members, Network: b.peers, Host: b.host,
 	})
 	if err != nil {
 		return err
