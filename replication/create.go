@@ -166,8 +166,8 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 }
 
 // ParkReplica stops a replica and keeps everything of it; OpenReplica starts it again. A parked replica
-// costs neither memory nor CPU. Idempotent: nil when it does not run. ErrExists: another replica of the
-// volume runs here.
+// costs no CPU and hardly any memory: its log is cut first. Idempotent: nil when it does not run. ErrExists:
+// another replica of the volume runs here.
 func (h *Host) ParkReplica(ctx context.Context, s ReplicaSpec) error {
 	return h.exclusive(ctx, s.Volume, func() error {
 		r, ok := h.Replica(s.Volume)
@@ -178,6 +178,7 @@ func (h *Host) ParkReplica(ctx context.Context, s ReplicaSpec) error {
 			return fmt.Errorf("park replica %s of %s: replica %s runs here: %w", s.Replica, s.Volume, r.spec.Replica,
 				trivet.ErrExists)
 		}
+		r.group.Rest()
 		if err := r.close(); err != nil {
 			return fmt.Errorf("park replica %s of %s: %w", s.Replica, s.Volume, err)
 		}

@@ -79,7 +79,7 @@ func newServer(o *options) *cobra.Command {
 	f.DurationVar(&cfg.ReplaceAfter, "replace-after", cfg.ReplaceAfter,
 		"replace the replicas of a node that is dead, or of a disk that is away, for this long")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
-		"a follower gives up on a silent leader after 1 to 2 of these (default 1s)")
+		"a follower gives up on a silent leader after 1 to 1.5 of these (default 1s)")
 	f.BoolVar(&cfg.OverlapFlush, "overlap-flush", false,
 		"let a leader send entries while its own disk still flushes them: faster where disks are slow")
 	f.StringVar(&catchUp, "catch-up-bandwidth", "0",

@@ -20,7 +20,7 @@ type ask struct {
 	Addresses map[trivet.NodeID]string `json:"addresses,omitempty"` // join
 	File      string                   `json:"file,omitempty"`      // profile; empty = stop
 	To        trivet.NodeID            `json:"to,omitempty"`        // yield
-	N         int                      `json:"n,omitempty"`         // idle: how many groups there should be
+	N         int                      `json:"n,omitempty"`         // idle, unpark and so on: how many groups
 	Load      load                     `json:"load,omitzero"`       // load
 }
 
@@ -32,7 +32,7 @@ type answer struct {
 	Idle    int    `json:"idle,omitempty"`    // status: further groups that have a leader
 	Micros  int64  `json:"micros,omitempty"`  // transfer
 	Applied uint64 `json:"applied,omitempty"` // where: of the volume's replica
-	Bytes   uint64 `json:"bytes,omitempty"`   // where: received from the other nodes
+	Bytes   uint64 `json:"bytes,omitempty"`   // where: received from the other nodes; memory: resident
 	Usage   usage  `json:"usage,omitzero"`    // usage
 	Result  result `json:"result,omitzero"`   // load
 }

@@ -52,7 +52,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 3, "each measurement and its yardstick are taken this often, in turns")
 	flag.IntVar(&o.idleSeconds, "idle-seconds", 60, "how long idle groups are watched")
 	flag.StringVar(&o.profile, "profile", "", "folder for CPU profiles of the nodes, one for each measurement")
-	flag.StringVar(&o.only, "only", "", "one measurement: latency, entries, singles, transfer, catchup or idle")
+	flag.StringVar(&o.only, "only", "", "one measurement: latency, entries, singles, transfer, catchup, idle or parked")
 	flag.BoolVar(&o.overlap, "overlap", false, "let log flushes overlap with sending (decision 0012)")
 	flag.BoolVar(&o.busy, "busy", false, "measure although the machine is not idle")
 	flag.Parse()
@@ -120,6 +120,7 @@ func measure(ctx context.Context, o *options, out io.Writer) (err error) {
 		{"transfer", l.transfer},
 		{"catchup", l.catchUp},
 		{"idle", l.idle},
+		{"parked", l.parked},
 	} {
 		if o.only != "" && o.only != step.name {
 			continue

@@ -86,6 +86,15 @@ func serveNode(o *options, in io.Reader, out io.Writer) (err error) {
 			return answer{Micros: d.Microseconds()}, err
 		case "profile":
 			return answer{}, profile(a.File)
+		case "unpark":
+			return answer{}, b.unpark(a.N)
+		case "touch":
+			return answer{}, b.touch(a.N)
+		case "park":
+			return answer{}, b.batch(a.N, b.host.ParkReplica)
+		case "memory":
+			n, err := resident()
+			return answer{Bytes: n}, err
 		case "away":
 			return answer{}, b.host.ParkReplica(context.Background(), b.spec())
 		case "back":

@@ -110,6 +110,7 @@ func (n *nemesis) stop() {
 	net.HealAll()
 	net.ClearFaults()
 	for _, node := range n.sim.cluster.Nodes() {
+		node.SetDiskUsage(usage(50 << 30)) // what would have made room is not due any more
 		if l := node.current(); l != nil {
 			l.disk.heal()
 			l.memory.arm(0, 0)

@@ -3,21 +3,15 @@ package raftgroup
 import (
 	"context"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
-// Coalesced heartbeats. The library sends a heartbeat per group and follower every 0.1 to 0.2
-// Heartbeats, and an empty AppendEntries every CommitTimeout. With many groups these are most of the
-// messages of an idle node, so those of all groups to one node are gathered for a moment and travel
-// as one message, their answers as one reply. Nothing else changes: the receiver treats every one as
-// if it had come alone (Mux.handle: H37, D9), and its lease counts from before it was gathered.
+// Coalesced heartbeats. Those of all groups to one node travel as one message, their answers as one reply (pace.go
+// says when). The receiver treats every one as if it had come alone (Mux.handle: H37, D9).
 const (
-	gatherShare      = 25                    // a heartbeat waits for others for this part of a Heartbeat
-	gatherForMax     = 40 * time.Millisecond // and no longer
 	beatWaitMax      = 50 * time.Millisecond // or a quarter of a Heartbeat: then a group has no answer this time
 	beatsMax         = 256                   // in one message
 	beatErrorTextMax = 128                   // bytes of the text of one answer's error
@@ -27,12 +21,11 @@ const (
 	emptyAppendBytes = 1 + 4*8 + 4 + crcBytes
 )
 
-// beat is one heartbeat, or empty AppendEntries, on its way.
+// beat is one heartbeat on its way.
 type beat struct {
 	group    trivet.VolumeID
 	from, to trivet.ReplicaID
-	body     []byte        // encodeAppend
-	wait     time.Duration // for others, before it is sent; not sent itself
+	body     []byte // encodeAppend
 }
 
 func (b beat) encodedBytes() int { return 8 + 2 + len(b.from) + 2 + len(b.to) + 2 + len(b.body) }
@@ -48,114 +41,13 @@ type beatAnswer struct {
 	err  error
 }
 
-// coalescer gathers the beats of this node's groups by the node that they go to.
-type coalescer struct {
-	net   transport.Network
-	slots chan struct{} // one per beat of another node being handled
-
-	mu        sync.Mutex
-	gathering map[trivet.NodeID]*gathering
-}
-
-// gathering is the beats to one node that leave together.
-type gathering struct {
-	ctx    context.Context // ends when nobody waits any more, so that nothing outlives its callers
-	cancel context.CancelFunc
-
-	beats   []beat // under coalescer.mu until gathered
-	stalled []func() bool
-	answers []chan beatAnswer // one per beat, buffered
-	waiting int               // callers; under coalescer.mu
-}
-
-func newCoalescer(n transport.Network) *coalescer {
-	return &coalescer{
-		net: n, slots: make(chan struct{}, beatHandlersMax), gathering: make(map[trivet.NodeID]*gathering),
-	}
-}
-
-// call sends a beat with others and waits for its own answer. stalled is asked when the message is
-// about to leave: a group whose disk hangs sends nothing (D8).
-func (c *coalescer) call(ctx context.Context, node trivet.NodeID, b beat, stalled func() bool) ([]byte, error) {
-	g, answer := c.join(node, b, stalled)
-	defer c.leave(g)
-	select {
-	case a := <-answer:
-		return a.body, a.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// join adds a beat to what is being gathered for a node. The first one starts the gathering.
-func (c *coalescer) join(node trivet.NodeID, b beat, stalled func() bool) (*gathering, <-chan beatAnswer) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	g := c.gathering[node]
-	if g == nil {
-		g = &gathering{}
-		g.ctx, g.cancel = context.WithCancel(context.Background())
-		c.gathering[node] = g
-		go c.carry(node, g, b.wait) // ends with the last caller, see leave
-	}
-	answer := make(chan beatAnswer, 1)
-	g.beats = append(g.beats, b)
-	g.stalled = append(g.stalled, stalled)
-	g.answers = append(g.answers, answer)
-	g.waiting++
-	if len(g.beats) == beatsMax {
-		delete(c.gathering, node) // full: the next one begins another
-	}
-	return g, answer
-}
-
-// leave ends the wait of one caller.
-func (c *coalescer) leave(g *gathering) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if g.waiting--; g.waiting == 0 {
-		g.cancel()
-	}
-}
-
-// carry gathers for a while, sends, and hands out the answers.
-func (c *coalescer) carry(node trivet.NodeID, g *gathering, wait time.Duration) {
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-g.ctx.Done():
-	}
-	c.mu.Lock()
-	if c.gathering[node] == g {
-		delete(c.gathering, node)
-	}
-	c.mu.Unlock() // from here on nobody joins
-	var beats []beat
-	var answers []chan beatAnswer
-	for i, b := range g.beats {
-		if g.stalled[i]() {
-			err := fmt.Errorf("append to replica of %s: disk hangs: %w", b.group, trivet.ErrUnavailable)
-			g.answers[i] <- beatAnswer{err: err}
-			continue
-		}
-		beats, answers = append(beats, b), append(answers, g.answers[i])
-	}
-	for i, a := range c.send(g.ctx, node, beats) {
-		answers[i] <- a
-	}
-}
-
-// send sends beats to a node and returns their answers. A lone one goes as a message of its own.
-func (c *coalescer) send(ctx context.Context, node trivet.NodeID, beats []beat) []beatAnswer {
-	switch len(beats) {
-	case 0:
-		return nil
-	case 1:
-		reply, err := c.net.Call(ctx, node, beats[0].message())
+// sendBeats sends beats to a node and returns their answers. A lone one goes as a message of its own.
+func (m *Mux) sendBeats(ctx context.Context, node trivet.NodeID, beats []beat) []beatAnswer {
+	if len(beats) == 1 {
+		reply, err := m.net.Call(ctx, node, beats[0].message())
 		return []beatAnswer{{reply.Body, err}}
 	}
-	reply, err := c.net.Call(ctx, node, transport.Message{Kind: transport.KindHeartbeats, Body: encodeBeats(beats)})
+	reply, err := m.net.Call(ctx, node, transport.Message{Kind: transport.KindHeartbeats, Body: encodeBeats(beats)})
 	var answers []beatAnswer
 	if err == nil {
 		answers, err = decodeBeatAnswers(node, reply.Body)
@@ -193,13 +85,13 @@ func (m *Mux) handleBeats(ctx context.Context, from trivet.NodeID, msg transport
 		}
 		answers[i].err = fmt.Errorf("no answer of group %s within %s: %w", b.group, beatWaitMax, trivet.ErrUnavailable)
 		select {
-		case m.beats.slots <- struct{}{}:
+		case m.beatSlots <- struct{}{}:
 		default:
 			continue // others hang, and this node must not fill up with them
 		}
 		running++
 		go func() { // ends with ctx at the latest, as all that a group waits for does
-			defer func() { <-m.beats.slots }()
+			defer func() { <-m.beatSlots }()
 			body, err := m.handleBeat(ctx, from, b)
 			done <- numbered{i, beatAnswer{body, err}}
 		}()
@@ -254,16 +146,9 @@ func (m *Mux) beatWait(b beat) time.Duration {
 	return beatWaitMax
 }
 
-// alone reports whether there is no more than one group on this node: then there is nothing to gather.
-func (m *Mux) alone() bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return len(m.routes) <= 1
-}
-
 // encodeBeats returns the body of a KindHeartbeats: n u16, then per beat group u64, from, to and body,
 // each with its length u16 before it.
-// REQUIRES: at most beatsMax beats, of emptyAppendBytes each, as join makes sure.
+// REQUIRES: at most beatsMax beats, of emptyAppendBytes each.
 func encodeBeats(beats []beat) []byte {
 	size := 1 + 2 + crcBytes
 	for _, b := range beats {

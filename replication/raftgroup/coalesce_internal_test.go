@@ -9,9 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -20,8 +18,6 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
-
-const gatherFor = 10 * time.Millisecond
 
 // BeatsBody is the body of a KindHeartbeats with the AppendEntries that these messages are.
 func BeatsBody(messages ...transport.Message) []byte {
@@ -196,128 +192,49 @@ func (n *beatNet) kinds() (out []transport.Kind) {
 	return out
 }
 
-func running() bool { return false }
-
-func TestCoalescer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := &beatNet{}
-		n.answer = func(_ context.Context, m transport.Message) (transport.Message, error) {
-			if m.Kind == transport.KindAppendEntries {
-				return transport.Message{Body: []byte("alone")}, nil
+// Each beat of a message has its own answer; a lone one goes as it always went; a useless reply is everybody's error.
+func TestSendBeats(t *testing.T) {
+	n := &beatNet{}
+	n.answer = func(_ context.Context, m transport.Message) (transport.Message, error) {
+		if m.Kind == transport.KindAppendEntries {
+			return transport.Message{Body: []byte("alone")}, nil
+		}
+		beats, err := decodeBeats(m.Body)
+		var answers []beatAnswer
+		for _, b := range beats {
+			a := beatAnswer{body: []byte(b.group.String())}
+			if b.group == 3 {
+				a = beatAnswer{err: trivet.ErrNotFound}
 			}
-			beats, err := decodeBeats(m.Body)
-			var answers []beatAnswer
-			for _, b := range beats {
-				a := beatAnswer{body: []byte(b.group.String())}
-				if b.group == 3 {
-					a = beatAnswer{err: trivet.ErrNotFound}
-				}
-				answers = append(answers, a)
-			}
-			return transport.Message{Body: encodeBeatAnswers(answers)}, err
+			answers = append(answers, a)
 		}
-		c := newCoalescer(n)
-		call := func(node trivet.NodeID, g trivet.VolumeID, stalled func() bool) (string, error) {
-			one := beat{group: g, from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}
-			b, err := c.call(t.Context(), node, one, stalled)
-			return string(b), err
-		}
+		return transport.Message{Body: encodeBeatAnswers(answers)}, err
+	}
+	m := &Mux{net: n}
+	var beats []beat
+	for g := range trivet.VolumeID(beatsMax) {
+		beats = append(beats, beat{group: g, from: idA, to: idB, body: HeartbeatBody(1)})
+	}
+	got := m.sendBeats(t.Context(), "b", beats[:1])
+	require.Equal(t, []beatAnswer{{body: []byte("alone")}}, got)
+	require.Equal(t, []transport.Kind{transport.KindAppendEntries}, n.kinds())
 
-		// A lone one goes as it always went, after the shortest wait.
-		began := time.Now()
-		got, err := call("b", 1, running)
-		require.NoError(t, err)
-		require.Equal(t, "alone", got)
-		require.Equal(t, gatherFor, time.Since(began))
-		require.Equal(t, []transport.Kind{transport.KindAppendEntries}, n.kinds())
+	got = m.sendBeats(t.Context(), "b", beats)
+	require.Len(t, got, len(beats))
+	for i, a := range got {
+		if i == 3 {
+			require.ErrorIs(t, a.err, trivet.ErrNotFound)
+			continue
+		}
+		require.NoError(t, a.err)
+		require.Equal(t, beats[i].group.String(), string(a.body))
+	}
+	require.Equal(t, []transport.Kind{transport.KindHeartbeats}, n.kinds())
 
-		// Many to one node go together, each with its own answer; another node's go elsewhere.
-		const many = beatsMax + 40
-		var wg sync.WaitGroup
-		var wrong atomic.Int64
-		began = time.Now()
-		for g := range trivet.VolumeID(many) {
-			wg.Go(func() {
-				got, err := call("b", g, running)
-				switch {
-				case g == 3:
-					if !errors.Is(err, trivet.ErrNotFound) {
-						wrong.Add(1)
-					}
-				case err != nil || got != g.String():
-					wrong.Add(1)
-				}
-			})
-		}
-		wg.Go(func() {
-			if got, _ := call("c", 9, running); got != "alone" {
-				wrong.Add(1)
-			}
-		})
-		wg.Wait()
-		require.Zero(t, wrong.Load())
-		require.Equal(t, gatherFor, time.Since(began))
-		require.ElementsMatch(t, []transport.Kind{
-			transport.KindHeartbeats, transport.KindHeartbeats, transport.KindAppendEntries,
-		}, n.kinds())
-
-		// D8: asked when the message leaves.
-		var hangs atomic.Bool
-		wg.Go(func() {
-			if _, err := call("b", 5, hangs.Load); !errors.Is(err, trivet.ErrUnavailable) {
-				wrong.Add(1)
-			}
-		})
-		time.AfterFunc(gatherFor/2, func() { hangs.Store(true) })
-		wg.Wait()
-		require.Zero(t, wrong.Load())
-		require.Empty(t, n.kinds())
-
-		// A useless reply is everybody's error.
-		n.answer = func(context.Context, transport.Message) (transport.Message, error) {
-			return transport.Message{Body: encodeBeatAnswers(make([]beatAnswer, 3))}, nil
-		}
-		for g := range trivet.VolumeID(2) {
-			wg.Go(func() {
-				if _, err := call("b", g, running); !errors.Is(err, trivet.ErrCorrupt) {
-					wrong.Add(1)
-				}
-			})
-		}
-		wg.Wait()
-		require.Zero(t, wrong.Load())
-	})
-}
-
-// Who gives up does not disturb the others; the call ends with the last of them.
-func TestCoalescerGivesUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := &beatNet{}
-		var ended atomic.Bool
-		n.answer = func(ctx context.Context, _ transport.Message) (transport.Message, error) {
-			<-ctx.Done()
-			ended.Store(true)
-			return transport.Message{}, ctx.Err()
-		}
-		c := newCoalescer(n)
-		first, cancelFirst := context.WithCancel(t.Context())
-		second, cancelSecond := context.WithCancel(t.Context())
-		results := make(chan error, 2)
-		for _, ctx := range []context.Context{first, second} {
-			go func() {
-				_, err := c.call(ctx, "b", beat{from: idA, to: idB, body: HeartbeatBody(1), wait: gatherFor}, running)
-				results <- err
-			}()
-		}
-		time.Sleep(2 * gatherFor)
-		require.Equal(t, []transport.Kind{transport.KindHeartbeats}, n.kinds())
-		cancelFirst()
-		require.ErrorIs(t, <-results, context.Canceled)
-		synctest.Wait()
-		require.False(t, ended.Load())
-		cancelSecond()
-		require.ErrorIs(t, <-results, context.Canceled)
-		synctest.Wait()
-		require.True(t, ended.Load())
-	})
+	n.answer = func(context.Context, transport.Message) (transport.Message, error) {
+		return transport.Message{Body: encodeBeatAnswers(make([]beatAnswer, 3))}, nil
+	}
+	for _, a := range m.sendBeats(t.Context(), "b", beats[:2]) {
+		require.ErrorIs(t, a.err, trivet.ErrCorrupt)
+	}
 }

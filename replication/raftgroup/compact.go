@@ -15,6 +15,10 @@ const (
 	// 1 GiB by default. What then is too much costs them another round, which brings only what has changed
 	// since.
 	heldFactor = 16
+	// restEntries and restBytes are how much of the log a replica keeps at most that is going to rest. Who lags by more
+	// pulls what has changed.
+	restEntries = 16
+	restBytes   = 64 << 10
 )
 
 func (g *Group) pokeCompact() {
@@ -35,20 +39,37 @@ func (g *Group) compact() {
 			return
 		}
 		now := g.store.appendedBytes()
-		if i := g.running(); i != nil && now-base >= g.cfg.SnapshotBytes && g.snapshot(i) {
+		if i := g.running(); i != nil && now-base >= g.cfg.SnapshotBytes && g.snapshot(i, g.trailing(i)) {
 			base = now
 		}
 	}
 }
 
-// snapshot makes the library take one; false when it could not.
-func (g *Group) snapshot(i *instance) bool {
+// Rest cuts the log of a replica that is about to be closed for long: to the last few entries, whatever followers
+// lack. Each entry costs memory in the disk's log while it is there, and is read when the replica is opened again. It
+// does what can be done; a replica that pulls the state, or has nothing new since the last cut, keeps what it has.
+func (g *Group) Rest() {
+	first, last := g.seglog.bounds()
+	if bytes := g.seglog.sizeAfter(0); last < first || last-first < restEntries && bytes <= restBytes {
+		return
+	}
+	keep := uint64(1)
+	for keep < restEntries && keep <= last-first && g.seglog.sizeAfter(last-keep-1) <= restBytes {
+		keep++
+	}
+	if i := g.running(); i != nil {
+		g.snapshot(i, keep)
+	}
+}
+
+// snapshot makes the library take one and cut the log to the last keep entries; false when it could not.
+func (g *Group) snapshot(i *instance, keep uint64) bool {
 	if !i.enter() {
 		return false
 	}
 	defer i.leave()
 	rc := i.r.ReloadableConfig()
-	rc.TrailingLogs = g.trailing(i)
+	rc.TrailingLogs = keep
 	err := i.r.ReloadConfig(rc)
 	if err == nil {
 		err = i.r.Snapshot().Error()

@@ -243,7 +243,7 @@ func TestGate3(t *testing.T) {
 	}}
 	g := &Group{
 		cfg: Config{
-			Group: logGroup, Network: &Mux{net: n, beats: newCoalescer(n)}, BootTime: func() time.Duration { return 0 },
+			Group: logGroup, Network: &Mux{net: n}, BootTime: func() time.Duration { return 0 },
 		}.withDefaults(),
 		guard: &diskGuard{}, lease: newLeaseTable(), store: &logStore{durable: newDurability(&diskGuard{}, 5)},
 	}

@@ -194,3 +194,6 @@ func LogTerm(g *Group, index uint64) uint64 {
 	term, _ := g.seglog.term(index)
 	return term
 }
+
+// Adopt makes a follower or candidate follow a newer term, as if from had asked for votes in it.
+func Adopt(g *Group, term uint64, from trivet.ReplicaID) { g.running().adopt(term, from) }

@@ -15,7 +15,7 @@ import (
 
 // Fast failover.
 //
-// The library elects a new leader when it has heard nothing of the old one for one to two Heartbeats.
+// A follower that has heard nothing of its leader for 1 to 1.5 Heartbeats looks for another one (pace.go).
 // When the transport knows that the leader's process is dead, there is nothing to wait for: one voter
 // is made to stand at once, as by a leader that hands over. It asks the others first: whoever has the
 // newest log stands, the next one 50 ms later if there is still no leader, and nobody before a quorum
@@ -36,15 +36,17 @@ const failoverStep = 50 * time.Millisecond
 const (
 	canvassEvery  = 5 * time.Millisecond
 	canvassOftenN = 20
+	// canvassSilentN is how often in a Heartbeat the others are asked about a leader that is merely silent.
+	canvassSilentN = 3
 )
 
 // candidacy says why a replica asks for votes.
 type candidacy uint8
 
 const (
-	byElection candidacy = iota // nobody heard of a leader; after a pre-vote
+	byElection candidacy = iota // by the library's own timers, after a pre-vote; not done any more
 	byTransfer                  // the leader asked it to; the leader's lease is void
-	byProof                     // the leader's process is dead
+	byProof                     // the leader's process is dead, or the leader silent
 )
 
 // obituary is what the transport said last of a node's process.
@@ -90,13 +92,7 @@ func (m *Mux) presence(p transport.Presence) {
 	if !m.deaths.note(p) {
 		return
 	}
-	m.mu.RLock()
-	groups := make([]*Group, 0, len(m.routes))
-	for _, g := range m.routes {
-		groups = append(groups, g)
-	}
-	m.mu.RUnlock()
-	for _, g := range groups {
+	for _, g := range m.groups() {
 		g.peerGone(p.Node)
 	}
 }
@@ -112,8 +108,16 @@ func (g *Group) peerGone(node trivet.NodeID) {
 	if _, leader, err := parseAddress(addr); err != nil || leader != node {
 		return
 	}
-	lost := vacancy{leader: addr, node: node, term: i.r.CurrentTerm()}
-	i.loops.Go(func() { i.succeed(lost) })
+	i.search(vacancy{leader: addr, node: node, term: i.r.CurrentTerm()})
+}
+
+// search starts a search for a leader. REQUIRES: between enter and leave, or no other goroutine knows i.
+func (i *instance) search(v vacancy) {
+	i.searching.Add(1)
+	i.loops.Go(func() {
+		defer i.searching.Add(-1)
+		i.succeed(v)
+	})
 }
 
 // vacancy is the office of a leader whose process is said to be gone, or of none yet.
@@ -121,6 +125,7 @@ type vacancy struct {
 	leader raft.ServerAddress // "" when this replica has heard of no leader since it started
 	node   trivet.NodeID
 	term   uint64
+	silent bool // nothing was heard of the leader, whatever its process does (pace.go)
 }
 
 // vacant reports whether the office is still that leader's, and this replica a voter that follows it.
@@ -131,8 +136,8 @@ func (i *instance) vacant(v vacancy) bool {
 		addr == v.leader && i.g.guard.failed() == nil && !i.g.guard.stalled()
 }
 
-// succeed makes this replica stand for election if no voter with a better claim does. After two
-// Heartbeats the library's own elections have taken over.
+// succeed makes this replica stand for election if no voter with a better claim does. It gives up after two
+// Heartbeats; pace.go begins again.
 func (i *instance) succeed(v vacancy) {
 	if !i.sleep(time.Until(i.quarantine)) {
 		return
@@ -149,7 +154,10 @@ func (i *instance) succeed(v vacancy) {
 			return
 		}
 		wait := canvassEvery
-		if round > canvassOftenN {
+		switch {
+		case v.silent: // may go on for as long as a partition does
+			wait = i.g.cfg.Timing.Heartbeat / canvassSilentN
+		case round > canvassOftenN:
 			wait = failoverStep
 		}
 		if known {
@@ -218,6 +226,9 @@ func (i *instance) canvass(v vacancy) (better int, proven bool, err error) {
 	for range asked {
 		a := <-answers
 		if a.term > v.term {
+			if v.silent && i.leaderless() {
+				i.adopt(a.term, a.from)
+			}
 			return 0, false, fmt.Errorf("replica %s is in term %d, the leader was of %d: %w", a.from, a.term, v.term,
 				errors.ErrUnsupported)
 		}
@@ -242,7 +253,7 @@ func (i *instance) standing(term uint64) standing {
 	case leader == "":
 		s.proven = !time.Now().Before(i.quarantine)
 	default:
-		s.proven = s.term == term && i.leaderGone()
+		s.proven = i.leaderGone() // also in an older term: the library names its last leader until it has another
 	}
 	return s
 }
@@ -257,24 +268,36 @@ func (i *instance) logEnd() logPosition {
 	return logPosition{term: term, index: last}
 }
 
-// leaderGone reports whether this replica holds the proof that the process of its leader is gone.
+// leaderGone reports whether this replica, which follows a leader, holds the proof that the leader's process is gone,
+// or has heard nothing of the leader for a Heartbeat: then it has promised nothing any more (lease.go).
 func (i *instance) leaderGone() bool {
+	if i.r.State() == raft.Leader {
+		return false
+	}
 	addr, _ := i.r.LeaderWithID()
 	_, node, err := parseAddress(addr)
 	if err != nil {
 		return false
 	}
+	contact := i.r.LastContact()
+	if time.Since(contact) >= i.g.cfg.Timing.Heartbeat {
+		return true
+	}
 	o, known := i.g.cfg.Network.deaths.of(node)
-	switch contact := i.r.LastContact(); {
-	case !known:
+	switch {
+	case !known || o.silent:
 		return false
-	case o.silent:
-		return time.Since(contact) >= i.g.cfg.Timing.Heartbeat
 	case o.back: // another process: is it that one which we follow?
 		return contact.Before(o.at)
 	default:
 		return true
 	}
+}
+
+// leaderless reports whether this replica has no leader, or none that it has heard of for a Heartbeat.
+func (i *instance) leaderless() bool {
+	addr, _ := i.r.LeaderWithID()
+	return i.r.State() != raft.Leader && (addr == "" || i.leaderGone())
 }
 
 // stand makes the library stand for election, as when the leader hands over.
@@ -352,7 +375,7 @@ func (i *instance) privileged(v voteRequest, candidate trivet.ReplicaID) bool {
 		defer i.mu.Unlock()
 		h := i.handover
 		return h.to == candidate && v.term == h.term+1 && time.Now().Before(h.until)
-	case byProof:
+	case byProof, byElection: // the library has a leader until it hears of another one
 		return i.leaderGone()
 	default:
 		return false

@@ -56,6 +56,7 @@ type Group struct {
 	closed  bool
 	view    view
 	changed chan struct{}
+	handing chan struct{} // closed when the transfer that is under way is over; nil when there is none
 }
 
 // instance is one run of the library. A catch-up ends it, and another begins.
@@ -66,10 +67,14 @@ type instance struct {
 	stop context.CancelCauseFunc // ends what the transport has sent
 
 	stopping   chan struct{} // closed first: no message in, no call accepted
-	quarantine time.Time     // no vote is given before
-	fast       sync.RWMutex  // held for reading by the heartbeat handler
-	fastClosed time.Time     // until when heartbeats take the slow path; under fast
+	began      time.Time
+	searched   time.Time    // of Mux.tick alone: when it last began a search
+	quarantine time.Time    // no vote is given before
+	fast       sync.RWMutex // held for reading by the heartbeat handler
+	fastClosed time.Time    // until when heartbeats take the slow path; under fast
 
+	pace        pace          // of Mux.tick alone
+	searching   atomic.Int32  // searches for a leader under way
 	appliedTerm atomic.Uint64 // highest term of which an entry is applied here as leader
 	loops       sync.WaitGroup
 
@@ -233,9 +238,9 @@ func (g *Group) checkHome() error {
 func raftConfig(cfg Config) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(cfg.Replica)
-	c.HeartbeatTimeout = cfg.Timing.Heartbeat
-	c.ElectionTimeout = cfg.Timing.Heartbeat
-	c.LeaderLeaseTimeout = cfg.Timing.Heartbeat / 2
+	c.HeartbeatTimeout = libraryNever // pace.go has these in its place
+	c.ElectionTimeout = libraryNever
+	c.LeaderLeaseTimeout = libraryNever
 	c.CommitTimeout = commitTimeout
 	c.MaxAppendEntries = appendEntriesMax
 	c.BatchApplyCh = false              // an enqueue timeout must mean "not applied"
@@ -260,7 +265,7 @@ func (g *Group) start() error {
 
 func (g *Group) startLocked() error {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	i := &instance{g: g, stop: cancel, stopping: make(chan struct{})}
+	i := &instance{g: g, stop: cancel, stopping: make(chan struct{}), began: time.Now()}
 	i.t = &peerTransport{g: g, ctx: ctx, rpc: make(chan raft.RPC)}
 	if g.stable.record().term > 1 {
 		// A leader may count on a promise that this replica gave before (lease.go). The first term that
@@ -288,7 +293,7 @@ func (g *Group) startLocked() error {
 	g.inst = i
 	g.mu.Unlock()
 	// A group that comes up as a whole, woken or after a power cut, has no leader to wait for.
-	i.loops.Go(func() { i.succeed(vacancy{term: r.CurrentTerm()}) })
+	i.search(vacancy{term: r.CurrentTerm()})
 	return nil
 }
 
@@ -304,7 +309,8 @@ func (g *Group) stopLocked() {
 		return
 	}
 	close(i.stopping)
-	// Without followers a leader steps down and answers what it cannot commit.
+	// A leader steps down and answers what it cannot commit.
+	i.resign(i.r.CurrentTerm(), "it stops")
 	i.stop(fmt.Errorf("group %s stops: %w", g.cfg.Group, trivet.ErrClosed))
 	i.drain(4 * g.cfg.Timing.Heartbeat)
 	if err := i.r.Shutdown().Error(); err != nil {

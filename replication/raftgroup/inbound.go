@@ -217,9 +217,9 @@ func (g *Group) quickBeat(from trivet.NodeID, b beat) ([]byte, bool) {
 // fastHeartbeat answers a heartbeat beside the library's main goroutine, which may be busy with the
 // disk. That goroutine stamps entries with the current term, so the handler must not change term or
 // state under it: one that does let a deposed leader append under its successor's term (D9). Hence
-// only a follower, in the heartbeat's own term, and one with a fresh contact, which cannot stand
-// for election before the handler is done: its timer leaves it half a Heartbeat, and TimeoutNow
-// closes this path first. All else goes to the main goroutine.
+// only a follower, in the heartbeat's own term, which cannot stand for election before the handler is done: the library
+// has no timer that would make it (pace.go), and TimeoutNow closes this path first. All else goes to the main
+// goroutine, a follower without a fresh contact too: what it hears may be all that is left of an old leader.
 func (i *instance) fastHeartbeat(req *raft.AppendEntriesRequest) (any, bool) {
 	i.fast.RLock()
 	defer i.fast.RUnlock()

@@ -39,6 +39,7 @@ type leaseTable struct {
 	term   uint64
 	acks   map[trivet.ReplicaID]ack
 	match  map[trivet.ReplicaID]uint64
+	told   map[trivet.ReplicaID]told
 	stamps map[trivet.ReplicaID]uint64 // newest clock reading of each follower, of any term
 
 	voidTerm  uint64    // in which a transfer was tried
@@ -48,11 +49,19 @@ type leaseTable struct {
 
 type ack struct {
 	sent    instant
+	heard   time.Time
 	promise time.Duration
+}
+
+// told is what a follower was told last: that the log reaches so far, and is committed so far.
+type told struct {
+	match, commit uint64
+	sent          instant
 }
 
 func newLeaseTable() *leaseTable {
 	return &leaseTable{
+		told: make(map[trivet.ReplicaID]told),
 		acks: make(map[trivet.ReplicaID]ack), match: make(map[trivet.ReplicaID]uint64),
 		stamps: make(map[trivet.ReplicaID]uint64),
 	}
@@ -67,6 +76,7 @@ func (t *leaseTable) enterLocked(term uint64) bool {
 		t.term = term
 		clear(t.acks)
 		clear(t.match)
+		clear(t.told)
 	}
 	return true
 }
@@ -80,7 +90,7 @@ func (t *leaseTable) acked(term uint64, id trivet.ReplicaID, sent instant, promi
 		return
 	}
 	if old, ok := t.acks[id]; promise > 0 && (!ok || sent.mono.After(old.sent.mono)) {
-		t.acks[id] = ack{sent, promise}
+		t.acks[id] = ack{sent, time.Now(), promise}
 	}
 	t.match[id] = max(t.match[id], match)
 }
@@ -116,6 +126,41 @@ func (t *leaseTable) answered(term uint64, id trivet.ReplicaID, age time.Duratio
 	defer t.mu.Unlock()
 	a, ok := t.acks[id]
 	return ok && t.term == term && now.since(a.sent) < age
+}
+
+// contacts counts the voters among members that a leader of term, which is self, has heard of less than age before
+// now, itself included.
+func (t *leaseTable) contacts(term uint64, self trivet.ReplicaID, members []Member, age time.Duration,
+	now time.Time,
+) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := 0
+	for _, m := range members {
+		a, ok := t.acks[m.Replica]
+		if !m.Learner && (m.Replica == self || ok && t.term == term && now.Sub(a.heard) < age) {
+			n++
+		}
+	}
+	return n
+}
+
+// tell notes that a follower confirmed a request that said so.
+func (t *leaseTable) tell(term uint64, id trivet.ReplicaID, what told) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.enterLocked(term) {
+		t.told[id] = what
+	}
+}
+
+// knows reports whether a follower was told the same in term less than age before the moment in what.
+func (t *leaseTable) knows(term uint64, id trivet.ReplicaID, what told, age time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	old, ok := t.told[id]
+	return ok && t.term == term && old.match == what.match && old.commit == what.commit &&
+		what.sent.since(old.sent) < age
 }
 
 // void voids the lease of a term until the returned function is called, and for a while after it.

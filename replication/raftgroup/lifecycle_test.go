@@ -383,3 +383,41 @@ func destroyCrash(t *testing.T, n, percent int) bool {
 	c.leader()
 	return true
 }
+
+// A replica that is about to rest keeps the last entries of its log only, and all of its state; a follower that lacked
+// what was cut gets it all the same.
+func TestRestCutsTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		l := c.leader()
+		away := c.others(l.name)[0]
+		l.mustSet("first", "1")
+		c.converge()
+		c.nodes[away].stop()
+		for k := range 60 {
+			l.mustSet(fmt.Sprint(k), "value")
+		}
+		_, end := raftgroup.LogBounds(l.group)
+		for _, name := range c.others(away) {
+			c.eventually("everything applied", func() bool { return c.nodes[name].machine.get("59") != "" })
+		}
+		for _, name := range c.others(away) {
+			n := c.nodes[name]
+			n.group.Rest()
+			first, last := raftgroup.LogBounds(n.group)
+			require.Equal(t, end, last)
+			require.Less(t, last-first, uint64(16))
+			n.group.Rest()
+			again, _ := raftgroup.LogBounds(n.group)
+			require.Equal(t, first, again, "nothing is left to cut")
+			n.stop()
+		}
+		for _, n := range c.nodes {
+			n.mustOpen()
+		}
+		c.leader()
+		c.converge()
+		require.Equal(t, "value", c.nodes[away].machine.get("59"))
+		require.Equal(t, "1", c.nodes[away].machine.get("first"))
+	})
+}

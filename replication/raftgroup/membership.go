@@ -159,6 +159,9 @@ func (g *Group) checkRemaining(members []Member, gone trivet.ReplicaID) error {
 func (g *Group) change(ctx context.Context, what string, step func([]Member) (configCall, error)) error {
 	fail := func(err error) error { return fmt.Errorf("%s in %s: %w", what, g.cfg.Group, err) }
 	for range changeAttempts {
+		if err := g.settled(ctx); err != nil {
+			return fail(err)
+		}
 		i, err := g.leading()
 		if err != nil {
 			return fail(err)
@@ -213,24 +216,94 @@ func (g *Group) TransferTo(ctx context.Context, id trivet.ReplicaID) error {
 	if !g.lease.answered(i.r.CurrentTerm(), id, g.cfg.Timing.Heartbeat, g.now()) {
 		return fail(fmt.Errorf("it has not answered for %s: %w", g.cfg.Timing.Heartbeat, trivet.ErrUnavailable))
 	}
-	i.announce(i.r.CurrentTerm(), id)
-	_, err = i.ask(ctx, func() future {
-		done := g.lease.void(i.r.CurrentTerm(), transferVoid*g.cfg.Timing.Heartbeat)
-		return then{i.r.LeadershipTransferToServer(raft.ServerID(id), address(m.Replica, m.Node)), done}
-	})
-	if err != nil && !errors.Is(err, raft.ErrLeadershipLost) {
-		return fail(outcome(err))
+	if err := g.transfer(ctx, i, m); err != nil {
+		return fail(err)
 	}
 	return nil
 }
 
-// then is a future with something to do once it has come true.
-type then struct {
-	future
-	do func()
+// transfer is the library's LeadershipTransferToServer, which holds up all proposals for one of its ElectionTimeouts,
+// whatever comes of it, and tells those who wait nothing: here they wait for the outcome, at most for a Heartbeat.
+func (g *Group) transfer(ctx context.Context, i *instance, to Member) error {
+	term := i.r.CurrentTerm()
+	lost := g.leadership()
+	over, err := g.handOver()
+	if err != nil {
+		return err
+	}
+	defer over()
+	defer g.lease.void(term, transferVoid*g.cfg.Timing.Heartbeat)()
+	i.announce(term, to.Replica)
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Timing.Heartbeat)
+	defer cancel()
+	if err := g.awaitLevel(ctx, term, to.Replica); err != nil {
+		return err
+	}
+	if i.r.State() != raft.Leader || i.r.CurrentTerm() != term || lost == nil {
+		return trivet.ErrNotLeader
+	}
+	err = i.t.TimeoutNow(raft.ServerID(to.Replica), address(to.Replica, to.Node), nil, nil)
+	if err != nil && !errors.Is(err, trivet.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable) // refused: it stands for nothing
+	}
+	select { // an answer may be lost, but not what it is about
+	case <-lost:
+		return nil
+	case <-i.stopping:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("it has not taken over: %w: %w", context.Cause(ctx), trivet.ErrUnavailable)
+	}
 }
 
-func (t then) Error() error {
-	defer t.do()
-	return t.future.Error()
+// awaitLevel waits until a voter is known to have all of this leader's log. No proposal is accepted meanwhile.
+func (g *Group) awaitLevel(ctx context.Context, term uint64, id trivet.ReplicaID) error {
+	look := time.NewTicker(max(g.cfg.Timing.Heartbeat/1000, time.Millisecond))
+	defer look.Stop()
+	for {
+		_, last := g.seglog.bounds()
+		match := g.lease.matches(term)[id]
+		if match >= max(last, g.snaps.record().index) {
+			return nil
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return fmt.Errorf("it has entries to %d, this leader to %d: %w", match, last, trivet.ErrUnavailable)
+		}
+	}
+}
+
+// handOver makes new proposals wait until over is called. ErrPending: another transfer is under way.
+func (g *Group) handOver() (over func(), err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.handing != nil {
+		return nil, fmt.Errorf("another transfer is under way: %w", trivet.ErrPending)
+	}
+	done := make(chan struct{})
+	g.handing = done
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.handing = nil
+		close(done)
+	}, nil
+}
+
+// settled waits until no transfer is under way.
+func (g *Group) settled(ctx context.Context) error {
+	for {
+		g.mu.Lock()
+		handing := g.handing
+		g.mu.Unlock()
+		if handing == nil {
+			return nil
+		}
+		select {
+		case <-handing:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }

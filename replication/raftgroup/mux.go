@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -14,8 +15,10 @@ import (
 type Mux struct {
 	net    transport.Network
 	deaths deaths
-	beats  *coalescer
 	images chan struct{} // one place per image that a replica of this node shows to another one
+	pacer  pacer
+
+	beatSlots chan struct{} // one per heartbeat of another node being handled
 
 	mu     sync.RWMutex
 	routes map[route]*Group
@@ -29,7 +32,8 @@ type route struct {
 // NewMux registers the Raft kinds on n. REQUIRES: before the first message may arrive.
 func NewMux(n transport.Network) *Mux {
 	m := &Mux{
-		net: n, beats: newCoalescer(n), routes: make(map[route]*Group), images: make(chan struct{}, imagesProcessMax),
+		net: n, routes: make(map[route]*Group), images: make(chan struct{}, imagesProcessMax),
+		pacer: pacer{began: time.Now()}, beatSlots: make(chan struct{}, beatHandlersMax),
 	}
 	m.deaths.last = make(map[trivet.NodeID]obituary)
 	for _, k := range []transport.Kind{
@@ -64,6 +68,14 @@ func (m *Mux) handle(ctx context.Context, from trivet.NodeID, msg transport.Mess
 }
 
 func (m *Mux) add(g *Group) error {
+	if err := m.enter(g); err != nil {
+		return err
+	}
+	m.setPace()
+	return nil
+}
+
+func (m *Mux) enter(g *Group) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	key := route{g.cfg.Group, g.cfg.Replica}
@@ -76,8 +88,24 @@ func (m *Mux) add(g *Group) error {
 
 func (m *Mux) remove(g *Group) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if key := (route{g.cfg.Group, g.cfg.Replica}); m.routes[key] == g {
+	key := route{g.cfg.Group, g.cfg.Replica}
+	ours := m.routes[key] == g
+	if ours {
 		delete(m.routes, key)
 	}
+	m.mu.Unlock()
+	if ours {
+		m.setPace()
+	}
+}
+
+// groups returns the groups of this node.
+func (m *Mux) groups() []*Group {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	groups := make([]*Group, 0, len(m.routes))
+	for _, g := range m.routes {
+		groups = append(groups, g)
+	}
+	return groups
 }

@@ -114,6 +114,9 @@ func (g *Group) Propose(ctx context.Context, data []byte) (any, error) {
 	case <-ctx.Done():
 		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, context.Cause(ctx))
 	}
+	if err := g.settled(ctx); err != nil {
+		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, err)
+	}
 	i, err := g.leading()
 	if err != nil {
 		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, err)

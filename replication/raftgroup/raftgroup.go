@@ -103,7 +103,7 @@ type Image interface {
 
 // Timing holds the periods of a group. They must be the same on all its members.
 type Timing struct {
-	Heartbeat time.Duration // follower gives up on a silent leader after 1..2 of these; 0 = 1 s
+	Heartbeat time.Duration // follower gives up on a silent leader after 1..1.5 of these; 0 = 1 s
 	Lease     time.Duration // read lease from send time; 0 = 0.75 Heartbeat; must be < Heartbeat
 }
 

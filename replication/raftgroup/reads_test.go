@@ -55,15 +55,20 @@ func TestGateMeasuresFromSending(t *testing.T) {
 		}
 		l := c.leader()
 		release := c.net.Hold(func(e transport.Envelope) bool { return e.Reply && e.To == trivet.NodeID(l.name) })
+		_ = raftgroup.StartVerify(l.group) // the library sends a heartbeat
+		synctest.Wait()
+		stop := c.net.Lose(func(e transport.Envelope) bool { return !e.Reply && e.From == trivet.NodeID(l.name) })
 		pass(heartbeat * 2 / 5)
 		verified := make(chan error, 1)
 		wait := raftgroup.StartVerify(l.group)
 		go func() { verified <- wait() }()
 		synctest.Wait()
 		release()
+		defer stop()
 		require.NoError(t, <-verified, "the library says yes")
 		_, err := l.group.ReadGate()
 		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		stop()
 		c.leader() // and it comes back with the next round
 	})
 }

@@ -86,7 +86,7 @@ func (g *Group) look(i *instance) view {
 	addr, _ := i.r.LeaderWithID()
 	v := view{leader: addr, term: i.r.CurrentTerm()}
 	v.isLeader = i.r.State() == raft.Leader && !g.guard.stalled()
-	if addr == g.addr && !v.isLeader {
+	if addr == g.addr && !v.isLeader || i.forsaken() {
 		v.leader = ""
 	}
 	return v

@@ -22,10 +22,8 @@ const (
 	fetchEveryMax = time.Second
 	fetchSilent   = 5
 
-	// spareFor is for how much of a lease, in per cent, one sent message stands for the heartbeats after it. With a
-	// lease of 0.75 Heartbeats, and the library's interval of 0.1 to 0.2, one in three is sent, at most half a Heartbeat
-	// apart: a lease outlives one that is late, and a follower, who waits for 1 to 2, one that is lost.
-	spareFor = 40
+	// toldFor is for how many Heartbeats a follower that answers is not told again of a commit index that it knows.
+	toldFor = 5
 )
 
 // peerTransport is the library's Transport for one run of it. What it sends dies with ctx.
@@ -35,6 +33,7 @@ type peerTransport struct {
 	rpc       chan raft.RPC
 	heartbeat func(raft.RPC) // the library's fast path
 	proofTerm atomic.Uint64  // in which this replica stands because the leader's process is gone
+	resigned  atomic.Uint64  // in which this replica leads and has to give up (pace.go)
 }
 
 var (
@@ -62,15 +61,9 @@ func (t *peerTransport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress)
 func (t *peerTransport) call(id raft.ServerID, to raft.ServerAddress, kind transport.Kind, body []byte,
 	timeout time.Duration,
 ) ([]byte, error) {
-	if t.g.guard.failed() != nil {
-		return nil, fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
-	}
-	replica, node, err := parseAddress(to)
+	replica, node, err := t.addressee(id, to)
 	if err != nil {
 		return nil, err
-	}
-	if string(replica) != string(id) {
-		return nil, fmt.Errorf("server %q has address %q: %w", string(id), string(to), trivet.ErrInvalid)
 	}
 	ctx := t.ctx
 	if timeout > 0 {
@@ -78,17 +71,32 @@ func (t *peerTransport) call(id raft.ServerID, to raft.ServerAddress, kind trans
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
-	if kind == transport.KindAppendEntries && len(body) == emptyAppendBytes && !t.g.cfg.Network.alone() {
-		b := beat{
-			group: t.g.cfg.Group, from: t.g.cfg.Replica, to: replica, body: body,
-			wait: min(t.g.cfg.Timing.Heartbeat/gatherShare, gatherForMax),
-		}
-		return t.g.cfg.Network.beats.call(ctx, node, b, t.g.guard.stalled)
-	}
 	reply, err := t.g.cfg.Network.net.Call(ctx, node, transport.Message{
 		Kind: kind, Group: t.g.cfg.Group, From: t.g.cfg.Replica, To: replica, Body: body,
 	})
 	return reply.Body, err
+}
+
+// addressee checks that this replica may send, and takes an address apart.
+func (t *peerTransport) addressee(id raft.ServerID, to raft.ServerAddress) (trivet.ReplicaID, trivet.NodeID, error) {
+	if t.g.guard.failed() != nil {
+		return "", "", fmt.Errorf("replica failed: %w", trivet.ErrUnavailable)
+	}
+	replica, node, err := parseAddress(to)
+	if err == nil && string(replica) != string(id) {
+		err = fmt.Errorf("server %q has address %q: %w", string(id), string(to), trivet.ErrInvalid)
+	}
+	return replica, node, err
+}
+
+// mute returns an error while this replica must not keep itself in office. A leader whose disk hangs must not be
+// kept there by other goroutines of the library. Not by heartbeats alone: an empty AppendEntries, sent every
+// CommitTimeout, does as well (D8).
+func (t *peerTransport) mute() error {
+	if t.g.guard.stalled() {
+		return fmt.Errorf("append to replica of %s: disk hangs: %w", t.g.cfg.Group, trivet.ErrUnavailable)
+	}
+	return nil
 }
 
 func isHeartbeat(r *raft.AppendEntriesRequest) bool {
@@ -110,23 +118,24 @@ func bound(r *raft.AppendEntriesRequest) {
 func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, req *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
-	// A leader whose disk hangs must not be kept in office by other goroutines of the library. Not by
-	// heartbeats alone: an empty AppendEntries, sent every CommitTimeout, does as well (D8).
-	if t.g.guard.stalled() {
-		return fmt.Errorf("append to replica of %s: disk hangs: %w", t.g.cfg.Group, trivet.ErrUnavailable)
+	if t.resigned.Load() == req.Term {
+		deny(id, req, resp)
+		return nil
+	}
+	if err := t.mute(); err != nil {
+		return err
 	}
 	timeout := 10 * t.g.cfg.Timing.Heartbeat
 	if isHeartbeat(req) {
-		if t.spare(trivet.ReplicaID(id), req.Term, resp) {
-			return nil
-		}
 		timeout = t.g.cfg.Timing.Heartbeat
 	}
 	bound(req)
 	// Gate 3 (durable.go). The library makes the figure anew for each request.
 	req.LeaderCommitIndex = min(req.LeaderCommitIndex, t.g.store.durable.index())
-	sent := t.g.now() // before sending: the lease counts from here
-	b, err := t.sendAppend(id, to, req, timeout)
+	if t.spare(trivet.ReplicaID(id), req, resp) {
+		return nil
+	}
+	b, sent, err := t.sendAppend(id, to, req, timeout)
 	if err != nil {
 		return err
 	}
@@ -137,7 +146,7 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 	t.g.lease.setStamp(trivet.ReplicaID(id), r.stamp)
 	if r.success && r.term == req.Term {
 		t.g.lease.acked(req.Term, trivet.ReplicaID(id), sent, r.promise, 0) // kept whatever our disk does
-		if err := t.matched(trivet.ReplicaID(id), req); err != nil {
+		if err := t.matched(trivet.ReplicaID(id), req, sent); err != nil {
 			return err
 		}
 	}
@@ -150,7 +159,7 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 
 // matched is told that a follower has everything up to the end of a request. It is gate 2 (durable.go): the answer
 // counts once this leader has as much on its own disk, because the library counts the leader without asking.
-func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequest) error {
+func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequest, sent instant) error {
 	if isHeartbeat(req) {
 		return nil
 	}
@@ -159,6 +168,7 @@ func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequ
 		return err
 	}
 	t.g.lease.acked(req.Term, id, instant{}, 0, match)
+	t.g.lease.tell(req.Term, id, told{match, req.LeaderCommitIndex, sent})
 	return nil
 }
 
@@ -166,17 +176,19 @@ func (t *peerTransport) matched(id trivet.ReplicaID, req *raft.AppendEntriesRequ
 // fresh memory costs more than copying into old.
 var sendBuffers sync.Pool
 
-// sendAppend sends a request and returns the body of the reply. One without entries may still be on its way when
-// its caller has given up (coalesce.go), so it keeps its memory; others are copied before Call returns.
+// sendAppend sends a request and returns the body of the reply, and a moment before it was sent: the lease counts from
+// there. The request is copied before Call returns.
 func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req *raft.AppendEntriesRequest,
 	timeout time.Duration,
-) ([]byte, error) {
+) ([]byte, instant, error) {
 	if len(req.Entries) == 0 {
 		body, err := encodeAppend(req)
 		if err != nil {
-			return nil, err
+			return nil, instant{}, err
 		}
-		return t.call(id, to, transport.KindAppendEntries, body, timeout)
+		sent := t.g.now()
+		reply, err := t.call(id, to, transport.KindAppendEntries, body, timeout)
+		return reply, sent, err
 	}
 	size := appendBytes(req)
 	buf, ok := sendBuffers.Get().(*[]byte)
@@ -187,24 +199,43 @@ func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req 
 	defer sendBuffers.Put(buf)
 	body, err := appendAppend((*buf)[:0], req)
 	if err != nil {
-		return nil, err
+		return nil, instant{}, err
 	}
 	defer t.g.sends.Begin().End()
-	return t.call(id, to, transport.KindAppendEntries, body, timeout)
+	sent := t.g.now()
+	reply, err := t.call(id, to, transport.KindAppendEntries, body, timeout)
+	return reply, sent, err
 }
 
-// spare answers a heartbeat here, without sending it, when the follower has taken anything in this term that
-// was sent a moment ago: the library sends five to ten heartbeats in the time after which a follower gives up,
-// and with many idle groups they are all that a node does. Nothing rests on such an answer: our lease
-// counts what was sent (lease.go), and the library's own, by which a leader gives up, comes later by spareFor.
-func (t *peerTransport) spare(id trivet.ReplicaID, term uint64, resp *raft.AppendEntriesResponse) bool {
-	if !t.g.lease.answered(term, id, t.g.cfg.Timing.Lease*spareFor/100, t.g.now()) {
+// spare answers here, without sending it, an AppendEntries that would tell its follower nothing: no entries, after an
+// entry that the follower is known to have in this term, and a commit index that it was told a few Heartbeats ago; it
+// is told again after those, as a replica that was started anew has forgotten it. The library sends one every
+// CommitTimeout to each follower of each idle group, and the follower takes it on its main goroutine. Only while
+// heartbeats are answered.
+func (t *peerTransport) spare(id trivet.ReplicaID, req *raft.AppendEntriesRequest,
+	resp *raft.AppendEntriesResponse,
+) bool {
+	if len(req.Entries) > 0 || isHeartbeat(req) {
+		return false
+	}
+	beat, now := t.g.cfg.Timing.Heartbeat, t.g.now()
+	if !t.g.lease.answered(req.Term, id, beat, now) ||
+		!t.g.lease.knows(req.Term, id, told{req.PrevLogEntry, req.LeaderCommitIndex, now}, toldFor*beat) {
 		return false
 	}
 	*resp = raft.AppendEntriesResponse{
-		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id)}, Term: term, Success: true,
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id)},
+		Term:      req.Term, LastLog: req.PrevLogEntry, Success: true,
 	}
 	return true
+}
+
+// deny answers what makes the library's leader step down: no to a heartbeat that it was asked to confirm its
+// leadership with, a newer term to anything else. Its term stays what it is.
+func deny(id raft.ServerID, req *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) {
+	*resp = raft.AppendEntriesResponse{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id)}, Term: req.Term + 1,
+	}
 }
 
 func (t *peerTransport) vote(id raft.ServerID, to raft.ServerAddress, kind transport.Kind, v voteRequest,
@@ -306,7 +337,7 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 		if silent := time.Since(heard); silent > fetchSilent*t.g.cfg.Timing.Heartbeat {
 			return fmt.Errorf("%s pulls the state, no use of it for %v: %w", to, silent, errors.Join(err, trivet.ErrUnavailable))
 		}
-		if err := t.waitFetch(req.Term, id, every); err != nil {
+		if err := t.await(req.Term, id, every); err != nil {
 			return err
 		}
 	}
@@ -320,9 +351,9 @@ func (t *peerTransport) askFetch(id raft.ServerID, to raft.ServerAddress, body [
 	return decodeFetchReply(b)
 }
 
-// waitFetch waits, and returns an error when there is nothing to wait for any more. A call of the library
+// await waits, and returns an error when there is nothing to wait for any more. A call of the library
 // is not told when its leader steps down.
-func (t *peerTransport) waitFetch(term uint64, id raft.ServerID, d time.Duration) error {
+func (t *peerTransport) await(term uint64, id raft.ServerID, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
@@ -331,7 +362,7 @@ func (t *peerTransport) waitFetch(term uint64, id raft.ServerID, d time.Duration
 		return context.Cause(t.ctx)
 	}
 	i := t.g.running()
-	if i == nil || i.t != t || i.r.State() != raft.Leader || i.r.CurrentTerm() != term {
+	if i == nil || i.t != t || i.r.State() != raft.Leader || i.r.CurrentTerm() != term || t.resigned.Load() == term {
 		return fmt.Errorf("replica leads no more in term %d: %w", term, trivet.ErrNotLeader)
 	}
 	if _, ok := findMember(t.g.store.latestConfig().members, trivet.ReplicaID(id)); !ok {

@@ -42,6 +42,13 @@ func encodeAppend(r *raft.AppendEntriesRequest) ([]byte, error) {
 	return appendAppend(make([]byte, 0, appendBytes(r)), r)
 }
 
+// encodeEmptyAppend is encodeAppend of a request without entries, in which nothing can be wrong.
+func encodeEmptyAppend(r *raft.AppendEntriesRequest) []byte {
+	b := append(make([]byte, 0, emptyAppendBytes), wireVersion)
+	b = put64(b, r.Term, r.PrevLogEntry, r.PrevLogTerm, r.LeaderCommitIndex)
+	return sealBody(put32(b, 0))
+}
+
 // appendBytes is at least the size of what encodeAppend returns.
 func appendBytes(r *raft.AppendEntriesRequest) int {
 	size := 64
