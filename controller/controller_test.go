@@ -386,6 +386,51 @@ func TestDetachDuringTakeOver(t *testing.T) {
 	})
 }
 
+// TestReadersComeAndGo: nodes that only read share an epoch, which is fenced when the last of them leaves.
+func TestReadersComeAndGo(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		b := newBench(t, 3)
+		v := b.create(t, "x", nil)
+		for _, n := range []trivet.NodeID{"n1", "n2", "n3"} {
+			got, err := b.Attach(soon(t), v.ID, n, meta.MultiNodeReader, false)
+			require.NoError(t, err)
+			assert.True(t, got.Usable(n, 1))
+			assert.True(t, got.GrantOf(n).ReadOnly)
+		}
+		_, err := b.Attach(soon(t), v.ID, "n2", meta.SingleNodeMultiWriter, false)
+		require.ErrorIs(t, err, trivet.ErrExists)
+		once := true
+		b.store.before = func(c meta.Command) bool { // another reader leaves between the read and the proposal
+			if c.Detach != nil && once {
+				once = false
+				b.store.must(t, meta.Command{Detach: &meta.Detach{Volume: v.ID, Node: "n3"}})
+			}
+			return true
+		}
+		require.NoError(t, b.Detach(soon(t), v.ID, "n1"))
+		v, err = b.Volume(soon(t), v.ID)
+		require.NoError(t, err)
+		assert.Equal(t, []trivet.NodeID{"n2"}, v.Holders())
+		assert.Equal(t, trivet.Epoch(1), v.Epoch)
+		require.NoError(t, b.Detach(soon(t), v.ID, "n1"), "it is gone")
+		require.NoError(t, b.Detach(soon(t), v.ID, "n2"))
+		v, err = b.Volume(soon(t), v.ID)
+		require.NoError(t, err)
+		assert.Empty(t, v.Holders())
+		assert.Equal(t, trivet.Epoch(2), v.FencedEpoch)
+
+		for _, n := range []trivet.NodeID{"n1", "n2"} {
+			_, err = b.Attach(soon(t), v.ID, n, meta.MultiNodeReader, false)
+			require.NoError(t, err)
+		}
+		require.NoError(t, b.Detach(soon(t), v.ID, ""), "all at once")
+		v, err = b.Volume(soon(t), v.ID)
+		require.NoError(t, err)
+		assert.Empty(t, v.Holders())
+		assert.Equal(t, trivet.Epoch(4), v.FencedEpoch)
+	})
+}
+
 func TestDeleteByPolicy(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		b := newBench(t, 3)

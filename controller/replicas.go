@@ -140,7 +140,7 @@ func (c *Controller) Remaining(ctx context.Context, node trivet.NodeID) ([]Remai
 	reason := PendingOf(s, time.Now())
 	var out []Remaining
 	for _, v := range s.Volumes() {
-		attached := v.Holder() == node
+		attached := v.Holds(node)
 		for _, r := range v.Replicas {
 			if r.Node != node || r.State == meta.ReplicaRemoved {
 				continue

@@ -115,6 +115,9 @@ func (c *Controller) Attach(ctx context.Context, id trivet.VolumeID, node trivet
 			return meta.Volume{}, err
 		}
 		a.Epoch = v.Epoch + 1
+		if mode == meta.MultiNodeReader {
+			a.IfRevision = v.Revision
+		}
 		res, err := c.store.Propose(ctx, meta.Command{Attach: &a})
 		if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseCreating {
 			continue // another epoch was reserved since it was read
@@ -161,10 +164,11 @@ func (c *Controller) awaitFence(ctx context.Context, id trivet.VolumeID, node tr
 	what := fmt.Sprintf("attach %s to %s: fence", id, node)
 	err := c.await(ctx, what, since, func(s *meta.State) (bool, error) {
 		v, _ = s.Volume(id)
-		if v.Attached == nil || v.Attached.Node != node {
+		held := v.GrantOf(node)
+		if held == nil {
 			return false, fmt.Errorf("attach %s to %s: it was detached meanwhile: %w", id, node, trivet.ErrPending)
 		}
-		return v.Usable(node, v.Attached.Epoch), nil
+		return v.Usable(node, held.Epoch), nil
 	})
 	if err != nil {
 		return meta.Volume{}, err
@@ -172,9 +176,10 @@ func (c *Controller) awaitFence(ctx context.Context, id trivet.VolumeID, node tr
 	return v, nil
 }
 
-// Detach ends the attachment of node, or of whichever node holds the volume when it is empty, and
+// Detach ends the attachment of node, or of all that hold the volume when it is empty, and
 // returns once the fence behind it is committed: from then on nothing that the node still sends is
-// accepted, and its reads have ended. Not attached there, or unknown: nil.
+// accepted, and its reads have ended. One of several readers is fenced together with the last of them:
+// until then nobody can write what it may still read. Not attached there, or unknown: nil.
 func (c *Controller) Detach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID) error {
 	unlock, err := c.busy.lock("volume " + id.String())
 	if err != nil {
@@ -187,19 +192,26 @@ func (c *Controller) Detach(ctx context.Context, id trivet.VolumeID, node trivet
 			return fmt.Errorf("detach %s from %s: %w", id, node, err)
 		}
 		v, ok := s.Volume(id)
-		holder := v.Holder()
-		if !ok || holder == "" || node != "" && holder != node {
+		if !ok || node == "" && v.Holder() == "" || node != "" && !v.Holds(node) {
 			return nil
 		}
-		since, fence := s.Revision(), v.Epoch
-		if v.Attached != nil {
-			d := &meta.Detach{Volume: id, Node: holder, Epoch: v.Attached.Epoch}
-			res, err := c.store.Propose(ctx, meta.Command{Detach: d})
+		since, fence, holder := s.Revision(), v.Epoch, node
+		if holder == "" {
+			holder = v.Holder()
+		}
+		if held := v.GrantOf(holder); held != nil {
+			res, err := c.store.Propose(ctx, meta.Command{Detach: detachOf(&v, held, node)})
+			if errors.Is(err, trivet.ErrPending) {
+				continue // another reader has come or gone since it was read
+			}
 			if err != nil {
 				return err
 			}
-			if res.Volume != nil && res.Volume.Attached != nil {
+			if res.Volume != nil && res.Volume.GrantOf(holder) != nil {
 				continue // taken over by a new process since it was read
+			}
+			if res.Volume != nil && res.Volume.Attached != nil {
+				return nil // others go on reading
 			}
 			since = res.Revision
 			if res.Volume != nil {
@@ -212,6 +224,19 @@ func (c *Controller) Detach(ctx context.Context, id trivet.VolumeID, node trivet
 			return !ok || v.FencedEpoch >= fence, nil
 		})
 	}
+}
+
+// detachOf returns the command that ends the attachment held of v, or all of them when node is empty and
+// there are several.
+func detachOf(v *meta.Volume, held *meta.Attachment, node trivet.NodeID) *meta.Detach {
+	d := &meta.Detach{Volume: v.ID, Node: held.Node, Epoch: held.Epoch}
+	if held.Mode == meta.MultiNodeReader {
+		d.IfRevision = v.Revision
+	}
+	if node == "" && len(v.Also) > 0 {
+		d.Node = ""
+	}
+	return d
 }
 
 // MoveLeader asks that the volume's replica on node lead its group, and returns once it reported

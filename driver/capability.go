@@ -49,7 +49,7 @@ func capabilityOf(c *csi.VolumeCapability) (capability, error) {
 	if out.mode, err = modeOf(c.GetAccessMode().GetMode()); err != nil {
 		return out, err
 	}
-	out.readOnly = out.mode == meta.SingleNodeReader
+	out.readOnly = out.mode.Reads()
 	if !slices.Contains(filesystems, out.fsType) {
 		return out, fmt.Errorf("fs_type %q (ext4 and xfs are supported): %w", out.fsType, errCapability)
 	}
@@ -69,8 +69,10 @@ func modeOf(m csi.VolumeCapability_AccessMode_Mode) (meta.AccessMode, error) {
 		return meta.SingleNodeMultiWriter, nil
 	case csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY:
 		return meta.SingleNodeReader, nil
+	case csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY:
+		return meta.MultiNodeReader, nil
 	default:
-		return "", fmt.Errorf("access mode %s (a volume can be attached to one node only): %w", m, errCapability)
+		return "", fmt.Errorf("access mode %s (one node writes a volume, or several read it): %w", m, errCapability)
 	}
 }
 

@@ -229,6 +229,11 @@ func TestPublishContext(t *testing.T) {
 			attachArgs{mode: meta.SingleNodeReader, readOnly: true},
 			map[string]string{"epoch": "1", "readOnly": "true"},
 		},
+		{
+			"readers", csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY, false,
+			attachArgs{mode: meta.MultiNodeReader, readOnly: true},
+			map[string]string{"epoch": "1", "readOnly": "true"},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -78,10 +78,10 @@ func (s *controllerServer) ControllerGetVolume(ctx context.Context, req *csi.Con
 // attacher must not take it for detached before ControllerUnpublishVolume has said so.
 func publishedNodes(v *meta.Volume) []string {
 	var out []string
-	if v.Attached != nil {
-		out = append(out, string(v.Attached.Node))
+	for _, n := range v.Holders() {
+		out = append(out, string(n))
 	}
-	if v.Detaching != "" && (v.Attached == nil || v.Detaching != v.Attached.Node) {
+	if v.Detaching != "" && v.Attached != nil && (v.Attached == nil || v.Detaching != v.Attached.Node) {
 		out = append(out, string(v.Detaching))
 	}
 	return out

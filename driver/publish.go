@@ -60,11 +60,12 @@ func (s *controllerServer) ControllerPublishVolume(ctx context.Context, req *csi
 	if err != nil {
 		return nil, err
 	}
-	if v.Attached == nil || !v.Usable(node, v.Attached.Epoch) {
+	held := v.GrantOf(node)
+	if held == nil || !v.Usable(node, held.Epoch) {
 		return nil, fmt.Errorf("attach %s to %s: epoch %d is not fenced yet (fenced: %d): %w",
 			id, node, v.Epoch, v.FencedEpoch, trivet.ErrUnavailable)
 	}
-	return &csi.ControllerPublishVolumeResponse{PublishContext: publishContext(v.Attached)}, nil
+	return &csi.ControllerPublishVolumeResponse{PublishContext: publishContext(held)}, nil
 }
 
 func publishContext(a *meta.Attachment) map[string]string {
@@ -193,5 +194,5 @@ func (a *attachLimit) others(id trivet.VolumeID, node trivet.NodeID, volumes []m
 // holds reports whether node may still do I/O on v: it is attached there, or its detach waits for
 // the fence.
 func holds(v *meta.Volume, node trivet.NodeID) bool {
-	return v.Detaching == node || v.Attached != nil && v.Attached.Node == node
+	return v.Detaching == node || v.GrantOf(node) != nil
 }

@@ -132,7 +132,8 @@ func (a *attacher) set(id trivet.VolumeID, at *attached) {
 	a.held[id] = at
 }
 
-// holding reads from the catalogue, linearizably, the volume that this node holds. ErrNotFound for
+// holding reads from the catalogue, linearizably, the volume that this node holds, as this node sees it
+// (Volume.As). ErrNotFound for
 // an unknown volume, ErrInUse when the node does not hold it.
 func (a *attacher) holding(ctx context.Context, id trivet.VolumeID) (*meta.Volume, error) {
 	st, err := a.cat.Read(ctx)
@@ -146,9 +147,10 @@ func (a *attacher) holding(ctx context.Context, id trivet.VolumeID) (*meta.Volum
 	case v.Attached == nil:
 		return nil, fmt.Errorf("attach %s: no node holds it, node %s has to be granted it first: %w",
 			id, a.node, trivet.ErrInUse)
-	case v.Attached.Node != a.node:
+	case v.GrantOf(a.node) == nil:
 		return nil, fmt.Errorf("attach %s: node %s holds it, not %s: %w", id, v.Attached.Node, a.node, trivet.ErrInUse)
 	}
+	v = v.As(a.node)
 	return &v, nil
 }
 
@@ -234,10 +236,10 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 	if err != nil {
 		return 0, fmt.Errorf("attach %s: %w", id, err)
 	}
-	if res.Volume == nil || res.Volume.Attached == nil {
+	if res.Volume == nil || res.Volume.GrantOf(a.node) == nil {
 		return 0, fmt.Errorf("attach %s: take over granted no epoch: %w", id, trivet.ErrUnavailable)
 	}
-	return res.Volume.Attached.Epoch, nil
+	return res.Volume.GrantOf(a.node).Epoch, nil
 }
 
 func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
@@ -279,6 +281,7 @@ func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch tri
 		v, ok := a.cat.Local().Volume(id)
 		switch {
 		case ok && v.Usable(a.node, epoch):
+			v = v.As(a.node)
 			return &v, nil
 		case ok && v.Epoch > epoch:
 			if err := a.drop(id); err != nil {
@@ -296,10 +299,12 @@ func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch tri
 }
 
 // bringLeader asks for the group's leadership to come to this node's replica, if it has a ready one
-// and the node is set to do so. Failing that costs a network hop for each I/O and nothing else.
+// and the node is set to do so and is the only one to use the volume. Failing that costs a network hop for
+// each I/O and nothing else.
 func (a *attacher) bringLeader(ctx context.Context, v *meta.Volume) {
 	r := v.ReplicaOn(a.node)
-	if !a.follow || r == nil || r.State != meta.ReplicaReady || v.Leader == r.ID || v.WantLeader == r.ID {
+	if !a.follow || len(v.Also) > 0 || r == nil || r.State != meta.ReplicaReady ||
+		v.Leader == r.ID || v.WantLeader == r.ID {
 		return
 	}
 	c := meta.Command{WantLeader: &meta.WantLeader{Volume: v.ID, Replica: r.ID}}
@@ -425,7 +430,10 @@ func (a *attacher) outdated() []trivet.VolumeID {
 	for id, at := range a.held {
 		v, known := st.Volume(id)
 		gone := !known && st.Used(id)
-		if (gone || v.Epoch > at.epoch) && at.kernel == nil && a.nbdN[id] == 0 {
+		// A reader may leave others behind at its epoch. Of a writer the epoch alone can tell: its group must
+		// not be opened a second time at the same one (H39).
+		left := v.Attached != nil && v.Attached.Mode == meta.MultiNodeReader && v.GrantOf(a.node) == nil
+		if (gone || left || v.Epoch > at.epoch) && at.kernel == nil && a.nbdN[id] == 0 {
 			ids = append(ids, id)
 		}
 	}

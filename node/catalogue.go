@@ -53,8 +53,8 @@ func Authorizer(cat Catalogue) func(from trivet.NodeID, volume trivet.VolumeID, 
 		if !ok || epoch > v.Epoch {
 			return nil
 		}
-		held := v.Attached != nil && v.Attached.Epoch == epoch && v.Attached.Node == from
-		if held || (epoch < v.Epoch && epoch >= v.FencedEpoch) {
+		held := v.GrantOf(from)
+		if held != nil && held.Epoch == epoch || (epoch < v.Epoch && epoch >= v.FencedEpoch) {
 			return nil // its own, or about to be fenced: the state machine says when
 		}
 		return fmt.Errorf("%s from %s at epoch %d: node does not hold that epoch: %w", volume, from, epoch, trivet.ErrFenced)

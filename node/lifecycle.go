@@ -64,7 +64,8 @@ func (m *mounts) openNBD(ctx context.Context, id trivet.VolumeID) (trivet.Device
 	}
 	v, _ := m.attacher.cat.Local().Volume(id) // it was waited for
 	m.attacher.useNBD(id, 1)
-	return at.path, v.Name, v.Attached != nil && v.Attached.ReadOnly, nil
+	held := v.GrantOf(m.attacher.node)
+	return at.path, v.Name, held != nil && held.ReadOnly, nil
 }
 
 // closeNBD counts an NBD server out. What its clients have written is committed then, flushed or not: the attachment

@@ -177,8 +177,8 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 		return nil, fmt.Errorf("resume %s: %w", v.ID, err)
 	}
 	want := found + 1
-	if v.Attached.Incarnation == m.attacher.process {
-		want = found // an attempt whose answer was lost
+	if v.Attached.Mode == meta.MultiNodeReader || v.Attached.Incarnation == m.attacher.process {
+		want = found // readers share an epoch, and keep it; or this is an attempt whose answer was lost
 	}
 	lock, err := m.attacher.caches.lock(v) // before the epoch rises (H13)
 	if err != nil {

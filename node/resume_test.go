@@ -29,9 +29,15 @@ type resumeBench struct {
 // newResumeBench has vol staged and published by a first process, which has been killed.
 func newResumeBench(t *testing.T) *resumeBench {
 	t.Helper()
+	return newResumeBenchOf(t, meta.SingleNodeMultiWriter)
+}
+
+// newResumeBenchOf is newResumeBench with another access mode.
+func newResumeBenchOf(t *testing.T, mode meta.AccessMode) *resumeBench {
+	t.Helper()
 	b := &resumeBench{mountBench: newMountBench(t)}
 	b.survive = true
-	b.grant("n1", meta.SingleNodeMultiWriter, false)
+	b.grant("n1", mode, false)
 	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
 	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
 	b.next(t, 0x302)
@@ -153,6 +159,17 @@ func TestResumeAfterTheFence(t *testing.T) {
 		b.fence()
 		<-done
 		b.requireResumed(t)
+	})
+}
+
+// TestResumeReader: a reader's take-over raises no epoch, and is no break.
+func TestResumeReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBenchOf(t, meta.MultiNodeReader)
+		epoch := b.cat.volume(vol).Epoch
+		b.mounts.resume(t.Context(), b.leftover(t))
+		require.Equal(t, epoch, b.cat.volume(vol).Epoch)
+		require.EqualValues(t, 1, b.resumedN)
 	})
 }
 

@@ -237,7 +237,7 @@ func (a *admin) DetachVolume(ctx context.Context, r *api.DetachVolumeRequest) (*
 		return nil, err
 	}
 	holder := a.s.cfg.Node
-	if v.Attached != nil && v.Attached.Node != holder {
+	if v.Attached != nil && v.GrantOf(holder) == nil {
 		if !r.GetForce() {
 			return nil, fmt.Errorf("detach %q: node %s holds it; detach it there, or use --force if that node is dead: %w",
 				v.Name, v.Attached.Node, trivet.ErrInUse)

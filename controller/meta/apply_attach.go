@@ -2,6 +2,8 @@ package meta
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -18,6 +20,15 @@ import (
 //
 // Invariant: FencedEpoch <= Epoch. Attached: Attached.Epoch == Epoch and Detaching is empty.
 // Detaching: FencedEpoch < Epoch.
+//
+// Readers share an epoch (decision 0020). The first one reserves it, so every writer before is fenced;
+// others join and leave at it, and the last one's detach reserves the next, as a writer's does. An epoch
+// numbers the writes of one writer (H39); of readers there are none.
+//
+//	Attached=n1@3 Epoch=3            n1 reads
+//	  Attach n2 ──► Attached=n1@3 Also=n2@3 Epoch=3         both read, once 3 is fenced
+//	  Detach n1 ──► Attached=n2@3 Epoch=3
+//	  Detach n2 ──► Detaching=n2 Epoch=4
 
 func (a *Attach) op() string { return fmt.Sprintf("attach %s to %s", a.Volume, a.Node) }
 
@@ -33,17 +44,11 @@ func (a *Attach) apply(d *draft) error {
 	want := Attachment{
 		Node:        a.Node,
 		Mode:        a.Mode,
-		ReadOnly:    a.ReadOnly || a.Mode == SingleNodeReader,
+		ReadOnly:    a.ReadOnly || a.Mode.Reads(),
 		Incarnation: node.Incarnation,
 	}
-	if held := v.Attached; held != nil {
-		switch {
-		case held.Node != a.Node:
-			return fmt.Errorf("held by node %s: %w", held.Node, trivet.ErrInUse)
-		case held.Mode != want.Mode || held.ReadOnly != want.ReadOnly:
-			return fmt.Errorf("attached there as %s, read-only %t: %w", held.Mode, held.ReadOnly, trivet.ErrExists)
-		}
-		return nil
+	if err := v.admits(&want); err != nil || v.GrantOf(a.Node) != nil {
+		return err
 	}
 	switch v.Phase {
 	case PhaseAvailable, PhaseBound:
@@ -62,11 +67,56 @@ func (a *Attach) apply(d *draft) error {
 	if a.Epoch != 0 && a.Epoch != v.Epoch+1 {
 		return fmt.Errorf("next epoch is %d, not %d: %w", v.Epoch+1, a.Epoch, trivet.ErrPending)
 	}
+	if err := v.unmoved(a.IfRevision); err != nil {
+		return err
+	}
+	if v.Attached != nil { // it reads beside others
+		want.Epoch = v.Epoch
+		v.Also = append(v.Also, want)
+		d.put(v)
+		return nil
+	}
 	v.Epoch++
 	want.Epoch = v.Epoch
 	v.Attached, v.Phase, v.Claimed = &want, PhaseBound, true
 	d.put(v)
 	return nil
+}
+
+// admits says why want cannot be granted beside the attachments there are, if it cannot: the rule of the
+// access modes. Nil when it can, or is granted already.
+func (v *Volume) admits(want *Attachment) error {
+	if held := v.GrantOf(want.Node); held != nil {
+		if held.Mode != want.Mode || held.ReadOnly != want.ReadOnly {
+			return fmt.Errorf("attached there as %s, read-only %t: %w", held.Mode, held.ReadOnly, trivet.ErrExists)
+		}
+		return nil
+	}
+	switch {
+	case v.Attached == nil:
+		return nil
+	case v.Attached.Mode != MultiNodeReader || want.Mode != MultiNodeReader:
+		return fmt.Errorf("held by %s: %w", v.holderText(), trivet.ErrInUse)
+	case len(v.Also) >= readersMax-1:
+		return fmt.Errorf("%d nodes read it, the most there may be: %w", readersMax, trivet.ErrNoSpace)
+	}
+	return nil
+}
+
+// holderText names the nodes that hold v, for an error.
+func (v *Volume) holderText() string {
+	if len(v.Also) == 0 {
+		return "node " + v.holderNames()
+	}
+	return "nodes " + v.holderNames()
+}
+
+func (v *Volume) holderNames() string {
+	var names []string
+	for _, n := range v.Holders() {
+		names = append(names, string(n))
+	}
+	return strings.Join(names, ", ")
 }
 
 func (t *TakeOver) op() string { return fmt.Sprintf("take over %s on %s", t.Volume, t.Node) }
@@ -76,18 +126,25 @@ func (t *TakeOver) apply(d *draft) error {
 	if err != nil {
 		return err
 	}
-	if v.Attached == nil || v.Attached.Node != t.Node {
-		return fmt.Errorf("held by %q at epoch %d: %w", v.Holder(), v.Epoch, trivet.ErrFenced)
+	held := v.GrantOf(t.Node)
+	if held == nil {
+		return fmt.Errorf("held by %q at epoch %d: %w", v.holderNames(), v.Epoch, trivet.ErrFenced)
 	}
 	node := d.nodes[t.Node] // there: nodes are never forgotten
 	if t.Incarnation != "" && t.Incarnation != node.Incarnation {
 		return fmt.Errorf("incarnation %s does not run as this node: %w", t.Incarnation, trivet.ErrFenced)
 	}
-	if t.Incarnation != "" && t.Incarnation == v.Attached.Incarnation {
+	if t.Incarnation != "" && t.Incarnation == held.Incarnation {
 		return nil
 	}
-	v.Epoch++
-	v.Attached.Epoch, v.Attached.Incarnation = v.Epoch, node.Incarnation
+	switch {
+	case held.Mode != MultiNodeReader:
+		v.Epoch++
+		held.Epoch = v.Epoch
+	case held.Incarnation == node.Incarnation:
+		return nil
+	}
+	held.Incarnation = node.Incarnation
 	d.put(v)
 	return nil
 }
@@ -105,16 +162,38 @@ func (t *Detach) apply(d *draft) error {
 		return nil //nolint:nilerr // nothing is attached to the unknown
 	}
 	held := v.Attached
-	if held == nil || t.Node != "" && held.Node != t.Node || t.Epoch != 0 && held.Epoch != t.Epoch {
+	if t.Node != "" {
+		held = v.GrantOf(t.Node)
+	}
+	if held == nil || t.Epoch != 0 && held.Epoch != t.Epoch {
 		return nil
 	}
-	v.Epoch++
-	v.Attached, v.Detaching = nil, held.Node
-	if r := v.ReplicaOn(held.Node); r != nil && r.ID == v.WantLeader {
+	if err := v.unmoved(t.IfRevision); err != nil {
+		return err
+	}
+	node := held.Node
+	if r := v.ReplicaOn(node); r != nil && r.ID == v.WantLeader {
 		v.WantLeader = "" // leadership was to follow the attachment; that node may be dead by now
+	}
+	if t.Node != "" && len(v.Also) > 0 {
+		v.dropReader(t.Node)
+	} else {
+		v.Epoch++
+		v.Attached, v.Also, v.Detaching = nil, nil, node
 	}
 	d.put(v)
 	return nil
+}
+
+// dropReader takes one of several readers off. REQUIRES: node is one, and not the only one.
+func (v *Volume) dropReader(node trivet.NodeID) {
+	rest := append([]Attachment{*v.Attached}, v.Also...)
+	rest = slices.DeleteFunc(rest, func(a Attachment) bool { return a.Node == node })
+	first := rest[0]
+	v.Attached, v.Also = &first, rest[1:]
+	if len(v.Also) == 0 {
+		v.Also = nil
+	}
 }
 
 func (r *ReportFence) op() string {

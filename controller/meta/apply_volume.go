@@ -110,7 +110,7 @@ func (v *Volume) count(state ReplicaState) int {
 func (v *Volume) idle() error {
 	switch {
 	case v.Attached != nil:
-		return fmt.Errorf("attached to node %s: %w", v.Attached.Node, trivet.ErrInUse)
+		return fmt.Errorf("attached to %s: %w", v.holderText(), trivet.ErrInUse)
 	case v.Detaching != "":
 		return fmt.Errorf("still being detached from node %s: %w", v.Detaching, trivet.ErrInUse)
 	}

@@ -94,22 +94,27 @@ type ReportReplica struct {
 	Reason  string           `json:"reason,omitempty"`
 }
 
-// Attach reserves the next epoch for a node. Refused with ErrInUse (naming the holder) while
-// another node holds the volume or is Detaching; with ErrExists when the same node holds it with
-// other arguments; ErrInvalid unless the volume is Available or Bound (ErrPending while Creating).
-// The same again: no effect, returns the volume as it is. An Available volume becomes Bound.
-// ErrPending while the node's own earlier attachment is still Detaching.
+// Attach reserves the next epoch for a node. A MultiNodeReader that joins others is given theirs.
+// Refused with ErrInUse (naming the holders) while another node holds the volume, unless all only read by
+// MultiNodeReader, or is Detaching; with ErrExists when the same node holds it with other arguments;
+// ErrNoSpace beyond the number of readers there may be; ErrInvalid unless the volume is Available or Bound
+// (ErrPending while Creating). The same again: no effect, returns the volume as it is. An Available volume
+// becomes Bound. ErrPending while the node's own earlier attachment is still Detaching.
 type Attach struct {
 	Volume   trivet.VolumeID `json:"volume"`
 	Node     trivet.NodeID   `json:"node"` // must be registered
 	Mode     AccessMode      `json:"mode"`
-	ReadOnly bool            `json:"readOnly,omitempty"` // implied by SingleNodeReader
+	ReadOnly bool            `json:"readOnly,omitempty"` // implied by the modes that only read
 	// Epoch is the epoch asked for: one above the Volume.Epoch that the proposer saw. ErrPending
 	// when that is no longer the next, so a late copy attaches nothing. 0 = whichever is next.
 	Epoch trivet.Epoch `json:"epoch,omitempty"`
+	// IfRevision is what Epoch is for a MultiNodeReader, who may join others without a new epoch: ErrPending
+	// when the volume has changed since. 0 = not checked.
+	IfRevision Revision `json:"ifRevision,omitempty"`
 }
 
-// TakeOver reserves the next epoch for a new process of the node that already holds the volume.
+// TakeOver reserves the next epoch for a new process of the node that already holds the volume. A
+// MultiNodeReader keeps its epoch, which is the others' too: it has written nothing to be fenced from.
 // ErrFenced when the node does not hold it (stop for good), or when Incarnation is given and is not
 // the one the node registered. No effect when that process holds the attachment already.
 type TakeOver struct {
@@ -118,13 +123,16 @@ type TakeOver struct {
 	Incarnation string          `json:"incarnation,omitempty"` // "" = not checked: every copy raises the epoch
 }
 
-// Detach ends the attachment of Node (any node when empty) and reserves an epoch that fences it.
-// Not attached or unknown: no effect.
+// Detach ends the attachment of Node (all when empty) and, unless others remain, who all read, reserves an
+// epoch that fences it. Not attached or unknown: no effect.
 type Detach struct {
 	Volume trivet.VolumeID `json:"volume"`
 	Node   trivet.NodeID   `json:"node,omitempty"`
 	// Epoch names the attachment to end, so a late copy does not end the next one. 0 = any.
 	Epoch trivet.Epoch `json:"epoch,omitempty"`
+	// IfRevision is what Epoch is for one of several readers, who come and go at one epoch: ErrPending when
+	// the volume has changed since. 0 = not checked.
+	IfRevision Revision `json:"ifRevision,omitempty"`
 }
 
 // ReportFence says that the volume's own group has committed Epoch as its fence. Older than

@@ -56,8 +56,11 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			return report(id, n, meta.ReplicaReady)
 		},
 		func() meta.Command {
-			modes := []meta.AccessMode{meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader}
-			return meta.Command{Attach: &meta.Attach{Volume: vid, Node: nodeID(n), Mode: modes[r.Intn(3)]}}
+			modes := []meta.AccessMode{
+				meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader,
+				meta.MultiNodeReader, meta.MultiNodeReader, meta.MultiNodeReader,
+			}
+			return meta.Command{Attach: &meta.Attach{Volume: vid, Node: nodeID(n), Mode: modes[r.Intn(len(modes))]}}
 		},
 		func() meta.Command { return meta.Command{TakeOver: &meta.TakeOver{Volume: vid, Node: nodeID(n)}} },
 		func() meta.Command {
@@ -81,7 +84,13 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			on := r.Intn(3) == 0
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
-		func() meta.Command { return meta.Command{Detach: &meta.Detach{Volume: vid}} },
+		func() meta.Command {
+			d := &meta.Detach{Volume: vid}
+			if r.Intn(2) == 0 {
+				d.Node = nodeID(n)
+			}
+			return meta.Command{Detach: d}
+		},
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },

@@ -21,8 +21,9 @@ import (
 //	16      n     JSON of struct image: nodes and volumes sorted by ID
 //	16+n    4     CRC32C of everything before, little endian
 const (
-	imageMagic   = "TMIM"
-	imageVersion = 2 // 1 had no WantReplicas, Retired, Cordoned and Draining; it is read still
+	imageMagic = "TMIM"
+	// 2 had one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
+	imageVersion = 3
 	imageOldest  = 1
 	imageHeader  = 16
 	imageTrailer = 4
@@ -169,6 +170,9 @@ func (s *State) problem(v *Volume) string {
 	case v.Detaching != "" && v.FencedEpoch == v.Epoch:
 		return fmt.Sprintf("detaching %s though fenced", v.Detaching)
 	}
+	if problem := s.readersProblem(v); problem != "" {
+		return problem
+	}
 	if problem := v.replicaProblem(); problem != "" {
 		return problem
 	}
@@ -180,6 +184,29 @@ func (s *State) problem(v *Volume) string {
 	case PhaseCreating, PhaseAvailable, PhaseBound, PhaseFailed:
 	default:
 		return fmt.Sprintf("phase %q is unknown", v.Phase)
+	}
+	return ""
+}
+
+// readersProblem names the first invariant that several attachments of v break.
+func (s *State) readersProblem(v *Volume) string {
+	if len(v.Also) == 0 {
+		return ""
+	}
+	if v.Attached == nil || v.Attached.Mode != MultiNodeReader || !v.Attached.ReadOnly {
+		return fmt.Sprintf("%d readers beside none that reads", len(v.Also))
+	}
+	seen := map[trivet.NodeID]bool{v.Attached.Node: true}
+	for _, a := range v.Also {
+		switch {
+		case seen[a.Node]:
+			return fmt.Sprintf("attached to %s twice", a.Node)
+		case s.nodes[a.Node] == nil:
+			return fmt.Sprintf("attached to %s, which is unknown", a.Node)
+		case a.Mode != MultiNodeReader || !a.ReadOnly || a.Epoch != v.Epoch:
+			return fmt.Sprintf("attached to %s beside others as %s at epoch %d of %d", a.Node, a.Mode, a.Epoch, v.Epoch)
+		}
+		seen[a.Node] = true
 	}
 	return ""
 }

@@ -178,10 +178,24 @@ func TestGolden(t *testing.T) {
 	} {
 		mustApply(t, m, r)
 	}
-	commands := map[string]meta.Command{"command.v1": create, "command-add.v1": add, "command-params.v1": {
-		SetParams: &meta.SetParams{Volume: 7, IfRevision: 9, Params: map[string]string{"iopsLimit": "100", "burst": ""}},
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{
+		Volume: volume(8, meta.ReclaimRetain, 1), Claim: true,
+	}})
+	mustApply(t, m, report(8, 1, meta.ReplicaReady))
+	read := meta.Command{Attach: &meta.Attach{Volume: 8, Node: "n1", Mode: meta.MultiNodeReader}}
+	mustApply(t, m, read)
+	v, _ = m.State().Volume(8)
+	join := meta.Command{Attach: &meta.Attach{
+		Volume: 8, Node: "n2", Mode: meta.MultiNodeReader, Epoch: 2, IfRevision: v.Revision,
 	}}
-	golden := map[string][]byte{"image.v2": mustImage(t, m.State())}
+	mustApply(t, m, join)
+	params := meta.Command{
+		SetParams: &meta.SetParams{Volume: 7, IfRevision: 9, Params: map[string]string{"iopsLimit": "100", "burst": ""}},
+	}
+	commands := map[string]meta.Command{
+		"command.v1": create, "command-add.v1": add, "command-join.v1": join, "command-params.v1": params,
+	}
+	golden := map[string][]byte{"image.v3": mustImage(t, m.State())}
 	for name, c := range commands {
 		b, err := c.Encode()
 		require.NoError(t, err)
@@ -196,7 +210,7 @@ func TestGolden(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, string(want), string(got), name)
 	}
-	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3} {
+	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3, "image.v3": 3} {
 		old, err := os.ReadFile(filepath.Join("testdata", name))
 		require.NoError(t, err)
 		s, err := meta.DecodeImage(old)
@@ -206,6 +220,9 @@ func TestGolden(t *testing.T) {
 		assert.Equal(t, trivet.NodeID("n2"), v.Attached.Node, name)
 		assert.Equal(t, wanted, v.WantReplicas, name)
 		assert.Equal(t, 3, v.Want(), name)
+		if v, ok := s.Volume(8); ok {
+			assert.Equal(t, []trivet.NodeID{"n1", "n2"}, v.Holders(), name)
+		}
 	}
 }
 
@@ -303,7 +320,7 @@ func TestImageRefusesWhatCannotBe(t *testing.T) {
 
 // framed makes an image of a body, whatever that holds.
 func framed(body []byte) []byte {
-	b := append([]byte("TMIM\x02\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
+	b := append([]byte("TMIM\x03\x00\x00\x00"), binary.LittleEndian.AppendUint64(nil, uint64(len(body)))...)
 	b = append(b, body...)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
 }

@@ -95,6 +95,7 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 		mode := meta.AccessMode(word(t, d, "mode", string(meta.SingleNodeMultiWriter)))
 		return meta.Command{Attach: &meta.Attach{
 			Volume: id, Node: nodeID(n), Mode: mode, ReadOnly: d.HasArg("ro"), Epoch: epoch,
+			IfRevision: meta.Revision(number(t, d, "rev")),
 		}}
 	case "takeover":
 		c := &meta.TakeOver{Volume: id, Node: nodeID(n)}
@@ -103,7 +104,7 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 		}
 		return meta.Command{TakeOver: c}
 	case "detach":
-		c := &meta.Detach{Volume: id, Epoch: epoch}
+		c := &meta.Detach{Volume: id, Epoch: epoch, IfRevision: meta.Revision(number(t, d, "rev"))}
 		if n != 0 {
 			c.Node = nodeID(n)
 		}
@@ -184,6 +185,12 @@ func line(v *meta.Volume) string {
 		if a.ReadOnly {
 			b.WriteString("(ro)")
 		}
+		if v.Usable(a.Node, a.Epoch) {
+			b.WriteString(" usable")
+		}
+	}
+	for _, a := range v.Also {
+		fmt.Fprintf(b, " also=%s@%d", a.Node, a.Epoch)
 		if v.Usable(a.Node, a.Epoch) {
 			b.WriteString(" usable")
 		}

@@ -49,13 +49,18 @@ const (
 // AccessMode says who may attach a volume.
 type AccessMode string
 
-// The access modes of this version. Both bind the volume to one node; the first allows one
-// consumer there, the second several (Kubernetes ReadWriteOncePod and ReadWriteOnce).
+// The access modes of this version. The first three bind the volume to one node; the first allows one
+// consumer there, the second several (Kubernetes ReadWriteOncePod and ReadWriteOnce). MultiNodeReader
+// lets several nodes read, and none write (ReadOnlyMany).
 const (
 	SingleNodeSingleWriter AccessMode = "SingleNodeSingleWriter"
 	SingleNodeMultiWriter  AccessMode = "SingleNodeMultiWriter"
 	SingleNodeReader       AccessMode = "SingleNodeReader"
+	MultiNodeReader        AccessMode = "MultiNodeReader"
 )
+
+// Reads reports whether the mode allows nothing but reading.
+func (m AccessMode) Reads() bool { return m == SingleNodeReader || m == MultiNodeReader }
 
 // Node is a machine of the cluster.
 type Node struct {
@@ -160,6 +165,9 @@ type Volume struct {
 	Epoch       trivet.Epoch `json:"epoch"`
 	FencedEpoch trivet.Epoch `json:"fencedEpoch"`
 	Attached    *Attachment  `json:"attached,omitempty"`
+	// Also are further nodes that read beside the one in Attached, in the order in which they came. All
+	// of them, Attached included, are MultiNodeReader then, and have the same epoch.
+	Also []Attachment `json:"also,omitempty"`
 	// Detaching names the node whose attachment ends when the fence of Epoch is committed.
 	Detaching trivet.NodeID `json:"detaching,omitempty"`
 
@@ -175,7 +183,55 @@ type Volume struct {
 // Usable reports whether node may do I/O on v at epoch: it holds the attachment with that epoch,
 // and the volume's group has fenced everything older.
 func (v *Volume) Usable(node trivet.NodeID, epoch trivet.Epoch) bool {
-	return v.Attached != nil && v.Attached.Node == node && v.Attached.Epoch == epoch && v.FencedEpoch == epoch
+	held := v.GrantOf(node)
+	return held != nil && held.Epoch == epoch && v.FencedEpoch == epoch
+}
+
+// GrantOf returns the attachment of node, or nil. It is a part of v.
+func (v *Volume) GrantOf(node trivet.NodeID) *Attachment {
+	if v.Attached != nil && v.Attached.Node == node {
+		return v.Attached
+	}
+	for i := range v.Also {
+		if v.Also[i].Node == node {
+			return &v.Also[i]
+		}
+	}
+	return nil
+}
+
+// Holders returns the nodes that are attached, the longest first, or the one that is still being
+// detached; none when nobody can read or write.
+func (v *Volume) Holders() []trivet.NodeID {
+	var nodes []trivet.NodeID
+	if first := v.Holder(); first != "" {
+		nodes = append(nodes, first)
+	}
+	for _, a := range v.Also {
+		nodes = append(nodes, a.Node)
+	}
+	return nodes
+}
+
+// Holds reports whether node is attached or still being detached.
+func (v *Volume) Holds(node trivet.NodeID) bool { return slices.Contains(v.Holders(), node) }
+
+// As returns a copy of v as node sees it: Attached is the node's own attachment, if it has one, and Also
+// are those of the others.
+func (v *Volume) As(node trivet.NodeID) Volume {
+	c := v.Clone()
+	if c.Attached == nil || c.Attached.Node == node {
+		return c
+	}
+	i := slices.IndexFunc(c.Also, func(a Attachment) bool { return a.Node == node })
+	first := *c.Attached
+	if i < 0 {
+		c.Attached, c.Also = nil, append([]Attachment{first}, c.Also...)
+		return c
+	}
+	own := c.Also[i]
+	c.Attached, c.Also[i] = &own, first
+	return c
 }
 
 // Replica returns the volume's replica of that ID, or nil.
@@ -222,7 +278,8 @@ func (v *Volume) Want() int {
 	return max(n, 1)
 }
 
-// Holder returns the node that is attached or still being detached, or "" when nobody can write.
+// Holder returns the node that is attached, of several the longest, or that is still being detached, or ""
+// when nobody can read or write.
 func (v *Volume) Holder() trivet.NodeID {
 	if v.Attached != nil {
 		return v.Attached.Node
@@ -236,6 +293,7 @@ func (v *Volume) Clone() Volume {
 	c.Params = maps.Clone(v.Params)
 	c.Replicas = slices.Clone(v.Replicas)
 	c.Retired = slices.Clone(v.Retired)
+	c.Also = slices.Clone(v.Also)
 	if v.Attached != nil {
 		a := *v.Attached
 		c.Attached = &a

@@ -17,6 +17,7 @@ const (
 	replacedMax    = 8    // remembered incarnations per node
 	replicasMax    = 6    // per volume: five, and the one that replaces another
 	retiredMax     = 32   // per volume
+	readersMax     = 256  // nodes that read a volume at a time
 )
 
 // operation is what each field of Command can do. All are pure.
@@ -181,7 +182,7 @@ func (r *ReportReplica) validate() error {
 
 func (a *Attach) validate() error {
 	switch a.Mode {
-	case SingleNodeSingleWriter, SingleNodeMultiWriter, SingleNodeReader:
+	case SingleNodeSingleWriter, SingleNodeMultiWriter, SingleNodeReader, MultiNodeReader:
 	default:
 		return fmt.Errorf("access mode %q is unknown: %w", a.Mode, trivet.ErrInvalid)
 	}

@@ -25,6 +25,10 @@ import (
 
 func TestNBDConforms(t *testing.T) {
 	t.Parallel()
+	opsN := 300
+	if testing.Short() {
+		opsN = 100
+	}
 	for mode, flags := range map[nbdMode]uint16{
 		nbdSimple:     0b1101_0110_1101, // as proto.md numbers them
 		nbdStructured: 0b1101_1110_1101,
@@ -34,7 +38,7 @@ func TestNBDConforms(t *testing.T) {
 		c := goNBDAs(t, r.dial(t), "vol-1", mode)
 		require.EqualValues(t, 16<<20, c.Size())
 		require.Equal(t, flags, c.flags, "mode %d", mode)
-		devtest.Run(t, c, devtest.Options{RequestBytesMax: 3 << 20, OpsN: 300})
+		devtest.Run(t, c, devtest.Options{RequestBytesMax: 3 << 20, OpsN: opsN})
 		require.Positive(t, r.dev.Count(faultdev.Discard))
 		require.Positive(t, r.dev.Count(faultdev.WriteZeroes))
 	}
