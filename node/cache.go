@@ -93,8 +93,8 @@ func (c *caches) tidy() {
 }
 
 // open puts the cache of v in front of group. The lock of at, if it has one, belongs to the cache then. When a kernel
-// device goes on, so does the loss of a write that an earlier process met: whoever uses the device has to be told (H14). Without an error it
-// returns a Device even for a volume that caches nothing: it may be told to later.
+// device goes on, so does the loss of a write that an earlier process met: whoever uses it has to be told (H14).
+// Without an error it returns a Device even for a volume that caches nothing: it may be told to later.
 func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached) (*cache.Device, error) {
 	want, weight, err := cacheOf(v)
 	if err != nil {

@@ -85,11 +85,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
 		func() meta.Command {
-			d := &meta.Detach{Volume: vid}
-			if r.Intn(2) == 0 {
-				d.Node = nodeID(n)
-			}
-			return meta.Command{Detach: d}
+			return meta.Command{Detach: &meta.Detach{Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)]}}
 		},
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
