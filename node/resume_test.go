@@ -169,7 +169,7 @@ func TestResumeReader(t *testing.T) {
 		epoch := b.cat.volume(vol).Epoch
 		b.mounts.resume(t.Context(), b.leftover(t))
 		require.Equal(t, epoch, b.cat.volume(vol).Epoch)
-		require.EqualValues(t, 1, b.resumedN)
+		require.Equal(t, 1, b.resumedN)
 	})
 }
 

@@ -32,6 +32,7 @@ type demo struct {
 	dir     string
 	binary  string
 	servers []*server
+	keeper  *exec.Cmd
 	step    int
 	volume  *csi.Volume
 	sums    map[string]string // file -> SHA-256 of what was flushed
@@ -105,6 +106,7 @@ func (d *demo) start(s *server) error {
 	args := []string{
 		"server", "--node", s.name, "--data", filepath.Join(home, "data"), "--listen", s.address, "--advertise", s.address,
 		"--certs", filepath.Join(home, "certs"), "--csi", "unix://" + s.socket(d), "--run-dir", filepath.Join(home, "run"),
+		"--attach", "fuse", "--keeper", d.keeperSocket(), "--detach-on-stop",
 	}
 	for _, peer := range d.servers {
 		if peer != s {

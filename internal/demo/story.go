@@ -46,7 +46,7 @@ func (v volumeView) leader() string {
 func (d *demo) story(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
 		d.startCluster, d.createVolume, d.attachToWriter, d.writeSmallFiles, d.killLeaderDuringCopy, d.restartDead,
-		d.moveToAnotherNode, d.deleteVolume,
+		d.limitLive, d.killWriterDuringCopy, d.moveToAnotherNode, d.deleteVolume,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -61,7 +61,10 @@ func (d *demo) startCluster(ctx context.Context) error {
 	if err := d.makeCerts(ctx, names); err != nil {
 		return err
 	}
-	d.say("start three servers, each with its own data directory")
+	d.say("start a keeper, and three servers, each with its own data directory")
+	if err := d.startKeeper(); err != nil {
+		return err
+	}
 	for _, name := range names {
 		address, err := freeAddress(ctx)
 		if err != nil {
@@ -103,12 +106,12 @@ func (d *demo) startCluster(ctx context.Context) error {
 }
 
 func (d *demo) createVolume(ctx context.Context) error {
-	d.say("CSI CreateVolume: 1 GiB, 3 replicas")
+	d.say("CSI CreateVolume: 1 GiB, 3 replicas, write-back cache")
 	resp, err := csi.NewControllerClient(d.servers[0].conn).CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name:               "demo",
 		CapacityRange:      &csi.CapacityRange{RequiredBytes: volumeBytes},
 		VolumeCapabilities: []*csi.VolumeCapability{capability()},
-		Parameters:         map[string]string{"replicas": "3"},
+		Parameters:         map[string]string{"replicas": "3", "cacheMode": "writeBack"},
 	})
 	if err != nil {
 		return fmt.Errorf("CreateVolume: %w", err)
@@ -255,6 +258,7 @@ func (d *demo) leaveNothing() error {
 			errs = append(errs, s.conn.Close())
 		}
 	}
+	errs = append(errs, d.stopKeeper())
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return errors.Join(append(errs, err)...)

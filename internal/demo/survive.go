@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	limitBytes = 8 << 20                // bytes/s that the live limit allows
+	plotEvery  = 250 * time.Millisecond // one bar of the plot
+	plotFree   = 6                      // bars without a limit, before and after
+	plotHeld   = 12                     // bars with it
+	plotWidth  = 40                     // characters
+	ratesFile  = "rates"                // what the plot writes, again and again
+)
+
+// startKeeper runs the process that keeps kernel devices while a server is away.
+func (d *demo) startKeeper() error {
+	logFile, err := os.OpenFile(filepath.Join(d.dir, "keeper.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer logFile.Close()                                                     // the process has its own descriptor
+	d.keeper = exec.Command(d.binary, "keeper", "--socket", d.keeperSocket()) //nolint:noctx // ended by leaveNothing
+	d.keeper.Stdout, d.keeper.Stderr = logFile, logFile
+	d.keeper.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return d.keeper.Start()
+}
+
+func (d *demo) keeperSocket() string { return filepath.Join(d.dir, "keeper.sock") }
+
+func (d *demo) stopKeeper() error {
+	if d.keeper == nil || d.keeper.Process == nil {
+		return nil
+	}
+	if err := d.keeper.Process.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	_ = d.keeper.Wait() // by the signal
+	return nil
+}
+
+// limitLive sets a limit while the pod writes, and takes it away again; the plot shows both.
+func (d *demo) limitLive(ctx context.Context) error {
+	d.say("the pod writes all the time; trivet volume set demo bandwidthLimit=8Mi, and then none again")
+	rates := &rateMeter{path: filepath.Join(d.target(), ratesFile)}
+	if err := rates.start(); err != nil {
+		return err
+	}
+	free, held, after, err := d.rates(ctx, rates)
+	if err = errors.Join(err, rates.stop()); err != nil {
+		return err
+	}
+	most := max(maxOf(free), maxOf(held), maxOf(after))
+	plot("no limit", free, most)
+	plot("8 MiB/s", held, most)
+	plot("no limit", after, most)
+	var sum int64
+	for _, n := range held[1:] { // the first may have begun before the node heard of it
+		sum += n
+	}
+	allowed := int64(limitBytes*plotEvery.Seconds()*float64(len(held)-1))*5/4 + 2<<20
+	if sum > allowed {
+		return fmt.Errorf("with a limit of %d bytes/s the pod wrote %d bytes, at most %d are right", limitBytes, sum, allowed)
+	}
+	return os.Remove(rates.path)
+}
+
+func (d *demo) rates(ctx context.Context, rates *rateMeter) (free, held, after []int64, err error) {
+	set := func(limit string) error {
+		_, err := d.trivet(ctx, "volume", "set", "demo", "bandwidthLimit="+limit,
+			"--server", d.servers[0].address, "--certs", filepath.Join(d.dir, "client"))
+		return err
+	}
+	free = rates.watch(ctx, plotFree)
+	if err = set("8Mi"); err != nil {
+		return nil, nil, nil, err
+	}
+	held = rates.watch(ctx, plotHeld)
+	if err = set(""); err != nil {
+		return nil, nil, nil, err
+	}
+	after = rates.watch(ctx, plotFree)
+	return free, held, after, ctx.Err()
+}
+
+func plot(name string, bars []int64, most int64) {
+	for i, n := range bars {
+		if i > 0 {
+			name = ""
+		}
+		rate := float64(n) / plotEvery.Seconds() / (1 << 20)
+		note("%-9s %-*s %6.1f MiB/s", name, plotWidth, strings.Repeat("#", int(n*plotWidth/max(most, 1))), rate)
+	}
+}
+
+func maxOf(bars []int64) int64 {
+	var most int64
+	for _, n := range bars {
+		most = max(most, n)
+	}
+	return most
+}
+
+// killWriterDuringCopy kills the server under the pod that writes, in the middle, and starts it again.
+func (d *demo) killWriterDuringCopy(ctx context.Context) error {
+	writer := d.server("node-c")
+	if ok, release := resumes(); !ok {
+		d.say("(left out: Linux %s cannot keep a mount while its server restarts; 6.9 can)", release)
+		return nil
+	}
+	d.say("copy %d MiB again; in the middle, SIGKILL node-c's own server, under the pod that writes, and start it again",
+		copyBytes>>20)
+	restarted := make(chan error, 1)
+	begun := false
+	pause, err := d.writeFile(ctx, "second", copyBytes, func(written int64) error {
+		if written < copyBytes/2 || begun {
+			return nil
+		}
+		begun = true
+		go func() { // beside the copy, which is in the middle of a write then
+			err := writer.end(syscall.SIGKILL)
+			if err == nil {
+				err = d.start(writer)
+			}
+			restarted <- err
+		}()
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("the copy broke: %w", err)
+	}
+	if err := <-restarted; err != nil {
+		return err
+	}
+	note("the copy finished on the same mount; its longest pause was %d ms", pause.Milliseconds())
+	return nil
+}
+
+// resumes reports whether this kernel can resend what a dead FUSE server has not answered (Linux 6.9).
+func resumes() (bool, string) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return false, "unknown"
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return false, release
+	}
+	return major > 6 || major == 6 && minor >= 9, release
+}
