@@ -26,6 +26,9 @@ const (
 
 	// tightSegments is how many segments' worth of room may be left before cleaning is no longer held back.
 	tightSegments = 8
+
+	// shrinkFiles is how many files of the log are given back to the filesystem at one look.
+	shrinkFiles = 8
 )
 
 // Usage is the space of the disk in bytes.
@@ -65,8 +68,11 @@ func (s *space) usage() (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	total := int64(d.TotalBytes)
-	return Usage{TotalBytes: total, FreeBytes: int64(d.AvailBytes), ReserveBytes: reserve(total)}, nil
+	total, free := int64(d.TotalBytes), int64(d.AvailBytes)
+	if s.log != nil {
+		free += s.log.ReadyBytes() // the log keeps its files, and writes blocks into them again
+	}
+	return Usage{TotalBytes: total, FreeBytes: free, ReserveBytes: reserve(total)}, nil
 }
 
 func (s *space) wrote(n int64) {
@@ -104,8 +110,8 @@ func (s *space) lookLocked() {
 	s.left = 0
 	if err == nil {
 		s.left = u.FreeBytes - u.ReserveBytes - int64(s.memBytes())
-		if s.log != nil {
-			s.left += s.log.ReadyBytes()
+		if s.log != nil && s.left < tightSegments*s.log.SegmentBytes() {
+			s.shrinkLocked(u)
 		}
 	}
 	if s.tight != nil {
@@ -114,12 +120,27 @@ func (s *space) lookLocked() {
 	s.since, s.looked = 0, time.Now()
 }
 
+// shrinkLocked has a lane of the log that has more free files than the others give them back: they are room for all
+// lanes then. A few at a time, since each costs a journal entry of the filesystem.
+func (s *space) shrinkLocked(u Usage) {
+	if s.log.FreeBytes() <= s.log.ReadyBytes() {
+		return
+	}
+	if _, err := s.log.Shrink(shrinkFiles); err != nil {
+		return // the next look tries again, and the disk's own writes meet what is wrong with it
+	}
+	if now, err := s.usage(); err == nil {
+		s.left += now.FreeBytes - u.FreeBytes
+	}
+}
+
 // Usage asks the filesystem how full the disk is. It fails on filesystems that cannot tell.
 func (e *Engine) Usage() (Usage, error) {
 	if err := e.enter(); err != nil {
 		return Usage{}, fmt.Errorf("usage of engine: %w", err)
 	}
 	defer e.exit()
+	e.space.hasRoom(0) // which looks, and gives back what the log has too much of when the disk is full
 	u, err := e.space.usage()
 	if err != nil {
 		return Usage{}, fmt.Errorf("usage of engine: %w", err)

@@ -301,8 +301,8 @@ func (d *Disk) Verify() error {
 }
 
 // Usage returns the disk's record for the catalogue, with its size and what volumes may still use: the
-// free space above the engine's reserve (H26), and none once the disk has met damage (damage.go). What the log has
-// taken of the filesystem is not free, and the files that it makes later are few: it recycles them.
+// free space above the engine's reserve (H26), and none once the disk has met damage (damage.go). Files of
+// the log that wait to be used again are free.
 func (d *Disk) Usage() (meta.Disk, error) {
 	u, err := d.engine.Usage()
 	if err != nil {

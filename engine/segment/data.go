@@ -2,6 +2,7 @@ package segment
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -130,18 +131,50 @@ func (l *Log) FreeBytes() int64 {
 	return n
 }
 
-// ReadyBytes is FreeBytes as far as every lane has as much: a lane cannot use the files of another.
+// ReadyBytes is what entries may still fill of the files that wait to be used again: as much as every lane for entries
+// has, since a lane cannot use the files of another, and nobody knows in which lane a group of tomorrow will be. The
+// data lane does not count: what is copied there has left another lane, and it takes its files from the reserve.
 func (l *Log) ReadyBytes() int64 {
-	least := -1
-	for _, lane := range l.lanes {
+	least, n := -1, 0
+	for i, lane := range l.lanes {
+		if l.isData(i) {
+			continue
+		}
 		lane.mu.Lock()
 		lane.collectLocked()
-		if n := len(lane.free); least < 0 || n < least {
-			least = n
+		if n++; least < 0 || len(lane.free) < least {
+			least = len(lane.free)
 		}
 		lane.mu.Unlock()
 	}
-	return int64(least*len(l.lanes)) * l.shape.segmentBytes
+	return int64(max(least, 0)*n) * l.shape.segmentBytes
+}
+
+// shrinkKeep is how many of its free files a lane keeps for itself.
+const shrinkKeep = 2
+
+// Shrink gives up to n files that wait to be used again back to the filesystem, where any lane may use the room, and
+// returns how many bytes that are. It is for a disk without room: a new file costs more than an old one.
+func (l *Log) Shrink(n int) (int64, error) {
+	var bytes int64
+	for _, lane := range l.lanes {
+		lane.mu.Lock()
+		lane.collectLocked()
+		var gone []*slot
+		if k := min(n, len(lane.free)-shrinkKeep); k > 0 && !lane.closed {
+			gone = slices.Clone(lane.free[:k])
+			lane.free = slices.Delete(lane.free, 0, k)
+		}
+		lane.mu.Unlock()
+		for _, s := range gone {
+			n--
+			if err := errors.Join(s.file.Close(), l.opts.Dir.Remove(s.name)); err != nil {
+				return bytes, fmt.Errorf("remove log file %s: %w", s.name, err)
+			}
+			bytes += l.shape.segmentBytes
+		}
+	}
+	return bytes, nil
 }
 
 // Buffer returns n bytes that begin at a page, so that ReadAt reads into them without a copy.

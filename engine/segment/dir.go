@@ -25,6 +25,9 @@ type Dir interface {
 	// Open opens an existing file.
 	Open(name string) (File, error)
 
+	// Remove removes a file that is closed. After a crash it may be there again, as it was.
+	Remove(name string) error
+
 	// Sync returns once the names of all files are on stable storage.
 	Sync() error
 }
@@ -113,6 +116,9 @@ func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 	}
 	return d.Open(name)
 }
+
+// Remove implements Dir.
+func (d *OSDir) Remove(name string) error { return os.Remove(filepath.Join(d.path, name)) }
 
 // Sync implements Dir, for the directory and its own name.
 func (d *OSDir) Sync() error {

@@ -187,6 +187,17 @@ func (d *MemDir) Create(name string, sizeBytes int64) (File, error) {
 	return f, nil
 }
 
+// Remove implements Dir. It is durable at once.
+func (d *MemDir) Remove(name string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if fault := d.faultLocked(MemOp{Kind: MemSync, Name: name}); fault.Err != nil {
+		return fmt.Errorf("remove %s: %w", name, fault.Err)
+	}
+	delete(d.files, name)
+	return nil
+}
+
 func faultErr(f MemFault, short error) error {
 	if f.Err != nil {
 		return f.Err

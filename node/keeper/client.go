@@ -78,9 +78,7 @@ func (c *Client) run(ctx context.Context) {
 	defer close(c.ended)
 	pause := redialFirst
 	for {
-		c.mu.Lock()
-		l, err := c.connectLocked()
-		c.mu.Unlock()
+		l, err := c.connect()
 		wait := make(<-chan struct{})
 		retry := time.Duration(0)
 		if err != nil {
@@ -108,6 +106,12 @@ func sleep(ctx context.Context, wait <-chan struct{}, d time.Duration) bool {
 		return false
 	}
 	return true
+}
+
+func (c *Client) connect() (*link, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.connectLocked()
 }
 
 // connectLocked returns a live link, and has given the keeper at its end all that is held.

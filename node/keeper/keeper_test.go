@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -190,8 +191,16 @@ func TestOtherUsersAreRefused(t *testing.T) {
 		err  error
 	}
 	done := make(chan result)
-	go func() { // the thread ends with the goroutine, for it stays locked
+	var asOther func()
+	asOther = func() { // the thread ends with the goroutine, for it stays locked
 		lockThread()
+		if unix.Gettid() == unix.Getpid() { // the main thread never ends, and whose it is, so is the process
+			defer runtime.UnlockOSThread()
+			other := make(chan struct{})
+			go func() { defer close(other); asOther() }()
+			<-other
+			return
+		}
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534); errno != 0 {
 			done <- result{nil, errno}
 			return
@@ -209,7 +218,8 @@ func TestOtherUsersAreRefused(t *testing.T) {
 		f.Close()
 		unixConn, _ := conn.(*net.UnixConn)
 		done <- result{unixConn, err}
-	}()
+	}
+	go asOther()
 	got := <-done
 	require.NoError(t, got.err)
 	defer got.conn.Close()

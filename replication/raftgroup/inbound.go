@@ -61,7 +61,9 @@ func (g *Group) dispatch(ctx context.Context, sender raft.ServerAddress, m trans
 //   - A replica in the group's configuration must be on the node that the configuration says.
 //   - Another one may send entries and the call to fetch the state only, to a replica that waits to be
 //     added or lags behind, or pull an image, and only if the catalogue, where it is asked, knows it as a
-//     member on that node.
+//     member on that node. So known, it may also stand for election, before a replica that has no leader: this one
+//     may have missed that the other was added, and its vote may be the one that is wanting (Ongaro's thesis, 4.1:
+//     servers vote for candidates outside of their configuration). The log decides, as always.
 //
 // Nothing in a message says who its leader or candidate is: that is made from the sender.
 func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.NodeID) error {
@@ -75,16 +77,17 @@ func (g *Group) authorise(kind transport.Kind, id trivet.ReplicaID, node trivet.
 		}
 		return nil
 	}
+	known := g.cfg.IsMember != nil && g.cfg.IsMember(id, node)
 	switch kind {
-	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow, transport.KindStanding,
-		transport.KindTransfer:
-		return fmt.Errorf("replica %s on %s is no member: %w", id, node, trivet.ErrInvalid)
+	case transport.KindRequestVote, transport.KindRequestPreVote, transport.KindStanding:
+		i := g.running()
+		known = known && len(members) > 0 && i != nil && i.leaderless()
+	case transport.KindTimeoutNow, transport.KindTransfer:
+		known = false
+	default:
+		known = known || g.cfg.IsMember == nil && len(members) == 0
 	}
-	if g.cfg.IsMember != nil {
-		if g.cfg.IsMember(id, node) {
-			return nil
-		}
-	} else if len(members) == 0 {
+	if known {
 		return nil
 	}
 	return fmt.Errorf("replica %s on %s is no member: %w", id, node, trivet.ErrInvalid)
@@ -246,6 +249,10 @@ func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, 
 	if time.Now().Before(i.quarantine) {
 		return verdict{term: i.r.CurrentTerm()}.encode(), nil
 	}
+	from := trivet.ReplicaID(header.ID)
+	if _, ok := findMember(i.g.store.latestConfig().members, from); !ok {
+		header.ID = nil // authorise has let it pass; with an ID the library would refuse it for not being in the configuration
+	}
 	if pre {
 		out, err := i.deliver(ctx, &raft.RequestPreVoteRequest{
 			RPCHeader: header, Term: v.term, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
@@ -261,7 +268,7 @@ func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, 
 	out, err := i.deliver(ctx, &raft.RequestVoteRequest{
 		Candidate: header.Addr, //nolint:staticcheck // the library still reads it
 		RPCHeader: header, Term: v.term, LastLogIndex: v.lastIndex, LastLogTerm: v.lastTerm,
-		LeadershipTransfer: i.privileged(v, trivet.ReplicaID(header.ID)),
+		LeadershipTransfer: i.privileged(v, from),
 	})
 	if err != nil {
 		return nil, err

@@ -62,6 +62,9 @@ func (d *fsDir) Create(name string, sizeBytes int64) (segment.File, error) {
 	return d.Open(name)
 }
 
+// Remove implements segment.Dir.
+func (d *fsDir) Remove(name string) error { return d.fs.Remove(d.fs.PathJoin(d.path, name)) }
+
 // Open implements segment.Dir.
 func (d *fsDir) Open(name string) (segment.File, error) {
 	path := d.fs.PathJoin(d.path, name)

@@ -290,3 +290,43 @@ func TestRemovedMemberIsRefused(t *testing.T) {
 		require.Equal(t, "1", third.machine.get("x"))
 	})
 }
+
+// A voter that missed two changes of the members votes for one that it does not know, if the catalogue does: here the
+// only one left that can lead. While it has a leader it does not.
+func TestUnknownCandidate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c", "d")
+		c.configure = func(cfg *raftgroup.Config) {
+			cfg.IsMember = func(id trivet.ReplicaID, node trivet.NodeID) bool { return id == replicaID("d") && node == "d" }
+		}
+		for _, name := range []string{"a", "b", "c"} {
+			require.NoError(t, raftgroup.Create(c.nodes[name].config(), members("a", "b", "c")))
+			c.nodes[name].mustOpen()
+		}
+		c.mustPut("x", "1")
+		l := c.leader()
+		rest := c.others(l.name, "d")
+		cut, gone, d := c.nodes[rest[0]], c.nodes[rest[1]], c.nodes["d"]
+		vote := transport.Message{
+			Kind: transport.KindRequestVote, Group: testGroup, From: replicaID("d"), To: replicaID(cut.name),
+			Body: raftgroup.VoteBody(raftgroup.RaftTerm(cut.group)+9, 99, 99, true),
+		}
+		_, err := d.link.Call(t.Context(), trivet.NodeID(cut.name), vote)
+		require.ErrorIs(t, err, trivet.ErrInvalid, "it has a leader")
+		for _, other := range []string{l.name, gone.name, "d"} {
+			c.net.Cut(trivet.NodeID(cut.name), trivet.NodeID(other))
+		}
+		require.NoError(t, raftgroup.Create(d.config(), nil))
+		d.mustOpen()
+		require.NoError(t, l.group.AddLearner(t.Context(), member("d")))
+		c.eventually("promote d", func() bool { return l.group.Promote(context.Background(), replicaID("d")) == nil })
+		require.NoError(t, l.group.Remove(t.Context(), replicaID(gone.name)))
+		c.eventually("d knows", func() bool { return len(d.group.Status().Members) == 3 })
+		l.die()
+		gone.die()
+		c.net.HealAll()
+		require.Equal(t, "d", c.leader(cut.name, "d").name)
+		c.eventually("they know each other", func() bool { return len(cut.group.Status().Members) == 3 })
+		require.Equal(t, "1", cut.machine.get("x"))
+	})
+}
