@@ -250,8 +250,10 @@ func (i *instance) onVote(ctx context.Context, header raft.RPCHeader, pre bool, 
 		return verdict{term: i.r.CurrentTerm()}.encode(), nil
 	}
 	from := trivet.ReplicaID(header.ID)
-	if _, ok := findMember(i.g.store.latestConfig().members, from); !ok {
-		header.ID = nil // authorise has let it pass; with an ID the library would refuse it for not being in the configuration
+	if m, ok := findMember(i.g.store.latestConfig().members, from); !ok || m.Learner {
+		// It has become a voter since, or it would not stand, and authorise has let it pass. With an ID the library
+		// would look for it in the configuration that it has here (raft.go:1658).
+		header.ID = nil
 	}
 	if pre {
 		out, err := i.deliver(ctx, &raft.RequestPreVoteRequest{
