@@ -102,7 +102,7 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"cache", "internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
+		"cache", "internal/demo", "internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
 		"replication/transport",
 		"internal/vm/guest",
 	}},
