@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -230,8 +231,16 @@ func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error)
 	if failure := h.check(); failure != nil {
 		return nil, failure
 	}
+	if err != nil && strings.Contains(err.Error(), missingTable) {
+		err = fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
+	}
 	return db, toErr(err)
 }
+
+// missingTable is in Pebble's error for tables that its manifest names and the directory has not (version_set.go,
+// checkConsistency). Nothing but damage does that: a manifest whose end has rotted reads as a shorter one, which names
+// tables that were removed since.
+const missingTable = "unknown to the objstorage provider"
 
 // toErr adds ErrCorrupt to Pebble's own error of that meaning.
 func toErr(err error) error {

@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -354,4 +355,26 @@ func TestRefusedCompactionsBegin(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, 4, db.beganN(), "after Unregister")
 	})
+}
+
+// A table that the manifest names and that is not there is damage, and says so.
+func TestMissingTableIsDamage(t *testing.T) {
+	fs := vfs.NewMem()
+	cfg := damageConfig(fs)
+	e, v := mustStore(t, cfg, 64)
+	require.NoError(t, writeNumbered(v, 1, 0, 64))
+	require.NoError(t, e.Flush())
+	require.NoError(t, e.Close())
+	names, err := fs.List(cfg.Dir)
+	require.NoError(t, err)
+	removed := 0
+	for _, name := range names {
+		if strings.HasSuffix(name, ".sst") {
+			require.NoError(t, fs.Remove(fs.PathJoin(cfg.Dir, name)))
+			removed++
+		}
+	}
+	require.Positive(t, removed)
+	_, err = Open(damageConfig(fs))
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
 }

@@ -32,7 +32,7 @@ type nodeSpec struct {
 // the node's init and everything that changes a folder of the node's own.
 func (c *Cluster) prepareNode(cred credentials, n node) error {
 	for dir, mode := range map[string]fs.FileMode{
-		"dev": 0o755, "proc": 0o755, "sys": 0o755, "usr": 0o755, "mnt": 0o755, "root": 0o700, "run": 0o755,
+		"dev": 0o755, "proc": 0o755, "sys": 0o755, "usr": 0o755, "mnt": 0o755, "root": 0o700, "run/trivet": 0o755,
 		"tmp": 0o777 | fs.ModeSticky, "var/tmp": 0o777 | fs.ModeSticky, "var/log": 0o755, "var/lib": 0o755,
 		"etc/cni/net.d": 0o755, "var/lib/kubelet": 0o755, toolsDir[1:]: 0o755, ".host": 0o755,
 	} {

@@ -110,6 +110,8 @@ func enterRoot(spec nodeSpec) error {
 		{"sysfs", in("sys"), "sysfs", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC},
 		{"/sys/fs/cgroup", in("sys/fs/cgroup"), "", bindAll},
 		{"proc", in("proc"), "proc", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC},
+		// A machine has all of /run on a tmpfs. Here the host has to see containerd's socket in it.
+		{"tmpfs", in("run/trivet"), "tmpfs", syscall.MS_NOSUID | syscall.MS_NODEV},
 	}
 	for _, name := range privateSysctls {
 		steps = append(steps, mountStep{in("etc/sysctl/" + name), in(sysctlPath(name)), "", syscall.MS_BIND})
