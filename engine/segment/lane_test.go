@@ -747,7 +747,7 @@ func TestOSDir(t *testing.T) {
 	}
 }
 
-// What waits to be used again goes back to the filesystem, but for two files a lane, and the log goes on and opens again.
+// What waits to be used again goes back to the filesystem, but for two files a lane; the log goes on, and opens again.
 func TestShrink(t *testing.T) {
 	dir := NewMemDir()
 	opts := testOptions(dir, 1)
