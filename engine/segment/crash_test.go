@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/stretchr/testify/require"
 
@@ -449,34 +450,38 @@ func checkPoisoned(t *testing.T, l *Log) {
 
 // Fatal is called once, whatever fails afterwards; what was queued fails too, and nothing is written.
 func TestFatalOnce(t *testing.T) {
-	fatal := make(chan error, 10)
-	l, dir := newTestLog(t, func(o *Options) { o.Fatal = func(err error) { fatal <- err } })
-	writes := 0
-	block := make(chan struct{})
-	dir.SetHook(func(op MemOp) MemFault {
-		switch op.Kind {
-		case MemWrite:
-			writes++
-			<-block
-			return MemFault{Err: io.ErrClosedPipe}
-		default:
-			return MemFault{}
+	synctest.Test(t, func(t *testing.T) {
+		fatal := make(chan error, 10)
+		l, dir := newTestLog(t, func(o *Options) { o.Fatal = func(err error) { fatal <- err } })
+		require.NoError(t, l.Group(2).Append([]Entry{testEntry(0, 1, 1, 10, 0)}))
+		synctest.Wait() // for the files that are made when a segment begins: the hook stops all that use the directory
+		writes := 0
+		block := make(chan struct{})
+		dir.SetHook(func(op MemOp) MemFault {
+			switch op.Kind {
+			case MemWrite:
+				writes++
+				<-block
+				return MemFault{Err: io.ErrClosedPipe}
+			default:
+				return MemFault{}
+			}
+		})
+		var tickets []*Ticket
+		for i := range uint64(5) { // they fit, so no file is made for them
+			ticket, err := l.Group(2).AppendAsync([]Entry{testEntry(i, i+2, 1, 10, 0)})
+			require.NoError(t, err)
+			tickets = append(tickets, ticket)
 		}
+		close(block)
+		for _, ticket := range tickets {
+			require.ErrorIs(t, ticket.Err(), io.ErrClosedPipe)
+		}
+		require.ErrorIs(t, l.Group(3).Append([]Entry{testEntry(1, 1, 1, 1, 0)}), io.ErrClosedPipe, "the other lane too")
+		require.ErrorIs(t, <-fatal, io.ErrClosedPipe)
+		require.ErrorIs(t, l.Close(), io.ErrClosedPipe)
+		require.Empty(t, fatal)
+		dir.SetHook(nil)
+		require.Equal(t, 1, writes)
 	})
-	var tickets []*Ticket
-	for i := range uint64(20) {
-		ticket, err := l.Group(2).AppendAsync([]Entry{testEntry(i, i+1, 1, 10, 0)})
-		require.NoError(t, err)
-		tickets = append(tickets, ticket)
-	}
-	close(block)
-	for _, ticket := range tickets {
-		require.ErrorIs(t, ticket.Err(), io.ErrClosedPipe)
-	}
-	require.ErrorIs(t, l.Group(3).Append([]Entry{testEntry(1, 1, 1, 1, 0)}), io.ErrClosedPipe, "the other lane too")
-	require.ErrorIs(t, <-fatal, io.ErrClosedPipe)
-	require.ErrorIs(t, l.Close(), io.ErrClosedPipe)
-	require.Empty(t, fatal)
-	dir.SetHook(nil)
-	require.Equal(t, 1, writes)
 }
