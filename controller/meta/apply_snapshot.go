@@ -23,6 +23,11 @@ import (
 func (d *draft) putSnapshot(s *Snapshot) {
 	s.Revision = d.revision
 	d.snaps = d.snaps.with(s.ID, s)
+	if s.State == SnapshotCreating {
+		d.creating = insertID(d.creating, s.ID)
+	} else {
+		d.creating = removeID(d.creating, s.ID)
+	}
 	d.snapshotID, d.changed = s.ID, true
 }
 

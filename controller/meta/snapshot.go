@@ -137,6 +137,17 @@ func (s *State) SnapshotsOf(id trivet.VolumeID) []Snapshot {
 	return out
 }
 
+// CreatingSnapshots returns the snapshots that are still to be made, sorted by ID. It costs nothing when there are none.
+func (s *State) CreatingSnapshots() []Snapshot {
+	var out []Snapshot
+	for _, id := range s.creating {
+		if snap, ok := s.Snapshot(id); ok {
+			out = append(out, snap)
+		}
+	}
+	return out
+}
+
 // ClonesOf returns the volumes that began as copies of a snapshot and still need it, sorted.
 func (s *State) ClonesOf(id trivet.SnapshotID) []trivet.VolumeID {
 	ids, _ := s.clonesOf.get(id)
@@ -172,6 +183,9 @@ func (im *image) snapshots(s *State) error {
 		s.snaps.fill(snap.ID, &snap)
 		of, _ := s.snapsOf.get(snap.Volume)
 		s.snapsOf.fill(snap.Volume, insertID(of, snap.ID))
+		if snap.State == SnapshotCreating {
+			s.creating = insertID(s.creating, snap.ID)
+		}
 		if snap.State == SnapshotDeleting {
 			continue
 		}

@@ -96,10 +96,9 @@ func TestSnapshotOutlivesItsVolume(t *testing.T) {
 	before := m.State().Revision()
 	mustApply(t, m, meta.Command{Release: &meta.Release{Volume: 1, Discard: true}})
 	require.Equal(t, before, m.State().Revision(), "it is deleted already")
-	v, _ := m.State().Volume(1)
 	add := meta.Replica{ID: replicaID(14), Node: "n3", Disk: diskID(3), Replaces: replicaID(13)}
 	mustApply(t, m, report(1, 3, meta.ReplicaFaulted))
-	v, _ = m.State().Volume(1)
+	v, _ := m.State().Volume(1)
 	mustApply(t, m, meta.Command{AddReplica: &meta.AddReplica{Volume: 1, IfRevision: v.Revision, Replica: add}})
 	mustApply(t, m, unsnap(5))
 	require.Equal(t, meta.PhaseKept, phaseOf(m, 1), "its group has to drop the snapshot first")
@@ -301,6 +300,12 @@ func TestImageRefusesSnapshotsThatCannotBe(t *testing.T) {
 	require.Equal(t, b, mustImage(t, read))
 	require.Equal(t, []trivet.VolumeID{4}, read.ClonesOf(5))
 	require.Len(t, read.SnapshotsOf(1), 2)
+	for _, s := range []*meta.State{m.State(), read} {
+		require.Len(t, s.CreatingSnapshots(), 1)
+		require.Equal(t, trivet.SnapshotID(6), s.CreatingSnapshots()[0].ID)
+	}
+	mustApply(t, m, frozen(6))
+	require.Empty(t, m.State().CreatingSnapshots())
 }
 
 func TestGoldenOfSnapshots(t *testing.T) {

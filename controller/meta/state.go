@@ -26,6 +26,7 @@ type State struct {
 	snapNames shards[string, trivet.SnapshotID] // of every snapshot but those being deleted
 	snapsOf   shards[trivet.VolumeID, []trivet.SnapshotID]
 	clonesOf  shards[trivet.SnapshotID, []trivet.VolumeID] // volumes that still need the snapshot's blocks
+	creating  []trivet.SnapshotID                          // those in that state, sorted; replaced, never changed in place
 }
 
 // Revision returns the number of commands that changed the catalogue.
