@@ -52,6 +52,10 @@ type VolumeID uint64
 // MetaGroup is the group that keeps the catalogue. No volume has this ID.
 const MetaGroup VolumeID = 0
 
+// SnapshotID identifies a snapshot for ever, as VolumeID does a volume: in the catalogue, and in the replicated
+// state of its volume. Zero is none.
+type SnapshotID uint64
+
 // NodeID is the name of a machine that runs `trivet server`: its Kubernetes node name.
 type NodeID string
 
@@ -83,7 +87,10 @@ const (
 	ReadEventual ReadConsistency = "eventual"
 )
 
-const volumeIDPrefix = "vol-"
+const (
+	volumeIDPrefix   = "vol-"
+	snapshotIDPrefix = "snap-"
+)
 
 // NewVolumeID draws a volume ID at random. The catalogue refuses one that was ever used.
 func NewVolumeID() VolumeID {
@@ -107,15 +114,32 @@ func (v VolumeID) String() string {
 // ParseVolumeID is the inverse of String. It returns ErrInvalid for anything else, the name of
 // the meta group included.
 func ParseVolumeID(s string) (VolumeID, error) {
-	hexPart, ok := strings.CutPrefix(s, volumeIDPrefix)
+	n, err := parseID("volume", volumeIDPrefix, s)
+	return VolumeID(n), err
+}
+
+func parseID(what, prefix, s string) (uint64, error) {
+	hexPart, ok := strings.CutPrefix(s, prefix)
 	if !ok || len(hexPart) != 16 || strings.ToLower(hexPart) != hexPart {
-		return 0, fmt.Errorf("volume id %q: want %s and 16 hex digits: %w", s, volumeIDPrefix, ErrInvalid)
+		return 0, fmt.Errorf("%s id %q: want %s and 16 hex digits: %w", what, s, prefix, ErrInvalid)
 	}
 	b, err := hex.DecodeString(hexPart)
 	if err != nil || binary.BigEndian.Uint64(b) == 0 {
-		return 0, fmt.Errorf("volume id %q: want %s and 16 hex digits: %w", s, volumeIDPrefix, ErrInvalid)
+		return 0, fmt.Errorf("%s id %q: want %s and 16 hex digits: %w", what, s, prefix, ErrInvalid)
 	}
-	return VolumeID(binary.BigEndian.Uint64(b)), nil
+	return binary.BigEndian.Uint64(b), nil
+}
+
+// NewSnapshotID draws a snapshot ID at random.
+func NewSnapshotID() SnapshotID { return SnapshotID(NewVolumeID()) }
+
+// String returns the form used in snapshot handles and logs: snap- and 16 hex digits.
+func (s SnapshotID) String() string { return fmt.Sprintf("%s%016x", snapshotIDPrefix, uint64(s)) }
+
+// ParseSnapshotID is the inverse of String. It returns ErrInvalid for anything else.
+func ParseSnapshotID(s string) (SnapshotID, error) {
+	n, err := parseID("snapshot", snapshotIDPrefix, s)
+	return SnapshotID(n), err
 }
 
 // NewUUID returns a random (version 4) UUID in its canonical form.

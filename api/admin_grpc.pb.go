@@ -22,26 +22,30 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_InitCluster_FullMethodName   = "/trivet.api.v1.Admin/InitCluster"
-	Admin_Join_FullMethodName          = "/trivet.api.v1.Admin/Join"
-	Admin_ClusterStatus_FullMethodName = "/trivet.api.v1.Admin/ClusterStatus"
-	Admin_ListNodes_FullMethodName     = "/trivet.api.v1.Admin/ListNodes"
-	Admin_CreateVolume_FullMethodName  = "/trivet.api.v1.Admin/CreateVolume"
-	Admin_ListVolumes_FullMethodName   = "/trivet.api.v1.Admin/ListVolumes"
-	Admin_GetVolume_FullMethodName     = "/trivet.api.v1.Admin/GetVolume"
-	Admin_DeleteVolume_FullMethodName  = "/trivet.api.v1.Admin/DeleteVolume"
-	Admin_ReleaseVolume_FullMethodName = "/trivet.api.v1.Admin/ReleaseVolume"
-	Admin_ReclaimVolume_FullMethodName = "/trivet.api.v1.Admin/ReclaimVolume"
-	Admin_MoveLeader_FullMethodName    = "/trivet.api.v1.Admin/MoveLeader"
-	Admin_SetReplicas_FullMethodName   = "/trivet.api.v1.Admin/SetReplicas"
-	Admin_MoveReplica_FullMethodName   = "/trivet.api.v1.Admin/MoveReplica"
-	Admin_CordonNode_FullMethodName    = "/trivet.api.v1.Admin/CordonNode"
-	Admin_GetNode_FullMethodName       = "/trivet.api.v1.Admin/GetNode"
-	Admin_AttachVolume_FullMethodName  = "/trivet.api.v1.Admin/AttachVolume"
-	Admin_DetachVolume_FullMethodName  = "/trivet.api.v1.Admin/DetachVolume"
-	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
-	Admin_SetVolume_FullMethodName     = "/trivet.api.v1.Admin/SetVolume"
-	Admin_ExplainVolume_FullMethodName = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_InitCluster_FullMethodName    = "/trivet.api.v1.Admin/InitCluster"
+	Admin_Join_FullMethodName           = "/trivet.api.v1.Admin/Join"
+	Admin_ClusterStatus_FullMethodName  = "/trivet.api.v1.Admin/ClusterStatus"
+	Admin_ListNodes_FullMethodName      = "/trivet.api.v1.Admin/ListNodes"
+	Admin_CreateVolume_FullMethodName   = "/trivet.api.v1.Admin/CreateVolume"
+	Admin_ListVolumes_FullMethodName    = "/trivet.api.v1.Admin/ListVolumes"
+	Admin_GetVolume_FullMethodName      = "/trivet.api.v1.Admin/GetVolume"
+	Admin_DeleteVolume_FullMethodName   = "/trivet.api.v1.Admin/DeleteVolume"
+	Admin_ReleaseVolume_FullMethodName  = "/trivet.api.v1.Admin/ReleaseVolume"
+	Admin_ReclaimVolume_FullMethodName  = "/trivet.api.v1.Admin/ReclaimVolume"
+	Admin_MoveLeader_FullMethodName     = "/trivet.api.v1.Admin/MoveLeader"
+	Admin_SetReplicas_FullMethodName    = "/trivet.api.v1.Admin/SetReplicas"
+	Admin_MoveReplica_FullMethodName    = "/trivet.api.v1.Admin/MoveReplica"
+	Admin_CordonNode_FullMethodName     = "/trivet.api.v1.Admin/CordonNode"
+	Admin_GetNode_FullMethodName        = "/trivet.api.v1.Admin/GetNode"
+	Admin_AttachVolume_FullMethodName   = "/trivet.api.v1.Admin/AttachVolume"
+	Admin_DetachVolume_FullMethodName   = "/trivet.api.v1.Admin/DetachVolume"
+	Admin_ServeVolume_FullMethodName    = "/trivet.api.v1.Admin/ServeVolume"
+	Admin_SetVolume_FullMethodName      = "/trivet.api.v1.Admin/SetVolume"
+	Admin_ExplainVolume_FullMethodName  = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_CreateSnapshot_FullMethodName = "/trivet.api.v1.Admin/CreateSnapshot"
+	Admin_ListSnapshots_FullMethodName  = "/trivet.api.v1.Admin/ListSnapshots"
+	Admin_GetSnapshot_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshot"
+	Admin_DeleteSnapshot_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshot"
 )
 
 // AdminClient is the client API for Admin service.
@@ -92,6 +96,13 @@ type AdminClient interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
+	// CreateSnapshot makes a snapshot of a volume, in use or not, and returns once it shows all that was acknowledged
+	// before the call. The same again returns the same.
+	CreateSnapshot(ctx context.Context, in *CreateSnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error)
+	ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsResponse, error)
+	GetSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error)
+	// DeleteSnapshot deletes a snapshot; an absent one is success.
+	DeleteSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*DeleteSnapshotResponse, error)
 }
 
 type adminClient struct {
@@ -320,6 +331,46 @@ func (c *adminClient) ExplainVolume(ctx context.Context, in *ExplainVolumeReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeClient = grpc.ServerStreamingClient[VolumeReport]
 
+func (c *adminClient) CreateSnapshot(ctx context.Context, in *CreateSnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Snapshot)
+	err := c.cc.Invoke(ctx, Admin_CreateSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSnapshotsResponse)
+	err := c.cc.Invoke(ctx, Admin_ListSnapshots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Snapshot)
+	err := c.cc.Invoke(ctx, Admin_GetSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) DeleteSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*DeleteSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteSnapshotResponse)
+	err := c.cc.Invoke(ctx, Admin_DeleteSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -368,6 +419,13 @@ type AdminServer interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
+	// CreateSnapshot makes a snapshot of a volume, in use or not, and returns once it shows all that was acknowledged
+	// before the call. The same again returns the same.
+	CreateSnapshot(context.Context, *CreateSnapshotRequest) (*Snapshot, error)
+	ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsResponse, error)
+	GetSnapshot(context.Context, *SnapshotRequest) (*Snapshot, error)
+	// DeleteSnapshot deletes a snapshot; an absent one is success.
+	DeleteSnapshot(context.Context, *SnapshotRequest) (*DeleteSnapshotResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -437,6 +495,18 @@ func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*
 }
 func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
 	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
+}
+func (UnimplementedAdminServer) CreateSnapshot(context.Context, *CreateSnapshotRequest) (*Snapshot, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateSnapshot not implemented")
+}
+func (UnimplementedAdminServer) ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSnapshots not implemented")
+}
+func (UnimplementedAdminServer) GetSnapshot(context.Context, *SnapshotRequest) (*Snapshot, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetSnapshot not implemented")
+}
+func (UnimplementedAdminServer) DeleteSnapshot(context.Context, *SnapshotRequest) (*DeleteSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteSnapshot not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -805,6 +875,78 @@ func _Admin_ExplainVolume_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeServer = grpc.ServerStreamingServer[VolumeReport]
 
+func _Admin_CreateSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CreateSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CreateSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CreateSnapshot(ctx, req.(*CreateSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListSnapshots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSnapshotsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListSnapshots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListSnapshots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListSnapshots(ctx, req.(*ListSnapshotsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetSnapshot(ctx, req.(*SnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_DeleteSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).DeleteSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_DeleteSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).DeleteSnapshot(ctx, req.(*SnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -883,6 +1025,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetVolume",
 			Handler:    _Admin_SetVolume_Handler,
+		},
+		{
+			MethodName: "CreateSnapshot",
+			Handler:    _Admin_CreateSnapshot_Handler,
+		},
+		{
+			MethodName: "ListSnapshots",
+			Handler:    _Admin_ListSnapshots_Handler,
+		},
+		{
+			MethodName: "GetSnapshot",
+			Handler:    _Admin_GetSnapshot_Handler,
+		},
+		{
+			MethodName: "DeleteSnapshot",
+			Handler:    _Admin_DeleteSnapshot_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

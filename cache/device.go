@@ -354,6 +354,17 @@ func (d *Device) Drain(ctx context.Context) (release func(), err error) {
 	if err := d.drain(ctx); err != nil { // most of it, while writes go on
 		return nil, err
 	}
+	let, err := d.Hold(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func() { let() }, nil
+}
+
+// Hold is Drain for whoever has drained just now: writes are held from the start. release may be called twice, and
+// returns for how long they were held.
+func (d *Device) Hold(ctx context.Context) (release func() time.Duration, err error) {
+	start := d.now()
 	d.mu.Lock()
 	d.holdN++
 	for d.activeN > 0 && err == nil {
@@ -367,13 +378,16 @@ func (d *Device) Drain(ctx context.Context) (release func(), err error) {
 		err = d.next.Flush(ctx)
 	}
 	var once sync.Once
-	release = func() {
+	var held time.Duration
+	release = func() time.Duration {
 		once.Do(func() {
 			d.mu.Lock()
 			d.holdN--
 			d.changed.fire()
 			d.mu.Unlock()
+			held = d.now() - start
 		})
+		return held
 	}
 	if err != nil {
 		release()

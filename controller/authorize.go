@@ -34,6 +34,12 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 		ok = hosts(s, c.ReportFence.Volume, from)
 	case c.ReportWiped != nil:
 		ok = hosts(s, c.ReportWiped.Volume, from)
+	case c.ReportSnapshot != nil:
+		ok = maySnapshot(s, c.ReportSnapshot.Snapshot, from)
+	case c.ReportFlattened != nil:
+		ok = owns(s, c.ReportFlattened.Volume, c.ReportFlattened.Replica, from)
+	case c.ReportRolledBack != nil:
+		ok = hosts(s, c.ReportRolledBack.Volume, from)
 	default:
 		ok = registered
 	}
@@ -78,4 +84,14 @@ func byLeader(s *meta.State, c *meta.ReportReplica, node trivet.NodeID) bool {
 func hosts(s *meta.State, volume trivet.VolumeID, node trivet.NodeID) bool {
 	v, ok := s.Volume(volume)
 	return !ok || v.ReplicaOn(node) != nil
+}
+
+// maySnapshot reports whether the node has a replica of the snapshot's volume or holds it, or there is no such snapshot.
+func maySnapshot(s *meta.State, id trivet.SnapshotID, node trivet.NodeID) bool {
+	snap, ok := s.Snapshot(id)
+	if !ok {
+		return true
+	}
+	v, ok := s.Volume(snap.Volume)
+	return !ok || v.ReplicaOn(node) != nil || v.GrantOf(node) != nil
 }

@@ -33,6 +33,10 @@ type CreateRequest struct {
 	// Requisite and Preferred are segments of TopologyNode and TopologyZone; see PlaceRequest.
 	Requisite, Preferred []map[string]string
 
+	// Source is what the volume begins as a copy of; zero = nothing. Without Params it has the source's, without a size
+	// the source's, and a smaller one is ErrOutOfRange.
+	Source CopyOf
+
 	// Unclaimed makes the volume Available, for somebody to claim later (static provisioning). By
 	// default it is made for a claim and Bound.
 	Unclaimed bool
@@ -74,6 +78,7 @@ type creation struct {
 	CreateRequest
 	params Params
 	bytes  int64
+	from   *meta.Snapshot         // what it is made of; nil = nothing
 	avoid  map[trivet.NodeID]bool // where it did not work out
 }
 
@@ -95,20 +100,21 @@ func (c *Controller) createVolume(ctx context.Context, r CreateRequest) (meta.Vo
 	if err := trivet.ValidateName(r.Name); err != nil {
 		return meta.Volume{}, err
 	}
-	params, err := ParseParams(r.Params)
-	if err != nil {
-		return meta.Volume{}, err
-	}
-	size, err := r.size()
-	if err != nil {
-		return meta.Volume{}, err
-	}
 	unlock, err := c.busy.lock("volume name " + r.Name)
 	if err != nil {
 		return meta.Volume{}, err
 	}
 	defer unlock()
-	w := &creation{CreateRequest: r, params: params, bytes: size, avoid: map[trivet.NodeID]bool{}}
+	w := &creation{CreateRequest: r, avoid: map[trivet.NodeID]bool{}}
+	if err := c.takeSource(ctx, w); err != nil {
+		return meta.Volume{}, err
+	}
+	if w.params, err = ParseParams(w.Params); err != nil {
+		return meta.Volume{}, err
+	}
+	if w.bytes, err = w.size(); err != nil {
+		return meta.Volume{}, err
+	}
 	for {
 		v, err := c.reserve(ctx, w)
 		if err != nil {
@@ -138,7 +144,10 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 	}
 	want := meta.Volume{
 		ID: trivet.NewVolumeID(), Name: w.Name, SizeBytes: w.bytes, Reclaim: w.params.Reclaim,
-		Params: w.params.Map(), Request: w.params.Fingerprint(), Created: time.Now(),
+		Params: w.params.Map(), Request: w.params.Fingerprint() + w.Source.String(), Created: time.Now(),
+	}
+	if w.from != nil {
+		want.Source, want.WantReplicas = &meta.Source{Snapshot: w.from.ID}, w.params.Replicas
 	}
 	if v, ok := s.VolumeByName(w.Name); ok {
 		if v.Request != want.Request {
@@ -146,11 +155,15 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 		}
 		// Proposed all the same, without replicas of its own: it may have to be claimed, and the catalogue
 		// has the last word.
+	} else if w.Source != (CopyOf{}) && w.from == nil {
+		return meta.Volume{}, fmt.Errorf("its source %s: %w", w.Source, trivet.ErrNotFound)
 	} else if want.Replicas, err = w.place(s); err != nil {
 		return meta.Volume{}, err
 	}
 	res, err := c.store.Propose(ctx, meta.Command{CreateVolume: &meta.CreateVolume{Volume: want, Claim: !w.Unclaimed}})
 	switch {
+	case errors.Is(err, trivet.ErrPending) && want.Source != nil: // the source's replicas have moved since the read
+		return meta.Volume{}, fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
 	case errors.Is(err, trivet.ErrNotFound): // a disk, or the volume of that name, went away since the read
 		return meta.Volume{}, fmt.Errorf("%v: %w", err, trivet.ErrUnavailable)
 	case err != nil:
@@ -166,6 +179,9 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 
 // place chooses disks for a new volume and names its replicas.
 func (w *creation) place(s *meta.State) ([]meta.Replica, error) {
+	if w.from != nil {
+		return w.placeBeside(s, time.Now())
+	}
 	nodes := s.Nodes()
 	var largest int64
 	for _, n := range nodes {
@@ -211,7 +227,8 @@ func (c *Controller) awaitReady(ctx context.Context, v meta.Volume) (_ meta.Volu
 		case meta.PhaseCreating:
 			bad = lost(s, &v, time.Now())
 			return len(bad) > 0, nil
-		case meta.PhaseReleased, meta.PhaseRecycling, meta.PhaseDeleting, meta.PhaseFailed:
+		case meta.PhaseReleased, meta.PhaseRecycling, meta.PhaseDeleting, meta.PhaseFailed, meta.PhaseKept,
+			meta.PhaseRestoring:
 		}
 		return false, fmt.Errorf("%s is %s %s: %w", id, v.Phase, v.Reason, trivet.ErrUnavailable)
 	})

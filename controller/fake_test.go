@@ -136,6 +136,8 @@ type agents struct {
 	dead    map[trivet.NodeID]bool // reports nothing
 	faulty  map[trivet.NodeID]bool // cannot make replicas
 	noFence bool                   // the volumes' groups have no quorum
+
+	noFlatten bool // clones stay as they are made
 }
 
 func startAgents(t *testing.T, store *memory) *agents {
@@ -171,6 +173,7 @@ func (a *agents) set(t *testing.T, change func()) {
 func (a *agents) round() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.roundOfSnapshots()
 	for _, v := range a.truth().Volumes() {
 		for _, r := range v.Replicas {
 			if r.State == meta.ReplicaLeaving { // the leader's to report, which is somewhere
@@ -217,6 +220,36 @@ func (a *agents) round() {
 		}
 		if v.WantLeader != "" {
 			a.report(meta.Command{ReportLeader: &meta.ReportLeader{Volume: v.ID, Replica: v.WantLeader}})
+		}
+	}
+}
+
+// roundOfSnapshots freezes, drops and flattens.
+func (a *agents) roundOfSnapshots() {
+	if a.noFence {
+		return
+	}
+	s := a.truth()
+	for _, snap := range s.Snapshots() {
+		switch snap.State {
+		case meta.SnapshotCreating:
+			v, _ := s.Volume(snap.Volume)
+			a.report(meta.Command{ReportSnapshot: &meta.ReportSnapshot{
+				Snapshot: snap.ID, State: meta.SnapshotReady, SizeBytes: v.SizeBytes, Generation: 3,
+			}})
+		case meta.SnapshotDeleting:
+			a.report(meta.Command{ReportSnapshot: &meta.ReportSnapshot{Snapshot: snap.ID, State: meta.SnapshotRemoved}})
+		case meta.SnapshotReady, meta.SnapshotFailed, meta.SnapshotRemoved:
+		}
+	}
+	for _, v := range s.Volumes() {
+		for _, r := range v.Replicas {
+			if v.Source != nil && !v.Source.Flattened && r.State == meta.ReplicaReady && !a.noFlatten {
+				a.report(meta.Command{ReportFlattened: &meta.ReportFlattened{Volume: v.ID, Replica: r.ID}})
+			}
+		}
+		if v.Phase == meta.PhaseRestoring {
+			a.report(meta.Command{ReportRolledBack: &meta.ReportRolledBack{Volume: v.ID, Epoch: v.Epoch}})
 		}
 	}
 }

@@ -131,6 +131,7 @@ func mend(s *meta.State, h *history, set mendSettings, now time.Time) mending {
 		}
 	}
 	m.load = LoadOf(volumes)
+	m.out.commands = append(m.out.commands, m.orphans(s)...)
 	slices.SortStableFunc(needs, func(a, b need) int { return cmp.Compare(a.urgency, b.urgency) })
 	met := map[trivet.VolumeID]bool{}
 	for _, n := range needs {
@@ -152,6 +153,7 @@ func mend(s *meta.State, h *history, set mendSettings, now time.Time) mending {
 
 // mendPass is one evaluation of mend.
 type mendPass struct {
+	s     *meta.State
 	set   mendSettings
 	h     *history
 	now   time.Time
@@ -165,7 +167,7 @@ type mendPass struct {
 
 func newMendPass(s *meta.State, h *history, set mendSettings, now time.Time) *mendPass {
 	m := &mendPass{
-		set: set, h: h, now: now, nodes: s.Nodes(), byID: map[trivet.NodeID]*meta.Node{},
+		s: s, set: set, h: h, now: now, nodes: s.Nodes(), byID: map[trivet.NodeID]*meta.Node{},
 		fills: map[trivet.NodeID]int{}, out: mending{blocked: map[trivet.VolumeID]string{}},
 	}
 	for i := range m.nodes {
@@ -252,8 +254,8 @@ func (m *mendPass) majority(v *meta.Volume) bool {
 // needsOf returns the changes that v needs, the most urgent first.
 func (m *mendPass) needsOf(v *meta.Volume) []need {
 	switch v.Phase {
-	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
-	case meta.PhaseCreating, meta.PhaseRecycling, meta.PhaseDeleting, meta.PhaseFailed:
+	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased, meta.PhaseKept:
+	case meta.PhaseCreating, meta.PhaseRecycling, meta.PhaseDeleting, meta.PhaseFailed, meta.PhaseRestoring:
 		return nil
 	}
 	if r := v.Change(); r != nil {
@@ -299,6 +301,9 @@ func (m *mendPass) meet(n need) (meta.Command, error) {
 	}
 	if !m.majority(n.volume) {
 		return meta.Command{}, fmt.Errorf("no majority of its replicas is ready on living nodes: %w", trivet.ErrUnavailable)
+	}
+	if err := copying(m.s, n.volume); err != nil && (n.urgency == excess || n.urgency == drain) {
+		return meta.Command{}, err
 	}
 	switch n.urgency {
 	case excess:

@@ -87,6 +87,9 @@ func moveOf(s *meta.State, v *meta.Volume, from, to trivet.NodeID, now time.Time
 	if v.Phase == meta.PhaseCreating {
 		return nil, fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrPending)
 	}
+	if err := copying(s, v); err != nil {
+		return nil, err
+	}
 	m := newMendPass(s, newHistory(time.Time{}), defaultMendSettings(DefaultReplaceAfter), now)
 	if !m.majority(v) {
 		return nil, fmt.Errorf("no majority of its replicas is ready on living nodes: %w", trivet.ErrUnavailable)

@@ -75,7 +75,8 @@ func reclaimed(id trivet.VolumeID) func(*meta.State) (bool, error) {
 			return false, nil
 		case meta.PhaseFailed:
 			return false, fmt.Errorf("%s is %s: %s: %w", id, v.Phase, v.Reason, trivet.ErrUnavailable)
-		case meta.PhaseReleased, meta.PhaseAvailable, meta.PhaseBound, meta.PhaseCreating:
+		case meta.PhaseReleased, meta.PhaseAvailable, meta.PhaseBound, meta.PhaseCreating, meta.PhaseRestoring:
+		case meta.PhaseKept: // for as long as it has snapshots
 		}
 		return true, nil // Bound: it has a new owner already
 	}

@@ -294,8 +294,8 @@ func (b *Batch) putTombstone(lba trivet.LBA) error {
 // Commit applies everything, with st, in one atomic step: readers and crashes see all of it or nothing.
 // It does not wait for the disk (Flush does), but may wait while earlier batches go there. The batch is
 // over, whatever the result; on an error nothing was applied, unless the engine failed. st is copied.
-// ErrInvalid: st is malformed or goes back in index, term, epoch, generation or size, a programming
-// error. ErrOutOfRange: a block beyond st.SizeBytes.
+// ErrInvalid: st is malformed, goes back in index, term, epoch, generation or size, or has a snapshot of
+// something else than the generation before, a programming error. ErrOutOfRange: a block beyond st.SizeBytes.
 func (b *Batch) Commit(st State) error {
 	err := b.commit(st)
 	if err = errors.Join(err, b.Close()); err != nil {
@@ -355,7 +355,7 @@ func (s *State) follows(old *State) error {
 			return fmt.Errorf("%s goes back from %d to %d: %w", x.what, x.old, x.next, trivet.ErrInvalid)
 		}
 	}
-	return nil
+	return s.snapshotsFollow(old)
 }
 
 // Close drops an uncommitted batch. Idempotent, and harmless after Commit.

@@ -72,6 +72,16 @@ func fullRecord() record {
 	}
 }
 
+// snapshotsRecord has what came with version 3.
+func snapshotsRecord(id trivet.VolumeID) record {
+	r := fullRecord()
+	r.restoring, r.have, r.sweep = false, nil, true
+	r.state.Generation = 9
+	r.state.Snapshots = []Snapshot{{0x1122334455667788, 0}, {7, 6}, {8, 8}}
+	r.layers = []layer{{0, Base{0x99, 4}, 1000}, {8, Base{id, 6}, lbaMax}}
+	return r
+}
+
 func TestGolden(t *testing.T) {
 	const id, lba = trivet.VolumeID(0x0123456789abcdef), trivet.LBA(0x1_2345_6789)
 	key := appendBlockKey(nil, id, lba, 5)
@@ -88,6 +98,8 @@ func TestGolden(t *testing.T) {
 	golden(t, "ref_value", at)
 	r := fullRecord()
 	golden(t, "volume_record", appendRecord(nil, id, &r))
+	snaps := snapshotsRecord(id)
+	golden(t, "volume_record_v3", appendRecord(nil, id, &snaps))
 	golden(t, "store_format_v3", appendStoreFormat(nil, storeVersion))
 	require.Equal(t, goldenBytes(t, "store_format"), appendStoreFormat(nil, 2), "of version 2, still read")
 	jkey := appendJournalKey(nil, id, 0x99)
@@ -135,7 +147,9 @@ func TestRoundTrip(t *testing.T) {
 	}
 	_, err := decodeBlockKey(appendBlockKey(nil, 1, lbaMax, 0))
 	require.ErrorIs(t, err, trivet.ErrCorrupt)
-	for _, r := range []record{fullRecord(), {replica: "r", state: State{SizeBytes: trivet.BlockSize}}} {
+	for _, r := range []record{
+		fullRecord(), {replica: "r", state: State{SizeBytes: trivet.BlockSize}}, snapshotsRecord(5),
+	} {
 		b := appendRecord(nil, 5, &r)
 		require.Len(t, b, r.encodedBytes())
 		got, err := decodeRecord(5, b)
@@ -158,6 +172,7 @@ func TestEveryFlipIsSeen(t *testing.T) {
 	at := make([]byte, refValueBytes)
 	putRef(at, 7, ref{0x100, 3})
 	r, jkey := fullRecord(), appendJournalKey(nil, id, 5)
+	snaps := snapshotsRecord(id)
 	for name, c := range map[string]struct {
 		bytes  []byte
 		decode func(b []byte) error
@@ -166,6 +181,7 @@ func TestEveryFlipIsSeen(t *testing.T) {
 		"tombstone": {tomb, func(b []byte) error { _, _, err := decodeValue(b, key, bk); return err }},
 		"ref":       {at, func(b []byte) error { _, _, err := decodeRef(b, bk); return sumless(b, at, err) }},
 		"record":    {appendRecord(nil, id, &r), func(b []byte) error { _, err := decodeRecord(id, b); return err }},
+		"snapshots": {appendRecord(nil, id, &snaps), func(b []byte) error { _, err := decodeRecord(id, b); return err }},
 		"store":     {appendStoreFormat(nil, 2), func(b []byte) error { _, err := decodeStoreFormat(b); return err }},
 		"journal": {appendJournalValue(nil, jkey, testExtents()), func(b []byte) error {
 			return decodeJournalValue(b, jkey, func(extent) {})
@@ -316,6 +332,8 @@ func FuzzDecodeRecord(f *testing.F) {
 	r := fullRecord()
 	f.Add(appendRecord(nil, 1, &r), true)
 	f.Add(appendRecord(nil, 1, &r), false)
+	snaps := snapshotsRecord(1)
+	f.Add(appendRecord(nil, 1, &snaps), true)
 	f.Fuzz(func(t *testing.T, b []byte, fixSum bool) {
 		if fixSum && len(b) >= 4 { // or no fuzzer gets past the checksum
 			b = append(bytes.Clone(b[:len(b)-4]), be32(recordSum(1, b[:len(b)-4]))...)
@@ -325,7 +343,7 @@ func FuzzDecodeRecord(f *testing.F) {
 			require.True(t, isAny(err, trivet.ErrCorrupt, trivet.ErrInvalid), "%v", err)
 			return
 		}
-		if b[0] == recordVersion {
+		if b[0] > 1 {
 			require.Equal(t, b, appendRecord(nil, 1, &r))
 		}
 	})

@@ -82,6 +82,9 @@ func hashState(h hash.Hash, s *State) {
 	b = be.AppendUint64(b, s.AppliedTerm)
 	b = append(be.AppendUint64(b, uint64(len(s.Session))), s.Session...)
 	b = append(be.AppendUint64(b, uint64(len(s.Config))), s.Config...)
+	if len(s.Snapshots) > 0 { // else as before there were any
+		b = appendSnapshots(b, s.Snapshots)
+	}
 	h.Write(b) //nolint:errcheck // a hash never fails
 }
 

@@ -85,7 +85,7 @@ func (ir *imageReader) decodeBegin(body []byte) error {
 	if err != nil {
 		return err
 	}
-	if rec.restoring || base.ceiling() > rec.state.AppliedIndex {
+	if rec.restoring || rec.sweep || len(rec.layers) > 0 || base.ceiling() > rec.state.AppliedIndex {
 		return fmt.Errorf("image of %s at index %d builds on %d, restoring %t: %w", b.volume, rec.state.AppliedIndex,
 			base.ceiling(), rec.restoring, trivet.ErrCorrupt)
 	}

@@ -113,6 +113,7 @@ func (v *Volume) usedBytes() (int64, error) {
 type readScratch struct {
 	opts         pebble.IterOptions
 	lower, upper [blockKeyBytes]byte
+	seek         [blockKeyBytes]byte
 	wanted       []wanted
 	buf          []byte // aligned
 }
@@ -134,15 +135,22 @@ var readPool = sync.Pool{New: func() any { return new(readScratch) }} //nolint:g
 // ReadAt fills p, whole blocks, from block lba on. ErrInvalid: p is no whole blocks. ErrOutOfRange:
 // beyond the size. ErrCorrupt, as a *BlockError unless Pebble met the damage first: p must not be used.
 // ErrUnavailable: Restoring. ErrNotFound: dropped.
-func (v *Volume) ReadAt(p []byte, lba trivet.LBA) error {
-	if err := v.readAt(p, lba); err != nil {
+func (v *Volume) ReadAt(p []byte, lba trivet.LBA) error { return v.ReadAtGeneration(p, lba, Live) }
+
+// ReadAtGeneration is ReadAt of what the volume showed when a snapshot was taken; Live is what it shows now.
+// ErrNotFound: no snapshot of State holds that generation. Where the volume was smaller then, there are zeroes.
+func (v *Volume) ReadAtGeneration(p []byte, lba trivet.LBA, gen trivet.Generation) error {
+	if err := v.readAt(p, lba, gen); err != nil {
 		v.e.health.corruptBlock(err)
+		if gen != Live {
+			return fmt.Errorf("read %d blocks at %d of %s, generation %d: %w", len(p)/trivet.BlockSize, lba, v.id, gen, err)
+		}
 		return fmt.Errorf("read %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, v.id, err)
 	}
 	return nil
 }
 
-func (v *Volume) readAt(p []byte, lba trivet.LBA) error {
+func (v *Volume) readAt(p []byte, lba trivet.LBA, gen trivet.Generation) error {
 	if lba >= lbaMax {
 		return trivet.ErrOutOfRange
 	}
@@ -160,7 +168,7 @@ func (v *Volume) readAt(p []byte, lba trivet.LBA) error {
 	defer readPool.Put(sc)
 	var before wanted
 	for range readTries {
-		if err := v.lookUp(p, lba, sc); err != nil {
+		if err := v.lookUp(p, lba, gen, sc); err != nil {
 			return err
 		}
 		bad, err := v.fetch(p, lba, sc)
@@ -173,11 +181,11 @@ func (v *Volume) readAt(p []byte, lba trivet.LBA) error {
 }
 
 // lookUp fills p with what the store has itself, and notes what stands in the log.
-func (v *Volume) lookUp(p []byte, lba trivet.LBA, sc *readScratch) error {
+func (v *Volume) lookUp(p []byte, lba trivet.LBA, gen trivet.Generation, sc *readScratch) error {
 	sc.wanted = sc.wanted[:0]
 	n := trivet.LBA(len(p) / trivet.BlockSize)
 	sc.opts = pebble.IterOptions{
-		LowerBound:   appendBlockPrefix(sc.lower[:0], v.id, lba),
+		LowerBound:   appendBlockKey(sc.lower[:0], v.id, lba, gen),
 		UpperBound:   appendBlockPrefix(sc.upper[:0], v.id, lba+n),
 		UseL6Filters: n == 1,
 	}
@@ -185,12 +193,28 @@ func (v *Volume) lookUp(p []byte, lba trivet.LBA, sc *readScratch) error {
 	if err != nil {
 		return err
 	}
+	if err := v.mayLookAt(gen); err != nil { // after the iterator: what is held now was not swept before
+		return closeIter(it, err)
+	}
 	if n == 1 {
 		it.SeekPrefixGE(sc.opts.LowerBound) // by the bloom filters
 	} else {
 		it.First()
 	}
-	return closeIter(it, sc.fill(p, it, lba))
+	return closeIter(it, sc.fill(p, it, lba, gen))
+}
+
+// mayLookAt returns ErrNotFound for a generation that is not kept.
+func (v *Volume) mayLookAt(gen trivet.Generation) error {
+	if gen == Live {
+		return nil
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.rec.state.snapshotAt(gen); !ok {
+		return fmt.Errorf("no snapshot holds generation %d: %w", gen, trivet.ErrNotFound)
+	}
+	return nil
 }
 
 // fetch reads what stands in the log into p, runs in one piece. On an error it says which block failed.
@@ -252,17 +276,23 @@ func (v *Volume) whyUnusable() error {
 	return fmt.Errorf("restore is not complete: %w", trivet.ErrUnavailable)
 }
 
-// fill copies the newest version of each block into p, zeroes where there is none, and notes those that stand in the
-// log. The iterator stands at the first key at or after block lba and is bounded by the end of p.
-func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error {
+// fill copies the newest version of each block, up to a generation, into p, zeroes where there is none, and notes those
+// that stand in the log. The iterator stands at the first such key of block lba, or after it, and is bounded by the end
+// of p.
+func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA, gen trivet.Generation) error {
 	rest := p // not filled yet; its first block is lba
-	for ok := it.Valid(); ok; ok = it.Next() {
+	for ok := it.Valid(); ok; {
 		bk, err := decodeBlockKey(it.Key())
 		if err != nil {
 			return err
 		}
-		if bk.lba < lba {
-			continue // an older generation of the block before
+		if bk.lba < lba { // an older generation of the block before, and there may be hundreds
+			ok = it.NextPrefix()
+			continue
+		}
+		if bk.gen > gen {
+			ok = it.SeekGE(appendBlockKey(sc.seek[:0], bk.volume, bk.lba, gen))
+			continue
 		}
 		gap := int(bk.lba-lba) * trivet.BlockSize
 		clear(rest[:gap])
@@ -270,10 +300,10 @@ func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA) error
 		if err := sc.block(rest[:trivet.BlockSize], (len(p)-len(rest))/trivet.BlockSize, it, bk); err != nil {
 			return err
 		}
-		rest, lba = rest[trivet.BlockSize:], bk.lba+1
-		if len(rest) == 0 {
+		if rest, lba = rest[trivet.BlockSize:], bk.lba+1; len(rest) == 0 {
 			return nil
 		}
+		ok = it.Next()
 	}
 	clear(rest)
 	return toErr(it.Error())
@@ -367,12 +397,15 @@ func (v *Volume) setRecord(next *record) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	session, config := v.rec.state.Session[:0], v.rec.state.Config[:0]
+	snapshots := v.rec.state.Snapshots[:0]
 	if next != &v.rec {
 		v.rec = *next
 		//nolint:gocritic // the buffers of the old state are used again
 		v.rec.state.Session = append(session, next.state.Session...)
 		//nolint:gocritic // as above
 		v.rec.state.Config = append(config, next.state.Config...)
+		//nolint:gocritic // as above
+		v.rec.state.Snapshots = append(snapshots, next.state.Snapshots...)
 	}
 	v.size.Store(v.rec.state.SizeBytes)
 }

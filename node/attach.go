@@ -23,6 +23,7 @@ import (
 // groupDevice is what the attacher needs of replication.Volume.
 type groupDevice interface {
 	trivet.Device
+	Freeze(ctx context.Context, id trivet.SnapshotID) (replication.Frozen, error)
 	Close() error
 }
 

@@ -91,6 +91,8 @@ type runningReplica interface {
 	AddLearner(ctx context.Context, m raftgroup.Member) error
 	Promote(ctx context.Context, id trivet.ReplicaID) error
 	Remove(ctx context.Context, id trivet.ReplicaID) error
+	Freeze(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) (replication.Frozen, error)
+	DropSnapshot(ctx context.Context, id trivet.SnapshotID) error
 }
 
 // realHost is the Host of package replication behind replicaHost.

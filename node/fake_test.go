@@ -14,6 +14,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
@@ -265,6 +266,9 @@ type fakeReplica struct {
 	stays    bool // leadership, whatever TransferTo wants
 	lags     bool // its learners
 	promotes int
+
+	freezes   []trivet.Epoch // of each freeze
+	freezeErr error
 }
 
 func (r *fakeReplica) lead(on bool) {
@@ -360,6 +364,28 @@ func (r *fakeReplica) Remove(_ context.Context, id trivet.ReplicaID) error {
 	defer r.mu.Unlock()
 	r.status.Members = slices.DeleteFunc(slices.Clone(r.status.Members), func(m raftgroup.Member) bool {
 		return m.Replica == id
+	})
+	return nil
+}
+
+// Freeze keeps the snapshot in the status.
+func (r *fakeReplica) Freeze(_ context.Context, epoch trivet.Epoch, id trivet.SnapshotID) (replication.Frozen, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.freezeErr != nil {
+		return replication.Frozen{}, r.freezeErr
+	}
+	r.freezes = append(r.freezes, epoch)
+	n := trivet.Generation(len(r.freezes))
+	r.status.Snapshots = append(slices.Clone(r.status.Snapshots), engine.Snapshot{ID: uint64(id), Generation: n})
+	return replication.Frozen{Generation: n, SizeBytes: 64 << 20}, nil
+}
+
+func (r *fakeReplica) DropSnapshot(_ context.Context, id trivet.SnapshotID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Snapshots = slices.DeleteFunc(slices.Clone(r.status.Snapshots), func(s engine.Snapshot) bool {
+		return s.ID == uint64(id)
 	})
 	return nil
 }

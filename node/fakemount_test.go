@@ -161,6 +161,11 @@ func (g *fakeGroup) Close() error {
 	return nil
 }
 
+// Freeze is no business of mounts' tests.
+func (g *fakeGroup) Freeze(context.Context, trivet.SnapshotID) (replication.Frozen, error) {
+	return replication.Frozen{}, trivet.ErrUnavailable
+}
+
 func (g *fakeGroup) poison() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

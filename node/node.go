@@ -207,6 +207,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	life, cancel := context.WithCancel(context.Background())
 	n.stop, n.group = cancel, new(errgroup.Group)
 	n.group.Go(func() error { n.sweep(life); return nil })
+	n.group.Go(func() error { n.mounts.freezeHeld(life); return nil })
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
 	}

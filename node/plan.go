@@ -34,6 +34,9 @@ const (
 	doShrink  verb = "shrink"  // take target out of the group, then report it Left
 	doEvict   verb = "evict"   // take a learner out of the group that the catalogue does not know
 	doRetire  verb = "retire"  // remove what has left the group, then report it Removed
+
+	doFreeze verb = "freeze"        // make snapshot in the group, then report it Ready
+	doDrop   verb = "drop-snapshot" // have the group forget snapshot, then report it Removed
 )
 
 // action is one step towards what the catalogue wants.
@@ -45,6 +48,8 @@ type action struct {
 	epoch  trivet.Epoch     // of doFence and doWipe
 	term   uint64           // of doLead
 	reason string           // of doFault
+
+	snapshot trivet.SnapshotID
 }
 
 // placed is a replica found on a disk.
@@ -64,6 +69,8 @@ type local struct {
 	damage  map[trivet.ReplicaID]string // replicas that damage on their disk has touched, and why
 	running bool
 	status  replication.ReplicaStatus // when running, of whichever replica of the volume does
+
+	copies copies
 }
 
 // plan says what this node has to do now for a volume, in order. v is nil when the catalogue does
@@ -178,7 +185,7 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 // itself.
 func restful(v *meta.Volume) bool {
 	switch v.Phase {
-	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
+	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased, meta.PhaseKept:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
 			v.Change() == nil
 	default:
@@ -193,6 +200,7 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 	if v.FencedEpoch < v.Epoch {
 		acts = append(acts, action{verb: doFence, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}
+	acts = append(acts, planSnapshots(v, r, l)...)
 	if v.Phase == meta.PhaseRecycling {
 		acts = append(acts, action{verb: doWipe, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}

@@ -36,6 +36,7 @@ type worker struct {
 	ignored   map[placed]bool
 	lost      map[placed]bool
 	restSince time.Time // since when the replica runs although nobody needs it; zero: somebody does
+	watching  bool      // something is due once a lease runs out, which nobody tells of
 }
 
 // poke makes the worker look again. It never blocks.
@@ -62,7 +63,7 @@ func (w *worker) run(ctx context.Context) {
 		} else if len(acts) > 0 {
 			retry = w.act(ctx, acts, retry)
 			again = time.After(retry)
-		} else if running && changed == nil {
+		} else if running && changed == nil || w.watching {
 			again = time.After(pollEvery)
 		}
 		select {
@@ -131,6 +132,9 @@ func (w *worker) plan() ([]action, bool) {
 	}
 	l.avoid = avoid(st, &v, time.Now())
 	l.damage = a.damageOf(&v)
+	l.copies = copiesOf(st, &v, time.Now())
+	l.awake = l.awake || l.copies.busy
+	w.watching = l.copies.waits
 	return plan(a.cfg.ID, &v, l), concerns(a.cfg.ID, a.diskSet, &v) || len(w.onDisk) > 0
 }
 
@@ -183,6 +187,8 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.retire(ctx, a)
 	case doLearner, doPromote, doShrink, doEvict:
 		return w.change(ctx, a)
+	case doFreeze, doDrop:
+		return w.snapshot(ctx, a)
 	default:
 		return w.lead(ctx, a)
 	}
@@ -203,6 +209,10 @@ func (w *worker) create(ctx context.Context, a action) error {
 	r := v.Replica(a.id)
 	if r == nil || r.Node != w.agent.cfg.ID || r.State != meta.ReplicaCreating || v.Phase != meta.PhaseCreating {
 		return nil
+	}
+	if v.Source != nil {
+		return fmt.Errorf("create replica %s of %s: it is a copy of %s, and copies are not made yet: %w", a.id, w.volume,
+			v.Source.Volume, trivet.ErrUnavailable)
 	}
 	s := w.spec(a)
 	s.SizeBytes, s.Members = v.SizeBytes, membersOf(&v)

@@ -31,8 +31,9 @@ import (
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
 // arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize,
-// and zero otherwise. seq and low are zero for fence, resize and wipe: these need no session, because
-// a late copy of one has no effect (DESIGN.md).
+// the ID of a snapshot for freeze and drop, and zero otherwise. seq and low are zero for all but the first three: these
+// need no session, because a late copy of one has no effect (DESIGN.md). A freeze or drop is the only request of its
+// entry: the generation of blocks changes between entries, never within one.
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16
@@ -58,6 +59,8 @@ const (
 	opFence       opCode = 4
 	opResize      opCode = 5
 	opWipe        opCode = 6
+	opFreeze      opCode = 7
+	opDrop        opCode = 8
 )
 
 func (o opCode) String() string {
@@ -74,12 +77,19 @@ func (o opCode) String() string {
 		return "resize"
 	case opWipe:
 		return "wipe"
+	case opFreeze:
+		return "freeze"
+	case opDrop:
+		return "drop snapshot"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
 
 // sessioned reports whether requests of this kind carry a sequence.
 func (o opCode) sessioned() bool { return o == opWrite || o == opDiscard || o == opWriteZeroes }
+
+// alone reports whether a request of this kind is the only one of its entry, and of an engine's batch.
+func (o opCode) alone() bool { return o == opFreeze || o == opDrop }
 
 // request is one effect on a volume. Its crc belongs to one volume and never changes once seal set it.
 type request struct {
@@ -141,6 +151,14 @@ func (r *request) check() error {
 		if r.arg == 0 || r.arg > trivet.VolumeSizeMax || r.arg%trivet.BlockSize != 0 {
 			return fmt.Errorf("resize to %d bytes: want whole blocks, at most %d bytes: %w",
 				r.arg, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
+		}
+	case opFreeze: // of a volume that was never attached at epoch 0
+		if r.arg == 0 {
+			return fmt.Errorf("freeze without a snapshot: %w", trivet.ErrInvalid)
+		}
+	case opDrop:
+		if r.arg == 0 || r.epoch != 0 {
+			return fmt.Errorf("drop of snapshot %x at epoch %d: %w", r.arg, r.epoch, trivet.ErrInvalid)
 		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)
@@ -238,6 +256,11 @@ func payloadAt(b []byte) int {
 	return at
 }
 
+// standsAlone reports whether an encoded entry is one that needs an engine's batch of its own.
+func standsAlone(b []byte) bool {
+	return len(b) > entryHeaderBytes && binary.BigEndian.Uint16(b[2:]) == 1 && opCode(b[entryHeaderBytes]).alone()
+}
+
 // decodeEntry appends the requests of entry b of volume id to dst and returns them; their data are
 // slices of b. Anything but what appendEntry makes of valid sealed requests is ErrCorrupt, a request
 // whose bytes changed since its client sealed it included.
@@ -276,6 +299,10 @@ func decodeEntry(dst []request, id trivet.VolumeID, b []byte) ([]request, error)
 		}
 		if err := r.check(); err != nil {
 			return nil, fmt.Errorf("request %d of an entry of %s: %v: %w", i, id, err, trivet.ErrCorrupt)
+		}
+		if r.op.alone() && n > 1 {
+			return nil, fmt.Errorf("request %d of %d of an entry of %s: %s beside others: %w", i, n, id, r.op,
+				trivet.ErrCorrupt)
 		}
 		dst = append(dst, r)
 	}

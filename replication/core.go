@@ -2,8 +2,10 @@ package replication
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
 )
 
 // outcome says what applying a request did. It is a pure function of the log.
@@ -17,6 +19,7 @@ const (
 	outStale                    // sequence settled long ago, or too far ahead
 	outRange                    // outside the volume
 	outShrink                   // resize to less than the volume has
+	outFull                     // as many snapshots as a volume may have
 )
 
 // result is what the leader learns of one request: the outcome, and the state that explains it.
@@ -24,6 +27,8 @@ type result struct {
 	out       outcome
 	epoch     trivet.Epoch // of the volume
 	sizeBytes int64        // of the volume
+
+	generation trivet.Generation // of the snapshot, of a freeze
 }
 
 // err translates a result for the client. nil means that the request is in effect.
@@ -45,6 +50,8 @@ func (r result) err(req *request) error {
 	case outShrink:
 		return fmt.Errorf("resize to %d bytes, volume has %d and never shrinks: %w",
 			req.arg, r.sizeBytes, trivet.ErrOutOfRange)
+	case outFull:
+		return fmt.Errorf("volume has %d snapshots, the most there may be: %w", engine.SnapshotsMax, trivet.ErrNoSpace)
 	}
 	panic(fmt.Sprintf("outcome %d is unknown", r.out))
 }
@@ -71,13 +78,20 @@ type core struct {
 	epoch     trivet.Epoch
 	sizeBytes int64
 	win       *window
+
+	generation trivet.Generation
+	snapshots  []engine.Snapshot // ascending; replaced, never changed in place: views show it
 }
 
 // step applies the next request of the log to c and says what to do to the blocks.
 // REQUIRES: req.check() == nil.
 func (c *core) step(req *request) (result, change) {
 	out, ch := c.decide(req)
-	return result{out: out, epoch: c.epoch, sizeBytes: c.sizeBytes}, ch
+	res := result{out: out, epoch: c.epoch, sizeBytes: c.sizeBytes}
+	if i := c.snapshot(req.arg); req.op == opFreeze && i >= 0 {
+		res.generation = c.snapshots[i].Generation
+	}
+	return res, ch
 }
 
 func (c *core) decide(req *request) (outcome, change) {
@@ -91,8 +105,45 @@ func (c *core) decide(req *request) (outcome, change) {
 			return out, change{}
 		}
 		return outApplied, change{effect: effectZero, blockN: c.sizeBytes / trivet.BlockSize}
+	case opFreeze:
+		return c.freeze(req), change{}
+	case opDrop:
+		return c.drop(req.arg), change{}
 	}
 	return c.data(req)
+}
+
+// snapshot returns the place of a snapshot, or -1.
+func (c *core) snapshot(id uint64) int {
+	return slices.IndexFunc(c.snapshots, func(s engine.Snapshot) bool { return s.ID == id })
+}
+
+// freeze keeps the current generation as a snapshot and begins the next. A copy is told by its ID, whatever epoch it
+// has: what it asked for is so. A first one must come from whoever may write, or from nobody's epoch: a holder that
+// was fenced cannot say that what it wrote is all there.
+func (c *core) freeze(req *request) outcome {
+	if c.snapshot(req.arg) >= 0 {
+		return outDuplicate
+	}
+	if out := c.checkEpoch(req.epoch); out != outApplied {
+		return out
+	}
+	if len(c.snapshots) >= engine.SnapshotsMax {
+		return outFull
+	}
+	c.snapshots = append(slices.Clip(c.snapshots), engine.Snapshot{ID: req.arg, Generation: c.generation})
+	c.generation++
+	return outApplied
+}
+
+// drop forgets a snapshot. It needs no epoch: no holder reads or writes by one.
+func (c *core) drop(id uint64) outcome {
+	i := c.snapshot(id)
+	if i < 0 {
+		return outDuplicate
+	}
+	c.snapshots = slices.Concat(c.snapshots[:i], c.snapshots[i+1:])
+	return outApplied
 }
 
 // fence raises the epoch, never lowers it (I7). The same epoch again has no effect: in particular

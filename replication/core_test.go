@@ -16,6 +16,7 @@ import (
 //
 //	new size=<blocks>
 //	fence|wipe epoch=  ·  resize blocks=
+//	freeze epoch= id=  ·  drop id=
 //	write|discard|zeroes epoch= seq= low= lba= [n=] [data=]
 //	reload      store the state as the engine would and load it again
 //	show        epoch, size, mark and the blocks that are not zero
@@ -64,6 +65,10 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 		req.op = opWipe
 	case "resize":
 		req.op, req.arg = opResize, num("blocks", 0)*trivet.BlockSize
+	case "freeze":
+		req.op, req.arg = opFreeze, num("id", 0)
+	case "drop":
+		req.op, req.arg = opDrop, num("id", 0)
 	case "discard":
 		req.op, req.arg = opDiscard, num("n", 1)
 	case "zeroes":
@@ -106,7 +111,14 @@ func (s *script) step(req *request, data string) string {
 func (s *script) show() string {
 	var b strings.Builder
 	blockN := s.core.sizeBytes / trivet.BlockSize
-	fmt.Fprintf(&b, "epoch=%d blocks=%d mark=%d\n", s.core.epoch, blockN, s.core.win.mark)
+	fmt.Fprintf(&b, "epoch=%d blocks=%d mark=%d", s.core.epoch, blockN, s.core.win.mark)
+	if s.core.generation > 0 {
+		fmt.Fprintf(&b, " generation=%d", s.core.generation)
+	}
+	for _, x := range s.core.snapshots {
+		fmt.Fprintf(&b, " snapshot %d of %d", x.ID, x.Generation)
+	}
+	b.WriteString("\n")
 	for lba := range trivet.LBA(blockN) {
 		if data, ok := s.blocks[lba]; ok {
 			fmt.Fprintf(&b, "%d: %s\n", lba, data)
@@ -122,6 +134,7 @@ func TestResultErrors(t *testing.T) {
 	want := map[outcome]error{
 		outApplied: nil, outDuplicate: nil, outFenced: trivet.ErrFenced, outNotYet: trivet.ErrInvalid,
 		outStale: trivet.ErrInvalid, outRange: trivet.ErrOutOfRange, outShrink: trivet.ErrOutOfRange,
+		outFull: trivet.ErrNoSpace,
 	}
 	for out, sentinel := range want {
 		if err := (result{out: out}).err(req); !errors.Is(err, sentinel) {

@@ -172,6 +172,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeRead, h.handleRead)
 	cfg.Network.Handle(transport.KindVolumeStatus, h.handleStatus)
 	cfg.Network.Handle(transport.KindVolumeStages, h.handleStages)
+	cfg.Network.Handle(transport.KindVolumeFreeze, h.handleFreeze)
 	return h, nil
 }
 

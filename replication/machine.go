@@ -15,8 +15,8 @@ import (
 )
 
 // machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
-// which holds blocks, applied index, epoch, size, session window and members together (H2). Blocks are not copied: the
-// engine refers to them where they stand in the log.
+// which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes or drops
+// a snapshot is a batch of its own. Blocks are not copied: the engine refers to them where they stand in the log.
 //
 // Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
 type machine struct {
@@ -55,7 +55,9 @@ func (m *machine) load() error {
 	if err != nil {
 		return fmt.Errorf("load state of %s at index %d: %w", m.id, st.AppliedIndex, err)
 	}
-	m.core = core{epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win}
+	m.core = core{
+		epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win, generation: st.Generation, snapshots: st.Snapshots,
+	}
 	m.newest.Store(max(m.newest.Load(), st.AppliedIndex))
 	m.view.Store(&st)
 	return nil
@@ -64,45 +66,67 @@ func (m *machine) load() error {
 // Apply implements raftgroup.StateMachine; the result of a proposal is a []result, one per request.
 // An error is damage or a failing disk: the replica must stop, because skipping an entry that the
 // others applied would make it differ for ever.
-func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
+func (m *machine) Apply(entries []raftgroup.Entry) ([]any, error) {
 	defer m.applies.Begin().End()
 	results := make([]any, len(entries))
-	st := *m.view.Load()
+	applied := m.view.Load().AppliedIndex
 	first := 0
-	for first < len(entries) && entries[first].Index <= st.AppliedIndex {
+	for first < len(entries) && entries[first].Index <= applied {
 		first++ // delivered again after a restart (H3)
 	}
-	if first == len(entries) {
-		return results, nil
+	for first < len(entries) {
+		n := together(entries[first:])
+		if err := m.applyBatch(entries[first:first+n], results[first:first+n]); err != nil {
+			return nil, err
+		}
+		first += n
 	}
+	return results, nil
+}
+
+// together returns how many entries go into one batch: those up to one that stands alone, or that one. The blocks of
+// a batch belong to the generation with which it began.
+func together(entries []raftgroup.Entry) int {
+	n := 0
+	for n < len(entries) && !standsAlone(entries[n].Data) {
+		n++
+	}
+	return max(n, 1)
+}
+
+func (m *machine) applyBatch(entries []raftgroup.Entry, results []any) (err error) {
+	st := *m.view.Load()
 	batch := m.vol.NewBatch()
 	defer func() {
 		if e := batch.Close(); err == nil && e != nil {
 			err = fmt.Errorf("apply to %s: %w", m.id, e)
 		}
 	}()
-	for i := first; i < len(entries); i++ {
+	for i := range entries {
 		e := &entries[i]
 		if e.Index <= st.AppliedIndex {
-			return nil, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
+			return fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
 		}
 		st.AppliedIndex, st.AppliedTerm = e.Index, e.Term
 		if e.Data == nil {
 			st.Config = appendMembers(nil, e.Members)
 			continue
 		}
-		if results[i], err = m.applyEntry(batch, e); err != nil {
-			return nil, err
+		out, err := m.applyEntry(batch, e)
+		if err != nil {
+			return err
 		}
+		results[i] = out
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
+	st.Generation, st.Snapshots = m.core.generation, m.core.snapshots
 	st.Session = m.core.win.append(nil)
 	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
-		return nil, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+		return fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
 	}
 	m.view.Store(&st)
-	return results, nil
+	return nil
 }
 
 func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result, error) {

@@ -107,6 +107,12 @@ func randomLog(rnd *rand.Rand, n int) []raftgroup.Entry {
 			for range 1 + rnd.IntN(5) {
 				reqs = append(reqs, one())
 			}
+			switch rnd.IntN(16) { // these stand alone
+			case 0:
+				reqs = []request{freezeReq(epoch, 1+rnd.Uint64N(12))}
+			case 1:
+				reqs = []request{sealed(request{op: opDrop, arg: 1 + rnd.Uint64N(12)})}
+			}
 			e.Data = appendEntry(nil, testVolume, reqs)
 		}
 		entries = append(entries, e)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
@@ -35,10 +36,11 @@ type Replica struct {
 // ReplicaStatus says how a replica is doing.
 type ReplicaStatus struct {
 	raftgroup.Status
-	Replica   trivet.ReplicaID // whose status it is
-	Epoch     trivet.Epoch     // as applied here: a follower may lag
-	SizeBytes int64            // as applied here
-	UsedBytes int64            // space that the blocks take on this disk; -1 when it could not be read
+	Replica   trivet.ReplicaID  // whose status it is
+	Epoch     trivet.Epoch      // as applied here: a follower may lag
+	SizeBytes int64             // as applied here
+	UsedBytes int64             // space that the blocks take on this disk; -1 when it could not be read
+	Snapshots []engine.Snapshot // as applied here; not to be changed
 }
 
 // startReplica starts the goroutine that tells the batcher who leads.
@@ -97,6 +99,7 @@ func (r *Replica) Status() ReplicaStatus {
 	}
 	return ReplicaStatus{
 		Status: r.group.Status(), Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+		Snapshots: v.Snapshots,
 	}
 }
 
@@ -234,19 +237,24 @@ func (r *Replica) Resize(ctx context.Context, sizeBytes int64) error {
 
 // command proposes one request without a session as an entry of its own.
 func (r *Replica) command(ctx context.Context, req *request) error {
+	_, err := r.propose(ctx, req)
+	return err
+}
+
+func (r *Replica) propose(ctx context.Context, req *request) (result, error) {
 	if err := req.check(); err != nil {
-		return err
+		return result{}, err
 	}
 	req.seal(r.spec.Volume)
 	entry := appendEntry(nil, r.spec.Volume, []request{*req})
 	results, err := proposeEntry(ctx, r.group.Propose, entry, 1)
 	if ctx.Err() != nil && err != nil && !errors.Is(err, trivet.ErrNotLeader) {
-		return ctx.Err()
+		return result{}, ctx.Err()
 	}
 	if err != nil {
-		return err
+		return result{}, err
 	}
-	return results[0].err(req)
+	return results[0], results[0].err(req)
 }
 
 // TransferTo moves leadership to another replica of the volume. ErrNotLeader: ask the leader.

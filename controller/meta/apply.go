@@ -63,6 +63,9 @@ func (s *State) result(d *draft) Result {
 	if n, ok := s.Node(d.nodeID); ok {
 		res.Node = &n
 	}
+	if snap, ok := s.Snapshot(d.snapshotID); ok {
+		res.Snapshot = &snap
+	}
 	return res
 }
 
@@ -73,6 +76,8 @@ type draft struct {
 	changed  bool
 	volumeID trivet.VolumeID // what the result is about
 	nodeID   trivet.NodeID
+
+	snapshotID trivet.SnapshotID
 }
 
 // edit returns a copy of the volume to be changed and put back.

@@ -52,9 +52,9 @@ func (a *Attach) apply(d *draft) error {
 	}
 	switch v.Phase {
 	case PhaseAvailable, PhaseBound:
-	case PhaseCreating:
+	case PhaseCreating, PhaseRestoring:
 		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrPending)
-	case PhaseReleased, PhaseRecycling, PhaseDeleting, PhaseFailed:
+	case PhaseReleased, PhaseRecycling, PhaseDeleting, PhaseFailed, PhaseKept:
 		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrInvalid)
 	}
 	switch v.Detaching {

@@ -172,6 +172,7 @@ func (d *draft) retire(v *Volume, id trivet.ReplicaID) {
 	i := slices.IndexFunc(v.Replicas, func(r Replica) bool { return r.ID == id })
 	r := v.Replicas[i]
 	v.Replicas = slices.Delete(v.Replicas, i, i+1)
+	d.settleSource(v)
 	v.leave(&r)
 	r.State = ReplicaLeft
 	v.Retired = append(v.Retired, r)
@@ -193,6 +194,7 @@ func (d *draft) putOrForget(v *Volume) {
 	if v.Phase == PhaseDeleting && v.all(ReplicaRemoved) && !left {
 		d.volumes = d.volumes.without(v.ID)
 		d.changed = true
+		d.forgetSource(v)
 		return
 	}
 	d.put(v)
@@ -201,9 +203,9 @@ func (d *draft) putOrForget(v *Volume) {
 // settled returns an error unless the members of the volume's group may change now.
 func (v *Volume) settled() error {
 	switch v.Phase {
-	case PhaseAvailable, PhaseBound, PhaseReleased:
+	case PhaseAvailable, PhaseBound, PhaseReleased, PhaseKept:
 		return nil
-	case PhaseCreating:
+	case PhaseCreating, PhaseRestoring:
 		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrPending)
 	case PhaseRecycling, PhaseDeleting, PhaseFailed:
 	}

@@ -21,6 +21,9 @@ import (
 //	                       ▼
 //	                   no record; the ID stays used
 //
+// What becomes Deleting is Kept instead for as long as it has snapshots (apply_snapshot.go). Available, Bound and
+// Released turn into Restoring, and back again.
+//
 // An attached volume is Bound or Failed. Whatever frees or wipes data needs nobody attached.
 
 func (c *CreateVolume) op() string { return fmt.Sprintf("create volume %q", c.Volume.Name) }
@@ -58,6 +61,12 @@ func (c *CreateVolume) apply(d *draft) error {
 
 		WantReplicas: len(asked.Replicas),
 	}
+	if asked.Source != nil {
+		v.WantReplicas = asked.WantReplicas
+		if err := d.beginClone(v, asked.Source.Snapshot); err != nil {
+			return err
+		}
+	}
 	d.volumeID = v.ID
 	d.names = d.names.with(v.Name, v.ID)
 	d.used = d.used.with(v.ID, struct{}{})
@@ -89,7 +98,9 @@ func (c *CreateVolume) again(d *draft, id trivet.VolumeID) error {
 			v.Claimed = true
 			d.put(v)
 		}
-	case PhaseBound, PhaseFailed, PhaseDeleting: // as it is; Deleting holds no name
+	case PhaseRestoring:
+		return fmt.Errorf("%s has that name and is %s: %w", id, v.Phase, trivet.ErrPending)
+	case PhaseBound, PhaseFailed, PhaseDeleting, PhaseKept: // as it is; the last two hold no name
 	}
 	return nil
 }
@@ -134,8 +145,10 @@ func (r *Release) apply(d *draft) error {
 	}
 	policy := v.Reclaim
 	switch v.Phase {
-	case PhaseDeleting:
+	case PhaseDeleting, PhaseKept:
 		return nil
+	case PhaseRestoring:
+		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrPending)
 	case PhaseReleased, PhaseRecycling:
 		if !r.Discard {
 			return nil
@@ -164,6 +177,9 @@ func (d *draft) reclaim(v *Volume, policy ReclaimPolicy) {
 	switch policy {
 	case ReclaimDelete:
 		v.Phase, v.WantLeader = PhaseDeleting, ""
+		if snaps, _ := d.snapsOf.get(v.ID); len(snaps) > 0 {
+			v.Phase = PhaseKept
+		}
 		d.names = d.names.without(v.Name)
 	case ReclaimRecycle:
 		v.Phase = PhaseRecycling
@@ -226,12 +242,12 @@ func (f *Fail) apply(d *draft) error {
 		return err
 	}
 	switch {
-	case v.Phase == PhaseDeleting:
+	case v.Phase == PhaseDeleting || v.Phase == PhaseKept:
 		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrInvalid)
 	case v.Phase == PhaseFailed && v.Reason == f.Reason:
 		return nil
 	}
-	v.Phase, v.Reason = PhaseFailed, f.Reason
+	v.Phase, v.Reason, v.Rollback = PhaseFailed, f.Reason, nil
 	d.put(v)
 	return nil
 }

@@ -60,6 +60,10 @@ func (c Command) utc() Command {
 		v := *c.CreateVolume
 		v.Volume.Created = instant(v.Volume.Created)
 		c.CreateVolume = &v
+	case c.CreateSnapshot != nil:
+		s := *c.CreateSnapshot
+		s.Snapshot.Created = instant(s.Snapshot.Created)
+		c.CreateSnapshot = &s
 	}
 	return c
 }

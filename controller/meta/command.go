@@ -34,6 +34,13 @@ type Command struct {
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
 	SetParams     *SetParams     `json:"setParams,omitempty"`
+
+	CreateSnapshot   *CreateSnapshot   `json:"createSnapshot,omitempty"`
+	ReportSnapshot   *ReportSnapshot   `json:"reportSnapshot,omitempty"`
+	DeleteSnapshot   *DeleteSnapshot   `json:"deleteSnapshot,omitempty"`
+	ReportFlattened  *ReportFlattened  `json:"reportFlattened,omitempty"`
+	Restore          *Restore          `json:"restore,omitempty"`
+	ReportRolledBack *ReportRolledBack `json:"reportRolledBack,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -67,8 +74,14 @@ type RenewLease struct {
 // deleted no longer holds its name. An unknown node or disk gives ErrNotFound. The number of replicas
 // is the number wanted from then on (SetReplicas); without any, only an existing volume is returned or
 // claimed, and ErrNotFound when there is none.
+//
+// A volume with a Source begins with what its snapshot shows: ErrNotFound when that is unknown, ErrPending while it
+// is Creating, ErrInvalid when it is Deleting or Failed, ErrOutOfRange when the volume would be smaller. Each of
+// its replicas lies on the disk of a Ready one of the snapshot's volume, else ErrPending: they have moved. It may
+// begin with fewer than WantReplicas, which is given then.
 type CreateVolume struct {
-	Volume Volume `json:"volume"` // ID, Name, SizeBytes, Reclaim, Params, Request, Created, Replicas (state Creating)
+	// ID, Name, SizeBytes, Reclaim, Params, Request, Created, Replicas (state Creating), Source (Snapshot)
+	Volume Volume `json:"volume"`
 	// Claim makes it Bound (not Available) once its replicas are ready: CSI creates for a claim.
 	Claim bool `json:"claim,omitempty"`
 }
@@ -250,7 +263,8 @@ type SetParams struct {
 // Result is what applying a command returned on every member alike.
 type Result struct {
 	Revision Revision
-	Volume   *Volume // the volume after the command, for commands about one; nil when it is gone, or on Err
-	Node     *Node   // for commands about a node
-	Err      error   // wraps a sentinel; the state is then unchanged
+	Volume   *Volume   // the volume after the command, for commands about one; nil when it is gone, or on Err
+	Node     *Node     // for commands about a node
+	Snapshot *Snapshot // for commands about a snapshot; nil when it is gone
+	Err      error     // wraps a sentinel; the state is then unchanged
 }

@@ -104,6 +104,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			}}
 		},
 	}
+	commands = append(commands, randomSnapshotCommands(r, m, v)...)
 	c := commands[r.Intn(len(commands))]()
 	if c.Attach != nil || c.ReportReplica != nil || c.CreateVolume != nil || c.AddReplica != nil || r.Intn(3) > 0 {
 		return c

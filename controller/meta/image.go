@@ -22,8 +22,9 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic = "TMIM"
-	// 2 had one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
-	imageVersion = 3
+	// 3 had no snapshots, 2 one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are read
+	// still.
+	imageVersion = 4
 	imageOldest  = 1
 	imageHeader  = 16
 	imageTrailer = 4
@@ -36,6 +37,8 @@ type image struct {
 	Nodes    []Node            `json:"nodes"`
 	Volumes  []Volume          `json:"volumes"`
 	Used     []trivet.VolumeID `json:"used"`
+
+	Snapshots []Snapshot `json:"snapshots,omitempty"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -47,6 +50,8 @@ func (s *State) EncodeImage() ([]byte, error) {
 		Nodes:    s.Nodes(),
 		Volumes:  s.Volumes(),
 		Used:     make([]trivet.VolumeID, 0, s.used.n),
+
+		Snapshots: s.Snapshots(),
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -119,13 +124,20 @@ func (im *image) state() (*State, error) {
 			return nil, fmt.Errorf("%s is there twice: %w", v.ID, trivet.ErrCorrupt)
 		}
 		s.volumes.fill(v.ID, &v)
-		if v.Phase == PhaseDeleting {
+		if v.Source != nil && !v.Source.Flattened {
+			clones, _ := s.clonesOf.get(v.Source.Snapshot)
+			s.clonesOf.fill(v.Source.Snapshot, insertID(clones, v.ID))
+		}
+		if v.Phase == PhaseDeleting || v.Phase == PhaseKept {
 			continue
 		}
 		if other, ok := s.names.get(v.Name); ok {
 			return nil, fmt.Errorf("%s and %s have the name %q: %w", other, v.ID, v.Name, trivet.ErrCorrupt)
 		}
 		s.names.fill(v.Name, v.ID)
+	}
+	if err := im.snapshots(s); err != nil {
+		return nil, err
 	}
 	return s, s.check()
 }
@@ -135,7 +147,11 @@ func (im *image) state() (*State, error) {
 func (s *State) check() error {
 	var err error
 	s.volumes.each(func(id trivet.VolumeID, v *Volume) {
-		if problem := s.problem(v); problem != "" && err == nil {
+		problem := s.problem(v)
+		if problem == "" {
+			problem = s.copyProblem(v)
+		}
+		if problem != "" && err == nil {
 			err = fmt.Errorf("%s: %s: %w", id, problem, trivet.ErrCorrupt)
 		}
 	})
@@ -147,6 +163,9 @@ func (s *State) check() error {
 			}
 			disks[d.ID] = n.ID
 		}
+	}
+	if err == nil {
+		err = s.checkSnapshots()
 	}
 	return err
 }
@@ -177,7 +196,7 @@ func (s *State) problem(v *Volume) string {
 		return problem
 	}
 	switch v.Phase {
-	case PhaseReleased, PhaseRecycling, PhaseDeleting:
+	case PhaseReleased, PhaseRecycling, PhaseDeleting, PhaseKept, PhaseRestoring:
 		if v.Detaching != "" {
 			return fmt.Sprintf("detaching %s while %s", v.Detaching, v.Phase)
 		}

@@ -21,6 +21,12 @@ type State struct {
 	volumes shards[trivet.VolumeID, *Volume]
 	names   shards[string, trivet.VolumeID]   // of every volume but those being deleted
 	used    shards[trivet.VolumeID, struct{}] // every ID that was ever created, for ever (H35)
+
+	snaps     shards[trivet.SnapshotID, *Snapshot]
+	snapNames shards[string, trivet.SnapshotID] // of every snapshot but those being deleted
+	snapsOf   shards[trivet.VolumeID, []trivet.SnapshotID]
+	clonesOf  shards[trivet.SnapshotID, []trivet.VolumeID] // volumes that still need the snapshot's blocks
+	creating  []trivet.SnapshotID                          // those in that state, sorted; replaced, never changed in place
 }
 
 // Revision returns the number of commands that changed the catalogue.
@@ -96,7 +102,9 @@ func (s *State) diskOwner(id trivet.DiskID) trivet.NodeID {
 
 const shardN = 256
 
-type volumeOrName interface{ trivet.VolumeID | string }
+type volumeOrName interface {
+	trivet.VolumeID | trivet.SnapshotID | string
+}
 
 // shards is a map that is copied on write, one shard of 256 at a time: with 100 000 volumes a
 // change copies some 400 pointers instead of all. The zero value is empty.
@@ -115,6 +123,10 @@ func shardOf[K volumeOrName](k K) uint8 {
 			h = (h ^ uint32(k[i])) * prime
 		}
 	case trivet.VolumeID:
+		for i := range 8 {
+			h = (h ^ uint32(uint8(k>>(8*i)))) * prime
+		}
+	case trivet.SnapshotID:
 		for i := range 8 {
 			h = (h ^ uint32(uint8(k>>(8*i)))) * prime
 		}

@@ -25,7 +25,8 @@ type Phase string
 
 // The phases. Creating turns into Available once every replica is ready; Failed can be reached
 // from anywhere but Deleting and carries a reason. A volume keeps its name until it is Deleting, so
-// one that was recycled is Available under its old name.
+// one that was recycled is Available under its old name. A volume that is deleted while it has snapshots is Kept, and
+// Deleting once the last of them is gone.
 const (
 	PhaseCreating  Phase = "Creating"  // replicas are being made; no I/O yet
 	PhaseAvailable Phase = "Available" // ready, never bound or recycled
@@ -34,6 +35,8 @@ const (
 	PhaseRecycling Phase = "Recycling" // being wiped, then Available
 	PhaseDeleting  Phase = "Deleting"  // replicas are being removed, then the record goes
 	PhaseFailed    Phase = "Failed"    // needs an operator; see Reason
+	PhaseKept      Phase = "Kept"      // deleted, and its name is free: its replicas stay for its snapshots
+	PhaseRestoring Phase = "Restoring" // brought back to a snapshot in place; then as it was before
 )
 
 // ReclaimPolicy says what happens to a released volume.
@@ -177,6 +180,11 @@ type Volume struct {
 	Leader     trivet.ReplicaID `json:"leader,omitempty"`
 	LeaderTerm uint64           `json:"leaderTerm,omitempty"` // Raft term of that report; 0 = not given
 
+	// Source is what the volume began as a copy of; nil = nothing, it began empty.
+	Source *Source `json:"source,omitempty"`
+	// Rollback is set in PhaseRestoring, and only then.
+	Rollback *Rollback `json:"rollback,omitempty"`
+
 	Revision Revision `json:"revision"`
 }
 
@@ -294,6 +302,11 @@ func (v *Volume) Clone() Volume {
 	c.Replicas = slices.Clone(v.Replicas)
 	c.Retired = slices.Clone(v.Retired)
 	c.Also = slices.Clone(v.Also)
+	c.Source = v.Source.clone()
+	if v.Rollback != nil {
+		r := *v.Rollback
+		c.Rollback = &r
+	}
 	if v.Attached != nil {
 		a := *v.Attached
 		c.Attached = &a

@@ -18,6 +18,7 @@ const (
 	replicasMax    = 6    // per volume: five, and the one that replaces another
 	retiredMax     = 32   // per volume
 	readersMax     = 256  // nodes that read a volume at a time
+	snapshotsMax   = 1000 // per volume; its group keeps 1024
 )
 
 // operation is what each field of Command can do. All are pure.
@@ -50,6 +51,12 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
 	add(&set, c.SetParams)
+	add(&set, c.CreateSnapshot)
+	add(&set, c.ReportSnapshot)
+	add(&set, c.DeleteSnapshot)
+	add(&set, c.ReportFlattened)
+	add(&set, c.Restore)
+	add(&set, c.ReportRolledBack)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -127,12 +134,13 @@ func (c *CreateVolume) validate() error {
 		return fmt.Errorf("size of %d bytes: want whole %d-byte blocks, 1 to %d bytes: %w",
 			v.SizeBytes, trivet.BlockSize, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
 	}
-	if n := len(v.Replicas); n != 0 {
+	if n := len(v.Replicas); n != 0 && v.Source == nil {
 		if err := validateCount(n); err != nil {
 			return err
 		}
 	}
 	return firstError(
+		v.Source.validate(len(v.Replicas), v.WantReplicas),
 		validateParams(v.Params),
 		validateVolume(v.ID),
 		trivet.ValidateName(v.Name),

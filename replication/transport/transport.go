@@ -43,6 +43,7 @@ const (
 	KindVolumeRead   Kind = 17
 	KindVolumeStatus Kind = 18
 	KindVolumeStages Kind = 24 // watch a volume for a while
+	KindVolumeFreeze Kind = 27 // the holder of a volume has its group make a snapshot
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33

@@ -1,0 +1,168 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// orphanAfter is how long the hidden snapshot of a clone is kept that was never made.
+const orphanAfter = 10 * time.Minute
+
+// CopyOf names what a volume begins as a copy of: at most one of the two.
+type CopyOf struct {
+	Snapshot trivet.SnapshotID
+	Volume   trivet.VolumeID // as it is when the volume is made
+}
+
+// String is part of the request that a volume was made for; empty for none.
+func (f CopyOf) String() string {
+	switch {
+	case f.Snapshot != 0:
+		return "/" + f.Snapshot.String()
+	case f.Volume != 0:
+		return "/" + f.Volume.String()
+	}
+	return ""
+}
+
+// takeSource finds, or makes, the snapshot that a new volume is a copy of, and takes size and parameters from it where
+// none are given. A volume of that name which exists needs none: the source may be gone by now.
+func (c *Controller) takeSource(ctx context.Context, w *creation) error {
+	if w.Source == (CopyOf{}) {
+		return nil
+	}
+	if w.Source.Snapshot != 0 && w.Source.Volume != 0 {
+		return fmt.Errorf("two sources are given, %s and %s: %w", w.Source.Snapshot, w.Source.Volume, trivet.ErrInvalid)
+	}
+	s, err := c.store.Read(ctx)
+	if err != nil {
+		return err
+	}
+	from, ok := s.Snapshot(w.Source.Snapshot)
+	if w.Source.Volume != 0 {
+		v, known := s.Volume(w.Source.Volume)
+		if _, exists := s.VolumeByName(w.Name); exists || !known {
+			from, ok = meta.Snapshot{SizeBytes: v.SizeBytes, Params: v.Params}, false
+		} else if from, err = c.createSnapshot(ctx, v.ID, meta.HiddenPrefix+w.Name); err != nil {
+			return fmt.Errorf("snapshot of %q: %w", v.Name, err)
+		} else {
+			ok = true
+		}
+	}
+	if ok && from.State == meta.SnapshotCreating {
+		if from, err = c.awaitSnapshot(ctx, from.ID, s.Revision()); err != nil {
+			return err
+		}
+	}
+	if len(w.Params) == 0 {
+		w.Params = from.Params
+	}
+	if err := w.fitSource(from.SizeBytes); err != nil {
+		return err
+	}
+	if ok {
+		w.from = &from
+	}
+	return nil
+}
+
+// fitSource makes the size at least that of the source.
+func (w *creation) fitSource(sizeBytes int64) error {
+	switch {
+	case w.RequiredBytes == 0 && (w.LimitBytes == 0 || w.LimitBytes >= sizeBytes):
+		w.RequiredBytes = sizeBytes
+	case max(w.RequiredBytes, w.LimitBytes) < sizeBytes:
+		return fmt.Errorf("size of %d bytes: its source has %d; ask for at least that: %w",
+			max(w.RequiredBytes, w.LimitBytes), sizeBytes, trivet.ErrOutOfRange)
+	case w.RequiredBytes < sizeBytes && w.LimitBytes == 0:
+		return fmt.Errorf("size of %d bytes: its source has %d; ask for at least that: %w", w.RequiredBytes, sizeBytes,
+			trivet.ErrOutOfRange)
+	default:
+		w.RequiredBytes = max(w.RequiredBytes, sizeBytes)
+	}
+	return nil
+}
+
+// placeBeside puts the replicas of a copy on the disks of the source's ready replicas, for they share blocks until
+// the copy is flattened. It takes fewer than are wanted if there are no more, but a majority of them: the mender adds
+// the rest.
+func (w *creation) placeBeside(s *meta.State, now time.Time) ([]meta.Replica, error) {
+	parent, ok := s.Volume(w.from.Volume)
+	if !ok {
+		return nil, fmt.Errorf("volume %s of snapshot %q: %w", w.from.Volume, w.from.Name, trivet.ErrNotFound)
+	}
+	var out []meta.Replica
+	rank := func(r meta.Replica) int { // cordoned nodes last
+		if n, ok := s.Node(r.Node); ok && n.Cordoned {
+			return 1
+		}
+		return 0
+	}
+	for _, r := range parent.Replicas {
+		n, known := s.Node(r.Node)
+		there := known && slices.ContainsFunc(n.Disks, func(d meta.Disk) bool { return d.ID == r.Disk })
+		if r.State == meta.ReplicaReady && there && n.Alive(now) && !w.avoid[r.Node] {
+			out = append(out, meta.Replica{
+				ID: trivet.ReplicaID(trivet.NewUUID()), Node: r.Node, Disk: r.Disk, State: meta.ReplicaCreating,
+			})
+		}
+	}
+	slices.SortStableFunc(out, func(a, b meta.Replica) int { return rank(a) - rank(b) })
+	out = out[:min(len(out), w.params.Replicas)]
+	if could := min(len(parent.Replicas), w.params.Replicas); 2*len(out) <= could {
+		return nil, fmt.Errorf("%d of the %d replicas of %q, where its blocks are, are ready on living nodes; a majority is "+
+			"needed: %w", len(out), len(parent.Replicas), w.from.VolumeName, trivet.ErrUnavailable)
+	}
+	return out, nil
+}
+
+// CloneVolume makes a volume that begins as a copy of another, as that is at some moment of the call. Errors as of
+// CreateVolume and CreateSnapshot.
+func (c *Controller) CloneVolume(ctx context.Context, r CreateRequest) (meta.Volume, error) {
+	v, err := c.CreateVolume(ctx, r)
+	if err == nil || errors.Is(err, trivet.ErrUnavailable) || errors.Is(err, trivet.ErrPending) {
+		return v, err
+	}
+	// It will not be made: its hidden snapshot is of no use. What is missed here, the mender finds.
+	s, readErr := c.store.Read(ctx)
+	if readErr != nil {
+		return v, err
+	}
+	if snap, ok := s.SnapshotByName(meta.HiddenPrefix + r.Name); ok && len(s.ClonesOf(snap.ID)) == 0 {
+		_, dropErr := c.store.Propose(ctx, meta.Command{DeleteSnapshot: &meta.DeleteSnapshot{Snapshot: snap.ID}})
+		err = errors.Join(err, dropErr)
+	}
+	return v, err
+}
+
+// copying says why no replica of v may be moved now: blocks of it are those of a copy too, on the same disks. Nil when
+// there is no copy that is not flattened.
+func copying(s *meta.State, v *meta.Volume) error {
+	if v.Source != nil && !v.Source.Flattened {
+		return fmt.Errorf("it is a copy of %s and not flattened yet: %w", v.Source.Volume, trivet.ErrPending)
+	}
+	for _, snap := range s.SnapshotsOf(v.ID) {
+		if clones := s.ClonesOf(snap.ID); len(clones) > 0 {
+			return fmt.Errorf("its copy %s is not flattened yet: %w", clones[0], trivet.ErrPending)
+		}
+	}
+	return nil
+}
+
+// orphans deletes hidden snapshots whose clone was given up.
+func (m *mendPass) orphans(s *meta.State) []meta.Command {
+	var out []meta.Command
+	for _, snap := range s.Snapshots() {
+		if snap.Hidden() && snap.State != meta.SnapshotDeleting && len(s.ClonesOf(snap.ID)) == 0 &&
+			m.now.Sub(snap.Created) > orphanAfter {
+			out = append(out, meta.Command{DeleteSnapshot: &meta.DeleteSnapshot{Snapshot: snap.ID}})
+		}
+	}
+	return out
+}

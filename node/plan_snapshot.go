@@ -1,0 +1,128 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/controller/meta"
+)
+
+// copies is what the catalogue says of a volume's snapshots and of the volumes that are copies of them.
+type copies struct {
+	snapshots []meta.Snapshot
+	needed    map[trivet.SnapshotID]bool // by a clone that is not flattened
+	// leader says that the leader's node makes snapshots: nobody has the volume attached who might have
+	// acknowledged writes that the group has not seen, or who has cannot be reached.
+	leader bool
+	busy   bool // the group has something to do about them
+	waits  bool // for the holder to make a snapshot, or for its lease to run out
+}
+
+func copiesOf(st *meta.State, v *meta.Volume, now time.Time) copies {
+	c := copies{snapshots: st.SnapshotsOf(v.ID), needed: map[trivet.SnapshotID]bool{}, leader: leaderFreezes(st, v, now)}
+	for i := range c.snapshots {
+		s := &c.snapshots[i]
+		for _, id := range st.ClonesOf(s.ID) {
+			c.needed[s.ID] = true
+			clone, ok := st.Volume(id)
+			// Its replicas can be made once the replicas here have applied the freeze.
+			c.busy = c.busy || ok && clone.Phase == meta.PhaseCreating
+		}
+		switch {
+		case s.State == meta.SnapshotCreating:
+			c.busy, c.waits = true, !c.leader
+		case s.State == meta.SnapshotDeleting && !c.needed[s.ID]:
+			c.busy = true
+		}
+	}
+	return c
+}
+
+// leaderFreezes reports whether the node of the volume's leader makes its snapshots, rather than the node that has it
+// attached: what that one has acknowledged may be in its cache only. A node whose lease has run out is not waited
+// for: what it did not flush is as lost as by a power cut, if it is dead.
+func leaderFreezes(st *meta.State, v *meta.Volume, now time.Time) bool {
+	if v.Attached == nil || v.Attached.ReadOnly {
+		return v.FencedEpoch == v.Epoch
+	}
+	n, ok := st.Node(v.Attached.Node)
+	return v.FencedEpoch == v.Epoch && (!ok || !n.Alive(now))
+}
+
+// planSnapshots is what the leader's node has to do about snapshots.
+func planSnapshots(v *meta.Volume, r *meta.Replica, l local) []action {
+	var acts []action
+	known := map[trivet.SnapshotID]bool{}
+	for i := range l.copies.snapshots {
+		s := &l.copies.snapshots[i]
+		known[s.ID] = true
+		switch {
+		case s.State == meta.SnapshotCreating && l.copies.leader:
+			acts = append(acts, action{verb: doFreeze, disk: r.Disk, id: r.ID, epoch: v.Epoch, snapshot: s.ID})
+		case s.State == meta.SnapshotDeleting && !l.copies.needed[s.ID]:
+			acts = append(acts, action{verb: doDrop, disk: r.Disk, id: r.ID, snapshot: s.ID})
+		}
+	}
+	// A copy of a freeze that came when its snapshot was deleted already leaves one that nobody knows.
+	for _, s := range l.status.Snapshots {
+		if id := trivet.SnapshotID(s.ID); !known[id] {
+			acts = append(acts, action{verb: doDrop, disk: r.Disk, id: r.ID, snapshot: id})
+		}
+	}
+	return acts
+}
+
+// snapshot makes or drops a snapshot, as the catalogue says, read linearizably: a copy that lags could have a snapshot
+// made without what its holder has in a cache, or drop one that was made just now.
+func (w *worker) snapshot(ctx context.Context, a action) error {
+	r, ok := w.agent.host.running(w.volume)
+	if !ok {
+		return fmt.Errorf("%s %s of %s: replica %s does not run: %w", a.verb, a.snapshot, w.volume, a.id, trivet.ErrNotLeader)
+	}
+	st, err := w.agent.cat.Read(ctx)
+	if err != nil {
+		return fmt.Errorf("%s %s of %s: %w", a.verb, a.snapshot, w.volume, err)
+	}
+	v, ok := st.Volume(w.volume)
+	if !ok {
+		return nil // the local copy will follow
+	}
+	s, known := st.Snapshot(a.snapshot)
+	if a.verb == doFreeze {
+		if !known || s.State != meta.SnapshotCreating || v.Epoch != a.epoch || !leaderFreezes(st, &v, time.Now()) {
+			return nil
+		}
+		f, err := r.Freeze(ctx, a.epoch, a.snapshot)
+		if errors.Is(err, trivet.ErrNoSpace) {
+			return reportSnapshot(ctx, w.agent.cat, &meta.ReportSnapshot{
+				Snapshot: a.snapshot, State: meta.SnapshotFailed, Reason: err.Error(),
+			})
+		}
+		if err != nil {
+			return err
+		}
+		w.log.Info("snapshot made", "snapshot", a.snapshot, "generation", f.Generation)
+		return reportSnapshot(ctx, w.agent.cat, &meta.ReportSnapshot{
+			Snapshot: a.snapshot, State: meta.SnapshotReady, Generation: f.Generation, SizeBytes: f.SizeBytes,
+		})
+	}
+	if known && (s.State != meta.SnapshotDeleting || len(st.ClonesOf(s.ID)) > 0) {
+		return nil
+	}
+	if err := r.DropSnapshot(ctx, a.snapshot); err != nil {
+		return err
+	}
+	if !known {
+		w.log.Warn("dropped a snapshot that the catalogue does not know", "snapshot", a.snapshot)
+		return nil
+	}
+	return reportSnapshot(ctx, w.agent.cat, &meta.ReportSnapshot{Snapshot: a.snapshot, State: meta.SnapshotRemoved})
+}
+
+func reportSnapshot(ctx context.Context, cat Catalogue, r *meta.ReportSnapshot) error {
+	_, err := propose(ctx, cat, meta.Command{ReportSnapshot: r})
+	return err
+}
