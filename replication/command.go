@@ -30,9 +30,9 @@ import (
 // The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
-// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize,
-// and zero otherwise. seq and low are zero for fence, resize and wipe: these need no session, because
-// a late copy of one has no effect (DESIGN.md).
+// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize, the name of
+// a mark, and zero otherwise. seq and low are zero for fence, resize, wipe and mark: these need no session,
+// because a late copy of one has no effect (DESIGN.md).
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16
@@ -58,6 +58,7 @@ const (
 	opFence       opCode = 4
 	opResize      opCode = 5
 	opWipe        opCode = 6
+	opMark        opCode = 16 // a place in the log at which replicas compare what they have (marks.go)
 )
 
 func (o opCode) String() string {
@@ -74,6 +75,8 @@ func (o opCode) String() string {
 		return "resize"
 	case opWipe:
 		return "wipe"
+	case opMark:
+		return "mark"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -141,6 +144,10 @@ func (r *request) check() error {
 		if r.arg == 0 || r.arg > trivet.VolumeSizeMax || r.arg%trivet.BlockSize != 0 {
 			return fmt.Errorf("resize to %d bytes: want whole blocks, at most %d bytes: %w",
 				r.arg, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
+		}
+	case opMark:
+		if r.arg == 0 || r.epoch != 0 {
+			return fmt.Errorf("%s %d at epoch %d: %w", r.op, r.arg, r.epoch, trivet.ErrInvalid)
 		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)

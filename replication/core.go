@@ -91,6 +91,8 @@ func (c *core) decide(req *request) (outcome, change) {
 			return out, change{}
 		}
 		return outApplied, change{effect: effectZero, blockN: c.sizeBytes / trivet.BlockSize}
+	case opMark:
+		return outApplied, change{}
 	}
 	return c.data(req)
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
 )
 
 // Replica is one running copy of a volume: a member of its Raft group, with the state machine and,
@@ -25,8 +26,11 @@ type Replica struct {
 	reads   *stage.Meter
 	log     *slog.Logger
 
+	network   transport.Network
+	verifying verifications // of learners, while it leads
+
 	cancel context.CancelFunc // ends watch
-	watch  sync.WaitGroup
+	watch  sync.WaitGroup     // watchLeader, and verifications
 
 	closing sync.Once
 	closed  error // of the first close
@@ -39,6 +43,9 @@ type ReplicaStatus struct {
 	Epoch     trivet.Epoch     // as applied here: a follower may lag
 	SizeBytes int64            // as applied here
 	UsedBytes int64            // space that the blocks take on this disk; -1 when it could not be read
+	// Progress is another number whenever the replica came a step further: an entry arrived or was applied,
+	// bytes of a catch-up arrived, or blocks were read to compare them with the leader's. It means nothing else.
+	Progress uint64
 }
 
 // startReplica starts the goroutine that tells the batcher who leads.
@@ -50,6 +57,7 @@ func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.G
 		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages,
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
+	r.verifying.life = ctx
 	r.batcher.waiting, r.reads = stages.Meter(stage.Queue), stages.Meter(stage.ServeRead)
 	r.watch.Go(func() { r.watchLeader(ctx) })
 	return r
@@ -76,10 +84,12 @@ func (r *Replica) watchLeader(ctx context.Context) {
 // close stops the replica and waits for its goroutines.
 func (r *Replica) close() error {
 	r.closing.Do(func() {
+		r.verifying.close()
 		r.cancel()
 		r.watch.Wait()
 		r.batcher.close()
 		r.closed = r.group.Close()
+		r.machine.marks.close()
 		r.stages.Close()
 	})
 	return r.closed
@@ -95,8 +105,10 @@ func (r *Replica) Status() ReplicaStatus {
 	if err != nil {
 		used = -1
 	}
+	st := r.group.Status()
 	return ReplicaStatus{
-		Status: r.group.Status(), Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+		Status: st, Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+		Progress: st.LastIndex + st.Applied + uint64(st.CatchUp.DoneBytes) + r.machine.marks.moved(),
 	}
 }
 

@@ -44,6 +44,8 @@ const (
 	KindVolumeStatus Kind = 18
 	KindVolumeStages Kind = 24 // watch a volume for a while
 
+	KindVolumeMark Kind = 30 // pin a volume at a mark in its log, and tell its digest there
+
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33
 )
