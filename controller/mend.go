@@ -37,7 +37,15 @@ type mendSettings struct {
 type history struct {
 	since   time.Time                      // it leads since then
 	faulted map[trivet.ReplicaID]time.Time // when each faulted replica was first seen so
+	fills   map[trivet.ReplicaID]fillStep  // how far each replica is that joins or is filled
 	tried   map[attempt]time.Time          // when a replica was last added there
+}
+
+// fillStep is what a replica that joins or is filled last did that got it further, and when that was seen.
+type fillStep struct {
+	state    meta.ReplicaState
+	progress uint64
+	since    time.Time
 }
 
 type attempt struct {
@@ -46,13 +54,29 @@ type attempt struct {
 }
 
 func newHistory(since time.Time) *history {
-	return &history{since: since, faulted: map[trivet.ReplicaID]time.Time{}, tried: map[attempt]time.Time{}}
+	return &history{
+		since: since, faulted: map[trivet.ReplicaID]time.Time{}, fills: map[trivet.ReplicaID]fillStep{},
+		tried: map[attempt]time.Time{},
+	}
 }
 
-// observe notes which replicas are faulted, and forgets what is over.
+// observe notes which replicas are faulted and how far fills are, and forgets what is over.
 func (h *history) observe(s *meta.State, now time.Time) {
-	faulted := map[trivet.ReplicaID]time.Time{}
+	faulted, fills := map[trivet.ReplicaID]time.Time{}, map[trivet.ReplicaID]fillStep{}
+	told := map[trivet.ReplicaID]uint64{}
+	for _, n := range s.Nodes() {
+		for _, f := range n.Fills {
+			told[f.Replica] = f.Progress
+		}
+	}
 	for _, v := range s.Volumes() {
+		if r := v.Change(); r != nil && r.State != meta.ReplicaLeaving {
+			step := fillStep{r.State, told[r.ID], now}
+			if seen, ok := h.fills[r.ID]; ok && seen.state == step.state && seen.progress == step.progress {
+				step.since = seen.since
+			}
+			fills[r.ID] = step
+		}
 		for _, r := range v.Replicas {
 			if r.State != meta.ReplicaFaulted {
 				continue
@@ -63,7 +87,7 @@ func (h *history) observe(s *meta.State, now time.Time) {
 			}
 		}
 	}
-	h.faulted = faulted
+	h.faulted, h.fills = faulted, fills
 	for a, t := range h.tried {
 		if now.Sub(t) >= retryAfter {
 			delete(h.tried, a)
@@ -81,7 +105,7 @@ type mending struct {
 type urgency int
 
 const (
-	giveUp urgency = iota // a replica that joins, on a node that is dead: the volume cannot change otherwise
+	giveUp urgency = iota // a replica that will never be filled: the volume cannot change otherwise
 	excess                // more replicas than wanted
 	fault                 // a faulted replica
 	death                 // a replica on a dead node
@@ -101,7 +125,8 @@ type need struct {
 // give the same answer; in a state in which nothing is to be done, or can be, there are no commands.
 //
 // A volume gets at most one change at a time, and none while the one before is under way (I11), except that
-// a replica which joins on a node that is dead is given up. What it needs is looked at in this order, and
+// a replica which is not filled is given up: one on a node that is dead, or that came no step further for replaceAfter
+// although the group could fill it. What it needs is looked at in this order, and
 // the first that can be done is done:
 //
 //  1. more replicas than wanted: one is removed. This comes first, so that nothing is replaced that goes anyway;
@@ -257,7 +282,7 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 		return nil
 	}
 	if r := v.Change(); r != nil {
-		if r.State != meta.ReplicaLeaving && m.dead(r.Node) {
+		if r.State != meta.ReplicaLeaving && (m.dead(r.Node) || m.stuck(v, r)) {
 			return []need{{giveUp, v, r}}
 		}
 		return nil
@@ -281,6 +306,25 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 	}
 	slices.SortStableFunc(out, func(a, b need) int { return cmp.Compare(a.urgency, b.urgency) })
 	return out
+}
+
+// stuck reports whether a replica that joins or is filled came no step further for replaceAfter, and the others are
+// not to blame: a majority of them is well, so that there is a leader to fill it.
+func (m *mendPass) stuck(v *meta.Volume, r *meta.Replica) bool {
+	step, ok := m.h.fills[r.ID]
+	if !ok || m.now.Sub(step.since) < m.set.replaceAfter {
+		return false
+	}
+	well, voters := 0, 0
+	for i := range v.Replicas {
+		if q := &v.Replicas[i]; q.ID != r.ID {
+			voters++
+			if m.well(q) {
+				well++
+			}
+		}
+	}
+	return 2*well > voters
 }
 
 // lost reports whether a replica is faulted and not expected back.

@@ -47,10 +47,10 @@ type InitCluster struct {
 // incarnation that another one has replaced is refused with ErrFenced, however late it comes.
 // Attachments stay: a new process takes them over one by one (TakeOver). A cordoned node stays so.
 type RegisterNode struct {
-	Node Node `json:"node"` // Revision, Replaced, Cordoned and Draining are ignored
+	Node Node `json:"node"` // Revision, Replaced, Fills, Cordoned and Draining are ignored
 }
 
-// RenewLease extends a node's lease and updates its disks' free space. A wrong incarnation is
+// RenewLease extends a node's lease and updates its disks' free space and how far its fills are. A wrong incarnation is
 // refused with ErrFenced: another process runs as that node. Until never moves backwards. Disks
 // that the node did not register are refused with ErrNotFound.
 type RenewLease struct {
@@ -58,6 +58,8 @@ type RenewLease struct {
 	Incarnation string        `json:"incarnation"`
 	Until       time.Time     `json:"until"`
 	Disks       []Disk        `json:"disks"`
+	// Fills takes the place of Node.Fills. One of a replica that is not being filled there means nothing.
+	Fills []Fill `json:"fills,omitempty"`
 }
 
 // CreateVolume adds a volume in PhaseCreating, placed by the proposer. The same name and Request

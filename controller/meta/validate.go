@@ -118,7 +118,20 @@ func (r *RenewLease) validate() error {
 		validateUUID("incarnation", r.Incarnation),
 		validateTime("lease", r.Until),
 		validateDisks(r.Disks),
+		validateFills(r.Fills),
 	)
+}
+
+func validateFills(fills []Fill) error {
+	if len(fills) > FillsMax {
+		return fmt.Errorf("%d fills, at most %d are told: %w", len(fills), FillsMax, trivet.ErrInvalid)
+	}
+	for _, f := range fills {
+		if err := validateUUID("replica", string(f.Replica)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *CreateVolume) validate() error {
