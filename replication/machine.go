@@ -90,7 +90,9 @@ func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
 
 // applyBatch applies entries to st as one batch: all of them, or those up to a mark at which this replica is to pin
 // what it has. It returns the state, and how many they were.
-func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results []any) (_ engine.State, n int, err error) {
+func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results []any) (
+	_ engine.State, n int, err error,
+) {
 	batch := m.vol.NewBatch()
 	defer func() {
 		if e := batch.Close(); err == nil && e != nil {
