@@ -2167,6 +2167,102 @@ func (x *ServeVolumeResponse) GetUri() string {
 	return ""
 }
 
+type ForgetNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Allow         bool                   `protobuf:"varint,2,opt,name=allow,proto3" json:"allow,omitempty"` // instead: a forgotten node may join again, as a new one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetNodeRequest) Reset() {
+	*x = ForgetNodeRequest{}
+	mi := &file_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetNodeRequest) ProtoMessage() {}
+
+func (x *ForgetNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetNodeRequest.ProtoReflect.Descriptor instead.
+func (*ForgetNodeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ForgetNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ForgetNodeRequest) GetAllow() bool {
+	if x != nil {
+		return x.Allow
+	}
+	return false
+}
+
+type ForgetNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Forgotten     []string               `protobuf:"bytes,1,rep,name=forgotten,proto3" json:"forgotten,omitempty"` // nodes that may not join, after the call
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetNodeResponse) Reset() {
+	*x = ForgetNodeResponse{}
+	mi := &file_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetNodeResponse) ProtoMessage() {}
+
+func (x *ForgetNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetNodeResponse.ProtoReflect.Descriptor instead.
+func (*ForgetNodeResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ForgetNodeResponse) GetForgotten() []string {
+	if x != nil {
+		return x.Forgotten
+	}
+	return nil
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -2353,7 +2449,12 @@ const file_admin_proto_rawDesc = "" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri2\x89\f\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\"=\n" +
+	"\x11ForgetNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05allow\x18\x02 \x01(\bR\x05allow\"2\n" +
+	"\x12ForgetNodeResponse\x12\x1c\n" +
+	"\tforgotten\x18\x01 \x03(\tR\tforgotten2\xdc\f\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -2376,7 +2477,9 @@ const file_admin_proto_rawDesc = "" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
 	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01\x12C\n" +
 	"\tSetVolume\x12\x1f.trivet.api.v1.SetVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12S\n" +
-	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01B\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01\x12Q\n" +
+	"\n" +
+	"ForgetNode\x12 .trivet.api.v1.ForgetNodeRequest\x1a!.trivet.api.v1.ForgetNodeResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -2390,7 +2493,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),      // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),  // 1: trivet.api.v1.ExplainVolumeRequest
@@ -2425,23 +2528,25 @@ var file_admin_proto_goTypes = []any{
 	(*DetachVolumeRequest)(nil),   // 30: trivet.api.v1.DetachVolumeRequest
 	(*ServeVolumeRequest)(nil),    // 31: trivet.api.v1.ServeVolumeRequest
 	(*ServeVolumeResponse)(nil),   // 32: trivet.api.v1.ServeVolumeResponse
-	nil,                           // 33: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                           // 34: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                           // 35: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                           // 36: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                           // 37: trivet.api.v1.Volume.ParametersEntry
+	(*ForgetNodeRequest)(nil),     // 33: trivet.api.v1.ForgetNodeRequest
+	(*ForgetNodeResponse)(nil),    // 34: trivet.api.v1.ForgetNodeResponse
+	nil,                           // 35: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                           // 36: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                           // 37: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                           // 38: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                           // 39: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	33, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	35, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	34, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	36, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 3: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	35, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	37, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 5: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 6: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	36, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	38, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 8: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	37, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	39, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 10: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 11: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	12, // 12: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
@@ -2467,28 +2572,30 @@ var file_admin_proto_depIdxs = []int32{
 	31, // 32: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
 	0,  // 33: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
 	1,  // 34: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	5,  // 35: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 36: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 37: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 38: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 39: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 40: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 41: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 42: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 43: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 44: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 45: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 46: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 47: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 48: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 49: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 50: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 51: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 52: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 53: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 54: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	35, // [35:55] is the sub-list for method output_type
-	15, // [15:35] is the sub-list for method input_type
+	33, // 35: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	5,  // 36: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 37: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 38: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 39: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 40: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 41: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 42: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 43: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 44: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 45: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 46: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 47: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 48: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 49: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 50: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 51: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 52: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 53: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 54: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 55: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	34, // 56: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	36, // [36:57] is the sub-list for method output_type
+	15, // [15:36] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -2505,7 +2612,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -42,6 +42,7 @@ const (
 	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
 	Admin_SetVolume_FullMethodName     = "/trivet.api.v1.Admin/SetVolume"
 	Admin_ExplainVolume_FullMethodName = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_ForgetNode_FullMethodName    = "/trivet.api.v1.Admin/ForgetNode"
 )
 
 // AdminClient is the client API for Admin service.
@@ -92,6 +93,8 @@ type AdminClient interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
+	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
+	ForgetNode(ctx context.Context, in *ForgetNodeRequest, opts ...grpc.CallOption) (*ForgetNodeResponse, error)
 }
 
 type adminClient struct {
@@ -320,6 +323,16 @@ func (c *adminClient) ExplainVolume(ctx context.Context, in *ExplainVolumeReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeClient = grpc.ServerStreamingClient[VolumeReport]
 
+func (c *adminClient) ForgetNode(ctx context.Context, in *ForgetNodeRequest, opts ...grpc.CallOption) (*ForgetNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForgetNodeResponse)
+	err := c.cc.Invoke(ctx, Admin_ForgetNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -368,6 +381,8 @@ type AdminServer interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
+	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
+	ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -437,6 +452,9 @@ func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*
 }
 func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
 	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
+}
+func (UnimplementedAdminServer) ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForgetNode not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -805,6 +823,24 @@ func _Admin_ExplainVolume_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeServer = grpc.ServerStreamingServer[VolumeReport]
 
+func _Admin_ForgetNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForgetNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ForgetNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ForgetNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ForgetNode(ctx, req.(*ForgetNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -883,6 +919,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetVolume",
 			Handler:    _Admin_SetVolume_Handler,
+		},
+		{
+			MethodName: "ForgetNode",
+			Handler:    _Admin_ForgetNode_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

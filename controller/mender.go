@@ -121,7 +121,8 @@ func (m *Mender) note(s *meta.State, h *history, c meta.Command, now time.Time) 
 	if !ok {
 		return
 	}
-	if r := v.Replica(c.RemoveReplica.Replica); r != nil && (r.State == meta.ReplicaJoining || r.State == meta.ReplicaFilling) {
+	r := v.Replica(c.RemoveReplica.Replica)
+	if r != nil && (r.State == meta.ReplicaJoining || r.State == meta.ReplicaFilling) {
 		h.tried[attempt{v.ID, r.Node}] = now
 		step := h.fills[r.ID]
 		m.log.Warn("a replica that was to be filled is given up", "volume", v.ID, "replica", r.ID, "on", r.Node,

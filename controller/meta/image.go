@@ -36,6 +36,8 @@ type image struct {
 	Nodes    []Node            `json:"nodes"`
 	Volumes  []Volume          `json:"volumes"`
 	Used     []trivet.VolumeID `json:"used"`
+
+	Forgotten []trivet.NodeID `json:"forgotten,omitempty"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -47,6 +49,8 @@ func (s *State) EncodeImage() ([]byte, error) {
 		Nodes:    s.Nodes(),
 		Volumes:  s.Volumes(),
 		Used:     make([]trivet.VolumeID, 0, s.used.n),
+
+		Forgotten: s.forgotten,
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -100,6 +104,8 @@ func (im *image) state() (*State, error) {
 		cluster:  im.Cluster,
 		created:  instant(im.Created),
 		nodes:    make(map[trivet.NodeID]*Node, len(im.Nodes)),
+
+		forgotten: im.Forgotten,
 	}
 	for _, id := range im.Used {
 		s.used.fill(id, struct{}{})
@@ -139,6 +145,11 @@ func (s *State) check() error {
 			err = fmt.Errorf("%s: %s: %w", id, problem, trivet.ErrCorrupt)
 		}
 	})
+	for i, id := range s.forgotten {
+		if s.nodes[id] != nil || i > 0 && s.forgotten[i-1] >= id {
+			return fmt.Errorf("node %s is forgotten and registered, or twice: %w", id, trivet.ErrCorrupt)
+		}
+	}
 	disks := map[trivet.DiskID]trivet.NodeID{}
 	for _, n := range s.nodes {
 		for _, d := range n.Disks {

@@ -49,6 +49,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.RemoveReplica)
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
+	add(&set, c.ForgetNode)
 	add(&set, c.SetParams)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
