@@ -46,6 +46,7 @@ const (
 	Admin_ListSnapshots_FullMethodName  = "/trivet.api.v1.Admin/ListSnapshots"
 	Admin_GetSnapshot_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshot"
 	Admin_DeleteSnapshot_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshot"
+	Admin_ForgetNode_FullMethodName     = "/trivet.api.v1.Admin/ForgetNode"
 )
 
 // AdminClient is the client API for Admin service.
@@ -103,6 +104,8 @@ type AdminClient interface {
 	GetSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error)
 	// DeleteSnapshot deletes a snapshot; an absent one is success.
 	DeleteSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*DeleteSnapshotResponse, error)
+	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
+	ForgetNode(ctx context.Context, in *ForgetNodeRequest, opts ...grpc.CallOption) (*ForgetNodeResponse, error)
 }
 
 type adminClient struct {
@@ -371,6 +374,16 @@ func (c *adminClient) DeleteSnapshot(ctx context.Context, in *SnapshotRequest, o
 	return out, nil
 }
 
+func (c *adminClient) ForgetNode(ctx context.Context, in *ForgetNodeRequest, opts ...grpc.CallOption) (*ForgetNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForgetNodeResponse)
+	err := c.cc.Invoke(ctx, Admin_ForgetNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -426,6 +439,8 @@ type AdminServer interface {
 	GetSnapshot(context.Context, *SnapshotRequest) (*Snapshot, error)
 	// DeleteSnapshot deletes a snapshot; an absent one is success.
 	DeleteSnapshot(context.Context, *SnapshotRequest) (*DeleteSnapshotResponse, error)
+	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
+	ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -507,6 +522,9 @@ func (UnimplementedAdminServer) GetSnapshot(context.Context, *SnapshotRequest) (
 }
 func (UnimplementedAdminServer) DeleteSnapshot(context.Context, *SnapshotRequest) (*DeleteSnapshotResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteSnapshot not implemented")
+}
+func (UnimplementedAdminServer) ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForgetNode not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -947,6 +965,24 @@ func _Admin_DeleteSnapshot_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ForgetNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForgetNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ForgetNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ForgetNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ForgetNode(ctx, req.(*ForgetNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1041,6 +1077,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeleteSnapshot",
 			Handler:    _Admin_DeleteSnapshot_Handler,
+		},
+		{
+			MethodName: "ForgetNode",
+			Handler:    _Admin_ForgetNode_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -68,7 +68,7 @@ func owns(s *meta.State, volume trivet.VolumeID, replica trivet.ReplicaID, node 
 }
 
 // byLeader reports whether c is what the node whose replica leads says of another node's: that a Filling one
-// votes by now, or that a Leaving one is no member any more.
+// votes by now, or differs from the leader, or that a Leaving one is no member any more.
 func byLeader(s *meta.State, c *meta.ReportReplica, node trivet.NodeID) bool {
 	v, ok := s.Volume(c.Volume)
 	if !ok || v.ReplicaOn(node) == nil {
@@ -77,7 +77,8 @@ func byLeader(s *meta.State, c *meta.ReportReplica, node trivet.NodeID) bool {
 	r := v.Replica(c.Replica)
 	// Ready: it is said again.
 	promoted := r != nil && (r.State == meta.ReplicaFilling || r.State == meta.ReplicaReady)
-	return c.State == meta.ReplicaLeft || c.State == meta.ReplicaReady && promoted && c.Reason == ""
+	differs := r != nil && r.State == meta.ReplicaFilling && c.State == meta.ReplicaFaulted && c.Reason != ""
+	return differs || c.State == meta.ReplicaLeft || c.State == meta.ReplicaReady && promoted && c.Reason == ""
 }
 
 // hosts reports whether the node has a replica of the volume, or there is no such volume.

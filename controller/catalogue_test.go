@@ -471,6 +471,49 @@ func TestWipedMemberComesBack(t *testing.T) {
 	})
 }
 
+// TestForgottenNode: a node that never returns leaves the meta group, another one votes in its place, and what is left
+// of it somewhere, or its certificate, gets nowhere until its name is allowed again. Then it joins as a new one.
+func TestForgottenNode(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		g := cluster(t)
+		g.join(t, "n2", 4)
+		victim := g.follower(t)
+		var n int
+		_, err := fmt.Sscanf(string(victim), "n%d", &n)
+		require.NoError(t, err)
+		old, sponsor := g.cats[victim].Replica(), g.leader2(t, victim)
+		forget := func(late time.Duration, allow bool) error {
+			_, err := g.cats[sponsor].Propose(minute(t), meta.Command{ForgetNode: &meta.ForgetNode{
+				Node: victim, Time: time.Now().Add(late), Allow: allow,
+			}})
+			return err
+		}
+		require.ErrorIs(t, forget(0, false), trivet.ErrInUse, "it is up")
+		g.kill(t, victim)
+		require.NoError(t, forget(2*time.Hour, false))
+		eventually(t, "it is out of the meta group, and another votes", func() bool {
+			roles := g.cats[sponsor].Roles()
+			_, there := roles[victim]
+			return !there && len(roles) == 3 && roles["n4"]
+		})
+		for _, id := range []trivet.NodeID{sponsor, g.follower(t)} { // the leader, and by way of another
+			require.ErrorIs(t, g.cats[id].AddMember(minute(t), victim, old), trivet.ErrInvalid)
+		}
+		nd := testNode(n, time.Now())
+		_, err = g.cats[sponsor].Propose(minute(t), meta.Command{RegisterNode: &meta.RegisterNode{Node: nd}})
+		require.ErrorIs(t, err, trivet.ErrFenced)
+		<-time.After(10 * timing.Heartbeat)
+		require.Len(t, g.cats[sponsor].Roles(), 3)
+
+		require.NoError(t, forget(0, true))
+		delete(g.disks, victim)
+		g.join(t, sponsor, n)
+		require.NotEqual(t, old, g.cats[victim].Replica())
+		eventually(t, "it is a member again", func() bool { return len(g.cats[sponsor].Roles()) == 4 })
+		g.mustAgree(t)
+	})
+}
+
 // leader2 is leader among all but one.
 func (g *group) leader2(t *testing.T, but trivet.NodeID) trivet.NodeID {
 	t.Helper()

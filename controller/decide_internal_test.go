@@ -178,6 +178,12 @@ func TestAuthorizeMembers(t *testing.T) {
 		}
 		require.Equal(t, " "+tc.may, may, "replica %d %s", tc.n, tc.state)
 	}
+	differs := report(4, meta.ReplicaFaulted)
+	differs.ReportReplica.Reason = "differs"
+	require.NoError(t, authorize(m.State(), "n1", differs), "whether a new one is equal is for the leader to say")
+	require.ErrorIs(t, authorize(m.State(), "n3", differs), trivet.ErrInvalid)
+	differs.ReportReplica.Replica = volumeReplica(1)
+	require.ErrorIs(t, authorize(m.State(), "n2", differs), trivet.ErrInvalid, "of a voter it is not")
 	apply(report(1, meta.ReplicaFaulted))
 	require.ErrorIs(t, authorize(m.State(), "n2", report(1, meta.ReplicaReady)), trivet.ErrInvalid,
 		"that a lost replica is back is for its node to say")

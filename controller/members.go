@@ -44,6 +44,19 @@ func (a addMember) to(ctx context.Context, g *raftgroup.Group) error {
 	return err
 }
 
+// addMember lets a node's replica into the meta group, on the leader. ErrInvalid for a node that was forgotten,
+// whose process may still be somewhere and ask. One that comes between two looks is removed by nextChange.
+func (c *Catalogue) addMember(ctx context.Context, g *raftgroup.Group, a addMember) error {
+	if _, err := g.ReadGate(); err != nil { // or Local may be older than what was forgotten
+		return err
+	}
+	if c.Local().Forgotten(a.Node) {
+		return fmt.Errorf("%s: node was forgotten; `trivet node forget %s --allow` lets it join anew: %w", a, a.Node,
+			trivet.ErrInvalid)
+	}
+	return a.to(ctx, g)
+}
+
 // manage looks after the members while this node leads, until ctx ends.
 func (c *Catalogue) manage(ctx context.Context, g *raftgroup.Group, done chan<- struct{}) {
 	defer close(done)
@@ -93,7 +106,8 @@ type memberChange struct {
 	remove  bool // otherwise promote
 }
 
-// nextChange decides the next step; it is pure. A learner is promoted while there are fewer voters
+// nextChange decides the next step; it is pure. What a forgotten node has goes first.
+// A learner is promoted while there are fewer voters
 // than voterMax, or in place of a voter of the same node that lost its directory (H10): the new one
 // votes before the old one goes, so that the voters never get fewer (I11). Only a learner that the
 // catalogue knows as the node's own, on a node that is alive, is promoted.
@@ -104,6 +118,11 @@ func nextChange(s *meta.State, members []raftgroup.Member, voterMax int, now tim
 	for _, m := range members {
 		if !m.Learner {
 			voters++
+		}
+	}
+	for _, m := range members { // one that voted takes no quorum with it: Remove asks whether the others have one
+		if s.Forgotten(m.Node) {
+			return memberChange{node: m.Node, replica: m.Replica, remove: true}, true
 		}
 	}
 	current := func(m raftgroup.Member) bool {

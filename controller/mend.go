@@ -32,45 +32,6 @@ type mendSettings struct {
 	newID        func() trivet.ReplicaID
 }
 
-// history is what a mender has seen while it led: what the catalogue, which has no clock, cannot say. A
-// new leader begins with an empty one, which makes it patient, never hasty.
-type history struct {
-	since   time.Time                      // it leads since then
-	faulted map[trivet.ReplicaID]time.Time // when each faulted replica was first seen so
-	tried   map[attempt]time.Time          // when a replica was last added there
-}
-
-type attempt struct {
-	volume trivet.VolumeID
-	node   trivet.NodeID
-}
-
-func newHistory(since time.Time) *history {
-	return &history{since: since, faulted: map[trivet.ReplicaID]time.Time{}, tried: map[attempt]time.Time{}}
-}
-
-// observe notes which replicas are faulted, and forgets what is over.
-func (h *history) observe(s *meta.State, now time.Time) {
-	faulted := map[trivet.ReplicaID]time.Time{}
-	for _, v := range s.Volumes() {
-		for _, r := range v.Replicas {
-			if r.State != meta.ReplicaFaulted {
-				continue
-			}
-			faulted[r.ID] = now
-			if seen, ok := h.faulted[r.ID]; ok {
-				faulted[r.ID] = seen
-			}
-		}
-	}
-	h.faulted = faulted
-	for a, t := range h.tried {
-		if now.Sub(t) >= retryAfter {
-			delete(h.tried, a)
-		}
-	}
-}
-
 // mending is what mend decided.
 type mending struct {
 	commands []meta.Command             // in the order of their urgency, at most one for a volume
@@ -81,7 +42,7 @@ type mending struct {
 type urgency int
 
 const (
-	giveUp urgency = iota // a replica that joins, on a node that is dead: the volume cannot change otherwise
+	giveUp urgency = iota // a replica that will never be filled: the volume cannot change otherwise
 	excess                // more replicas than wanted
 	fault                 // a faulted replica
 	death                 // a replica on a dead node
@@ -101,7 +62,8 @@ type need struct {
 // give the same answer; in a state in which nothing is to be done, or can be, there are no commands.
 //
 // A volume gets at most one change at a time, and none while the one before is under way (I11), except that
-// a replica which joins on a node that is dead is given up. What it needs is looked at in this order, and
+// a replica which is not filled is given up: one on a node that is dead, or that came no step further for replaceAfter
+// although the group could fill it. What it needs is looked at in this order, and
 // the first that can be done is done:
 //
 //  1. more replicas than wanted: one is removed. This comes first, so that nothing is replaced that goes anyway;
@@ -259,7 +221,7 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 		return nil
 	}
 	if r := v.Change(); r != nil {
-		if r.State != meta.ReplicaLeaving && m.dead(r.Node) {
+		if r.State != meta.ReplicaLeaving && (m.dead(r.Node) || m.stuck(v, r)) {
 			return []need{{giveUp, v, r}}
 		}
 		return nil
@@ -283,6 +245,25 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 	}
 	slices.SortStableFunc(out, func(a, b need) int { return cmp.Compare(a.urgency, b.urgency) })
 	return out
+}
+
+// stuck reports whether a replica that joins or is filled came no step further for replaceAfter, and the others are
+// not to blame: a majority of them is well, so that there is a leader to fill it.
+func (m *mendPass) stuck(v *meta.Volume, r *meta.Replica) bool {
+	step, ok := m.h.fills[r.ID]
+	if !ok || m.now.Sub(step.since) < m.set.replaceAfter {
+		return false
+	}
+	well, voters := 0, 0
+	for i := range v.Replicas {
+		if q := &v.Replicas[i]; q.ID != r.ID {
+			voters++
+			if m.well(q) {
+				well++
+			}
+		}
+	}
+	return 2*well > voters
 }
 
 // lost reports whether a replica is faulted and not expected back.

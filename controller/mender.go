@@ -33,7 +33,8 @@ type Mender struct {
 }
 
 // NewMender returns the mender of a node. A node that is dead, or a disk that is away, for replaceAfter has
-// its replicas replaced; 0 = DefaultReplaceAfter. A nil log discards.
+// its replicas replaced, and a new replica that makes no progress for as long is given up; 0 =
+// DefaultReplaceAfter. A nil log discards.
 func NewMender(store Store, node trivet.NodeID, replaceAfter time.Duration, log *slog.Logger) *Mender {
 	if replaceAfter == 0 {
 		replaceAfter = DefaultReplaceAfter
@@ -96,9 +97,7 @@ func (m *Mender) round(ctx context.Context, h *history, since meta.Revision) met
 		switch {
 		case err == nil:
 			m.log.Info("a volume's replicas or leader change", "command", c.Op())
-			if add := c.AddReplica; add != nil {
-				h.tried[attempt{add.Volume, add.Replica.Node}] = now
-			}
+			m.note(s, h, c, now)
 			since = max(since, res.Revision)
 		case errors.Is(err, trivet.ErrUnavailable), errors.Is(err, trivet.ErrClosed):
 			return since // not the leader any more, or no quorum
@@ -107,6 +106,28 @@ func (m *Mender) round(ctx context.Context, h *history, since meta.Revision) met
 		}
 	}
 	return since
+}
+
+// note remembers on which node a replica was begun or given up: it is not the first to be tried next.
+func (m *Mender) note(s *meta.State, h *history, c meta.Command, now time.Time) {
+	if add := c.AddReplica; add != nil {
+		h.tried[attempt{add.Volume, add.Replica.Node}] = now
+		return
+	}
+	if c.RemoveReplica == nil {
+		return
+	}
+	v, ok := s.Volume(c.RemoveReplica.Volume)
+	if !ok {
+		return
+	}
+	r := v.Replica(c.RemoveReplica.Replica)
+	if r != nil && (r.State == meta.ReplicaJoining || r.State == meta.ReplicaFilling) {
+		h.tried[attempt{v.ID, r.Node}] = now
+		step := h.fills[r.ID]
+		m.log.Warn("a replica that was to be filled is given up", "volume", v.ID, "replica", r.ID, "on", r.Node,
+			"state", r.State, "since", step.since)
+	}
 }
 
 func (m *Mender) propose(ctx context.Context, c meta.Command) (meta.Result, error) {

@@ -89,14 +89,16 @@ func (c *Catalogue) Read(ctx context.Context) (*meta.State, error) {
 }
 
 // AddMember lets a replica that Prepare made on a node into the meta group, first as a learner; the
-// leader promotes it once it has caught up, if there are fewer voters than VoterMax. Again: nil.
+// leader promotes it once it has caught up, if there are fewer voters than VoterMax. Again: nil. ErrInvalid: the node
+// was forgotten.
 // REQUIRES: that the replica's node is open and can be reached at the address in the book.
 func (c *Catalogue) AddMember(ctx context.Context, node trivet.NodeID, replica trivet.ReplicaID) error {
 	add := addMember{Node: node, Replica: replica}
 	if err := add.validate(); err != nil {
 		return err
 	}
-	return c.atLeader(ctx, add.String(), add.to, func(ctx context.Context, leader trivet.NodeID) error {
+	here := func(ctx context.Context, g *raftgroup.Group) error { return c.addMember(ctx, g, add) }
+	return c.atLeader(ctx, add.String(), here, func(ctx context.Context, leader trivet.NodeID) error {
 		body, err := add.encode()
 		if err == nil {
 			_, err = c.call(ctx, leader, transport.KindMetaPropose, request{op: opAddMember, body: body}.encode())
@@ -239,7 +241,7 @@ func (c *Catalogue) serveAddMember(ctx context.Context, g *raftgroup.Group, from
 	if !known {
 		return fmt.Errorf("%s: node %s is no member itself: %w", add, from, trivet.ErrInvalid)
 	}
-	return add.to(ctx, g)
+	return c.addMember(ctx, g, add)
 }
 
 // handleRead serves KindMetaRead: the applied index that a reader must have reached. Everything that

@@ -119,6 +119,21 @@ func (c *Controller) CordonNode(ctx context.Context, node trivet.NodeID, cordone
 	return *res.Node, nil
 }
 
+// ForgetNode takes a node that does not come back off the record, or with allow lets its name register again, as a
+// new node. It returns the nodes that are forgotten then. ErrInUse: its lease has not run out, a volume is attached
+// to it, or has a replica there. ErrNotFound.
+func (c *Controller) ForgetNode(ctx context.Context, node trivet.NodeID, allow bool) ([]trivet.NodeID, error) {
+	forget := &meta.ForgetNode{Node: node, Time: time.Now(), Allow: allow}
+	if _, err := c.store.Propose(ctx, meta.Command{ForgetNode: forget}); err != nil {
+		return nil, err
+	}
+	s, err := c.store.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.AllForgotten(), nil
+}
+
 // Remaining is what a node still has to do with a volume.
 type Remaining struct {
 	Volume   trivet.VolumeID

@@ -41,36 +41,112 @@ func (v *Volume) digest() (d [32]byte, err error) {
 		return d, err
 	}
 	defer func() { err = closeIter(it, err) }()
-	h := sha256.New()
-	hashState(h, &r.state)
-	blocks := blockReader{e: v.e}
-	next := trivet.LBA(0)
+	all := newDigester(&r.state, &blockReader{e: v.e})
 	for ok := it.First(); ok; ok = it.Next() {
-		bk, err := decodeBlockKey(it.Key())
-		if err != nil {
+		if err := all.add(it); err != nil {
 			return d, err
 		}
-		data, sum, err := blocks.at(it, bk)
-		if err != nil {
-			return d, err
-		}
-		if bk.lba < next {
-			continue // an older generation; verified all the same
-		}
-		next = bk.lba + 1
-		if data == nil {
-			continue // as good as never written
-		}
-		var e [12]byte
-		binary.BigEndian.PutUint64(e[:], uint64(bk.lba))
-		binary.BigEndian.PutUint32(e[8:], sum)
-		h.Write(e[:]) //nolint:errcheck // a hash never fails
 	}
 	if err := it.Error(); err != nil {
 		return d, toErr(err)
 	}
-	return [32]byte(h.Sum(nil)), nil
+	return all.sum(), nil
 }
+
+// digestStepBytes is how much of a volume Image.Digest reads between two looks at its pace.
+const digestStepBytes = 1 << 20
+
+// Digest returns what Volume.Digest was at the moment of the image, and reads as much for it. An image is
+// read or its digest is taken: Read fails from then on. pace is called before each MiB of blocks at the most, with
+// the bytes that will be read; an error of it ends the work and is returned. ErrCorrupt: a block is damaged, and
+// the engine's events tell of it; ErrClosed: the image or the engine was closed meanwhile.
+func (i *Image) Digest(pace func(bytes int) error) ([32]byte, error) {
+	d, err := i.digest(pace)
+	if err != nil {
+		i.e.health.corruptBlock(err)
+		return d, fmt.Errorf("digest of the image of %s: %w", i.volume, err)
+	}
+	return d, nil
+}
+
+func (i *Image) digest(pace func(bytes int) error) ([32]byte, error) {
+	d := newDigester(&i.state, &i.blocks)
+	for begun := false; ; begun = true {
+		if err := pace(digestStepBytes); err != nil {
+			return [32]byte{}, err
+		}
+		more, err := i.digestStep(d, begun)
+		if err != nil {
+			return [32]byte{}, err
+		}
+		if !more {
+			return d.sum(), nil
+		}
+	}
+}
+
+// digestStep hashes the next digestStepBytes of blocks, and reports whether there are more.
+func (i *Image) digestStep(d *digester, begun bool) (more bool, err error) {
+	if err := i.e.enter(); err != nil {
+		return false, err
+	}
+	defer i.e.exit()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.snap == nil {
+		return false, trivet.ErrClosed
+	}
+	if !begun {
+		i.buf, i.end = nil, fmt.Errorf("its digest was taken: %w", trivet.ErrInvalid)
+		i.it.First()
+	}
+	for n := 0; i.it.Valid() && n < digestStepBytes; n += trivet.BlockSize {
+		if err := d.add(i.it); err != nil {
+			return false, err
+		}
+		i.it.Next()
+	}
+	return i.it.Valid(), toErr(i.it.Error())
+}
+
+// digester hashes the state of a volume, then its blocks in order.
+type digester struct {
+	h      hash.Hash
+	blocks *blockReader
+	next   trivet.LBA // after the block before
+	e      [12]byte   // here, or each block would allocate it
+}
+
+func newDigester(s *State, blocks *blockReader) *digester {
+	d := &digester{h: sha256.New(), blocks: blocks}
+	hashState(d.h, s)
+	return d
+}
+
+// add hashes the version of a block under the iterator; an older one of the block before is verified only.
+func (d *digester) add(it *pebble.Iterator) error {
+	bk, err := decodeBlockKey(it.Key())
+	if err != nil {
+		return err
+	}
+	data, sum, err := d.blocks.at(it, bk)
+	if err != nil {
+		return err
+	}
+	if bk.lba < d.next {
+		return nil
+	}
+	d.next = bk.lba + 1
+	if data == nil {
+		return nil // as good as never written
+	}
+	binary.BigEndian.PutUint64(d.e[:], uint64(bk.lba))
+	binary.BigEndian.PutUint32(d.e[8:], sum)
+	d.h.Write(d.e[:]) //nolint:errcheck // a hash never fails
+	return nil
+}
+
+func (d *digester) sum() [32]byte { return [32]byte(d.h.Sum(nil)) }
 
 // hashState hashes all fields of a state, each with a fixed width or its length in front.
 func hashState(h hash.Hash, s *State) {

@@ -240,7 +240,7 @@ func (a *Agent) renew(ctx context.Context, registered *bool) error {
 	until := time.Now().Add(leaseLen)
 	if *registered {
 		_, err := propose(ctx, a.cat, meta.Command{RenewLease: &meta.RenewLease{
-			Node: a.cfg.ID, Incarnation: a.cfg.Self.Incarnation, Until: until, Disks: disks,
+			Node: a.cfg.ID, Incarnation: a.cfg.Self.Incarnation, Until: until, Disks: disks, Fills: a.fillsHere(),
 		}})
 		return err
 	}

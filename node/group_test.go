@@ -31,6 +31,8 @@ type groupBench struct {
 	nodes     map[int]*groupNode
 	parkAfter time.Duration
 	trip      *trip // nil: nothing crashes
+
+	wrap func(g *groupNode, m raftgroup.StateMachine) raftgroup.StateMachine // nil: no machine is faulty
 }
 
 // groupNode is one machine.
@@ -117,6 +119,12 @@ func (g *groupNode) boot() {
 	g.host, err = replication.NewHost(replication.HostConfig{
 		Network: g.link, Mux: raftgroup.NewMux(g.link), Timing: raftgroup.Timing{Heartbeat: 500 * time.Millisecond},
 		SnapshotBytes: 256 << 10, IsMember: memberChecker(g.b.cat), Fatal: g.fatal,
+		WrapMachine: func(m raftgroup.StateMachine) raftgroup.StateMachine {
+			if g.b.wrap == nil {
+				return m
+			}
+			return g.b.wrap(g, m)
+		},
 	})
 	require.NoError(t, err)
 	g.boots++

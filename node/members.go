@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -128,7 +129,12 @@ func (w *worker) change(ctx context.Context, a action) error {
 		return r.AddLearner(ctx, raftgroup.Member{Replica: q.ID, Node: q.Node})
 	case a.verb == doPromote && filling:
 		w.noteFill(q.Node)
-		if err := r.Promote(ctx, q.ID); err != nil {
+		err := r.Promote(ctx, q.ID)
+		if errors.Is(err, trivet.ErrCorrupt) { // it is not what the leader is, and never will be (I14)
+			w.log.Error("a new replica differs from its leader and is given up", "replica", q.ID, "on", q.Node, "err", err)
+			return w.report(ctx, target, meta.ReplicaFaulted, err.Error())
+		}
+		if err != nil {
 			return err
 		}
 		return w.report(ctx, target, meta.ReplicaReady, "")
@@ -179,4 +185,30 @@ func (w *worker) releaseFill(acts []action) {
 	w.agent.mu.Lock()
 	defer w.agent.mu.Unlock()
 	delete(w.agent.fills, w.volume)
+}
+
+// fillsHere tells how far the replicas are that are being filled on this node. Whoever looks after the cluster gives
+// up one that makes no progress.
+func (a *Agent) fillsHere() []meta.Fill {
+	a.mu.Lock()
+	ids := slices.Sorted(maps.Keys(a.workers))
+	a.mu.Unlock()
+	var fills []meta.Fill
+	st := a.cat.Local()
+	for _, id := range ids {
+		v, ok := st.Volume(id)
+		if !ok {
+			continue
+		}
+		q := v.Change()
+		if q == nil || q.Node != a.cfg.ID || q.State != meta.ReplicaFilling || len(fills) == meta.FillsMax {
+			continue
+		}
+		if r, ok := a.host.running(id); ok {
+			if s := r.Status(); s.Replica == q.ID {
+				fills = append(fills, meta.Fill{Replica: q.ID, Progress: s.Progress})
+			}
+		}
+	}
+	return fills
 }

@@ -1,7 +1,9 @@
 package node
 
 import (
+	"bytes"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
@@ -82,6 +85,80 @@ func TestGroupNodeNeverReturns(t *testing.T) {
 		b.until("what it had is removed", b.has(0, rest[0], rest[1], 4))
 		assert.Empty(t, gone.holds())
 		b.requireGroup(rest[0], rest[1], 4)
+		require.NoError(t, d.Close())
+	})
+}
+
+// forgetful is a machine that loses the k-th entry that it is given, and applies the one before again: nothing shows
+// it but its blocks.
+type forgetful struct {
+	raftgroup.StateMachine
+	k    int
+	last []byte
+}
+
+func (m *forgetful) Apply(entries []raftgroup.Entry) ([]any, error) {
+	entries = slices.Clone(entries)
+	for i := range entries {
+		if e := &entries[i]; e.Data != nil {
+			if m.k--; m.k == 0 {
+				e.Data, e.Stored = m.last, segment.Place{}
+			}
+			m.last = bytes.Clone(e.Data)
+		}
+	}
+	return m.StateMachine.Apply(entries)
+}
+
+// reasonOf waits for the catalogue to give a reason for what has become of a replica.
+func (b *groupBench) reasonOf(id trivet.ReplicaID) <-chan string {
+	reason := make(chan string, 1)
+	go func() {
+		for {
+			changed := b.cat.Changed()
+			v := b.cat.volume(vol)
+			for _, r := range append(slices.Clone(v.Replicas), v.Retired...) {
+				if r.ID == id && r.Reason != "" {
+					reason <- r.Reason
+					return
+				}
+			}
+			select {
+			case <-changed:
+			case <-b.t.Context().Done():
+				return
+			}
+		}
+	}()
+	return reason
+}
+
+// A new replica that is not what its leader is gets no vote: it is given up, the reason stays with it, its node
+// removes it, and another one can be made in its place (I14, H21).
+func TestGroupGivesUpOneThatDiffers(t *testing.T) {
+	inGroups(t, 4, -1, func(t *testing.T, b *groupBench) {
+		bad := true
+		b.wrap = func(g *groupNode, m raftgroup.StateMachine) raftgroup.StateMachine {
+			if g.n == 4 && bad {
+				bad = false
+				return &forgetful{StateMachine: m, k: 4}
+			}
+			return m
+		}
+		d := b.attach()
+		for i := range int64(8) {
+			require.NoError(t, d.WriteAt(t.Context(), bytes.Repeat([]byte{byte(i + 1)}, trivet.BlockSize), i*trivet.BlockSize))
+		}
+		stop := b.write(d)
+		b.add(4, 4, ours(1))
+		reason := b.reasonOf(ours(4))
+		b.until("it is given up", b.has(0, 1, 2, 3))
+		assert.Contains(t, <-reason, "digest")
+		assert.Empty(t, b.nodes[4].holds())
+		b.add(5, 4, ours(1))
+		b.until("another one has taken its place", b.has(0, 2, 3, 5))
+		stop()
+		b.requireGroup(2, 3, 5)
 		require.NoError(t, d.Close())
 	})
 }

@@ -109,6 +109,8 @@ func (c *core) decide(req *request) (outcome, change) {
 		return c.freeze(req), change{}
 	case opDrop:
 		return c.drop(req.arg), change{}
+	case opMark:
+		return outApplied, change{}
 	}
 	return c.data(req)
 }

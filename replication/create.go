@@ -155,6 +155,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	}
 	cfg.Stages = h.cfg.Stages.Open(s.Volume)
 	m.applies = cfg.Stages.Meter(stage.Apply)
+	m.marks.background = h.cfg.Background
 	group, err := raftgroup.Open(cfg)
 	if err != nil {
 		cfg.Stages.Close()
@@ -162,7 +163,9 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	}
 	log := h.log.With("volume", s.Volume.String(), "replica", string(s.Replica))
 	// The replica outlives the call that opens it.
-	return startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages), nil
+	r := startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages)
+	r.network = h.cfg.Network
+	return r, nil
 }
 
 // ParkReplica stops a replica and keeps everything of it; OpenReplica starts it again. A parked replica

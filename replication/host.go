@@ -37,7 +37,8 @@ type HostConfig struct {
 	// CatchUpBytesPerSecond bounds what all replicas of this Host together pull of the state of others, when
 	// they missed more than a log keeps. 0 = no limit; at least CatchUpBytesPerSecondMin.
 	CatchUpBytesPerSecond int64
-	// Background, when set, is where a catch-up waits for its turn beside other work; see raftgroup.Config.
+	// Background, when set, is where a catch-up, and the comparison of a new replica with its leader, wait for their
+	// turn beside other work; see raftgroup.Config.
 	Background func(ctx context.Context, bytes int) (release func(), err error)
 	// Authorize, when set, is asked before each volume I/O whether node may act for an attachment
 	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
@@ -173,6 +174,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeStatus, h.handleStatus)
 	cfg.Network.Handle(transport.KindVolumeStages, h.handleStages)
 	cfg.Network.Handle(transport.KindVolumeFreeze, h.handleFreeze)
+	cfg.Network.Handle(transport.KindVolumeMark, h.handleMark)
 	return h, nil
 }
 

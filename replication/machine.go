@@ -36,6 +36,8 @@ type machine struct {
 	newest atomic.Uint64
 	// restored is true while blocks may be newer than newest, at the end of a Restore.
 	restored atomic.Bool
+
+	marks *marks // where this replica is to pin what it has
 }
 
 var _ raftgroup.StateMachine = (*machine)(nil)
@@ -43,6 +45,7 @@ var _ raftgroup.StateMachine = (*machine)(nil)
 // newMachine resumes where the volume's last committed batch left it.
 func newMachine(id trivet.VolumeID, eng *engine.Engine, vol *engine.Volume) (*machine, error) {
 	m := &machine{id: id, eng: eng, vol: vol}
+	m.marks = newMarks(id, func() (markedImage, error) { return vol.Image(nil) })
 	if err := m.load(); err != nil {
 		return nil, err
 	}
@@ -74,9 +77,11 @@ func (m *machine) Apply(entries []raftgroup.Entry) ([]any, error) {
 	for first < len(entries) && entries[first].Index <= applied {
 		first++ // delivered again after a restart (H3)
 	}
+	st := *m.view.Load()
 	for first < len(entries) {
 		n := together(entries[first:])
-		if err := m.applyBatch(entries[first:first+n], results[first:first+n]); err != nil {
+		var err error
+		if st, n, err = m.applyBatch(st, entries[first:first+n], results[first:first+n]); err != nil {
 			return nil, err
 		}
 		first += n
@@ -94,45 +99,51 @@ func together(entries []raftgroup.Entry) int {
 	return max(n, 1)
 }
 
-func (m *machine) applyBatch(entries []raftgroup.Entry, results []any) (err error) {
-	st := *m.view.Load()
+// applyBatch applies entries to st as one batch: all of them, or those up to a mark at which this replica is to pin
+// what it has. It returns the state, and how many they were.
+func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results []any) (
+	_ engine.State, n int, err error,
+) {
 	batch := m.vol.NewBatch()
 	defer func() {
 		if e := batch.Close(); err == nil && e != nil {
 			err = fmt.Errorf("apply to %s: %w", m.id, e)
 		}
 	}()
-	for i := range entries {
-		e := &entries[i]
+	mark := uint64(0)
+	for ; n < len(entries) && mark == 0; n++ {
+		e := &entries[n]
 		if e.Index <= st.AppliedIndex {
-			return fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
+			return st, n, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
 		}
 		st.AppliedIndex, st.AppliedTerm = e.Index, e.Term
 		if e.Data == nil {
 			st.Config = appendMembers(nil, e.Members)
 			continue
 		}
-		out, err := m.applyEntry(batch, e)
-		if err != nil {
-			return err
+		if results[n], mark, err = m.applyEntry(batch, e); err != nil {
+			return st, n, err
 		}
-		results[i] = out
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
 	st.Generation, st.Snapshots = m.core.generation, m.core.snapshots
 	st.Session = m.core.win.append(nil)
 	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
-		return fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+		return st, n, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+	}
+	if mark != 0 {
+		m.marks.pin(mark, st.AppliedIndex) // before view: who has applied a mark has pinned at it
 	}
 	m.view.Store(&st)
-	return nil
+	return st, n, nil
 }
 
-func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result, error) {
+// applyEntry applies one entry to a batch. mark is not 0 when it has one that is awaited here.
+func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []result, mark uint64, err error) {
 	reqs, err := decodeEntry(m.reqs[:0], m.id, e.Data)
 	if err != nil {
-		return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+		return nil, 0, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 	}
 	stored := e.Stored // where the data of all writes stand, one behind the other; else the engine takes a copy
 	if stored.Bytes != int64(len(e.Data)-payloadAt(e.Data)) {
@@ -142,6 +153,9 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result,
 	for i := range reqs {
 		res, ch := m.core.step(&reqs[i])
 		out[i] = res
+		if reqs[i].op == opMark && m.marks.awaits(reqs[i].arg) {
+			mark = reqs[i].arg
+		}
 		at := skip
 		skip += int64(len(reqs[i].data))
 		switch ch.effect {
@@ -152,12 +166,12 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result,
 		case effectNone:
 		}
 		if err != nil {
-			return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+			return nil, 0, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 		}
 	}
 	clear(reqs) // e.Data is valid during Apply only
 	m.reqs = reqs
-	return out, nil
+	return out, mark, nil
 }
 
 // Applied implements raftgroup.StateMachine.

@@ -37,10 +37,22 @@ func (r *Replica) AddLearner(ctx context.Context, m raftgroup.Member) error {
 }
 
 // Promote gives a learner its vote; a voter is success. ErrPending, and nothing was done, while the learner
-// lacks entries that were committed at the call, is silent, or is still being filled: such a one does not
-// answer (I14). ErrNotFound: it is no member; ErrNotLeader: ask the leader; ErrUnavailable: outcome unknown.
+// lacks entries that were committed at the call, is silent, is still being filled (such a one does not answer), or
+// while its blocks are compared with the leader's, which takes as long as reading both, goes on after the call, and is
+// begun by it (I14). ErrCorrupt: it differs from the leader, or cannot read its blocks: it gets no vote, ever;
+// remove it. ErrNotFound: it is no member; ErrNotLeader: ask the leader; ErrUnavailable: outcome unknown.
 func (r *Replica) Promote(ctx context.Context, id trivet.ReplicaID) error {
-	if err := r.group.Promote(ctx, id); err != nil {
+	err := r.group.CaughtUp(ctx, id)
+	if err == nil {
+		st := r.group.Status()
+		if m, ok := (ReplicaStatus{Status: st}).Member(id); ok && m.Learner && st.IsLeader {
+			err = r.verify(ctx, m, st.Term)
+		}
+	}
+	if err == nil {
+		err = r.group.Promote(ctx, id)
+	}
+	if err != nil {
 		return fmt.Errorf("grow %s: %w", r.spec.Volume, err)
 	}
 	return nil

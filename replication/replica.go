@@ -12,6 +12,7 @@ import (
 	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
 )
 
 // Replica is one running copy of a volume: a member of its Raft group, with the state machine and,
@@ -26,8 +27,11 @@ type Replica struct {
 	reads   *stage.Meter
 	log     *slog.Logger
 
+	network   transport.Network
+	verifying verifications // of learners, while it leads
+
 	cancel context.CancelFunc // ends watch
-	watch  sync.WaitGroup
+	watch  sync.WaitGroup     // watchLeader, and verifications
 
 	closing sync.Once
 	closed  error // of the first close
@@ -41,6 +45,9 @@ type ReplicaStatus struct {
 	SizeBytes int64             // as applied here
 	UsedBytes int64             // space that the blocks take on this disk; -1 when it could not be read
 	Snapshots []engine.Snapshot // as applied here; not to be changed
+	// Progress is another number whenever the replica came a step further: an entry arrived or was applied,
+	// bytes of a catch-up arrived, or blocks were read to compare them with the leader's. It means nothing else.
+	Progress uint64
 }
 
 // startReplica starts the goroutine that tells the batcher who leads.
@@ -52,6 +59,7 @@ func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.G
 		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages,
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
+	r.verifying.life = ctx
 	r.batcher.waiting, r.reads = stages.Meter(stage.Queue), stages.Meter(stage.ServeRead)
 	r.watch.Go(func() { r.watchLeader(ctx) })
 	return r
@@ -78,10 +86,12 @@ func (r *Replica) watchLeader(ctx context.Context) {
 // close stops the replica and waits for its goroutines.
 func (r *Replica) close() error {
 	r.closing.Do(func() {
+		r.verifying.close()
 		r.cancel()
 		r.watch.Wait()
 		r.batcher.close()
 		r.closed = r.group.Close()
+		r.machine.marks.close()
 		r.stages.Close()
 	})
 	return r.closed
@@ -97,9 +107,11 @@ func (r *Replica) Status() ReplicaStatus {
 	if err != nil {
 		used = -1
 	}
+	st := r.group.Status()
 	return ReplicaStatus{
-		Status: r.group.Status(), Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
+		Status: st, Replica: r.spec.Replica, Epoch: v.Epoch, SizeBytes: v.SizeBytes, UsedBytes: used,
 		Snapshots: v.Snapshots,
+		Progress:  st.LastIndex + st.Applied + uint64(st.CatchUp.DoneBytes) + r.machine.marks.moved(),
 	}
 }
 

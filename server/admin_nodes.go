@@ -74,3 +74,16 @@ func (a *admin) nodeStatus(ctx context.Context, id trivet.NodeID) (*api.NodeStat
 	}
 	return out, nil
 }
+
+// ForgetNode implements api.AdminServer.
+func (a *admin) ForgetNode(ctx context.Context, r *api.ForgetNodeRequest) (*api.ForgetNodeResponse, error) {
+	forgotten, err := a.s.controller.ForgetNode(ctx, trivet.NodeID(r.GetNode()), r.GetAllow())
+	if err != nil {
+		return nil, err
+	}
+	resp := &api.ForgetNodeResponse{}
+	for _, id := range forgotten {
+		resp.Forgotten = append(resp.Forgotten, string(id))
+	}
+	return resp, nil
+}

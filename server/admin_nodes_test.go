@@ -77,6 +77,8 @@ func TestAdminNodes(t *testing.T) {
 			_, err := c.Admin(1).GetNode(t.Context(), &api.NodeRequest{Node: "nowhere"})
 			return err
 		}(), codes.NotFound, "nowhere"},
+		{"to forget an unknown node", forget(t, c, "nowhere"), codes.NotFound, "nowhere"},
+		{"to forget one that is up", forget(t, c, free), codes.FailedPrecondition, "node is up"},
 		{"a new volume", func() error {
 			_, err := c.Admin(1).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "w", SizeBytes: 1 << 20})
 			return err
@@ -108,6 +110,29 @@ func TestAdminNodes(t *testing.T) {
 	st = cordon(t, c, used, false, false)
 	assert.False(t, st.GetNode().GetCordoned())
 	assert.False(t, st.GetNode().GetDraining())
+}
+
+// TestAdminForgetsNode: a node that is gone for good is taken off the record once its lease has run out, and its name
+// is kept until it is allowed again.
+func TestAdminForgetsNode(t *testing.T) {
+	c := testutil.StartCluster(t, 4, nil)
+	c.Stop(3)
+	require.Eventually(t, func() bool { return forget(t, c, "node-3") == nil }, eventuallyTimeout, 200*time.Millisecond)
+	list, err := c.Admin(1).ListNodes(t.Context(), &api.ListNodesRequest{})
+	require.NoError(t, err)
+	assert.Len(t, list.GetNodes(), 3)
+	resp, err := c.Admin(0).ForgetNode(t.Context(), &api.ForgetNodeRequest{Node: "node-3"})
+	require.NoError(t, err, "again")
+	assert.Equal(t, []string{"node-3"}, resp.GetForgotten())
+	resp, err = c.Admin(1).ForgetNode(t.Context(), &api.ForgetNodeRequest{Node: "node-3", Allow: true})
+	require.NoError(t, err)
+	assert.Empty(t, resp.GetForgotten())
+}
+
+func forget(t *testing.T, c *testutil.Cluster, node string) error {
+	t.Helper()
+	_, err := c.Admin(1).ForgetNode(t.Context(), &api.ForgetNodeRequest{Node: node})
+	return err
 }
 
 // TestAdminDrainMovesTheLeader: a node that is drained hands the leadership over, though it holds the

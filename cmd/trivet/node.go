@@ -142,3 +142,36 @@ func remainingTable(remaining []remainingView) table {
 	}
 	return t
 }
+
+type forgetView struct {
+	Forgotten []string `json:"forgotten"`
+}
+
+func newNodeForget(o *options) *cobra.Command {
+	var allow bool
+	cmd := &cobra.Command{
+		Use:   "forget NAME",
+		Short: "Take a node that does not come back off the record",
+		Long: "Take a node that does not come back off the record. Refused while it is up, while a volume is attached\n" +
+			"to it, and while it has replicas: drain it first, or wait until they are replaced. It leaves the\n" +
+			"catalogue, what it had of deleted volumes is no longer waited for, and nothing may join under its\n" +
+			"name until `trivet node forget NAME --allow`. Prints the nodes that are forgotten.",
+		Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				resp, err := c.ForgetNode(ctx, &api.ForgetNodeRequest{Node: args[0], Allow: allow})
+				if err != nil {
+					return err
+				}
+				view := forgetView{Forgotten: append([]string{}, resp.GetForgotten()...)}
+				t := table{header: []string{"FORGOTTEN"}}
+				for _, name := range view.Forgotten {
+					t.rows = append(t.rows, []string{name})
+				}
+				return o.show(cmd.OutOrStdout(), view, t)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&allow, "allow", false, "let a forgotten node join again, as a new one, with empty directories")
+	return cmd
+}

@@ -108,6 +108,7 @@ func TestWrongUsage(t *testing.T) {
 		{"replica", "move", "a", "n1"},
 		{"replica", "move", "a", "n1", "n2", "n3"},
 		{"node", "drain"},
+		{"node", "forget"},
 		{"node", "drain", "n1", "--wait=perhaps"},
 		{"node", "cordon", "n1", "n2"},
 		{"node", "uncordon"},

@@ -130,7 +130,10 @@ func (r *RegisterNode) op() string { return fmt.Sprintf("register node %s", r.No
 func (r *RegisterNode) apply(d *draft) error {
 	n := r.Node.Clone()
 	n.LeaseUntil = instant(n.LeaseUntil)
-	n.Replaced, n.Cordoned, n.Draining = nil, false, false
+	n.Replaced, n.Fills, n.Cordoned, n.Draining = nil, nil, false, false
+	if d.Forgotten(n.ID) {
+		return fmt.Errorf("node was forgotten; `trivet node forget %s --allow` lets it join anew: %w", n.ID, trivet.ErrFenced)
+	}
 	for _, disk := range n.Disks {
 		if owner := d.diskOwner(disk.ID); owner != "" && owner != n.ID {
 			return fmt.Errorf("disk %s belongs to node %s: %w", disk.ID, owner, trivet.ErrInUse)
@@ -174,6 +177,7 @@ func (r *RenewLease) apply(d *draft) error {
 		}
 		n.Disks[i].SizeBytes, n.Disks[i].FreeBytes = disk.SizeBytes, disk.FreeBytes
 	}
+	n.Fills = slices.Clone(r.Fills)
 	d.putNode(&n)
 	return nil
 }

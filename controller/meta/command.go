@@ -41,6 +41,7 @@ type Command struct {
 	ReportFlattened  *ReportFlattened  `json:"reportFlattened,omitempty"`
 	Restore          *Restore          `json:"restore,omitempty"`
 	ReportRolledBack *ReportRolledBack `json:"reportRolledBack,omitempty"`
+	ForgetNode    *ForgetNode    `json:"forgetNode,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -50,14 +51,16 @@ type InitCluster struct {
 }
 
 // RegisterNode adds a node or updates its address, zone, disks, incarnation and lease. A process
-// registers at every start. A disk ID that moved to another node is refused with ErrInUse. An
+// registers at every start. ErrFenced for a node that was forgotten.
+// A disk ID that moved to another node is refused with ErrInUse. An
 // incarnation that another one has replaced is refused with ErrFenced, however late it comes.
 // Attachments stay: a new process takes them over one by one (TakeOver). A cordoned node stays so.
 type RegisterNode struct {
-	Node Node `json:"node"` // Revision, Replaced, Cordoned and Draining are ignored
+	// Node is what it says of itself: Revision, Replaced, Fills, Cordoned and Draining are ignored.
+	Node Node `json:"node"`
 }
 
-// RenewLease extends a node's lease and updates its disks' free space. A wrong incarnation is
+// RenewLease extends a node's lease and updates its disks' free space and how far its fills are. A wrong incarnation is
 // refused with ErrFenced: another process runs as that node. Until never moves backwards. Disks
 // that the node did not register are refused with ErrNotFound.
 type RenewLease struct {
@@ -65,6 +68,8 @@ type RenewLease struct {
 	Incarnation string        `json:"incarnation"`
 	Until       time.Time     `json:"until"`
 	Disks       []Disk        `json:"disks"`
+	// Fills takes the place of Node.Fills. One of a replica that is not being filled there means nothing.
+	Fills []Fill `json:"fills,omitempty"`
 }
 
 // CreateVolume adds a volume in PhaseCreating, placed by the proposer. The same name and Request
@@ -258,6 +263,19 @@ type SetParams struct {
 	Volume     trivet.VolumeID   `json:"volume"`
 	Params     map[string]string `json:"params"`               // canonical; an empty value removes the key
 	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
+}
+
+// ForgetNode takes a node that does not come back off the record. Its retired replicas, and what it had of volumes
+// that are being deleted, are no longer waited for; its disks belong to nobody. Its name is remembered: a late
+// registration, of a process that is still somewhere or of its certificate, is refused with ErrFenced until
+// Allow. Refused with ErrInUse while its lease has not run out at Time, while a volume is attached to it or
+// being detached from it, and while a volume that is not being deleted has a replica there that is not retired;
+// ErrNotFound for an unknown node. Forgotten already: no effect.
+type ForgetNode struct {
+	Node trivet.NodeID `json:"node"`
+	Time time.Time     `json:"time"` // of the proposer
+	// Allow lets the name register again, as a new node. No effect when it is not forgotten.
+	Allow bool `json:"allow,omitempty"`
 }
 
 // Result is what applying a command returned on every member alike.

@@ -87,6 +87,11 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		func() meta.Command {
 			return meta.Command{Detach: &meta.Detach{Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)]}}
 		},
+		func() meta.Command {
+			return meta.Command{ForgetNode: &meta.ForgetNode{
+				Node: nodeID(n), Time: day.Add(time.Duration(2*r.Intn(2)-1) * time.Hour), Allow: r.Intn(2) == 0,
+			}}
+		},
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },

@@ -39,6 +39,7 @@ type image struct {
 	Used     []trivet.VolumeID `json:"used"`
 
 	Snapshots []Snapshot `json:"snapshots,omitempty"`
+	Forgotten []trivet.NodeID `json:"forgotten,omitempty"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -52,6 +53,7 @@ func (s *State) EncodeImage() ([]byte, error) {
 		Used:     make([]trivet.VolumeID, 0, s.used.n),
 
 		Snapshots: s.Snapshots(),
+		Forgotten: s.forgotten,
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -105,6 +107,8 @@ func (im *image) state() (*State, error) {
 		cluster:  im.Cluster,
 		created:  instant(im.Created),
 		nodes:    make(map[trivet.NodeID]*Node, len(im.Nodes)),
+
+		forgotten: im.Forgotten,
 	}
 	for _, id := range im.Used {
 		s.used.fill(id, struct{}{})
@@ -155,6 +159,11 @@ func (s *State) check() error {
 			err = fmt.Errorf("%s: %s: %w", id, problem, trivet.ErrCorrupt)
 		}
 	})
+	for i, id := range s.forgotten {
+		if s.nodes[id] != nil || i > 0 && s.forgotten[i-1] >= id {
+			return fmt.Errorf("node %s is forgotten and registered, or twice: %w", id, trivet.ErrCorrupt)
+		}
+	}
 	disks := map[trivet.DiskID]trivet.NodeID{}
 	for _, n := range s.nodes {
 		for _, d := range n.Disks {

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/datadriven"
 	"github.com/stretchr/testify/require"
@@ -22,7 +23,7 @@ import (
 //	detach v=1 [n=1] [e=4] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
 //	release v=1 [discard] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
 //	add v=1 n=4 [as=7] [disk=5] [replaces=2] [rev=9] | remove v=1 n=2 [rev=9] | count v=1 to=5
-//	register n=1 i=2 [disk=8] | cordon n=1 [drain] | uncordon n=1 | state
+//	register n=1 i=2 [disk=8] | cordon n=1 [drain] | uncordon n=1 | forget n=1 [alive] [allow] | state
 //
 // A replica has the number of its node, or the one given by as=. add and remove are decided on the
 // revision that the volume has, unless rev= says otherwise.
@@ -170,6 +171,13 @@ func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int)
 		on := d.Cmd == "cordon"
 		return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: d.HasArg("drain")}}
 	}
+	if d.Cmd == "forget" {
+		f := &meta.ForgetNode{Node: nodeID(n), Time: day.Add(time.Hour), Allow: d.HasArg("allow")}
+		if d.HasArg("alive") {
+			f.Time = day.Add(-time.Second)
+		}
+		return meta.Command{ForgetNode: f}
+	}
 	t.Fatalf("%s: unknown command %q", d.Pos, d.Cmd)
 	return meta.Command{}
 }
@@ -229,6 +237,9 @@ func line(v *meta.Volume) string {
 
 func describe(s *meta.State) string {
 	out := fmt.Sprintf("revision %d\n", s.Revision())
+	for _, id := range s.AllForgotten() {
+		out += fmt.Sprintf("forgotten %s\n", id)
+	}
 	for _, v := range s.Volumes() {
 		out += line(&v)
 	}

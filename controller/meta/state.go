@@ -18,6 +18,8 @@ type State struct {
 	created  time.Time
 	nodes    map[trivet.NodeID]*Node // never changed in place, nor are the records
 
+	forgotten []trivet.NodeID // sorted; never changed in place
+
 	volumes shards[trivet.VolumeID, *Volume]
 	names   shards[string, trivet.VolumeID]   // of every volume but those being deleted
 	used    shards[trivet.VolumeID, struct{}] // every ID that was ever created, for ever (H35)
@@ -87,6 +89,15 @@ func (s *State) Nodes() []Node {
 	}
 	return out
 }
+
+// Forgotten reports whether the node was forgotten, so that it may not register.
+func (s *State) Forgotten(id trivet.NodeID) bool {
+	_, ok := slices.BinarySearch(s.forgotten, id)
+	return ok
+}
+
+// AllForgotten returns the nodes that may not register, sorted.
+func (s *State) AllForgotten() []trivet.NodeID { return slices.Clone(s.forgotten) }
 
 // diskOwner returns the node that registered the disk, or "".
 func (s *State) diskOwner(id trivet.DiskID) trivet.NodeID {

@@ -81,7 +81,20 @@ type Node struct {
 	// Replaced are the incarnations before this one, newest last, at most replacedMax: a late
 	// registration of an old process must not fence the new one.
 	Replaced []string `json:"replaced,omitempty"`
+	// Fills are what this node says of replicas that are being filled on it, as of its last renewal.
+	Fills    []Fill   `json:"fills,omitempty"`
 	Revision Revision `json:"revision"`
+}
+
+// FillsMax is how many fills a node may tell of.
+const FillsMax = 64
+
+// Fill is how far a replica is that is being filled.
+type Fill struct {
+	Replica trivet.ReplicaID `json:"replica"`
+	// Progress is another number whenever it came a step further: bytes or entries arrived, entries were applied,
+	// blocks were compared. It means nothing else.
+	Progress uint64 `json:"progress"`
 }
 
 // Alive reports whether the node's lease has not run out at now.
@@ -319,5 +332,6 @@ func (n *Node) Clone() Node {
 	c := *n
 	c.Disks = slices.Clone(n.Disks)
 	c.Replaced = slices.Clone(n.Replaced)
+	c.Fills = slices.Clone(n.Fills)
 	return c
 }

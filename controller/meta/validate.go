@@ -50,6 +50,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.RemoveReplica)
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
+	add(&set, c.ForgetNode)
 	add(&set, c.SetParams)
 	add(&set, c.CreateSnapshot)
 	add(&set, c.ReportSnapshot)
@@ -125,7 +126,20 @@ func (r *RenewLease) validate() error {
 		validateUUID("incarnation", r.Incarnation),
 		validateTime("lease", r.Until),
 		validateDisks(r.Disks),
+		validateFills(r.Fills),
 	)
+}
+
+func validateFills(fills []Fill) error {
+	if len(fills) > FillsMax {
+		return fmt.Errorf("%d fills, at most %d are told: %w", len(fills), FillsMax, trivet.ErrInvalid)
+	}
+	for _, f := range fills {
+		if err := validateUUID("replica", string(f.Replica)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *CreateVolume) validate() error {

@@ -46,6 +46,8 @@ type ClusterConfig struct {
 	ReadConsistency trivet.ReadConsistency
 	// Authorize, when set, is every Host's.
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
+	// Background, when set, is every Host's.
+	Background func(ctx context.Context, bytes int) (release func(), err error)
 	Logger    *slog.Logger // may be nil
 }
 

@@ -265,7 +265,7 @@ func (n *Node) Boot() error {
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
-		OverlapFlush: n.c.cfg.OverlapFlush,
+		OverlapFlush: n.c.cfg.OverlapFlush, Background: n.c.cfg.Background,
 		WrapMachine:  n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})

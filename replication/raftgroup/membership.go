@@ -74,6 +74,19 @@ func (g *Group) Promote(ctx context.Context, id trivet.ReplicaID) error {
 	})
 }
 
+// CaughtUp waits until a learner is known to have what was committed at the call, on the leader, at most for a
+// Heartbeat: then ErrPending. A voter, or no member, is nil at once. Other errors are those of Promote.
+func (g *Group) CaughtUp(ctx context.Context, id trivet.ReplicaID) error {
+	goal, err := g.committed()
+	if err == nil {
+		err = g.awaitMatch(ctx, id, goal)
+	}
+	if err != nil {
+		return fmt.Errorf("wait for %s in %s: %w", id, g.cfg.Group, err)
+	}
+	return nil
+}
+
 // committed returns the index up to which the group has committed, on a leader that knows: what earlier terms
 // have committed it learns from an entry of its own. ErrPending until then.
 func (g *Group) committed() (uint64, error) {

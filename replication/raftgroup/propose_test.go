@@ -57,6 +57,41 @@ func TestProposeErrors(t *testing.T) {
 	})
 }
 
+// While a leader hands over, it takes no proposal: each one that it took would be one more that the successor has to
+// have first, and under load it would never have them all. Those that come meanwhile wait, and are then refused for
+// certain, not left unknown.
+func TestProposeWaitsForHandOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		l := c.leader()
+		heir := c.others(l.name)[0]
+		release := c.net.Hold(func(e transport.Envelope) bool {
+			return e.To == trivet.NodeID(heir) && e.Message.Kind == transport.KindAppendEntries && !e.Reply &&
+				!raftgroup.IsHeartbeatBody(e.Message.Body)
+		})
+		l.mustSet("x", "1") // which the heir lacks
+		moved, proposed := make(chan error, 1), make(chan error, 20)
+		go func() { moved <- l.group.TransferTo(t.Context(), replicaID(heir)) }()
+		synctest.Wait()
+		before := l.group.Status().LastIndex
+		for k := range cap(proposed) {
+			go func() { proposed <- l.set("y", fmt.Sprint(k)) }()
+		}
+		pass(heartbeat / 4)
+		require.Equal(t, before, l.group.Status().LastIndex, "the log stands still")
+		require.Empty(t, proposed)
+		release()
+		require.NoError(t, <-moved)
+		for range cap(proposed) {
+			require.ErrorIs(t, <-proposed, trivet.ErrNotLeader)
+		}
+		require.Equal(t, heir, c.leader().name)
+		c.converge()
+		require.Equal(t, "1", l.machine.get("x"))
+		require.Empty(t, l.machine.get("y"), "what was refused never happens")
+	})
+}
+
 // Proposals under way are answered when the replica is closed.
 func TestCloseAnswersProposals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -286,6 +286,38 @@ func TestPeersBackoff(t *testing.T) {
 	})
 }
 
+// However long a peer has refused every connection, at whatever pace it was called, its return is noticed within the
+// longest backoff, by the next call after it; and until then the dials were few.
+func TestPeersNoticesReturn(t *testing.T) {
+	for _, away := range []time.Duration{100 * time.Millisecond, 10 * time.Second, 10 * time.Minute} {
+		overPipes(t, func(t *testing.T, c *cluster, w *wire, a, b *node) {
+			b.Handle(testKind, echo)
+			w.refuse.Store(true)
+			for began := time.Now(); time.Since(began) < away; time.Sleep(10 * time.Millisecond) {
+				_, err := call(t, a, "b", "x")
+				require.ErrorIs(t, err, trivet.ErrUnavailable)
+			}
+			most := int64(6 + 2*away/c.limits.BackoffMax) // 50 ms doubled to 1 s, then at least half of that apart
+			require.LessOrEqual(t, w.dials.Load(), most)
+			w.refuse.Store(false)
+			back := time.Now()
+			for {
+				if _, err := call(t, a, "b", "x"); err == nil {
+					break
+				}
+				require.Less(t, time.Since(back), c.limits.BackoffMax, "in the bubble's time")
+				time.Sleep(10 * time.Millisecond)
+			}
+			before := w.dials.Load()
+			for range 100 {
+				_, err := call(t, a, "b", "x")
+				require.NoError(t, err)
+			}
+			require.Equal(t, before, w.dials.Load(), "it is connected")
+		})
+	}
+}
+
 func TestPeersDisconnect(t *testing.T) {
 	overPipes(t, func(t *testing.T, _ *cluster, _ *wire, a, b *node) {
 		_, ended := blockHandler(b)

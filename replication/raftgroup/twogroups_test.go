@@ -1,0 +1,133 @@
+package raftgroup_test
+
+import (
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/time/rate"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
+	"github.com/trivet-csi/trivet/replication/transport"
+)
+
+// second is another group on the machines of a cluster: same Mux, same disk, same log.
+type second struct {
+	group   *raftgroup.Group
+	machine *kv
+}
+
+func (n *node) openSecond(create bool) *second {
+	t := n.c.t
+	t.Helper()
+	m, err := openKV(n.fs, "/machine-2")
+	require.NoError(t, err)
+	cfg := n.config()
+	cfg.Group, cfg.Dir, cfg.Machine = testGroup+1, "/disk/groups/w", m
+	if create {
+		require.NoError(t, raftgroup.Create(cfg, members("a", "b", "c")))
+	}
+	g, err := raftgroup.Open(cfg)
+	require.NoError(t, err)
+	return &second{g, m}
+}
+
+// While one group pulls its state into a replica, slowly because of the rate that all groups of the process share, and
+// then not at all because its machine hangs in the middle of it, another group of the same nodes, disks and
+// connections notices nothing: its leader stays, with its lease, each of its writes commits at the
+// first attempt, and the replica on the node that catches up applies them.
+func TestCatchUpLeavesOtherGroupsAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		c.leader()
+		hook, there, release := stuckAt(behindRows / 2)
+		c.configure = func(cfg *raftgroup.Config) { cfg.CatchUpLimit = rate.NewLimiter(2<<10, 2<<10) }
+		slow := c.nodes["c"]
+		slow.openWith(hook)
+		others := map[string]*second{}
+		for name, n := range c.nodes {
+			others[name] = n.openSecond(true)
+		}
+		defer func() {
+			for _, o := range others {
+				require.NoError(t, o.group.Close())
+			}
+		}()
+		var lead *second
+		c.eventually("the second group has a leader", func() bool {
+			for _, o := range others {
+				if _, err := o.group.ReadGate(); err == nil {
+					lead = o
+				}
+			}
+			return lead != nil
+		})
+		term := raftgroup.RaftTerm(lead.group)
+		c.eventually("the first group catches up", func() bool { return slow.group.Status().CatchUp.DoneBytes > 0 })
+		writes, stuck := 0, 0
+		for stuck < 50 {
+			require.True(t, slow.group.Status().CatchUp.Active, "it is over already: the test shows nothing")
+			_, err := lead.group.Propose(t.Context(), fmt.Appendf(nil, "k%d=%d", writes%10, writes))
+			require.NoError(t, err)
+			_, err = lead.group.ReadGate()
+			require.NoError(t, err, "its lease needs the heartbeats")
+			require.Equal(t, term, raftgroup.RaftTerm(lead.group))
+			writes++
+			pass(50 * time.Millisecond)
+			select {
+			case <-there:
+				stuck++
+			default:
+			}
+		}
+		require.Greater(t, writes, stuck, "none were made while the state was pulled")
+		pass(2 * heartbeat)
+		require.Equal(t, lead.machine.data(), others["c"].machine.data(), "the node follows in the other group")
+		require.True(t, slow.group.Status().CatchUp.Active)
+		release()
+		c.converge()
+	})
+}
+
+// A node that refuses every connection at once is not called in a tight loop, however long it is away and whatever is
+// written, and is up to date within the library's longest backoff of its return, which is 10.24 s (replication.go:
+// failureWait doubled maxFailureScale-2 times) and which nothing cuts short.
+func TestReturnIsNoticedSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := startCluster(t, "a", "b", "c")
+		l := c.leader()
+		name := c.others(l.name)[0]
+		away := c.nodes[name]
+		away.die()
+		require.NoError(t, away.link.Close()) // calls fail at once, as where nobody listens
+		var calls atomic.Int64
+		stop := c.net.Lose(func(e transport.Envelope) bool {
+			if e.To == trivet.NodeID(name) && !e.Reply {
+				calls.Add(1)
+			}
+			return false
+		})
+		l = c.leader()
+		for k := range 120 {
+			l.mustSet(fmt.Sprint("k", k%10), fmt.Sprint(k))
+			pass(heartbeat)
+		}
+		stop()
+		t.Logf("%d calls in 120 heartbeats", calls.Load())
+		require.Less(t, calls.Load(), int64(120*5))
+		away.connect()
+		away.mustOpen()
+		began := time.Now()
+		want, _ := l.machine.Applied()
+		c.eventually("it is up to date", func() bool {
+			have, _ := away.machine.Applied()
+			return have >= want
+		})
+		require.Less(t, time.Since(began), 10240*time.Millisecond+heartbeat, "in the bubble's time")
+	})
+}
