@@ -170,7 +170,7 @@ func (b *bench) accept(l net.Listener) {
 			return
 		}
 		go func() {
-			c := tls.Server(conn, config)
+			c := tls.Server(transport.Wrap(conn), config)
 			if err := c.Handshake(); err != nil { //nolint:noctx // of our own children
 				c.Close()
 				return
