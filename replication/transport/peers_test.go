@@ -631,8 +631,8 @@ func goroutines() (stacks []string) {
 	return stacks
 }
 
-// A call ends with its context though the far end has stopped reading, and its connection's buffers are full: who writes
-// on its own goroutine does not block there.
+// A call ends with its context though the far end has stopped reading, and its connection's buffers are full: who
+// writes on its own goroutine does not block there.
 func TestPeersCallerIsNotHeldUp(t *testing.T) {
 	c := newCluster(t)
 	creds := c.credentials(t, pki.RoleNode, "deaf", pki.For(time.Hour))

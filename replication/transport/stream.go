@@ -136,7 +136,7 @@ func (s *stream) writeLoop() {
 	limits := s.peers.limits
 	recheck := time.NewTicker(limits.RecheckEvery)
 	defer recheck.Stop()
-	ping := time.NewTicker(limits.PingEvery)
+	ping := time.NewTimer(s.peers.untilPing())
 	defer ping.Stop()
 	for {
 		s.turn.Lock()
@@ -150,6 +150,7 @@ func (s *stream) writeLoop() {
 		case <-s.queue.wake:
 		case <-ping.C:
 			s.queue.trySend(laneUrgent, frame{typ: framePing}) // no room: the writing will show
+			ping.Reset(s.peers.untilPing())
 		case <-recheck.C:
 			if err := s.recheck(); err != nil {
 				s.fail(err)

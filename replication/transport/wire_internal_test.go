@@ -17,6 +17,12 @@ import (
 type countedConn struct {
 	net.Conn
 	reads, writes atomic.Int64
+	deadline      atomic.Pointer[time.Time] // of writes
+}
+
+func (c *countedConn) SetWriteDeadline(t time.Time) error {
+	c.deadline.Store(&t)
+	return c.Conn.SetWriteDeadline(t)
 }
 
 func (c *countedConn) Read(b []byte) (int, error) {
@@ -88,6 +94,7 @@ func TestWireGathers(t *testing.T) {
 		}
 		require.Zero(t, a.gathered())
 		require.EqualValues(t, 2, counted.writes.Load())
+		require.True(t, counted.deadline.Load().IsZero(), "or a later write at once would meet it")
 		require.Equal(t, 1, heard, "reads of the connection")
 		near.Close()
 		far.Close()
