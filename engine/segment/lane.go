@@ -218,14 +218,19 @@ func (l *lane) evictLocked() {
 	}
 }
 
+// start begins to make a file for the first write, and starts the writer.
+func (l *lane) start() {
+	l.mu.Lock()
+	if l.collectLocked(); len(l.free) == 0 && !l.hold {
+		l.prepareLocked() // before anybody writes, who would make one of his own
+	}
+	l.mu.Unlock()
+	l.log.wg.Go(l.run)
+}
+
 // run is the writer for whoever does not wait, or came while another one wrote.
 func (l *lane) run() {
 	defer l.idle.Stop()
-	l.mu.Lock()
-	if l.collectLocked(); len(l.free) == 0 && !l.hold {
-		l.prepareLocked() // for the first write
-	}
-	l.mu.Unlock()
 	for {
 		stopping := false
 		select {

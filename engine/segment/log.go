@@ -227,7 +227,7 @@ func Open(opts Options) (*Log, error) {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	for _, lane := range l.lanes {
-		l.wg.Go(lane.run)
+		lane.start()
 	}
 	return l, nil
 }
