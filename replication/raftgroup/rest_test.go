@@ -1,7 +1,6 @@
 package raftgroup_test
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"testing"
@@ -165,6 +164,6 @@ func TestRefusalsAreToldApart(t *testing.T) {
 		require.True(t, refusal)
 		_, err = a.group.Propose(t.Context(), []byte("x=3"))
 		require.Error(t, err)
-		require.False(t, errors.Is(err, trivet.ErrClosed))
+		require.NotErrorIs(t, err, trivet.ErrClosed)
 	})
 }

@@ -100,7 +100,7 @@ func (w *wire) flush(wait bool) error {
 		n, err := deadlineConn{w.Conn, w.limit, nil}.Write(w.out[w.off:])
 		w.off += n
 		if err == nil {
-			err = w.Conn.SetWriteDeadline(time.Time{}) // else the next writeNow would meet it
+			err = w.SetWriteDeadline(time.Time{}) // else the next writeNow would meet it
 		}
 		if err != nil {
 			return err
