@@ -159,6 +159,7 @@ type restorer struct {
 	written  trivet.LBA   // below it everything is in the store
 	extents  []extent     // the blocks that the image has had items of since claimed
 	received *versionHash // of their versions, as received
+	payload  []byte       // scratch of putAll
 	gone     []ref        // that the part under way takes away, and adds
 	come     []ref
 	inside   trivet.LBA // one past the last block that has had an item
@@ -322,7 +323,7 @@ func (x *restorer) putAll(b *pebble.Batch, items []imageItem) (claims []*segLive
 	x.come = x.come[:0]
 	inLog := e.live != nil && e.log.HasDataLane()
 	var infos []segment.BlockInfo
-	var payload []byte
+	payload := x.payload[:0] // nobody keeps it once it is stored
 	var data []*imageItem
 	for i := range items {
 		it := &items[i]
@@ -336,6 +337,7 @@ func (x *restorer) putAll(b *pebble.Batch, items []imageItem) (claims []*segLive
 		payload = append(payload, it.data...)
 		data = append(data, it)
 	}
+	x.payload = payload
 	err = e.storeBlocks(x.v.id, infos, payload, func(first int, at segment.Place) error {
 		s, err := e.live.claim(at.Segment)
 		if err != nil {

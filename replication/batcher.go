@@ -15,8 +15,10 @@ import (
 const (
 	// entriesInFlight bounds the entries of a volume that are proposed and not yet applied.
 	entriesInFlight = 16
-	// eagerInFlight is how many entries may be on their way before a half-full one waits for more.
-	// While they are, the next one gathers: a busy volume fills its entries, an idle one never waits.
+	// eagerInFlight is how many entries may be on their way before one that is not full waits for more. The second one
+	// waits, too, until it has as many requests as are on their way, or those are through: their clients come again
+	// one after the other, and each would have an entry of its own. So a busy volume fills its entries, and an
+	// idle one never waits.
 	eagerInFlight = 2
 	// queueRequests and queueBytes bound what waits for a place in an entry.
 	queueRequests = 1024
@@ -43,6 +45,7 @@ type batcher struct {
 	queue     []*pending
 	queueData int // bytes of data in queue
 	inFlightN int
+	underway  int                 // requests in these
 	byKey     map[seqKey]*pending // queued or in flight, with a sequence
 }
 
@@ -186,12 +189,21 @@ func (b *batcher) finishLocked(p *pending, err error) {
 }
 
 func (b *batcher) dispatchLocked() {
-	for !b.closed && len(b.queue) > 0 && b.inFlightN < entriesInFlight &&
-		(b.inFlightN < eagerInFlight || b.queueData >= entryDataMax || len(b.queue) >= entryRequestsMax) {
+	for !b.closed && len(b.queue) > 0 && b.inFlightN < entriesInFlight && b.ripeLocked() {
 		bt := b.takeLocked()
 		b.inFlightN++
+		b.underway += len(bt.ps)
 		b.workers.Go(func() { b.run(bt) })
 	}
+}
+
+// ripeLocked reports whether the next entry should wait no longer.
+func (b *batcher) ripeLocked() bool {
+	switch {
+	case b.inFlightN == 0, b.queueData >= entryDataMax, len(b.queue) >= entryRequestsMax:
+		return true
+	}
+	return b.inFlightN < eagerInFlight && len(b.queue) >= b.underway
 }
 
 // takeLocked moves as many requests as one entry holds from the queue into a batch.
@@ -230,6 +242,7 @@ func (b *batcher) run(bt *batch) {
 		b.finishLocked(p, errs[i])
 	}
 	b.inFlightN--
+	b.underway -= len(bt.ps)
 	b.dispatchLocked()
 }
 

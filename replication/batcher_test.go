@@ -58,10 +58,16 @@ func (l *fakeLog) sizes() (n []int) {
 // submitAll submits requests with sequences 1..n one after the other, without waiting for answers.
 func submitAll(t *testing.T, b *batcher, n, blockN int) []chan error {
 	t.Helper()
+	return submitFrom(t, b, 1, n, blockN)
+}
+
+// submitFrom is submitAll from another sequence on.
+func submitFrom(t *testing.T, b *batcher, first uint64, n, blockN int) []chan error {
+	t.Helper()
 	done := make([]chan error, n)
 	for i := range n {
 		done[i] = make(chan error, 1)
-		req := writeReq(1, uint64(i+1), 1, trivet.LBA(i), block(blockN, byte(i)))
+		req := writeReq(1, first+uint64(i), 1, trivet.LBA(i), block(blockN, byte(i)))
 		go func() {
 			_, err := b.submit(t.Context(), &req)
 			done[i] <- err
@@ -93,6 +99,34 @@ func TestBatcherGathersWhileEntriesAreInFlight(t *testing.T) {
 		for _, d := range done {
 			require.NoError(t, <-d)
 		}
+	})
+}
+
+// Clients that had their answers together come again one after the other: the first of them does not get an entry of
+// its own while as many others are on their way.
+func TestBatcherSecondEntryWaitsForItsLike(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newFakeLog()
+		b := leadingBatcher(t, l)
+		submitAll(t, b, 20, 1)
+		l.answer(2, nil)
+		synctest.Wait()
+		require.Equal(t, []int{1, 1, 18}, l.sizes())
+		submitFrom(t, b, 21, 17, 1)
+		require.Equal(t, []int{1, 1, 18}, l.sizes(), "one less than are on their way")
+		submitFrom(t, b, 38, 1, 1)
+		require.Equal(t, []int{1, 1, 18, 18}, l.sizes())
+		submitFrom(t, b, 39, 1, 1)
+		require.Equal(t, []int{1, 1, 18, 18}, l.sizes())
+		l.answer(1, nil)
+		synctest.Wait()
+		require.Equal(t, []int{1, 1, 18, 18}, l.sizes(), "18 are on their way")
+		l.answer(1, nil)
+		synctest.Wait()
+		require.Equal(t, []int{1, 1, 18, 18, 1}, l.sizes(), "nothing is waited for that is not on its way")
+		l.answer(1, nil)
+		synctest.Wait()
 	})
 }
 

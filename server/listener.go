@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/credentials"
+
+	"github.com/trivet-csi/trivet/replication/transport"
 )
 
 // handshakeTimeout bounds how long a client may take over its TLS handshake (slow-loris, S14).
@@ -86,7 +88,7 @@ func (p *port) untrack(conn net.Conn) {
 
 // dispatch shakes hands, calls shaken and hands the connection on.
 func (p *port) dispatch(raw net.Conn, shaken func()) {
-	conn := tls.Server(raw, p.config)
+	conn := tls.Server(transport.Wrap(raw), p.config)
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
 	err := conn.HandshakeContext(ctx)
 	cancel()

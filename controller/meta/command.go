@@ -41,7 +41,7 @@ type Command struct {
 	ReportFlattened  *ReportFlattened  `json:"reportFlattened,omitempty"`
 	Restore          *Restore          `json:"restore,omitempty"`
 	ReportRolledBack *ReportRolledBack `json:"reportRolledBack,omitempty"`
-	ForgetNode    *ForgetNode    `json:"forgetNode,omitempty"`
+	ForgetNode       *ForgetNode       `json:"forgetNode,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.

@@ -38,7 +38,7 @@ type image struct {
 	Volumes  []Volume          `json:"volumes"`
 	Used     []trivet.VolumeID `json:"used"`
 
-	Snapshots []Snapshot `json:"snapshots,omitempty"`
+	Snapshots []Snapshot      `json:"snapshots,omitempty"`
 	Forgotten []trivet.NodeID `json:"forgotten,omitempty"`
 }
 

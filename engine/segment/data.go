@@ -55,9 +55,11 @@ func (l *Log) store(volume trivet.VolumeID, blocks []BlockInfo, payload []byte) 
 	req := &request{
 		records: []*record{r}, refs: []*ref{nil}, ticket: &Ticket{done: make(chan struct{})}, stored: &at,
 	}
-	if err := l.lanes[len(l.lanes)-1].submitBlocks(req); err != nil {
+	lane := l.lanes[len(l.lanes)-1]
+	if err := lane.submitBlocks(req); err != nil {
 		return Place{}, err
 	}
+	lane.commitNow()
 	if err := req.ticket.Err(); err != nil {
 		return Place{}, err
 	}

@@ -90,16 +90,26 @@ type Group struct {
 // ErrNoSpace when the lane holds too many entries, or the disk has no room for another file and what is there
 // is nearly used up; then nothing was done, and trimming makes room.
 func (g *Group) Append(entries []Entry) error {
-	t, err := g.AppendAsync(entries)
+	t, err := g.append(entries)
 	if err != nil {
 		return err
 	}
+	g.lane.commitNow()
 	return t.Err()
 }
 
 // AppendAsync is Append without the wait: Read finds the entries at once, and the ticket waits for the
 // disk. It blocks while Options.QueueBytes are queued, and while a file that it needs is being made.
 func (g *Group) AppendAsync(entries []Entry) (*Ticket, error) {
+	t, err := g.append(entries)
+	if err == nil {
+		g.lane.wakeUp()
+	}
+	return t, err
+}
+
+// append is AppendAsync, but for the writer, which has not been told yet.
+func (g *Group) append(entries []Entry) (*Ticket, error) {
 	records := make([]*record, len(entries), len(entries)+1)
 	for i := range entries {
 		r, err := entries[i].record(g.id)
@@ -159,7 +169,8 @@ func (g *Group) followLocked(records []*record) ([]*record, error) {
 	return append([]*record{drop}, records...), nil
 }
 
-// submit queues the records that plan returns, called with the lane's mu. None = nothing to do.
+// submit queues the records that plan returns, called with the lane's mu. None = nothing to do. A writer has to be
+// told.
 func (g *Group) submit(what string, plan func() ([]*record, error)) (*Ticket, error) {
 	l := g.lane
 	l.mu.Lock()
@@ -192,8 +203,17 @@ func (g *Group) submit(what string, plan func() ([]*record, error)) (*Ticket, er
 	return t, nil
 }
 
-// change submits one record unless skip says that there is nothing to do.
+// change submits one record unless skip says that there is nothing to do, and tells the writer.
 func (g *Group) change(what string, r *record, skip func() bool) (*Ticket, error) {
+	t, err := g.queue(what, r, skip)
+	if err == nil {
+		g.lane.wakeUp()
+	}
+	return t, err
+}
+
+// queue is change, but for the writer, which has not been told yet.
+func (g *Group) queue(what string, r *record, skip func() bool) (*Ticket, error) {
 	r.group, r.sum = g.id, bodySum(r.data, nil)
 	return g.submit(what, func() ([]*record, error) {
 		if skip != nil && skip() {
@@ -209,30 +229,33 @@ func (g *Group) change(what string, r *record, skip func() bool) (*Ticket, error
 }
 
 func (g *Group) changeNow(what string, r *record, skip func() bool) error {
-	t, err := g.change(what, r, skip)
+	t, err := g.queue(what, r, skip)
 	if err != nil {
 		return err
 	}
+	g.lane.commitNow()
 	return t.Err()
 }
 
 // TruncateSuffix drops the entries from index on, durably. Beyond the last there is nothing to do; at or
 // below the first the log becomes empty.
 func (g *Group) TruncateSuffix(from uint64) error {
-	t, err := g.TruncateSuffixAsync(from)
-	if err != nil {
-		return err
-	}
-	return t.Err()
+	r, skip := g.truncation(from)
+	return g.changeNow("truncate", r, skip)
 }
 
 // TruncateSuffixAsync is TruncateSuffix without the wait.
 func (g *Group) TruncateSuffixAsync(from uint64) (*Ticket, error) {
-	r := &record{kind: kindTruncate, index: from}
-	return g.change("truncate", r, func() bool {
+	r, skip := g.truncation(from)
+	return g.change("truncate", r, skip)
+}
+
+func (g *Group) truncation(from uint64) (r *record, skip func() bool) {
+	r = &record{kind: kindTruncate, index: from}
+	return r, func() bool {
 		r.index = max(from, g.accepted.first)
 		return r.index > g.accepted.last()
-	})
+	}
 }
 
 // TrimPrefix drops the entries up to index, durably. Below the first there is nothing to do; at or beyond the

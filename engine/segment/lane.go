@@ -18,12 +18,14 @@ const markDelay = 50 * time.Millisecond
 // larger Append goes alone.
 const batchBytesMax = 8 << 20
 
-// lane is a chain of segments with one writer. What is queued while the writer flushes goes into its next
-// batch (group commit).
+// lane is a chain of segments with one writer at a time. What is queued while a batch is flushed goes into the
+// next one (group commit).
 type lane struct {
 	log  *Log
 	id   int
 	wake chan struct{} // holds one token
+	turn chan struct{} // holds a token while somebody is the writer: run, or who waits for its own append
+	idle *time.Timer   // until the end is marked
 	room *sync.Cond    // of mu: the queue got shorter, a new file is there or failed, or the lane ended
 
 	// The writer's own. It changes pos and begun with mu.
@@ -87,7 +89,7 @@ type request struct {
 
 func newLane(log *Log, id int) *lane {
 	l := &lane{
-		log: log, id: id, wake: make(chan struct{}, 1),
+		log: log, id: id, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), idle: time.NewTimer(markDelay),
 		groups: map[trivet.VolumeID]*Group{}, segments: map[uint64]*segment{}, hold: log.opts.Hold, collectable: true,
 	}
 	l.room = sync.NewCond(&l.mu)
@@ -162,7 +164,8 @@ func (l *lane) roomForLocked(entriesN int64) error {
 	return nil
 }
 
-// acceptLocked takes a checked request: from here on readers see it.
+// acceptLocked takes a checked request: from here on readers see it. Whoever calls sees to it that a writer does,
+// by wakeUp or commitNow.
 func (l *lane) acceptLocked(req *request) {
 	for i, r := range req.records {
 		at, g := req.refs[i], req.group
@@ -186,7 +189,6 @@ func (l *lane) acceptLocked(req *request) {
 	}
 	l.queue = append(l.queue, req)
 	l.queueBytes += req.head + req.payload
-	l.wakeUp()
 }
 
 // forgetLocked drops the content of an entry from memory. It hangs on the entry, not on its index, so an
@@ -216,15 +218,19 @@ func (l *lane) evictLocked() {
 	}
 }
 
-// run is the writer.
-func (l *lane) run() {
-	timer := time.NewTimer(markDelay)
-	defer timer.Stop()
+// start begins to make a file for the first write, and starts the writer.
+func (l *lane) start() {
 	l.mu.Lock()
 	if l.collectLocked(); len(l.free) == 0 && !l.hold {
-		l.prepareLocked() // for the first write
+		l.prepareLocked() // before anybody writes, who would make one of his own
 	}
 	l.mu.Unlock()
+	l.log.wg.Go(l.run)
+}
+
+// run is the writer for whoever does not wait, or came while another one wrote.
+func (l *lane) run() {
+	defer l.idle.Stop()
 	for {
 		stopping := false
 		select {
@@ -232,25 +238,52 @@ func (l *lane) run() {
 			stopping = true
 		default:
 		}
-		if reqs := l.take(); len(reqs) > 0 {
-			l.commit(reqs)
-			timer.Reset(markDelay)
-			continue
+		l.turn <- struct{}{}
+		for wrote := true; wrote; {
+			wrote = l.commitSome()
 		}
 		if stopping {
-			l.mark()
+			l.mark() // and the turn is nobody's any more
 			return
 		}
+		<-l.turn
 		select {
 		case <-l.wake:
-			timer.Reset(markDelay)
-		case <-timer.C:
-			if !l.held() {
-				l.mark()
-			}
+		case <-l.idle.C:
+			l.markIdle()
 		case <-l.log.stop:
 		}
 	}
+}
+
+// commitNow has what is queued written by the calling goroutine, which is going to wait for it anyway, if no batch is
+// being written: to wake the writer, and to be woken by it, costs more than a small batch. Else the writer does it.
+func (l *lane) commitNow() {
+	select {
+	case l.turn <- struct{}{}:
+	default:
+		l.wakeUp()
+		return
+	}
+	l.commitSome()
+	<-l.turn
+	l.mu.Lock()
+	more := len(l.queue) > 0
+	l.mu.Unlock()
+	if more { // it came meanwhile, and may have found the turn taken, or did not fit
+		l.wakeUp()
+	}
+}
+
+// commitSome commits one batch of what is queued, and reports whether there was anything. REQUIRES: the turn.
+func (l *lane) commitSome() bool {
+	reqs := l.take()
+	if len(reqs) == 0 {
+		return false
+	}
+	l.commit(reqs)
+	l.idle.Reset(markDelay)
+	return true
 }
 
 // take returns the oldest requests of the queue, as many as fit into one batch.
@@ -301,7 +334,17 @@ func (l *lane) held() bool {
 	return l.hold && !l.begun
 }
 
-// mark writes the end mark of a lane that is idle.
+// markIdle marks the end, unless that must wait.
+func (l *lane) markIdle() {
+	if l.held() {
+		return
+	}
+	l.turn <- struct{}{}
+	l.mark()
+	<-l.turn
+}
+
+// mark writes the end mark of a lane that is idle. REQUIRES: the turn.
 func (l *lane) mark() {
 	if l.marked || l.log.failure() != nil {
 		return

@@ -118,8 +118,12 @@ func TestIdleMark(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, written, l.Stats())
 		require.Zero(t, l.Stats()[0].WrittenBytes, "a lane that was never used")
+		require.NoError(t, l.Group(1).Append([]Entry{testEntry(1, 3, 1, 10, 0)}))
+		<-time.After(100 * time.Millisecond)
+		synctest.Wait()
+		require.Equal(t, int64(2), l.Stats()[1].Marks, "and again, whoever wrote")
 		require.NoError(t, l.Close())
-		require.Equal(t, int64(1), l.Stats()[1].Marks, "Close has nothing to add")
+		require.Equal(t, int64(2), l.Stats()[1].Marks, "Close has nothing to add")
 	})
 }
 

@@ -227,7 +227,7 @@ func Open(opts Options) (*Log, error) {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	for _, lane := range l.lanes {
-		l.wg.Go(lane.run)
+		lane.start()
 	}
 	return l, nil
 }
@@ -285,7 +285,7 @@ func (l *Log) fail(err error) error {
 		lane.wakeAll()
 	}
 	if l.opts.Fatal != nil {
-		l.opts.Fatal(err)
+		l.wg.Go(func() { l.opts.Fatal(err) }) // whoever writes may be its caller; Close waits for a writer, so wg is not 0
 	}
 	return err
 }

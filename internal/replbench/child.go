@@ -31,7 +31,7 @@ type answer struct {
 	Leads   bool   `json:"leads,omitempty"`   // status: both groups
 	Idle    int    `json:"idle,omitempty"`    // status: further groups that have a leader
 	Micros  int64  `json:"micros,omitempty"`  // transfer
-	Applied uint64 `json:"applied,omitempty"` // where: of the volume's replica
+	Applied uint64 `json:"applied,omitempty"` // where: of the volume's replica; fence: the epoch
 	Bytes   uint64 `json:"bytes,omitempty"`   // where: received from the other nodes; memory: resident
 	Usage   usage  `json:"usage,omitzero"`    // usage
 	Result  result `json:"result,omitzero"`   // load

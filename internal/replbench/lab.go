@@ -168,21 +168,22 @@ func median(all []float64) float64 {
 
 // latency: one 4 KiB write at a time, durable on a quorum, against three writers that sync a file each.
 func (l *lab) latency(out io.Writer) error {
-	var ratios, ours, theirs []float64
+	var ratios, ours, theirs, cpu []float64
 	for range l.o.rounds {
 		y, err := l.yardstick()
 		if err != nil {
 			return err
 		}
-		r, _, err := l.load(load{What: "flush", Depth: 1, Bytes: trivet.BlockSize})
+		r, u, err := l.load(load{What: "flush", Depth: 1, Bytes: trivet.BlockSize})
 		if err != nil {
 			return err
 		}
+		cpu = append(cpu, float64(u.CPUMicros)/float64(r.Ops))
 		ours, theirs = append(ours, float64(r.P50Micros)), append(theirs, y)
 		ratios = append(ratios, float64(r.P50Micros)/y)
 	}
-	fmt.Fprintf(out, "one 4 KiB write and flush, p50: %.0f µs; three writers: %.0f µs; ratio %.2f (at most 1.8)\n",
-		median(ours), median(theirs), median(ratios))
+	fmt.Fprintf(out, "one 4 KiB write and flush, p50: %.0f µs; three writers: %.0f µs; ratio %.2f (at most 1.8); "+
+		"CPU %.0f µs a write in three processes\n", median(ours), median(theirs), median(ratios), median(cpu))
 	return nil
 }
 
@@ -348,10 +349,14 @@ func (l *lab) catchUp(out io.Writer) error {
 		if err != nil {
 			return err
 		}
-		if _, err := away.call(ask{Do: "back"}); err != nil {
+		var after answer
+		err = l.profiled("catchup", func() error {
+			if _, err := away.call(ask{Do: "back"}); err != nil {
+				return err
+			}
+			after, err = l.level(away)
 			return err
-		}
-		after, err := l.level(away)
+		})
 		if err != nil {
 			return err
 		}

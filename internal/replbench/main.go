@@ -52,7 +52,8 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 3, "each measurement and its yardstick are taken this often, in turns")
 	flag.IntVar(&o.idleSeconds, "idle-seconds", 60, "how long idle groups are watched")
 	flag.StringVar(&o.profile, "profile", "", "folder for CPU profiles of the nodes, one for each measurement")
-	flag.StringVar(&o.only, "only", "", "one measurement: latency, entries, singles, transfer, catchup, idle or parked")
+	flag.StringVar(&o.only, "only", "",
+		"one measurement: latency, entries, singles, transfer, silence, catchup, idle or parked")
 	flag.BoolVar(&o.overlap, "overlap", false, "let log flushes overlap with sending (decision 0012)")
 	flag.BoolVar(&o.busy, "busy", false, "measure although the machine is not idle")
 	flag.Parse()
@@ -118,6 +119,7 @@ func measure(ctx context.Context, o *options, out io.Writer) (err error) {
 		{"entries", l.entries},
 		{"singles", l.singles},
 		{"transfer", l.transfer},
+		{"silence", l.silence},
 		{"catchup", l.catchUp},
 		{"idle", l.idle},
 		{"parked", l.parked},

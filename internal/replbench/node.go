@@ -49,6 +49,7 @@ type bench struct {
 	idleN int
 
 	overlap bool
+	watcher *watcher
 
 	mu    sync.Mutex
 	where map[trivet.NodeID]string
@@ -83,6 +84,14 @@ func serveNode(o *options, in io.Reader, out io.Writer) (err error) {
 			return answer{}, b.addIdle(a.N)
 		case "transfer":
 			d, err := b.transfer(a.To)
+			return answer{Micros: d.Microseconds()}, err
+		case "fence":
+			epoch, err := b.fence()
+			return answer{Applied: uint64(epoch)}, err
+		case "watch":
+			return answer{}, b.watch(trivet.Epoch(a.N))
+		case "watched":
+			d, err := b.watched()
 			return answer{Micros: d.Microseconds()}, err
 		case "profile":
 			return answer{}, profile(a.File)
@@ -170,7 +179,7 @@ func (b *bench) accept(l net.Listener) {
 			return
 		}
 		go func() {
-			c := tls.Server(conn, config)
+			c := tls.Server(transport.Wrap(conn), config)
 			if err := c.Handshake(); err != nil { //nolint:noctx // of our own children
 				c.Close()
 				return
@@ -347,27 +356,44 @@ func (b *bench) load(l load) (result, error) {
 	})
 }
 
+// fence begins a new epoch of the volume, which this node leads; nothing is attached then.
+func (b *bench) fence() (trivet.Epoch, error) {
+	if b.vol != nil {
+		if err := b.vol.Close(); err != nil {
+			return 0, err
+		}
+		b.vol = nil
+	}
+	r, ok := b.host.Replica(volumeID)
+	if !ok {
+		return 0, fmt.Errorf("no replica of %s: %w", volumeID, trivet.ErrNotFound)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	epoch := r.Status().Epoch + 1
+	return epoch, r.Fence(ctx, epoch)
+}
+
+// attach opens the volume at an epoch.
+func (b *bench) attach(epoch trivet.Epoch) (*replication.Volume, error) {
+	b.mu.Lock()
+	where := b.where
+	b.mu.Unlock()
+	return replication.OpenVolume(replication.VolumeConfig{
+		ID: volumeID, SizeBytes: volumeBytes, Epoch: epoch, Members: members(where, volumeID), Network: b.peers, Host: b.host,
+	})
+}
+
 // volume opens the volume once, at an epoch of its own.
 func (b *bench) volume() (*replication.Volume, error) {
 	if b.vol != nil {
 		return b.vol, nil
 	}
-	r, ok := b.host.Replica(volumeID)
-	if !ok {
-		return nil, fmt.Errorf("no replica of %s: %w", volumeID, trivet.ErrNotFound)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	if err := r.Fence(ctx, 1); err != nil {
+	epoch, err := b.fence()
+	if err != nil {
 		return nil, err
 	}
-	b.mu.Lock()
-	where := b.where
-	b.mu.Unlock()
-	var err error
-	b.vol, err = replication.OpenVolume(replication.VolumeConfig{
-		ID: volumeID, SizeBytes: volumeBytes, Epoch: 1, Members: members(where, volumeID), Network: b.peers, Host: b.host,
-	})
+	b.vol, err = b.attach(epoch)
 	return b.vol, err
 }
 

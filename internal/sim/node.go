@@ -266,7 +266,7 @@ func (n *Node) Boot() error {
 	l.host, err = replication.NewHost(replication.HostConfig{
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
 		OverlapFlush: n.c.cfg.OverlapFlush, Background: n.c.cfg.Background,
-		WrapMachine:  n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
+		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {

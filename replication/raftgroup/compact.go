@@ -21,6 +21,20 @@ const (
 	restBytes   = 64 << 10
 )
 
+// appendedShare of SnapshotBytes is appended before the compactor is woken to look whether it is enough.
+const appendedShare = 64
+
+// appended is called after each append to the log.
+func (g *Group) appended() {
+	if now := g.store.appendedBytes(); now-g.compactSeen.Load() >= g.cfg.SnapshotBytes/appendedShare {
+		g.compactSeen.Store(now)
+		g.pokeCompact()
+	}
+	if i := g.running(); i != nil {
+		i.t.rests.wake()
+	}
+}
+
 func (g *Group) pokeCompact() {
 	select {
 	case g.wakeCompact <- struct{}{}:

@@ -197,3 +197,29 @@ func LogTerm(g *Group, index uint64) uint64 {
 
 // Adopt makes a follower or candidate follow a newer term, as if from had asked for votes in it.
 func Adopt(g *Group, term uint64, from trivet.ReplicaID) { g.running().adopt(term, from) }
+
+// Resting returns how many calls of the library rest.
+func Resting(g *Group) int { return int(g.running().t.rests.n.Load()) }
+
+// RestBehind rests in the place of a follower's call, which was told of so many commits less than there are.
+func RestBehind(g *Group, id trivet.ReplicaID, behind uint64) (woken <-chan struct{}) {
+	i := g.running()
+	_, last := g.seglog.bounds()
+	return i.t.rests.enter(id, i.r.CurrentTerm(), told{match: last, commit: i.t.commit(i) - behind})
+}
+
+// Expected returns how many proposals wait for their results.
+func Expected(g *Group) int {
+	g.fsm.expected.mu.Lock()
+	defer g.fsm.expected.mu.Unlock()
+	return len(g.fsm.expected.by)
+}
+
+// Refused proposes past everything of ours, and reports whether the library has refused at once.
+func Refused(g *Group, data []byte) (refusal bool, err error) {
+	f := g.running().r.Apply(data, time.Minute)
+	return refused(f), f.Error()
+}
+
+// StopRaft stops the library behind our back.
+func StopRaft(g *Group) error { return g.running().r.Shutdown().Error() }

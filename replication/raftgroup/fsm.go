@@ -21,6 +21,8 @@ type fsm struct {
 	durable *durability
 	log     *groupLog // where entries stand; nil: it is not asked
 
+	expected expected
+
 	mu     sync.Mutex // held over Apply and Image, so that an image has the index that is read with it
 	config groupConfig
 	dead   bool
@@ -44,6 +46,12 @@ func (f *fsm) Apply(e *raft.Log) any { return f.ApplyBatch([]*raft.Log{e})[0] }
 // ApplyBatch hands committed entries on and returns one result for each. After a failure it applies
 // nothing more: a replica that misses one entry has diverged (raft-and-pebble.md, FSM errors).
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	results := f.applyBatch(logs)
+	f.expected.answer(logs, results)
+	return results
+}
+
+func (f *fsm) applyBatch(logs []*raft.Log) []any {
 	f.awaitDurable(logs)
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -60,6 +68,50 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		results[i] = errDead
 	}
 	return results
+}
+
+// expected are the proposals of this replica whose callers wait for the result of Apply, by the first byte of their
+// data: what the library applies in the leader that took a proposal is that very slice, and nobody else has it.
+type expected struct {
+	mu sync.Mutex
+	by map[*byte]chan any // each has room for the result
+}
+
+// expect returns where the result of applying data will come. Call forget when it is not waited for any more.
+// REQUIRES: data is not empty.
+func (f *fsm) expect(data []byte) <-chan any {
+	e := &f.expected
+	result := make(chan any, 1)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.by == nil {
+		e.by = make(map[*byte]chan any)
+	}
+	e.by[&data[0]] = result
+	return result
+}
+
+func (f *fsm) forget(data []byte) {
+	e := &f.expected
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.by, &data[0])
+}
+
+func (e *expected) answer(logs []*raft.Log, results []any) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i := range logs {
+		if len(e.by) == 0 {
+			return
+		}
+		if data := logs[i].Data; len(data) > 0 {
+			if result := e.by[&data[0]]; result != nil {
+				result <- results[i]
+				delete(e.by, &data[0])
+			}
+		}
+	}
 }
 
 // awaitDurable is gate 4 (durable.go): the state machine never gets ahead of the log on this disk (H4). A wait that

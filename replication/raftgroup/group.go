@@ -21,11 +21,10 @@ import (
 
 // Group is one replica of one Raft group. It is safe for concurrent use.
 type Group struct {
-	cfg       Config
-	log       *slog.Logger
-	addr      raft.ServerAddress
-	started   time.Time
-	stampBase uint64
+	cfg     Config
+	log     *slog.Logger
+	addr    raft.ServerAddress
+	started time.Time
 
 	lock   io.Closer
 	guard  *diskGuard
@@ -42,6 +41,7 @@ type Group struct {
 
 	wake        chan struct{} // the watcher should look
 	wakeCompact chan struct{} // the compactor should look
+	compactSeen atomic.Int64  // of the bytes appended: when it was last woken
 	stop        chan struct{}
 	life        context.Context // from Open to Close, of what goes on without the library
 	stopLife    context.CancelCauseFunc
@@ -66,6 +66,7 @@ type instance struct {
 	t    *peerTransport
 	stop context.CancelCauseFunc // ends what the transport has sent
 
+	stampBase  uint64
 	stopping   chan struct{} // closed first: no message in, no call accepted
 	began      time.Time
 	searched   time.Time    // of Mux.tick alone: when it last began a search
@@ -73,8 +74,9 @@ type instance struct {
 	fast       sync.RWMutex // held for reading by the heartbeat handler
 	fastClosed time.Time    // until when heartbeats take the slow path; under fast
 
-	pace        pace          // of Mux.tick alone
-	searching   atomic.Int32  // searches for a leader under way
+	pace        pace         // of Mux.tick alone
+	searching   atomic.Int32 // searches for a leader under way
+	beater      atomic.Pointer[beater]
 	appliedTerm atomic.Uint64 // highest term of which an entry is applied here as leader
 	loops       sync.WaitGroup
 
@@ -100,7 +102,7 @@ func Open(cfg Config) (*Group, error) {
 		cfg:     cfg,
 		log:     cfg.Logger.With("component", "raftgroup", "volume", cfg.Group.String(), "replica", string(cfg.Replica)),
 		addr:    address(cfg.Replica, cfg.Network.net.Local()),
-		started: time.Now(), stampBase: randomUint64(), lease: newLeaseTable(),
+		started: time.Now(), lease: newLeaseTable(),
 		slots: make(chan struct{}, proposalsMax), wake: make(chan struct{}, 1), wakeCompact: make(chan struct{}, 1),
 		stop: make(chan struct{}), changed: make(chan struct{}), catch: newCatchUp(),
 		images: newImages(cfg.Network.images),
@@ -178,7 +180,7 @@ func (g *Group) openStores() error {
 	if g.store, err = newLogStore(g.seglog, g.guard, g.snaps.record().config, g.cfg.OverlapFlush); err != nil {
 		return err
 	}
-	g.store.onAppend = g.pokeCompact
+	g.store.onAppend = g.appended
 	g.store.leads, g.store.follows = g.cfg.Stages.Meter(stage.LeaderLog), g.cfg.Stages.Meter(stage.FollowerLog)
 	g.sends = g.cfg.Stages.Meter(stage.Network)
 	applied, _ := g.cfg.Machine.Applied()
@@ -265,7 +267,7 @@ func (g *Group) start() error {
 
 func (g *Group) startLocked() error {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	i := &instance{g: g, stop: cancel, stopping: make(chan struct{}), began: time.Now()}
+	i := &instance{g: g, stop: cancel, stopping: make(chan struct{}), began: time.Now(), stampBase: randomUint64()}
 	i.t = &peerTransport{g: g, ctx: ctx, rpc: make(chan raft.RPC)}
 	if g.stable.record().term > 1 {
 		// A leader may count on a promise that this replica gave before (lease.go). The first term that

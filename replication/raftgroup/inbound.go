@@ -171,7 +171,7 @@ func (i *instance) appendReply(out any) ([]byte, error) {
 		return nil, fmt.Errorf("answer is a %T: %w", out, trivet.ErrUnavailable)
 	}
 	reply := appendReply{
-		term: resp.Term, lastLog: resp.LastLog, stamp: i.g.stamp(),
+		term: resp.Term, lastLog: resp.LastLog, stamp: i.stamp(),
 		success: resp.Success, noRetryBackoff: resp.NoRetryBackoff,
 	}
 	if resp.Success {
@@ -206,15 +206,33 @@ func (g *Group) quickBeat(from trivet.NodeID, b beat) ([]byte, bool) {
 	if err != nil || !isHeartbeat(req) {
 		return nil, false
 	}
-	sender := []byte(address(b.from, from))
-	req.RPCHeader = raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(b.from), Addr: sender}
-	req.Leader = sender //nolint:staticcheck // the library still reads it
+	req.RPCHeader = i.beatHeader(b.from, from)
+	req.Leader = req.RPCHeader.Addr //nolint:staticcheck // the library still reads it
 	out, answered := i.fastHeartbeat(req)
 	if !answered || g.guard.failed() != nil {
 		return nil, false
 	}
 	body, err := i.appendReply(out)
 	return body, err == nil
+}
+
+// beatHeader returns the header of a heartbeat, the same one for each of a leader: the library does not change it.
+func (i *instance) beatHeader(id trivet.ReplicaID, node trivet.NodeID) raft.RPCHeader {
+	if h := i.beater.Load(); h != nil && h.id == id && h.node == node {
+		return h.header
+	}
+	h := &beater{id: id, node: node, header: raft.RPCHeader{
+		ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(address(id, node)),
+	}}
+	i.beater.Store(h)
+	return h.header
+}
+
+// beater is who sent the last heartbeat.
+type beater struct {
+	id     trivet.ReplicaID
+	node   trivet.NodeID
+	header raft.RPCHeader
 }
 
 // fastHeartbeat answers a heartbeat beside the library's main goroutine, which may be busy with the
@@ -291,7 +309,7 @@ func (i *instance) onTimeoutNow(ctx context.Context, header raft.RPCHeader, body
 	}
 	_, leader := i.r.LeaderWithID()
 	me, _ := findMember(i.g.store.latestConfig().members, i.g.cfg.Replica)
-	age := time.Duration(i.g.stamp() - req.stamp)
+	age := time.Duration(i.stamp() - req.stamp)
 	if string(leader) != string(header.ID) || req.term != i.r.CurrentTerm() || i.r.State() != raft.Follower ||
 		me.Replica == "" || me.Learner || age < 0 || age >= i.g.cfg.Timing.Heartbeat {
 		return nil, fmt.Errorf("leader %s of term %d asks for an election, own leader is %q of term %d, %v ago: %w",
@@ -306,5 +324,5 @@ func (i *instance) onTimeoutNow(ctx context.Context, header raft.RPCHeader, body
 	return verdict{term: req.term, yes: true}.encode(), nil
 }
 
-// stamp is this replica's clock, from an origin that no other run shares.
-func (g *Group) stamp() uint64 { return g.stampBase + uint64(time.Since(g.started)) }
+// stamp is this replica's clock, from an origin that no other run of the library shares.
+func (i *instance) stamp() uint64 { return i.stampBase + uint64(time.Since(i.g.started)) }

@@ -2,6 +2,7 @@ package raftgroup
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,7 +41,7 @@ type leaseTable struct {
 	acks   map[trivet.ReplicaID]ack
 	match  map[trivet.ReplicaID]uint64
 	told   map[trivet.ReplicaID]told
-	stamps map[trivet.ReplicaID]uint64 // newest clock reading of each follower, of any term
+	stamps map[trivet.ReplicaID]stamp // newest clock reading of each follower, of any term
 
 	voidTerm  uint64    // in which a transfer was tried
 	transfers int       // of that term, under way
@@ -53,6 +54,16 @@ type ack struct {
 	promise time.Duration
 }
 
+// stamp is a clock reading of a follower, and when it came.
+type stamp struct {
+	reading uint64
+	heard   time.Time
+}
+
+// stampJump is by how much two readings of the same run never disagree with the time between them. Two runs disagree by
+// less once in two million times.
+const stampJump = time.Hour
+
 // told is what a follower was told last: that the log reaches so far, and is committed so far.
 type told struct {
 	match, commit uint64
@@ -63,7 +74,7 @@ func newLeaseTable() *leaseTable {
 	return &leaseTable{
 		told: make(map[trivet.ReplicaID]told),
 		acks: make(map[trivet.ReplicaID]ack), match: make(map[trivet.ReplicaID]uint64),
-		stamps: make(map[trivet.ReplicaID]uint64),
+		stamps: make(map[trivet.ReplicaID]stamp),
 	}
 }
 
@@ -95,16 +106,25 @@ func (t *leaseTable) acked(term uint64, id trivet.ReplicaID, sent instant, promi
 	t.match[id] = max(t.match[id], match)
 }
 
-func (t *leaseTable) setStamp(id trivet.ReplicaID, stamp uint64) {
+// setStamp notes a clock reading. One of another run of the follower says that it has forgotten what it was told: a
+// library that begins knows of no commit.
+func (t *leaseTable) setStamp(id trivet.ReplicaID, reading uint64) {
+	now := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.stamps[id] = stamp
+	if old, ok := t.stamps[id]; ok {
+		jump := time.Duration(reading-old.reading) - now.Sub(old.heard)
+		if jump > stampJump || jump < -stampJump {
+			delete(t.told, id)
+		}
+	}
+	t.stamps[id] = stamp{reading, now}
 }
 
 func (t *leaseTable) stamp(id trivet.ReplicaID) uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.stamps[id]
+	return t.stamps[id].reading
 }
 
 // matches returns the last index known to be on each follower in term.
@@ -128,21 +148,29 @@ func (t *leaseTable) answered(term uint64, id trivet.ReplicaID, age time.Duratio
 	return ok && t.term == term && now.since(a.sent) < age
 }
 
-// contacts counts the voters among members that a leader of term, which is self, has heard of less than age before
-// now, itself included.
-func (t *leaseTable) contacts(term uint64, self trivet.ReplicaID, members []Member, age time.Duration,
-	now time.Time,
-) int {
+// quorumHeard returns since when a leader of term, which is self, has heard of a quorum of the voters among members,
+// itself included: at that moment, or after it, each of them last answered. False when it never has.
+func (t *leaseTable) quorumHeard(term uint64, self trivet.ReplicaID, members []Member, now time.Time,
+) (time.Time, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	n := 0
+	heard := make([]time.Time, 0, MembersMax)
 	for _, m := range members {
 		a, ok := t.acks[m.Replica]
-		if !m.Learner && (m.Replica == self || ok && t.term == term && now.Sub(a.heard) < age) {
-			n++
+		switch {
+		case m.Learner:
+		case m.Replica == self:
+			heard = append(heard, now)
+		case ok && t.term == term:
+			heard = append(heard, a.heard)
 		}
 	}
-	return n
+	quorum := voterN(members)/2 + 1
+	if len(heard) < quorum {
+		return time.Time{}, false
+	}
+	slices.SortFunc(heard, func(a, b time.Time) int { return b.Compare(a) })
+	return heard[quorum-1], true
 }
 
 // tell notes that a follower confirmed a request that said so.

@@ -105,6 +105,14 @@ func (l *groupLog) verify() error {
 // What is too much for one Append of the log goes in several. A crash between them leaves a prefix, of which
 // nobody was told, and never a hole: the first one drops the tail that is replaced, in the same step.
 func (l *groupLog) append(entries []*raft.Log) error {
+	n := l.fits(entries)
+	if n == len(entries) { // as nearly always: then the log writes them on this goroutine, when it is not writing
+		part, err := l.part(entries)
+		if err != nil {
+			return err
+		}
+		return l.Append(part)
+	}
 	tickets, err := l.queue(entries)
 	for _, t := range tickets { // after an error, too: what was taken must not come to the disk later
 		if failed := t.Err(); failed != nil {
@@ -117,15 +125,13 @@ func (l *groupLog) append(entries []*raft.Log) error {
 // queue is append without the wait: the tickets are for parts of the entries, in order.
 func (l *groupLog) queue(entries []*raft.Log) (tickets []*segment.Ticket, err error) {
 	for len(entries) > 0 && err == nil {
-		n, bytes := 0, int64(0)
-		for ; n < len(entries); n++ {
-			bytes += recordBytes + int64(len(entries[n].Data))
-			if n > 0 && bytes > l.batchMax {
-				break
-			}
+		n := l.fits(entries)
+		var part []segment.Entry
+		if part, err = l.part(entries[:n]); err != nil {
+			break
 		}
 		var t *segment.Ticket
-		if t, err = l.appendPart(entries[:n]); err == nil {
+		if t, err = l.AppendAsync(part); err == nil {
 			tickets = append(tickets, t)
 			entries = entries[n:]
 		}
@@ -133,7 +139,20 @@ func (l *groupLog) queue(entries []*raft.Log) (tickets []*segment.Ticket, err er
 	return tickets, err
 }
 
-func (l *groupLog) appendPart(entries []*raft.Log) (*segment.Ticket, error) {
+// fits returns how many of the entries, at least one, go into one Append of the log.
+func (l *groupLog) fits(entries []*raft.Log) int {
+	bytes := int64(0)
+	for n, e := range entries {
+		bytes += recordBytes + int64(len(e.Data))
+		if n > 0 && bytes > l.batchMax {
+			return n
+		}
+	}
+	return len(entries)
+}
+
+// part returns entries as the log takes them.
+func (l *groupLog) part(entries []*raft.Log) ([]segment.Entry, error) {
 	part := make([]segment.Entry, 0, len(entries))
 	for _, e := range entries {
 		if len(e.Extensions) > 0 {
@@ -145,7 +164,7 @@ func (l *groupLog) appendPart(entries []*raft.Log) (*segment.Ticket, error) {
 			Index: e.Index, Term: e.Term, Type: byte(e.Type), Data: e.Data[:at], Payload: e.Data[at:],
 		})
 	}
-	return l.AppendAsync(part)
+	return part, nil
 }
 
 // payloadAt returns where the blocks begin that an entry's data ends with.

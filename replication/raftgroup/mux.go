@@ -3,6 +3,7 @@ package raftgroup
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,6 +23,7 @@ type Mux struct {
 
 	mu     sync.RWMutex
 	routes map[route]*Group
+	list   []*Group // those of routes; made anew at each change, and not changed then
 }
 
 type route struct {
@@ -83,6 +85,7 @@ func (m *Mux) enter(g *Group) error {
 		return fmt.Errorf("replica %s of group %s runs already: %w", key.replica, key.group, trivet.ErrInUse)
 	}
 	m.routes[key] = g
+	m.list = append(slices.Clip(m.list), g)
 	return nil
 }
 
@@ -92,6 +95,7 @@ func (m *Mux) remove(g *Group) {
 	ours := m.routes[key] == g
 	if ours {
 		delete(m.routes, key)
+		m.list = slices.DeleteFunc(slices.Clone(m.list), func(x *Group) bool { return x == g })
 	}
 	m.mu.Unlock()
 	if ours {
@@ -99,13 +103,9 @@ func (m *Mux) remove(g *Group) {
 	}
 }
 
-// groups returns the groups of this node.
+// groups returns the groups of this node. The list must not be changed.
 func (m *Mux) groups() []*Group {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	groups := make([]*Group, 0, len(m.routes))
-	for _, g := range m.routes {
-		groups = append(groups, g)
-	}
-	return groups
+	return m.list
 }

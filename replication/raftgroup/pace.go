@@ -61,7 +61,8 @@ type pace struct {
 	since   time.Time // of state and term
 	beaten  int64     // number of the last heartbeat's turn
 	patient time.Duration
-	lonely  bool // as forsaken says
+	sure    time.Time // as a leader: until then a quorum was heard of recently enough
+	lonely  bool      // as forsaken says
 }
 
 // pulse is a heartbeat that is due, and whose it is.
@@ -185,6 +186,9 @@ func (i *instance) tick(now time.Time, due map[trivet.NodeID][]pulse) {
 		p.lonely = lonely
 		i.g.poke()
 	}
+	if state != raft.Leader {
+		i.stir(false)
+	}
 	switch state {
 	case raft.Leader:
 		i.tickLeader(now, due)
@@ -207,16 +211,21 @@ func (i *instance) drawPatience() {
 // tickLeader sends the heartbeats that are due, and looks for a quorum.
 func (i *instance) tickLeader(now time.Time, due map[trivet.NodeID][]pulse) {
 	p, timing := &i.pace, i.g.cfg.Timing
-	members := i.g.store.latestConfig().members
-	// A leader whose disk hangs must not be kept in office by heartbeats (D8).
 	turn := int64(now.Sub(i.g.cfg.Network.pacer.began) / beatEvery(timing))
-	if turn != p.beaten && len(members) > 1 && i.t.mute() == nil && i.t.resigned.Load() != p.term {
+	i.stir(turn != p.beaten)
+	// A leader whose disk hangs must not be kept in office by heartbeats (D8).
+	if turn != p.beaten && i.t.mute() == nil && i.t.resigned.Load() != p.term {
 		p.beaten = turn
-		i.beat(members, due)
+		if members := i.g.store.latestConfig().members; len(members) > 1 {
+			i.beat(members, due)
+		}
 	}
 	without := timing.Heartbeat * quorumShare / 100
-	if now.Sub(p.since) >= without &&
-		i.g.lease.contacts(p.term, i.g.cfg.Replica, members, without, now) < voterN(members)/2+1 {
+	if now.Sub(p.since) < without || now.Before(p.sure) {
+		return
+	}
+	heard, ok := i.g.lease.quorumHeard(p.term, i.g.cfg.Replica, i.g.store.latestConfig().members, now)
+	if p.sure = heard.Add(without); !ok || !now.Before(p.sure) {
 		i.resign(p.term, "no quorum answers")
 	}
 }
@@ -242,6 +251,7 @@ func (i *instance) resign(term uint64, why string) {
 		return
 	}
 	i.g.log.Info("replica gives up leading", "term", term, "why", why)
+	i.t.rests.wake()
 	i.r.VerifyLeader() //nolint:forbidigo // for what it makes the library do: nobody reads the answer
 }
 

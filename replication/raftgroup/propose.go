@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -81,18 +82,97 @@ func (i *instance) ask(ctx context.Context, call func() future) (future, error) 
 		return nil, context.Cause(ctx)
 	case <-lost:
 	}
-	// The library answers at once, unless its main goroutine hangs in the disk; and its answer may
-	// well be good, as when a leader has removed itself.
+	a, err := i.lastWord(ctx, done)
+	if err != nil {
+		return nil, err
+	}
+	return a.fut, a.err
+}
+
+// lastWord waits for the library's answer after the end of a leadership. It answers at once, unless its main goroutine
+// hangs in the disk; and its answer may well be good, as when a leader has removed itself.
+func (i *instance) lastWord(ctx context.Context, done <-chan answer) (answer, error) {
 	grace := time.NewTimer(i.g.cfg.Timing.Heartbeat / 10)
 	defer grace.Stop()
 	select {
 	case a := <-done:
-		return a.fut, a.err
+		return a, nil
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return answer{}, context.Cause(ctx)
 	case <-grace.C:
-		return nil, raft.ErrLeadershipLost
+		return answer{}, raft.ErrLeadershipLost
 	}
+}
+
+// quickWait is how long a proposal waits for the library's main goroutine on the goroutine of its caller. When that is
+// busy for longer, another one waits for it, so that ctx and the end of a leadership count.
+const quickWait = 2 * time.Millisecond
+
+// propose is ask for an entry of at least one byte. In the common case nobody waits for the library's answer: the
+// state machine's goroutine hands the result to the caller (fsm.answer), without a goroutine in between.
+func (i *instance) propose(ctx context.Context, data []byte) (any, error) {
+	lost := i.g.leadership()
+	if lost == nil { // only just elected: the library alone knows when that ends
+		return i.proposeAsking(ctx, data)
+	}
+	if !i.enter() {
+		return nil, raft.ErrNotLeader
+	}
+	applied := i.g.fsm.expect(data)
+	f := i.r.Apply(data, quickWait)
+	if refused(f) {
+		i.g.fsm.forget(data)
+		i.leave()
+		if err := f.Error(); !errors.Is(err, raft.ErrEnqueueTimeout) {
+			return nil, err
+		}
+		return i.proposeAsking(ctx, data) // the first one is definitely not applied
+	}
+	select {
+	case result := <-applied:
+		i.leave()
+		return result, nil
+	case <-ctx.Done():
+	case <-lost:
+	}
+	return i.await(ctx, f, func() {
+		i.g.fsm.forget(data)
+		i.leave()
+	})
+}
+
+// proposeAsking is propose by ask.
+func (i *instance) proposeAsking(ctx context.Context, data []byte) (any, error) {
+	f, err := i.ask(ctx, func() future { return i.r.Apply(data, i.g.enqueueWait()) })
+	if err != nil {
+		return nil, err
+	}
+	return f.(raft.ApplyFuture).Response(), nil
+}
+
+// refused reports whether what Apply returned has its error already: then it is no pointer (errorFuture, future.go:83).
+// A test holds the library to that.
+func refused(f raft.ApplyFuture) bool { return reflect.TypeOf(f).Kind() != reflect.Pointer }
+
+// await waits for the answer to a proposal whose context or leadership has ended. finished is called once the library
+// has answered.
+func (i *instance) await(ctx context.Context, f raft.ApplyFuture, finished func()) (any, error) {
+	done := make(chan answer, 1)
+	go func() { // joined by drain
+		defer finished()
+		done <- answer{f, f.Error()}
+	}()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	a, err := i.lastWord(ctx, done)
+	if err == nil {
+		err = a.err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f.Response(), nil
 }
 
 // enqueueWait is how long a proposal may wait for the library's main goroutine.
@@ -121,11 +201,14 @@ func (g *Group) Propose(ctx context.Context, data []byte) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, err)
 	}
-	f, err := i.ask(ctx, func() future { return i.r.Apply(data, g.enqueueWait()) })
+	do := i.propose
+	if len(data) == 0 {
+		do = i.proposeAsking
+	}
+	result, err := do(ctx, data)
 	if err != nil {
 		return nil, fmt.Errorf("propose to %s: %w", g.cfg.Group, outcome(err))
 	}
-	result := f.(raft.ApplyFuture).Response()
 	if err, ok := result.(error); ok && errors.Is(err, errDead) {
 		return nil, fmt.Errorf("propose to %s: %w: %w", g.cfg.Group, err, trivet.ErrUnavailable)
 	}

@@ -22,8 +22,9 @@ const (
 	fetchEveryMax = time.Second
 	fetchSilent   = 5
 
-	// toldFor is for how many Heartbeats a follower that answers is not told again of a commit index that it knows.
-	toldFor = 5
+	// toldFor is for how many Heartbeats a follower that answers is not told again of a commit index that it knows. One
+	// that was started anew, and has forgotten it, is known by its clock readings (leaseTable.setStamp).
+	toldFor = 120
 )
 
 // peerTransport is the library's Transport for one run of it. What it sends dies with ctx.
@@ -34,6 +35,7 @@ type peerTransport struct {
 	heartbeat func(raft.RPC) // the library's fast path
 	proofTerm atomic.Uint64  // in which this replica stands because the leader's process is gone
 	resigned  atomic.Uint64  // in which this replica leads and has to give up (pace.go)
+	rests     resting        // calls that have nothing to tell
 }
 
 var (
@@ -133,7 +135,14 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 	// Gate 3 (durable.go). The library makes the figure anew for each request.
 	req.LeaderCommitIndex = min(req.LeaderCommitIndex, t.g.store.durable.index())
 	if t.spare(trivet.ReplicaID(id), req, resp) {
-		return nil
+		spared := t.rest(trivet.ReplicaID(id), req, resp)
+		if t.resigned.Load() == req.Term {
+			deny(id, req, resp)
+			return nil
+		}
+		if spared {
+			return nil
+		}
 	}
 	b, sent, err := t.sendAppend(id, to, req, timeout)
 	if err != nil {
@@ -208,19 +217,17 @@ func (t *peerTransport) sendAppend(id raft.ServerID, to raft.ServerAddress, req 
 }
 
 // spare answers here, without sending it, an AppendEntries that would tell its follower nothing: no entries, after an
-// entry that the follower is known to have in this term, and a commit index that it was told a few Heartbeats ago; it
-// is told again after those, as a replica that was started anew has forgotten it. The library sends one every
+// entry that the follower is known to have in this term, and a commit index that it was told; a replica that was
+// started anew has forgotten it, and is told again. The library sends one every
 // CommitTimeout to each follower of each idle group, and the follower takes it on its main goroutine. Only while
-// heartbeats are answered.
+// heartbeats are answered. It then rests (rest.go).
 func (t *peerTransport) spare(id trivet.ReplicaID, req *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) bool {
 	if len(req.Entries) > 0 || isHeartbeat(req) {
 		return false
 	}
-	beat, now := t.g.cfg.Timing.Heartbeat, t.g.now()
-	if !t.g.lease.answered(req.Term, id, beat, now) ||
-		!t.g.lease.knows(req.Term, id, told{req.PrevLogEntry, req.LeaderCommitIndex, now}, toldFor*beat) {
+	if !t.informed(id, req.Term, told{match: req.PrevLogEntry, commit: req.LeaderCommitIndex}) {
 		return false
 	}
 	*resp = raft.AppendEntriesResponse{
@@ -228,6 +235,13 @@ func (t *peerTransport) spare(id trivet.ReplicaID, req *raft.AppendEntriesReques
 		Term:      req.Term, LastLog: req.PrevLogEntry, Success: true,
 	}
 	return true
+}
+
+// informed reports whether a follower answers heartbeats and was told just that a short while ago.
+func (t *peerTransport) informed(id trivet.ReplicaID, term uint64, what told) bool {
+	beat := t.g.cfg.Timing.Heartbeat
+	what.sent = t.g.now()
+	return t.g.lease.answered(term, id, beat, what.sent) && t.g.lease.knows(term, id, what, toldFor*beat)
 }
 
 // deny answers what makes the library's leader step down: no to a heartbeat that it was asked to confirm its

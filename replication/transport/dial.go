@@ -151,7 +151,7 @@ func (p *Peers) dial(node trivet.NodeID, address string) (*client, error) {
 		return nil, err
 	}
 	tuneSocket(raw)
-	conn := tls.Client(raw, cfg)
+	conn := tls.Client(newWire(raw), cfg)
 	far, err := p.greetServer(ctx, conn, node)
 	if err != nil {
 		_ = raw.Close()
@@ -159,6 +159,7 @@ func (p *Peers) dial(node trivet.NodeID, address string) (*client, error) {
 	}
 	c := &client{stream: newStream(p, node, conn), address: address, pending: map[uint64]chan frame{}}
 	p.present(c.stream, far.incarnation, true)
+	c.start()
 	return c, nil
 }
 

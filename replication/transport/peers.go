@@ -24,8 +24,10 @@ import (
 //
 // Small Raft messages overtake bulk in the queues and have handlers reserved; they wait for the frame
 // that is being written, and a larger message goes in frames of 64 KiB. Bulk takes turns by group
-// (flow). A connection over which nothing moves for Limits.DeadAfter, pings included, is ended; its
-// calls fail at once, and the node is dialled again. A malformed frame ends its connection, no other.
+// (flow). The writer is whoever has queued something, when nobody else is and as long as the kernel takes it at once,
+// else a goroutine of the connection (stream.writeNow): to hand a small message over costs more than to write it.
+// Several TLS records go in one system call, either way (wire). A connection over which nothing moves for
+// Limits.DeadAfter, pings included, is ended; its calls fail at once, and the node is dialled again. A malformed frame ends its connection, no other.
 //
 // Peers is a Watcher: what its connections show of the other nodes' processes is judged by liveness.
 //
@@ -35,6 +37,7 @@ type Peers struct {
 	limits      Limits // with defaults
 	log         *slog.Logger
 	incarnation uint64
+	began       time.Time
 	pool        bufferPool
 	stats       counters
 	board       board
@@ -62,6 +65,7 @@ func NewPeers(cfg Config) (*Peers, error) {
 	p := &Peers{
 		cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Logger,
 		incarnation: rand.Uint64() | 1, // 0 stands for none
+		began:       time.Now(),
 		handlers:    map[Kind]Handler{},
 		routes:      map[trivet.NodeID]*route{},
 		accepted:    map[trivet.NodeID][]*stream{},
@@ -77,6 +81,12 @@ func NewPeers(cfg Config) (*Peers, error) {
 	p.live = newLiveness(&p.board, p.limits.SilentAfter)
 	p.lifetime, p.cancel = context.WithCancelCause(context.Background())
 	return p, nil
+}
+
+// untilPing returns how long it is to the next ping. Those of all connections fall together: an idle process, and the
+// idle ones at the far ends, wake up once for all of them.
+func (p *Peers) untilPing() time.Duration {
+	return p.limits.PingEvery - time.Since(p.began)%p.limits.PingEvery
 }
 
 // Local returns the own node.
@@ -153,7 +163,8 @@ func (p *Peers) errClosed() error {
 
 // ServeConn serves a connection that another node opened, until it ended and the handlers of its
 // requests returned. REQUIRES: the handshake is complete, with client certificate, and negotiated
-// ALPN. ServeConn owns conn and closes it. It returns nil when the far end or Close ended it, else
+// ALPN; above a connection of Wrap it is faster. ServeConn owns conn and closes it. It returns nil when the far end or
+// Close ended it, else
 // what was wrong: ErrInvalid when the far end is no node that may connect.
 func (p *Peers) ServeConn(conn *tls.Conn) error {
 	defer func() { _ = conn.NetConn().Close() }()
@@ -180,6 +191,7 @@ func (p *Peers) ServeConn(conn *tls.Conn) error {
 	}
 	p.stats.accepted.Add(1)
 	p.present(s.stream, far.incarnation, false)
+	s.start()
 	p.log.Info("peer connected", "peer", node, "address", conn.RemoteAddr())
 	s.run()
 	p.log.Info("peer disconnected", "peer", node, "err", s.cause())

@@ -52,6 +52,7 @@ type cluster struct {
 	book   *book
 	limits transport.Limits
 	dial   func(ctx context.Context, address string) (net.Conn, error)
+	plain  bool // the servers do not wrap what they accept
 }
 
 func newCluster(t *testing.T) *cluster {
@@ -101,13 +102,14 @@ type node struct {
 	listener net.Listener
 	wg       sync.WaitGroup
 	served   chan error // what ServeConn or the handshake returned
+	plain    bool
 }
 
 // start runs a node on a free port and enters it in the book.
 func (c *cluster) start(t *testing.T, name trivet.NodeID) *node {
 	t.Helper()
 	creds := c.credentials(t, pki.RoleNode, string(name), pki.For(time.Hour))
-	n := &node{Peers: c.peersOf(t, name, creds), creds: creds, served: make(chan error, 1000)}
+	n := &node{Peers: c.peersOf(t, name, creds), creds: creds, served: make(chan error, 1000), plain: c.plain}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	n.listener = l
@@ -133,6 +135,9 @@ func (n *node) serve(ctx context.Context, conn net.Conn) error {
 	})
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	if !n.plain {
+		conn = transport.Wrap(conn)
+	}
 	s := tls.Server(conn, cfg)
 	if err := s.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
@@ -624,4 +629,56 @@ func goroutines() (stacks []string) {
 		}
 	}
 	return stacks
+}
+
+// A call ends with its context though the far end has stopped reading, and its connection's buffers are full: who
+// writes on its own goroutine does not block there.
+func TestPeersCallerIsNotHeldUp(t *testing.T) {
+	c := newCluster(t)
+	creds := c.credentials(t, pki.RoleNode, "deaf", pki.For(time.Hour))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	c.book.set("deaf", l.Addr().String())
+	done := make(chan struct{})
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		raw, err := l.Accept()
+		if !assert.NoError(t, err) {
+			return
+		}
+		defer raw.Close()
+		conn := tls.Server(raw, creds.ServerConfig(pki.Protocols{transport.ALPN: {pki.RoleNode}}))
+		_, err = conn.Read(make([]byte, transport.PrefaceBytes))
+		assert.NoError(t, err)
+		_, err = conn.Write(transport.EncodePreface())
+		assert.NoError(t, err)
+		<-done
+	}()
+	caller := c.peersOf(t, "a", c.credentials(t, pki.RoleNode, "a", pki.For(time.Hour)))
+	defer func() {
+		close(done)
+		require.NoError(t, caller.Close())
+		<-ended
+	}()
+	for range 40 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		_, err = caller.Call(ctx, "deaf", transport.Message{Kind: testKind, Body: make([]byte, 200<<10)})
+		cancel()
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+	}
+	require.Zero(t, caller.Stats().Timeouts, "who waits for the connection until it counts as dead")
+}
+
+// A connection that the server did not wrap does as well.
+func TestPeersPlainConn(t *testing.T) {
+	c := newCluster(t)
+	c.plain = true
+	a, b := c.start(t, "a"), c.start(t, "b")
+	b.Handle(testKind, echo)
+	body := bytes.Repeat([]byte("0123456789"), 30<<10)
+	reply, err := a.Call(t.Context(), "b", transport.Message{Kind: testKind, Body: body})
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(body, reply.Body))
 }

@@ -61,6 +61,7 @@ type sendQueue struct {
 	pool *bufferPool
 	max  [laneN]int64 // bytes
 	wake chan struct{}
+	kick func() // called after something was queued; signal, or what writes at once
 
 	mu     sync.Mutex
 	urgent []*outgoing
@@ -72,10 +73,12 @@ type sendQueue struct {
 }
 
 func newSendQueue(pool *bufferPool, bulkBytesMax int64) *sendQueue {
-	return &sendQueue{
+	q := &sendQueue{
 		pool: pool, max: [laneN]int64{urgentQueueBytesMax, bulkBytesMax},
 		wake: make(chan struct{}, 1), flows: map[trivet.VolumeID]*flow{},
 	}
+	q.kick = q.signal
+	return q
 }
 
 // send encodes f and queues it, waiting for room until ctx or conn end; it then returns that
@@ -179,7 +182,7 @@ func (q *sendQueue) push(l lane, f frame, n int) *outgoing {
 		}
 	}
 	q.mu.Unlock()
-	q.signal()
+	q.kick()
 	return out
 }
 
@@ -188,6 +191,14 @@ func (q *sendQueue) signal() {
 	case q.wake <- struct{}{}:
 	default: // the writer has not yet seen the last signal
 	}
+}
+
+// waiting reports whether there is a frame to write.
+func (q *sendQueue) waiting() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.skipUrgentLocked()
+	return len(q.urgent) > 0 || q.hasBulkLocked()
 }
 
 // abort keeps what the writer has not taken of a message from being written. It reports whether the

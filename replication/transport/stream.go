@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -18,10 +19,16 @@ import (
 // under one deadline.
 const ioBufferBytes = 64 << 10
 
+// readBufferBytes is what is read ahead of frames above a wire: the pieces of a message go straight to their place.
+const readBufferBytes = 4 << 10
+
+// writeNowBytesMax bounds what a goroutine writes of what others have queued meanwhile.
+const writeNowBytesMax = 256 << 10
+
 // errHungUp is part of the cause when the far end closed the connection between two frames.
 var errHungUp = errors.New("closed by the far end")
 
-// stream is what both ends of a connection have in common: a queue and a goroutine for writing,
+// stream is what both ends of a connection have in common: a queue, a goroutine for what cannot be written at once,
 // deadlines that tell a dead connection from an idle one, and one way to end.
 type stream struct {
 	peers *Peers
@@ -30,6 +37,10 @@ type stream struct {
 	queue *sendQueue
 	in    *frameReader // of the goroutine in readLoop
 	began time.Time
+
+	wire *wire         // below conn; nil when it is another one
+	turn sync.Mutex    // held by who writes: writeLoop, or who has just queued something
+	w    *bufio.Writer // to conn, of who writes
 
 	record      *record // of the far end's process; set before run
 	incarnation uint64  // as its preface said; likewise
@@ -44,8 +55,25 @@ func newStream(p *Peers, node trivet.NodeID, conn *tls.Conn) *stream {
 		queue: newSendQueue(&p.pool, p.limits.QueueBytesMax),
 	}
 	s.ctx, s.cancel = context.WithCancelCause(p.lifetime)
+	s.wire, _ = conn.NetConn().(*wire)
 	return s
 }
+
+// start is called when the prefaces are exchanged, before run.
+func (s *stream) start() {
+	limits := s.peers.limits
+	if s.wire == nil {
+		s.w = bufio.NewWriterSize(deadlineConn{s.conn, limits.DeadAfter, nil}, ioBufferBytes)
+		return
+	}
+	s.w = bufio.NewWriterSize(s.conn, ioBufferBytes)
+	s.wire.begin(limits.DeadAfter, s.heard)
+	if s.wire.raw != nil {
+		s.queue.kick = s.writeNow
+	}
+}
+
+func (s *stream) heard() { s.peers.live.heard(s.record, s.incarnation) }
 
 // fail ends the connection. The first cause stays; it wraps a sentinel.
 func (s *stream) fail(cause error) {
@@ -80,8 +108,10 @@ func (s *stream) broken(err error) error {
 // readLoop hands every message to handle until reading or handle fails, and ends the connection.
 func (s *stream) readLoop(begin func(frame, int) (bool, error), handle func(frame) error) {
 	defer s.peers.absent(s) // not when the handlers have returned too: that may be long after
-	heard := func() { s.peers.live.heard(s.record, s.incarnation) }
-	r := bufio.NewReaderSize(deadlineConn{s.conn, s.peers.limits.DeadAfter, heard}, ioBufferBytes)
+	r := bufio.NewReaderSize(s.conn, readBufferBytes)
+	if s.wire == nil {
+		r = bufio.NewReaderSize(deadlineConn{s.conn, s.peers.limits.DeadAfter, s.heard}, ioBufferBytes)
+	}
 	s.in = newFrameReader(r, begin, s.peers.stats.received)
 	for {
 		f, err := s.in.next()
@@ -100,17 +130,19 @@ func unexpected(f frame) error {
 	return fmt.Errorf("unexpected frame of type %d for request %d: %w", f.typ, f.id, trivet.ErrCorrupt)
 }
 
-// writeLoop writes what is queued, pings, and looks from time to time whether the far end may still
-// take part. It returns when the connection ended.
+// writeLoop writes what is queued and was not written at once, pings, and looks from time to time whether the far end
+// may still take part. It returns when the connection ended.
 func (s *stream) writeLoop() {
 	limits := s.peers.limits
-	w := bufio.NewWriterSize(deadlineConn{s.conn, limits.DeadAfter, nil}, ioBufferBytes)
 	recheck := time.NewTicker(limits.RecheckEvery)
 	defer recheck.Stop()
-	ping := time.NewTicker(limits.PingEvery)
+	ping := time.NewTimer(s.peers.untilPing())
 	defer ping.Stop()
 	for {
-		if err := s.writeQueued(w); err != nil {
+		s.turn.Lock()
+		_, err := s.writeQueued(true)
+		s.turn.Unlock()
+		if err != nil {
 			s.fail(s.broken(err))
 			return
 		}
@@ -118,6 +150,7 @@ func (s *stream) writeLoop() {
 		case <-s.queue.wake:
 		case <-ping.C:
 			s.queue.trySend(laneUrgent, frame{typ: framePing}) // no room: the writing will show
+			ping.Reset(s.peers.untilPing())
 		case <-recheck.C:
 			if err := s.recheck(); err != nil {
 				s.fail(err)
@@ -129,20 +162,56 @@ func (s *stream) writeLoop() {
 	}
 }
 
-// writeQueued writes everything that is queued.
-func (s *stream) writeQueued(w *bufio.Writer) error {
-	for {
+// writeNow writes what is queued on the goroutine that has just queued something, as far as that does not block: to
+// wake another one for it costs more than a small message. What is left is for writeLoop.
+func (s *stream) writeNow() {
+	if !s.turn.TryLock() {
+		s.queue.signal() // who writes may not have seen it
+		return
+	}
+	all, err := s.writeQueued(false)
+	s.turn.Unlock()
+	switch {
+	case err != nil:
+		s.fail(s.broken(err))
+	case !all || s.queue.waiting():
+		s.queue.signal()
+	}
+}
+
+// writeQueued writes everything that is queued and returns true; without wait, some of it, and none that would block.
+// REQUIRES: turn.
+func (s *stream) writeQueued(wait bool) (all bool, err error) {
+	for written := 0; wait || written < writeNowBytesMax; {
+		if s.wire != nil && s.wire.gathered() >= wireBufferBytes {
+			if err := s.wire.flush(wait); err != nil || s.wire.gathered() > 0 {
+				return false, err
+			}
+		}
 		p := s.queue.pop()
 		if p.of == nil {
-			return w.Flush()
+			return s.flush(wait)
 		}
-		_, err := w.Write(p.bytes)
+		_, err := s.w.Write(p.bytes)
+		written += len(p.bytes)
 		s.peers.stats.sent(len(p.bytes))
 		s.queue.done(p)
 		if err != nil {
-			return err
+			return false, err
 		}
 	}
+	_, err = s.flush(wait)
+	return false, err
+}
+
+// flush hands everything that was written to the kernel, and reports whether it took it.
+func (s *stream) flush(wait bool) (all bool, err error) {
+	err = s.w.Flush()
+	if err != nil || s.wire == nil {
+		return true, err
+	}
+	err = s.wire.flush(wait)
+	return s.wire.gathered() == 0, err
 }
 
 // recheck returns an error when the far end may no longer take part.
