@@ -139,6 +139,7 @@ type VolumeReport struct {
 	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`                                    // why it is that stage, with the figures
 	Advice        string                 `protobuf:"bytes,8,opt,name=advice,proto3" json:"advice,omitempty"`                                    // the setting that would help, and how
 	Silent        []string               `protobuf:"bytes,9,rep,name=silent,proto3" json:"silent,omitempty"`                                    // nodes that did not answer
+	Cache         *CacheReport           `protobuf:"bytes,10,opt,name=cache,proto3" json:"cache,omitempty"`                                     // of the attached node; absent = no cache there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -232,6 +233,13 @@ func (x *VolumeReport) GetAdvice() string {
 func (x *VolumeReport) GetSilent() []string {
 	if x != nil {
 		return x.Silent
+	}
+	return nil
+}
+
+func (x *VolumeReport) GetCache() *CacheReport {
+	if x != nil {
+		return x.Cache
 	}
 	return nil
 }
@@ -2167,6 +2175,264 @@ func (x *ServeVolumeResponse) GetUri() string {
 	return ""
 }
 
+// CacheReport is what the cache of a volume did in a window, and how it was at the end of it.
+type CacheReport struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Node           string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Mode           string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`         // in force
+	Eviction       string                 `protobuf:"bytes,3,opt,name=eviction,proto3" json:"eviction,omitempty"` // in force
+	SizeBytes      int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	DirtyBytes     int64                  `protobuf:"varint,5,opt,name=dirty_bytes,json=dirtyBytes,proto3" json:"dirty_bytes,omitempty"` // acknowledged and not written back yet
+	CleanBytes     int64                  `protobuf:"varint,6,opt,name=clean_bytes,json=cleanBytes,proto3" json:"clean_bytes,omitempty"`
+	Hits           uint64                 `protobuf:"varint,7,opt,name=hits,proto3" json:"hits,omitempty"` // blocks read that were in it, in the window
+	Misses         uint64                 `protobuf:"varint,8,opt,name=misses,proto3" json:"misses,omitempty"`
+	ByEviction     []*HitCount            `protobuf:"bytes,9,rep,name=by_eviction,json=byEviction,proto3" json:"by_eviction,omitempty"` // since the volume is open
+	Writes         uint64                 `protobuf:"varint,10,opt,name=writes,proto3" json:"writes,omitempty"`                         // acknowledged from memory, in pieces of at most 64 KiB
+	Merged         uint64                 `protobuf:"varint,11,opt,name=merged,proto3" json:"merged,omitempty"`                         // writes that went along with a neighbour
+	WriteBacks     uint64                 `protobuf:"varint,12,opt,name=write_backs,json=writeBacks,proto3" json:"write_backs,omitempty"`
+	WriteBackBytes uint64                 `protobuf:"varint,13,opt,name=write_back_bytes,json=writeBackBytes,proto3" json:"write_back_bytes,omitempty"`
+	ReadAheadBytes uint64                 `protobuf:"varint,14,opt,name=read_ahead_bytes,json=readAheadBytes,proto3" json:"read_ahead_bytes,omitempty"`
+	Delayed        uint64                 `protobuf:"varint,15,opt,name=delayed,proto3" json:"delayed,omitempty"`                                       // writes slowed down as the cache filled
+	Stalled        uint64                 `protobuf:"varint,16,opt,name=stalled,proto3" json:"stalled,omitempty"`                                       // writes that waited for room
+	FlushBytes     int64                  `protobuf:"varint,17,opt,name=flush_bytes,json=flushBytes,proto3" json:"flush_bytes,omitempty"`               // the longest write-back, at the moment
+	FlushDepth     int64                  `protobuf:"varint,18,opt,name=flush_depth,json=flushDepth,proto3" json:"flush_depth,omitempty"`               // write-backs under way at most, at the moment
+	ReadAheadLimit int64                  `protobuf:"varint,19,opt,name=read_ahead_limit,json=readAheadLimit,proto3" json:"read_ahead_limit,omitempty"` // bytes, at the moment
+	Adaptive       bool                   `protobuf:"varint,20,opt,name=adaptive,proto3" json:"adaptive,omitempty"`                                     // the last three follow what is measured
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *CacheReport) Reset() {
+	*x = CacheReport{}
+	mi := &file_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheReport) ProtoMessage() {}
+
+func (x *CacheReport) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheReport.ProtoReflect.Descriptor instead.
+func (*CacheReport) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *CacheReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CacheReport) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *CacheReport) GetEviction() string {
+	if x != nil {
+		return x.Eviction
+	}
+	return ""
+}
+
+func (x *CacheReport) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetDirtyBytes() int64 {
+	if x != nil {
+		return x.DirtyBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetCleanBytes() int64 {
+	if x != nil {
+		return x.CleanBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetHits() uint64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *CacheReport) GetMisses() uint64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
+func (x *CacheReport) GetByEviction() []*HitCount {
+	if x != nil {
+		return x.ByEviction
+	}
+	return nil
+}
+
+func (x *CacheReport) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetMerged() uint64 {
+	if x != nil {
+		return x.Merged
+	}
+	return 0
+}
+
+func (x *CacheReport) GetWriteBacks() uint64 {
+	if x != nil {
+		return x.WriteBacks
+	}
+	return 0
+}
+
+func (x *CacheReport) GetWriteBackBytes() uint64 {
+	if x != nil {
+		return x.WriteBackBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetReadAheadBytes() uint64 {
+	if x != nil {
+		return x.ReadAheadBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetDelayed() uint64 {
+	if x != nil {
+		return x.Delayed
+	}
+	return 0
+}
+
+func (x *CacheReport) GetStalled() uint64 {
+	if x != nil {
+		return x.Stalled
+	}
+	return 0
+}
+
+func (x *CacheReport) GetFlushBytes() int64 {
+	if x != nil {
+		return x.FlushBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetFlushDepth() int64 {
+	if x != nil {
+		return x.FlushDepth
+	}
+	return 0
+}
+
+func (x *CacheReport) GetReadAheadLimit() int64 {
+	if x != nil {
+		return x.ReadAheadLimit
+	}
+	return 0
+}
+
+func (x *CacheReport) GetAdaptive() bool {
+	if x != nil {
+		return x.Adaptive
+	}
+	return false
+}
+
+// HitCount counts the blocks that were read under an eviction policy.
+type HitCount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Eviction      string                 `protobuf:"bytes,1,opt,name=eviction,proto3" json:"eviction,omitempty"`
+	Hits          uint64                 `protobuf:"varint,2,opt,name=hits,proto3" json:"hits,omitempty"`
+	Misses        uint64                 `protobuf:"varint,3,opt,name=misses,proto3" json:"misses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HitCount) Reset() {
+	*x = HitCount{}
+	mi := &file_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HitCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HitCount) ProtoMessage() {}
+
+func (x *HitCount) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HitCount.ProtoReflect.Descriptor instead.
+func (*HitCount) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *HitCount) GetEviction() string {
+	if x != nil {
+		return x.Eviction
+	}
+	return ""
+}
+
+func (x *HitCount) GetHits() uint64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *HitCount) GetMisses() uint64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -2182,7 +2448,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
 	"\x14ExplainVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
-	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xa1\x02\n" +
+	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xd3\x02\n" +
 	"\fVolumeReport\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -2192,7 +2458,9 @@ const file_admin_proto_rawDesc = "" +
 	"\x0elimiting_stage\x18\x06 \x01(\tR\rlimitingStage\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
 	"\x06advice\x18\b \x01(\tR\x06advice\x12\x16\n" +
-	"\x06silent\x18\t \x03(\tR\x06silent\"\xc0\x03\n" +
+	"\x06silent\x18\t \x03(\tR\x06silent\x120\n" +
+	"\x05cache\x18\n" +
+	" \x01(\v2\x1a.trivet.api.v1.CacheReportR\x05cache\"\xc0\x03\n" +
 	"\vStageReport\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -2353,7 +2621,40 @@ const file_admin_proto_rawDesc = "" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri2\x89\f\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xf9\x04\n" +
+	"\vCacheReport\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x1a\n" +
+	"\beviction\x18\x03 \x01(\tR\beviction\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x1f\n" +
+	"\vdirty_bytes\x18\x05 \x01(\x03R\n" +
+	"dirtyBytes\x12\x1f\n" +
+	"\vclean_bytes\x18\x06 \x01(\x03R\n" +
+	"cleanBytes\x12\x12\n" +
+	"\x04hits\x18\a \x01(\x04R\x04hits\x12\x16\n" +
+	"\x06misses\x18\b \x01(\x04R\x06misses\x128\n" +
+	"\vby_eviction\x18\t \x03(\v2\x17.trivet.api.v1.HitCountR\n" +
+	"byEviction\x12\x16\n" +
+	"\x06writes\x18\n" +
+	" \x01(\x04R\x06writes\x12\x16\n" +
+	"\x06merged\x18\v \x01(\x04R\x06merged\x12\x1f\n" +
+	"\vwrite_backs\x18\f \x01(\x04R\n" +
+	"writeBacks\x12(\n" +
+	"\x10write_back_bytes\x18\r \x01(\x04R\x0ewriteBackBytes\x12(\n" +
+	"\x10read_ahead_bytes\x18\x0e \x01(\x04R\x0ereadAheadBytes\x12\x18\n" +
+	"\adelayed\x18\x0f \x01(\x04R\adelayed\x12\x18\n" +
+	"\astalled\x18\x10 \x01(\x04R\astalled\x12\x1f\n" +
+	"\vflush_bytes\x18\x11 \x01(\x03R\n" +
+	"flushBytes\x12\x1f\n" +
+	"\vflush_depth\x18\x12 \x01(\x03R\n" +
+	"flushDepth\x12(\n" +
+	"\x10read_ahead_limit\x18\x13 \x01(\x03R\x0ereadAheadLimit\x12\x1a\n" +
+	"\badaptive\x18\x14 \x01(\bR\badaptive\"R\n" +
+	"\bHitCount\x12\x1a\n" +
+	"\beviction\x18\x01 \x01(\tR\beviction\x12\x12\n" +
+	"\x04hits\x18\x02 \x01(\x04R\x04hits\x12\x16\n" +
+	"\x06misses\x18\x03 \x01(\x04R\x06misses2\x89\f\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -2390,7 +2691,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),      // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),  // 1: trivet.api.v1.ExplainVolumeRequest
@@ -2425,73 +2726,77 @@ var file_admin_proto_goTypes = []any{
 	(*DetachVolumeRequest)(nil),   // 30: trivet.api.v1.DetachVolumeRequest
 	(*ServeVolumeRequest)(nil),    // 31: trivet.api.v1.ServeVolumeRequest
 	(*ServeVolumeResponse)(nil),   // 32: trivet.api.v1.ServeVolumeResponse
-	nil,                           // 33: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                           // 34: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                           // 35: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                           // 36: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                           // 37: trivet.api.v1.Volume.ParametersEntry
+	(*CacheReport)(nil),           // 33: trivet.api.v1.CacheReport
+	(*HitCount)(nil),              // 34: trivet.api.v1.HitCount
+	nil,                           // 35: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                           // 36: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                           // 37: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                           // 38: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                           // 39: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	33, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	35, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	34, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
-	12, // 3: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	35, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	12, // 5: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
-	13, // 6: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	36, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	19, // 8: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	37, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
-	20, // 10: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	20, // 11: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	12, // 12: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	28, // 13: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	19, // 14: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	4,  // 15: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 16: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 17: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 18: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 19: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 20: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 21: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 22: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 23: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 24: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 25: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 26: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 27: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 28: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 29: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 30: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 31: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 32: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 33: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 34: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	5,  // 35: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 36: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 37: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 38: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 39: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 40: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 41: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 42: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 43: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 44: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 45: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 46: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 47: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 48: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 49: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 50: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 51: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 52: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 53: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 54: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	35, // [35:55] is the sub-list for method output_type
-	15, // [15:35] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	33, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
+	36, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
+	37, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
+	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
+	38, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
+	39, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
+	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	28, // 14: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	19, // 15: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	34, // 16: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	4,  // 17: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 18: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 19: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 20: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 21: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 22: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 23: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 24: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 25: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 26: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 27: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 28: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 29: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 30: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 31: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 32: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 33: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 34: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 35: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 36: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	5,  // 37: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 38: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 39: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 40: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 41: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 42: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 43: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 44: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 45: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 46: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 47: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 48: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 49: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 50: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 51: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 52: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 53: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 54: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 55: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 56: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	37, // [37:57] is the sub-list for method output_type
+	17, // [17:37] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -2505,7 +2810,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

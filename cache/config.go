@@ -25,6 +25,7 @@ func Modes() []Mode { return []Mode{WriteBack, WriteThrough, WriteAround} }
 type Settings struct {
 	Mode     Mode     // "" = WriteThrough
 	Eviction Eviction // "" = LRU
+	Order    Order    // of write-backs; "" = OrderDeadline
 	// Bytes of blocks, dirty and clean, at most; at least 512 KiB, or 0: no cache, everything passes through.
 	Bytes int64
 	// ReadAheadBytes is how far ahead of a sequential reader blocks are fetched, at most; 0 = not at all.
@@ -42,6 +43,9 @@ func (s *Settings) Validate() error {
 		return fmt.Errorf("cache mode %q: want one of %v: %w", s.Mode, Modes(), trivet.ErrInvalid)
 	}
 	if _, err := newPolicy(s.Eviction, 0); err != nil {
+		return err
+	}
+	if err := s.Order.check(); err != nil {
 		return err
 	}
 	if s.Bytes < 0 || s.Bytes > 0 && s.Bytes < slotsMin*trivet.BlockSize || s.Bytes > slotsMax*trivet.BlockSize {
@@ -69,7 +73,22 @@ type Config struct {
 	Depth int
 	// Deadline is how old a dirty block may get before it is written back; 0 = 5 s.
 	Deadline time.Duration
+	Meters   Meters
 	Logger   *slog.Logger // nil discards
+}
+
+// Meter is told of each request that comes and goes, and for how long it was there, by many goroutines at once. It must
+// not block.
+type Meter interface {
+	Enter()
+	Leave(d time.Duration)
+}
+
+// Meters measure a Device; nil = not measured.
+type Meters struct {
+	Own       Meter // reads and writes, until they are answered or passed on to the Device below
+	Room      Meter // writes that the dirty limit holds back; what passes at once is not counted
+	WriteBack Meter // write-backs, from the copy of their blocks until they are below
 }
 
 const (

@@ -40,9 +40,9 @@ type Device struct {
 	all     []*flight
 	idle    chan *flight // flights at rest
 	work    chan *flight
-	fetch   chan fetch // read-ahead to do
-	batch   []due      // of the flusher, and the table that they are in
-	batchOf *slots
+	fetch   chan fetch  // read-ahead to do
+	queue   *flushQueue // of the flusher, and the table that its blocks are in
+	queueOf *slots
 
 	sleeper sleeper
 
@@ -122,6 +122,7 @@ func (d *Device) openSlots() error {
 	if d.t, err = newSlots(m, d.cfg.Volume, d.set.Eviction); err != nil {
 		return errors.Join(err, m.close())
 	}
+	d.t.dirty.byRegion(d.set.Order == OrderFair)
 	seq, n, lostErr := d.t.recover(d.now() - d.cfg.Deadline)
 	d.seq = seq
 	poison := h.poisoned && d.cfg.Resume
@@ -179,6 +180,7 @@ func (d *Device) begin(s Settings) error {
 	if d.t, err = newSlots(m, d.cfg.Volume, s.Eviction); err != nil {
 		return errors.Join(err, m.close())
 	}
+	d.t.dirty.byRegion(s.Order == OrderFair)
 	m.commit(d.seq)
 	if l != nil {
 		l.head = header{
@@ -208,12 +210,15 @@ func (d *Device) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if err := trivet.CheckRange(off, int64(len(p)), d.next.Size()); err != nil {
 		return fmt.Errorf("write %s: %w", d.cfg.Volume, err)
 	}
+	own := begin(d.cfg.Meters.Own)
+	defer own.end()
 	mode, err := d.enter(ctx)
 	if err != nil {
 		return err
 	}
 	defer d.leave()
 	if mode != WriteBack {
+		own.end()
 		return d.writeThrough(ctx, p, off, mode)
 	}
 	for first := true; len(p) > 0 || first; first = false {
@@ -312,6 +317,11 @@ func (d *Device) takeSlots(ctx context.Context, taken []int32) error {
 	limit := d.dirtyLimitLocked()
 	wait := d.pace.delay(d.now(), len(taken), d.t.unwritten(), limit)
 	d.mu.Unlock()
+	var held timing
+	if wait > 0 {
+		held = begin(d.cfg.Meters.Room)
+	}
+	defer func() { held.end() }()
 	if err := d.sleeper.sleep(ctx, wait); err != nil {
 		return fmt.Errorf("write to the cache of %s: %w", d.cfg.Volume, err)
 	}
@@ -338,6 +348,9 @@ func (d *Device) takeSlots(ctx context.Context, taken []int32) error {
 			waits = true
 			d.urgent++
 			d.stats.Stalled++
+			if wait == 0 {
+				held = begin(d.cfg.Meters.Room)
+			}
 		}
 		d.wakeFlusherLocked()
 		if err := d.waitLocked(ctx); err != nil {
@@ -457,6 +470,9 @@ func (d *Device) setLocked(ctx context.Context, old, s Settings) error {
 		}
 	}
 	d.set = s
+	if d.t != nil {
+		d.t.dirty.byRegion(s.Order == OrderFair)
+	}
 	if d.t != nil && (s.NoClean || s.Mode == WriteAround) && !old.NoClean {
 		d.t.dropAllClean()
 	}

@@ -2,7 +2,8 @@
 // acknowledged writes outlive the process, and a read cache with read-ahead.
 //
 //	config.go, device.go   settings, opening, writes, draining
-//	writeback.go, pace.go  what is written back, when, and how writers are slowed down
+//	writeback.go, pace.go, what is written back, when, in which order, and how writers are slowed down
+//	flushqueue.go
 //	through.go             discards, and writes that go through
 //	read.go, readahead.go  hits, fills, sequential runs
 //	slots.go, index.go,    the table: which slot holds which block, in which state

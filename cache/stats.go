@@ -29,6 +29,28 @@ type Stats struct {
 	ByEviction [4]HitRate // in the order of Evictions
 }
 
+// timing is a request that a Meter measures. The zero value measures nothing.
+type timing struct {
+	meter Meter
+	began time.Time
+}
+
+func begin(m Meter) timing {
+	if m == nil {
+		return timing{}
+	}
+	m.Enter()
+	return timing{m, time.Now()}
+}
+
+// end may be called again, and does nothing then.
+func (t *timing) end() {
+	if t.meter != nil {
+		t.meter.Leave(time.Since(t.began))
+		t.meter = nil
+	}
+}
+
 func place(e Eviction) int {
 	switch e {
 	case LFU:

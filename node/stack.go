@@ -52,6 +52,7 @@ func stack(cached *caching, v *meta.Volume, with *shared, stages *stage.Volume) 
 		return nil, err
 	}
 	scheduled := with.scheduler.Device(cached, share, meterOf(stages, stage.Scheduler))
+	stages.SetCache(cached.counts)
 	throttle := iothrottle.NewWith(scheduled, limits, iothrottle.Options{Meter: meterOf(stages, stage.Throttle)})
 	return &path{
 		Device:   protect(probeRequests(throttle, stages), v.Attached != nil && v.Attached.ReadOnly),
@@ -69,6 +70,7 @@ func meterOf(stages *stage.Volume, s stage.Stage) iothrottle.Meter {
 
 // close takes the path out of what it shares with others. REQUIRES: called once, when no request comes any more.
 func (p *path) close() {
+	p.stages.SetCache(nil)
 	p.scheduled.Close()
 	p.stages.Close()
 }

@@ -121,6 +121,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		if limits, ok := n.Limits(v.ID()); ok {
 			limitMetrics(out, name, limits)
 		}
+		if st, ok := n.CacheStats(v.ID()); ok && st.Bytes > 0 {
+			cacheMetrics(out, name, &st)
+		}
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)
 		}

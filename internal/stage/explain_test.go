@@ -108,6 +108,54 @@ func explainCases() []explainCase {
 			stage: "network", node: "a", what: "replicas closer together",
 		},
 		{
+			name: "writes answered from memory", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 50000, 0.0001), seen(stage.Cache, "a", 50000, 0.0001),
+					seen(stage.WriteBack, "a", 100, 0.1), seen(stage.LeaderLog, "a", 100, 0.09)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "cache", node: "a", reason: "from the memory of node a", what: "nothing below",
+		},
+		{
+			name: "no room in the cache", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.Cache, "a", 1000, 0.02),
+					seen(stage.CacheRoom, "a", 1000, 0.019), seen(stage.WriteBack, "a", 100, 0.1),
+					seen(stage.LeaderLog, "a", 100, 0.09)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "leader_log", node: "a", reason: "wait for room in the cache for 95%", what: "cacheSize=MORE",
+		},
+		{
+			name: "flushes wait for write-backs", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.001), seen(stage.Flush, "a", 1000, 0.01),
+					seen(stage.WriteBack, "a", 1000, 0.009), seen(stage.Apply, "a", 1000, 0.009)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "apply", node: "a", reason: "flushes wait for write-backs for 91%", what: "engine of a",
+		},
+		{
+			name: "write-backs, and the leader did not answer", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.CacheRoom, "a", 1000, 0.019),
+					seen(stage.WriteBack, "a", 100, 0.1)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "write_back", node: "a", reason: "did not answer", what: "cacheSize=MORE",
+		},
+		{
+			name: "reads from memory", windows: []stage.Window{
+				at("a", seen(stage.Read, "a", 50000, 0.0001), seen(stage.Cache, "a", 50000, 0.00009)),
+			},
+			stage: "cache", node: "a", what: "answered from the memory of a",
+		},
+		{
+			name: "reads that miss", windows: []stage.Window{{
+				Node: "a", Cache: &stage.CacheSummary{Hits: 1, Misses: 3}, Stages: []stage.Summary{
+					seen(stage.Read, "a", 1000, 0.02), seen(stage.Replication, "a", 1000, 0.019),
+					seen(stage.ServeRead, "a", 1000, 0.018),
+				},
+			}},
+			stage: "serve_read", node: "a", reason: "25% of the blocks", what: "cacheSize",
+		},
+		{
 			name: "the leader did not answer", windows: []stage.Window{at("a", seen(stage.Write, "a", 1000, 0.02))},
 			reason: "did not answer",
 		},
