@@ -60,6 +60,11 @@ func stack(cached *caching, v *meta.Volume, with *shared, stages *stage.Volume) 
 	}, nil
 }
 
+// Allocated implements trivet.Allocator, by all stages of the path.
+func (p *path) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, p.Device, off, n, runs)
+}
+
 // meterOf returns a Meter for iothrottle, which tells no Meter by nil.
 func meterOf(stages *stage.Volume, s stage.Stage) iothrottle.Meter {
 	if stages == nil {
@@ -218,3 +223,8 @@ func (d *readOnlyDevice) WriteZeroes(context.Context, int64, int64) error { retu
 
 // Flush has nothing to flush.
 func (d *readOnlyDevice) Flush(context.Context) error { return nil }
+
+// Allocated implements trivet.Allocator.
+func (d *readOnlyDevice) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, d.Device, off, n, runs)
+}
