@@ -30,6 +30,9 @@ type Settings struct {
 	Bytes int64
 	// ReadAheadBytes is how far ahead of a sequential reader blocks are fetched, at most; 0 = not at all.
 	ReadAheadBytes int64
+	// Adaptive lets the size and the number of write-backs, and how far is read ahead, follow what is measured: within
+	// 64 or 128 KiB, 8 to 32, and ReadAheadBytes. Without it they are 64 KiB, Config.Depth and ReadAheadBytes.
+	Adaptive bool
 	// NoClean is for attachments of two writers: the other may change the blocks below. No copies are kept for reads,
 	// and WriteBack means WriteThrough.
 	NoClean bool
@@ -69,7 +72,7 @@ type Config struct {
 	// Resume says that whoever used the Device of the predecessor goes on without having seen it die: what was lost
 	// there must stay lost (H14). Without it an opened cache starts well.
 	Resume bool
-	// Depth is how many write-backs are in flight at most; 0 = 16.
+	// Depth is how many write-backs are in flight at most, unless Adaptive; 0 = 16.
 	Depth int
 	// Deadline is how old a dirty block may get before it is written back; 0 = 5 s.
 	Deadline time.Duration

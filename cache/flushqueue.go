@@ -175,7 +175,7 @@ func (d *dirtySlots) byRegion(want bool) {
 	case d.regions == nil:
 		n := len(d.lba)
 		d.regions = &regions{prev: make([]int32, n), next: make([]int32, n), at: make(map[uint64]*region)}
-		for s := d.head; s != none; s = d.list.next[s] {
+		for s := d.head; s != none; s = d.next[s] {
 			d.regions.of(d.lba[s]).pushBack(s)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 // batchMax is how many dirty blocks the flusher puts in order at a time: 32 MiB.
 const batchMax = 8192
 
-// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes.
+// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many.
 type flight struct {
 	buf   []byte
 	lba   trivet.LBA
@@ -29,19 +29,20 @@ func (d *Device) run() {
 		return
 	}
 	d.running = true
-	d.idle, d.work = make(chan *flight, d.cfg.Depth), make(chan *flight, d.cfg.Depth)
-	buf := make([]byte, d.cfg.Depth*trivet.AtomicWriteBytes)
-	for i := range d.cfg.Depth {
-		f := &flight{
-			buf:   buf[i*trivet.AtomicWriteBytes : (i+1)*trivet.AtomicWriteBytes],
-			slots: make([]int32, 0, pieceBlocks), cover: noCover,
-		}
+	n := max(d.cfg.Depth, adaptiveDepthMax)
+	const most = flightBlocksMax * trivet.BlockSize
+	d.idle, d.work = make(chan *flight, n), make(chan *flight, n)
+	buf := make([]byte, n*most) // memory is taken up as it is used: not adaptive, half of the half
+	d.parked = make([]*flight, 0, n)
+	for i := range n {
+		f := &flight{buf: buf[i*most : (i+1)*most], slots: make([]int32, 0, flightBlocksMax), cover: noCover}
 		d.all = append(d.all, f)
-		d.idle <- f
+		d.parked = append(d.parked, f)
 		d.group.Go(func() error { d.fly(); return nil })
 	}
+	d.unparkLocked()
 	d.queue = newFlushQueue(d.cfg.Deadline)
-	d.spans = make([]span, 0, 2*d.cfg.Depth)
+	d.spans = make([]span, 0, 2*n)
 	d.group.Go(func() error { d.flusher(); return nil })
 	d.runReadAhead()
 	d.kick <- struct{}{}
@@ -168,8 +169,10 @@ func (t *slots) due(s int32) due {
 }
 
 // loadLocked makes a flight of w and its dirty neighbours. What is left of one write stays together, as long as no
-// other write has covered a part of it: so it reaches the device below whole or not at all. False: w is gone, or in
-// the way of another write-back or an operation that goes through; never are two of one block under way.
+// other write has covered a part of it: so it reaches the device below whole or not at all. A flight that is longer
+// than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the device below cuts. False:
+// w is gone, or in the way of another write-back or an operation that goes through; never are two of one block under
+// way.
 func (d *Device) loadLocked(f *flight, w due) bool {
 	t := d.t
 	if t == nil || t != d.queueOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {
@@ -187,10 +190,13 @@ func (d *Device) loadLocked(f *flight, w due) bool {
 		return false
 	}
 	f.lba, f.slots, f.cover, f.began = first, f.slots[:0], noCover, d.now()
+	cut := false // a write of the flight lies on both sides of a multiple of AtomicWriteBytes
 	for writes := 0; ; writes++ {
 		run := t.runOf(first + trivet.LBA(len(f.slots)))
 		at := first + trivet.LBA(len(f.slots))
-		if run == 0 || len(f.slots)+run > pieceBlocks || d.inUseLocked(at, int64(run)) {
+		cut = cut || at/pieceBlocks != (at+trivet.LBA(max(run, 1))-1)/pieceBlocks
+		long := len(f.slots)+run > pieceBlocks
+		if run == 0 || len(f.slots)+run > d.mode.blocks || long && cut || d.inUseLocked(at, int64(run)) {
 			if writes == 0 {
 				return false
 			}
@@ -206,6 +212,7 @@ func (d *Device) loadLocked(f *flight, w due) bool {
 	for _, s := range f.slots {
 		t.launch(s)
 	}
+	d.aloftN++
 	d.spans = append(d.spans, span{f.lba, int64(len(f.slots)), false})
 	d.stats.WriteBacks++
 	d.stats.WriteBackBytes += uint64(len(f.slots)) * trivet.BlockSize
@@ -237,7 +244,6 @@ func (d *Device) fly() {
 			err := d.carry(f)
 			under.end()
 			d.land(f, err)
-			d.idle <- f
 		}
 	}
 }
@@ -269,12 +275,16 @@ func (d *Device) land(f *flight, err error) {
 	}
 	switch {
 	case err == nil:
-		d.pace.done(f.began, d.now(), len(f.slots))
+		now := d.now()
+		d.pace.done(f.began, now, len(f.slots))
+		d.learnLocked(now, now-f.began, len(f.slots))
 	case errors.Is(err, trivet.ErrFenced):
 		d.fenceLocked(err)
 	case d.life.Err() == nil: // else Close has broken it off
 		d.poisonLocked(err)
 	}
+	d.aloftN--
+	d.restLocked(f)
 	d.changed.fire()
 	d.wakeFlusherLocked()
 }

@@ -23,6 +23,7 @@ const (
 	paramReadAhead = "readAhead"   // absent: as much as there is
 	paramEviction  = "eviction"    // absent: lru
 	paramOrder     = "ioScheduler" // absent: deadline
+	paramAdaptive  = "adaptive"    // on or off; absent: off
 )
 
 const (
@@ -118,7 +119,8 @@ func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached, meters 
 func cacheOf(v *meta.Volume) (cache.Settings, int, error) {
 	s := cache.Settings{
 		Mode: cache.Mode(v.Params[paramCacheMode]), Eviction: cache.Eviction(v.Params[paramEviction]),
-		Order: cache.Order(v.Params[paramOrder]), ReadAheadBytes: cache.ReadAheadMax,
+		Order: cache.Order(v.Params[paramOrder]), Adaptive: v.Params[paramAdaptive] == "on",
+		ReadAheadBytes: cache.ReadAheadMax,
 	}
 	if s.Mode == "" {
 		s.Mode = cache.WriteThrough

@@ -23,7 +23,8 @@ func (f *caching) counts() stage.CacheCounts {
 		Mode: string(s.Mode), Eviction: string(set.Eviction), SizeBytes: s.Bytes, DirtyBytes: s.DirtyBytes,
 		CleanBytes: s.CleanBytes, Writes: s.Writes, Merged: s.Merged, WriteBacks: s.WriteBacks,
 		WriteBackBytes: s.WriteBackBytes, ReadAheadBytes: s.ReadAheadBlocks * trivet.BlockSize, Delayed: s.Delayed,
-		Stalled: s.Stalled,
+		Stalled: s.Stalled, Adaptive: s.Adaptive, FlushBytes: s.FlushBytes, FlushDepth: int64(s.FlushDepth),
+		ReadAheadLimit: s.ReadAheadBytes,
 	}
 	if c.Eviction == "" {
 		c.Eviction = string(cache.LRU)
