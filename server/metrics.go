@@ -116,6 +116,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		return // no member of a cluster yet
 	}
 	schedulerMetrics(out, n.Scheduler())
+	for disk, st := range n.DiskSchedulers() {
+		diskSchedulerMetrics(out, string(disk), st)
+	}
 	for _, v := range shown {
 		name := nameOf(v.ID().String())
 		if limits, ok := n.Limits(v.ID()); ok {

@@ -27,6 +27,13 @@ var (
 	descWaiting  = desc("trivet_scheduler_waiting", "Requests that wait for other volumes.")
 	descCapacity = desc("trivet_scheduler_capacity", "Requests per second that were done while others waited; 0 = never.")
 
+	descDiskWindow = desc("trivet_disk_scheduler_window", "Requests that a disk may have under way while others wait.",
+		"disk")
+	descDiskInside   = desc("trivet_disk_scheduler_inside", "Requests, and background work, under way on a disk.", "disk")
+	descDiskWaiting  = desc("trivet_disk_scheduler_waiting", "Requests and background work that wait for a disk.", "disk")
+	descDiskCapacity = desc("trivet_disk_scheduler_capacity",
+		"Requests per second that a disk did while others waited; 0 = never.", "disk")
+
 	descConns    = desc("trivet_peer_connections", "Connections with other nodes.", "direction")
 	descSent     = desc("trivet_peer_sent_bytes_total", "Bytes sent to other nodes.")
 	descReceived = desc("trivet_peer_received_bytes_total", "Bytes received from other nodes.")
@@ -59,6 +66,10 @@ var (
 	descCacheAhead  = desc("trivet_cache_read_ahead_bytes_total", "Bytes read ahead.", "volume")
 	descCacheHeld   = desc("trivet_cache_held_writes_total", "Writes slowed down as dirty blocks came near their limit "+
 		"(delayed), and that waited for room (stalled).", "volume", "how")
+
+	descCacheFlush = desc("trivet_cache_write_back_limit_bytes", "The longest write-back, at the moment.", "volume")
+	descCacheDepth = desc("trivet_cache_write_back_depth", "Write-backs under way at most, at the moment.", "volume")
+	descCacheReach = desc("trivet_cache_read_ahead_limit_bytes", "How far is read ahead at most, at the moment.", "volume")
 
 	descLeader  = desc("trivet_replica_leader", "1 if the replica here leads its group.", "volume")
 	descTerm    = desc("trivet_replica_term", "Raft term of the replica here.", "volume")
@@ -152,6 +163,13 @@ func schedulerMetrics(out chan<- prometheus.Metric, st iothrottle.SchedulerStats
 	gauge(out, descCapacity, st.Capacity)
 }
 
+func diskSchedulerMetrics(out chan<- prometheus.Metric, disk string, st iothrottle.SchedulerStats) {
+	gauge(out, descDiskWindow, st.Window, disk)
+	gauge(out, descDiskInside, st.Inside, disk)
+	gauge(out, descDiskWaiting, float64(st.WaitingN), disk)
+	gauge(out, descDiskCapacity, st.Capacity, disk)
+}
+
 func limitMetrics(out chan<- prometheus.Metric, name string, l iothrottle.Limits) {
 	for _, f := range []struct {
 		label string
@@ -199,4 +217,7 @@ func cacheMetrics(out chan<- prometheus.Metric, name string, s *cache.Stats) {
 	counter(out, descCacheAhead, float64(s.ReadAheadBlocks)*trivet.BlockSize, name)
 	counter(out, descCacheHeld, float64(s.Delayed), name, "delayed")
 	counter(out, descCacheHeld, float64(s.Stalled), name, "stalled")
+	gauge(out, descCacheFlush, float64(s.FlushBytes), name)
+	gauge(out, descCacheDepth, float64(s.FlushDepth), name)
+	gauge(out, descCacheReach, float64(s.ReadAheadBytes), name)
 }

@@ -60,7 +60,9 @@ func Explain(in Input) Finding {
 	case all[Throttle].Little >= heldShare*under:
 		return throttled(&in, all, under)
 	case all[Scheduler].Little >= heldShare*under:
-		return outranked(&in, all, under)
+		return outranked(&in, all[Scheduler], "the other volumes of node "+all[Scheduler].Node, under)
+	case all[DiskTurn].Little >= heldShare*under:
+		return outranked(&in, all[DiskTurn], "other volumes that lead on the same disk of node "+all[DiskTurn].Node, under)
 	case under < idleBelow:
 		return Finding{Reason: fmt.Sprintf("%.2f requests were under way at a time: the volume waited for its user most of "+
 			"the time", under), Advice: "nothing here is slow; more requests at a time would get more done"}
@@ -144,10 +146,10 @@ func throttled(in *Input, all [stageN]Summary, under float64) Finding {
 	return f
 }
 
-func outranked(in *Input, all [stageN]Summary, under float64) Finding {
+func outranked(in *Input, held Summary, others string, under float64) Finding {
 	return Finding{
-		Stage: Scheduler.String(), Node: all[Scheduler].Node,
-		Reason: "requests wait for other volumes of node " + all[Scheduler].Node + " for " + share(all[Scheduler], under),
+		Stage: held.Stage, Node: held.Node,
+		Reason: "requests wait for " + others + " for " + share(held, under),
 		Advice: fmt.Sprintf("trivet volume set %s priority=MORE or iopsReservation=N; or limit the other volumes", in.Name),
 	}
 }

@@ -62,6 +62,12 @@ func explainCases() []explainCase {
 			stage: "scheduler", node: "a", reason: "62% of the time", what: "priority=MORE",
 		},
 		{
+			name: "other volumes of the leader's disk", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 100, 0.08)), at("b", seen(stage.DiskTurn, "b", 100, 0.05)),
+			},
+			stage: "disk_turn", node: "b", reason: "the same disk of node b", what: "priority=MORE",
+		},
+		{
 			name: "leader's disk, with a queue before it", windows: []stage.Window{
 				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.Replication, "a", 1000, 0.02)),
 				at("b", seen(stage.Queue, "b", 1000, 0.012), seen(stage.LeaderLog, "b", 100, 0.05),

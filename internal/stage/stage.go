@@ -35,6 +35,7 @@ const (
 	CacheRoom                // held back because the cache has no room for more dirty blocks
 	WriteBack                // cache: dirty blocks on their way to what is below
 	Replication              // below everything: sent to the group and answered
+	DiskTurn                 // leader: held back for other volumes with leaders on the disk
 	Queue                    // leader: waiting for a place in a log entry
 	LeaderLog                // leader: appends to its log until they are on stable storage
 	Network                  // leader: entries sent until the follower's answer, its log included
@@ -46,7 +47,7 @@ const (
 
 var names = [stageN]string{
 	"read", "write", "discard", "flush", "throttle", "scheduler", "cache", "cache_room",
-	"write_back", "replication", "queue", "leader_log",
+	"write_back", "replication", "disk_turn", "queue", "leader_log",
 	"network", "follower_log", "apply", "serve_read",
 }
 
