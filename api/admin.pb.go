@@ -1198,24 +1198,26 @@ func (x *ListVolumesResponse) GetVolumes() []*Volume {
 }
 
 type Volume struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	Phase         string                 `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	ReclaimPolicy string                 `protobuf:"bytes,6,opt,name=reclaim_policy,json=reclaimPolicy,proto3" json:"reclaim_policy,omitempty"`
-	Parameters    map[string]string      `protobuf:"bytes,7,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Replicas      []*Replica             `protobuf:"bytes,8,rep,name=replicas,proto3" json:"replicas,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	AttachedNode  string                 `protobuf:"bytes,10,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`
-	Device        string                 `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`   // block device, when attached to the server that was asked
-	Created       string                 `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"` // RFC 3339
-	WantReplicas  int32                  `protobuf:"varint,13,opt,name=want_replicas,json=wantReplicas,proto3" json:"want_replicas,omitempty"`
-	Retired       []*Replica             `protobuf:"bytes,14,rep,name=retired,proto3" json:"retired,omitempty"` // no members any more, but their data is still to be removed
-	Pending       string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"` // which change of its replicas it waits for, or why it does not get it
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name             string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Phase            string                 `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
+	Reason           string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	ReclaimPolicy    string                 `protobuf:"bytes,6,opt,name=reclaim_policy,json=reclaimPolicy,proto3" json:"reclaim_policy,omitempty"`
+	Parameters       map[string]string      `protobuf:"bytes,7,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Replicas         []*Replica             `protobuf:"bytes,8,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	Epoch            uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	AttachedNode     string                 `protobuf:"bytes,10,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`
+	Device           string                 `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`   // block device, when attached to the server that was asked
+	Created          string                 `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"` // RFC 3339
+	WantReplicas     int32                  `protobuf:"varint,13,opt,name=want_replicas,json=wantReplicas,proto3" json:"want_replicas,omitempty"`
+	Retired          []*Replica             `protobuf:"bytes,14,rep,name=retired,proto3" json:"retired,omitempty"`                                  // no members any more, but their data is still to be removed
+	Pending          string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"`                                  // which change of its replicas it waits for, or why it does not get it
+	AttachedNodes    []string               `protobuf:"bytes,16,rep,name=attached_nodes,json=attachedNodes,proto3" json:"attached_nodes,omitempty"` // all that have it attached, the longest first; more than one only to read
+	AttachedReadOnly bool                   `protobuf:"varint,17,opt,name=attached_read_only,json=attachedReadOnly,proto3" json:"attached_read_only,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
@@ -1351,6 +1353,20 @@ func (x *Volume) GetPending() string {
 		return x.Pending
 	}
 	return ""
+}
+
+func (x *Volume) GetAttachedNodes() []string {
+	if x != nil {
+		return x.AttachedNodes
+	}
+	return nil
+}
+
+func (x *Volume) GetAttachedReadOnly() bool {
+	if x != nil {
+		return x.AttachedReadOnly
+	}
+	return false
 }
 
 type Replica struct {
@@ -2050,11 +2066,12 @@ func (x *DetachVolumeRequest) GetForce() bool {
 type ServeVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`                  // path of a unix socket; exactly one of socket and listen is given
-	Listen        string                 `protobuf:"bytes,3,opt,name=listen,proto3" json:"listen,omitempty"`                  // host:port, always with TLS that both ends authenticate
-	TlsCert       string                 `protobuf:"bytes,4,opt,name=tls_cert,json=tlsCert,proto3" json:"tls_cert,omitempty"` // files on the server: certificate and key, and the CA that signs clients; all or
-	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`    // none. Without them the server uses its own certificate, and clients those of
-	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`       // the cluster's CA with the role client or node.
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`                      // path of a unix socket; exactly one of socket and listen is given
+	Listen        string                 `protobuf:"bytes,3,opt,name=listen,proto3" json:"listen,omitempty"`                      // host:port, always with TLS that both ends authenticate
+	TlsCert       string                 `protobuf:"bytes,4,opt,name=tls_cert,json=tlsCert,proto3" json:"tls_cert,omitempty"`     // files on the server: certificate and key, and the CA that signs clients; all or
+	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`        // none. Without them the server uses its own certificate, and clients those of
+	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`           // the cluster's CA with the role client or node.
+	ReadOnly      bool                   `protobuf:"varint,7,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // attach as one of any number of readers; clients are refused every write
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2129,6 +2146,13 @@ func (x *ServeVolumeRequest) GetTlsCa() string {
 		return x.TlsCa
 	}
 	return ""
+}
+
+func (x *ServeVolumeRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
 }
 
 type ServeVolumeResponse struct {
@@ -2538,7 +2562,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x14DeleteVolumeResponse\"\x14\n" +
 	"\x12ListVolumesRequest\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xb8\x04\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\x8d\x05\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -2558,7 +2582,9 @@ const file_admin_proto_rawDesc = "" +
 	"\acreated\x18\f \x01(\tR\acreated\x12#\n" +
 	"\rwant_replicas\x18\r \x01(\x05R\fwantReplicas\x120\n" +
 	"\aretired\x18\x0e \x03(\v2\x16.trivet.api.v1.ReplicaR\aretired\x12\x18\n" +
-	"\apending\x18\x0f \x01(\tR\apending\x1a=\n" +
+	"\apending\x18\x0f \x01(\tR\apending\x12%\n" +
+	"\x0eattached_nodes\x18\x10 \x03(\tR\rattachedNodes\x12,\n" +
+	"\x12attached_read_only\x18\x11 \x01(\bR\x10attachedReadOnly\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -2612,14 +2638,15 @@ const file_admin_proto_rawDesc = "" +
 	"\x06device\x18\x02 \x01(\tR\x06device\"?\n" +
 	"\x13DetachVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\xa3\x01\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\xc0\x01\n" +
 	"\x12ServeVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
 	"\x06listen\x18\x03 \x01(\tR\x06listen\x12\x19\n" +
 	"\btls_cert\x18\x04 \x01(\tR\atlsCert\x12\x17\n" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
-	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
+	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\x12\x1b\n" +
+	"\tread_only\x18\a \x01(\bR\breadOnly\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xf9\x04\n" +
 	"\vCacheReport\x12\x12\n" +
