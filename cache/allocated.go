@@ -8,14 +8,14 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// unwrittenMax bounds the blocks that one answer of Allocated looks at, and so its memory: a table with more that is not
-// written back is asked piece by piece.
+// unwrittenMax bounds the blocks that one answer of Allocated looks at, and so its memory: a table with more that is
+// not written back is asked piece by piece.
 const unwrittenMax = 32 << 10
 
 var _ trivet.Allocator = (*Device)(nil)
 
-// Allocated implements trivet.Allocator. What was acknowledged and is not below yet is data; of the rest the device below
-// knows.
+// Allocated implements trivet.Allocator. What was acknowledged and is not below yet is data; of the rest the device
+// below knows.
 func (d *Device) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
 	if err := trivet.CheckRange(off, n, d.next.Size()); err != nil {
 		return 0, fmt.Errorf("block status of %s: %w", d.cfg.Volume, err)
@@ -40,8 +40,8 @@ func (d *Device) Allocated(ctx context.Context, off, n int64, runs []trivet.Run)
 	return overlay(below[:used], off, blocks, runs), nil
 }
 
-// unwrittenLocked returns the blocks of the range that are not below yet, in order, and for how many bytes of it that is
-// the answer.
+// unwrittenLocked returns the blocks of the range that are not below yet, in order, and for how many bytes of it that
+// is the answer.
 func (d *Device) unwrittenLocked(lba trivet.LBA, n int64) ([]trivet.LBA, int64) {
 	if d.t == nil || d.t.dirty.n+d.t.flyingN == 0 {
 		return nil, n
@@ -77,8 +77,8 @@ func (d *Device) unwrittenLocked(lba trivet.LBA, n int64) ([]trivet.LBA, int64) 
 	return out, n
 }
 
-// overlay writes to out the runs of below, which begin at off, with blocks as data, and returns how many it used. They end
-// earlier than those of below if out has no room. It is pure.
+// overlay writes to out the runs of below, which begin at off, with blocks as data, and returns how many it used. They
+// end earlier than those of below if out has no room. It is pure.
 func overlay(below []trivet.Run, off int64, blocks []trivet.LBA, out []trivet.Run) int {
 	used := 0
 	add := func(n int64, allocated bool) bool {

@@ -51,9 +51,9 @@ type due struct {
 // flushQueue is what is to be written back of one collection, in its order. It is pure, and allocates nothing once it
 // was made.
 //
-// Deadline is C-SCAN with deadlines, as mq-deadline of Linux: it goes through the volume in one direction, from where the
-// last collection ended, and begins again in front; every burstFlights write-backs it looks for a block that is late,
-// which is one that has been dirty for two deadlines (write-back begins at one), and goes on from there. Fair is
+// Deadline is C-SCAN with deadlines, as mq-deadline of Linux: it goes through the volume in one direction, from where
+// the last collection ended, and begins again in front; every burstFlights write-backs it looks for a block that is
+// late, which is one that has been dirty for two deadlines (write-back begins at one), and goes on from there. Fair is
 // round robin with a quantum in blocks, as the deficit round robin of Shreedhar and Varghese (SIGCOMM 1995) is for
 // packets; the turns are taken by dirtySlots, which knows all regions.
 type flushQueue struct {

@@ -41,11 +41,11 @@ type workMode struct {
 // The rule is that of PCC (Dong, Li, Zarchy, Godfrey and Schapira, "PCC: Re-architecting Congestion Control for
 // Consistent High Performance", NSDI 2015, section 3.2, randomised controlled trials): four intervals, two with what is
 // in force and two with the candidate, in random order in each half; the candidate wins if it was better in both
-// halves. Then it is in force, and the next candidate lies one step further; if it did not win, the next trial is of the
-// other direction, then of the other setting. What is better is the generalised power rate^r/latency (Kleinrock, "Power
-// and Deterministic Rules of Thumb for Probabilistic Problems in Computer Communications", ICC 1979; the operating point
-// that BBR looks for too): more is put under way as long as it gets more done, and no more, for what is beyond that only
-// makes flushes and reads wait.
+// halves. Then it is in force, and the next candidate lies one step further; if it did not win, the next trial is of
+// the other direction, then of the other setting. What is better is the generalised power rate^r/latency (Kleinrock,
+// "Power and Deterministic Rules of Thumb for Probabilistic Problems in Computer Communications", ICC 1979; the
+// operating point that BBR looks for too): more is put under way as long as it gets more done, and no more, for what is
+// beyond that only makes flushes and reads wait.
 //
 // Vegas and gradients of the latency were not taken, as both have to know the latency of the idle storage, and here a
 // longer request takes longer by right.
@@ -185,9 +185,10 @@ func (t *tuner) ended(power float64) {
 
 // aheadTuner finds how far to read ahead: twice the bandwidth-delay product, as BBR has it for data under way
 // (Cardwell, Cheng, Gunn, Hassas Yeganeh and Jacobson, "BBR: Congestion-Based Congestion Control", ACM Queue 2016: the
-// windowed maximum of the rate, gain 2). A window that holds the reader back makes the rate, and so doubles from epoch to
-// epoch until the rate follows no more; what is read ahead beyond that only takes memory and time from others. The latency
-// is a running mean and not BBR's minimum, since fetches of one window wait for each other on the storage. It is pure.
+// windowed maximum of the rate, gain 2). A window that holds the reader back makes the rate, and so doubles from epoch
+// to epoch until the rate follows no more; what is read ahead beyond that only takes memory and time from others. The
+// latency is a running mean and not BBR's minimum, since fetches of one window wait for each other on the storage. It
+// is pure.
 type aheadTuner struct {
 	began   time.Duration // of the epoch
 	blocks  int           // read in it

@@ -17,8 +17,8 @@ type modelDisk struct {
 	noise    float64
 }
 
-// run drives the tuner for a time with the closed loop that write-back is, and returns when it ended. Each request takes
-// what it takes alone, or what the bandwidth leaves, whichever is longer.
+// run drives the tuner for a time with the closed loop that write-back is, and returns when it ended. Each request
+// takes what it takes alone, or what the bandwidth leaves, whichever is longer.
 func (m *modelDisk) run(t *tuner, r *rand.Rand, now, until time.Duration, busy bool) time.Duration {
 	for now < until {
 		mode := t.mode()
@@ -37,8 +37,8 @@ func (m *modelDisk) power(mode workMode) float64 {
 	return powerRate*math.Log(float64(mode.depth*mode.blocks)/took) - math.Log(took)
 }
 
-// TestTunerFindsTheBest: on storages of several kinds, and after a change from one to another, what is in force comes to
-// within one noise margin of the best there is, and never leaves the bounds.
+// TestTunerFindsTheBest: on storages of several kinds, and after a change from one to another, what is in force comes
+// to within one noise margin of the best there is, and never leaves the bounds.
 func TestTunerFindsTheBest(t *testing.T) {
 	t.Parallel()
 	disks := map[string]modelDisk{

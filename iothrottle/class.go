@@ -5,12 +5,12 @@ import (
 	"time"
 )
 
-// diskBackgroundShare is that of a disk: little beside volumes, but something, in requests of 64 KiB a second. A rebuild
-// that never ends leaves a volume without its third copy, and a disk that is never cleaned runs full.
+// diskBackgroundShare is that of a disk: little beside volumes, but something, in requests of 64 KiB a second. A
+// rebuild that never ends leaves a volume without its third copy, and a disk that is never cleaned runs full.
 var diskBackgroundShare = Share{Weight: 1, Reservation: 32}
 
-// NewDiskScheduler returns a Scheduler for what one disk is asked to do: by the volumes whose replicas on it lead, and by
-// background work (rebuild, scrub, cleaning), which has a small reservation here.
+// NewDiskScheduler returns a Scheduler for what one disk is asked to do: by the volumes whose replicas on it lead, and
+// by background work (rebuild, scrub, cleaning), which has a small reservation here.
 func NewDiskScheduler() *Scheduler {
 	s := NewScheduler()
 	s.core.set(s.background, 0, diskBackgroundShare)
@@ -66,7 +66,8 @@ func (c *Class) Share() Share {
 	return c.class.share
 }
 
-// Close takes the class out, once the requests that wait or are under way have ended as usual. REQUIRES: none comes after.
+// Close takes the class out, once the requests that wait or are under way have ended as usual. REQUIRES: none comes
+// after.
 func (c *Class) Close() {
 	s := c.scheduler
 	s.mu.Lock()

@@ -10,8 +10,8 @@ import (
 	"github.com/trivet-csi/trivet/replication"
 )
 
-// diskShare shares one disk out between the volumes whose replicas on it lead, wherever they are attached, and background
-// work: rebuild, scrub and cleaning (decision 0029). It is a replication.DiskShare.
+// diskShare shares one disk out between the volumes whose replicas on it lead, wherever they are attached, and
+// background work: rebuild, scrub and cleaning (decision 0029). It is a replication.DiskShare.
 type diskShare struct {
 	scheduler *iothrottle.Scheduler
 
@@ -51,8 +51,8 @@ func (d *diskShare) Background(ctx context.Context, bytes int) (release func(), 
 	return d.scheduler.Background(ctx, bytes)
 }
 
-// shareLocked returns what the catalogue gives a volume. One that is not known, or has parameters of a newer version, has
-// the default: to hold nothing back is no way out, for that would take from the others.
+// shareLocked returns what the catalogue gives a volume. One that is not known, or has parameters of a newer version,
+// has the default: to hold nothing back is no way out, for that would take from the others.
 func (d *diskShare) shareLocked(id trivet.VolumeID) iothrottle.Share {
 	if d.cat != nil {
 		if v, ok := d.cat.Local().Volume(id); ok {

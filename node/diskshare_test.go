@@ -43,8 +43,8 @@ func (s *countedShare) served() (uint64, *diskTurns) {
 	return 0, nil
 }
 
-// TestGroupSharesItsDisk: requests wait for their turn on the disk of the leader, and on no other; the share follows the
-// catalogue; a rebuild is background work on both its disks; and a replica that is parked leaves its disk.
+// TestGroupSharesItsDisk: requests wait for their turn on the disk of the leader, and on no other; the share follows
+// the catalogue; a rebuild is background work on both its disks; and a replica that is parked leaves its disk.
 func TestGroupSharesItsDisk(t *testing.T) {
 	inGroups(t, 4, time.Second, func(t *testing.T, b *groupBench) {
 		d := b.attach()

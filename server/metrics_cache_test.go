@@ -32,7 +32,8 @@ func TestCacheMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	require.NoError(t, registry.Register((*cacheCollector)(&s)))
 	w := httptest.NewRecorder()
-	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", http.NoBody))
+	ask := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, ask)
 	body := w.Body.String()
 	for _, line := range []string{
 		`trivet_cache_info{mode="writeBack",volume="v"} 1`,

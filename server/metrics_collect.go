@@ -53,10 +53,11 @@ var (
 		"stage")
 	descInside = desc("trivet_stage_inside", "Requests in a stage at this moment.", "volume", "stage")
 
-	descCacheBlocks = desc("trivet_cache_read_blocks_total", "Blocks read that were in the cache (hit), or not (miss), by "+
-		"the eviction policy in force then.", "volume", "eviction", "result")
-	descCacheBytes = desc("trivet_cache_bytes", "What is in the cache: dirty (acknowledged, not written back), clean; and "+
-		"its size.", "volume", "state")
+	descCacheBlocks = desc("trivet_cache_read_blocks_total",
+		"Blocks read that were in the cache (hit), or not (miss), by the eviction policy in force then.",
+		"volume", "eviction", "result")
+	descCacheBytes = desc("trivet_cache_bytes",
+		"What is in the cache: dirty (acknowledged, not written back), clean; and its size.", "volume", "state")
 	descCacheMode   = desc("trivet_cache_info", "1, with the mode in force.", "volume", "mode")
 	descCacheWrites = desc("trivet_cache_writes_total", "Writes acknowledged from memory, in pieces of at most 64 KiB.",
 		"volume")

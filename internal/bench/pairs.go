@@ -18,8 +18,8 @@ type comparison struct {
 	with, without []float64 // rates, by pair
 }
 
-// runPairs measures whether a live parameter helps: on one writeBack volume, the same job with and without it, one after
-// the other, in turn first, so that whatever drifts on the machine meets both alike.
+// runPairs measures whether a live parameter helps: on one writeBack volume, the same job with and without it, one
+// after the other, in turn first, so that whatever drifts on the machine meets both alike.
 func runPairs(ctx context.Context, o *options) (err error) {
 	key, values, ok := strings.Cut(o.toggle, "=")
 	with, without, both := strings.Cut(values, ",")
@@ -108,7 +108,8 @@ func (o *options) comparePairs(ctx context.Context, s *system, set func(string) 
 func pairsMarkdown(o *options, found []*comparison) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "`%s`, %d interleaved pairs of %.0f s on one writeBack volume of %d MiB over NBD; %s.\n\n"+
-		"| Job | with / without, median of the pairs | least, most | better in | p of the sign test |\n|---|---|---|---|---|\n",
+		"| Job | with / without, median of the pairs | least, most | better in | p of the sign test |\n"+
+		"|---|---|---|---|---|\n",
 		o.toggle, o.pairs, o.seconds, o.sizeMiB, machine())
 	for _, c := range found {
 		ratios := c.ratios()
@@ -141,8 +142,8 @@ func middle(x []float64) float64 {
 	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
 }
 
-// signTest returns the two-sided p-value of the sign test (Dixon and Mood, 1946): how likely it is that chance alone makes
-// one side the better in at least as uneven a share of n pairs as k.
+// signTest returns the two-sided p-value of the sign test (Dixon and Mood, 1946): how likely it is that chance alone
+// makes one side the better in at least as uneven a share of n pairs as k.
 func signTest(k, n int) float64 {
 	tail := 0.0
 	for i := range min(k, n-k) + 1 {

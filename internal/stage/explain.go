@@ -161,9 +161,9 @@ func cached(in *Input, all [stageN]Summary, under float64) Finding {
 	if room.Little+flush.Little < heldShare*under {
 		return Finding{
 			Stage: Cache.String(), Node: all[Cache].Node,
-			Reason: fmt.Sprintf("writes are answered from the memory of node %s, %s each; of %.2f requests under way at a time, "+
-				"%.2f wait for room in the cache and %.2f are flushes", all[Cache].Node, text(all[Cache].Mean), under, room.Little,
-				flush.Little),
+			Reason: fmt.Sprintf("writes are answered from the memory of node %s, %s each; of %.2f requests under way at a "+
+				"time, %.2f wait for room in the cache and %.2f are flushes", all[Cache].Node, text(all[Cache].Mean), under,
+				room.Little, flush.Little),
 			Advice: "nothing below holds them up; a faster CPU, or more requests at a time, would get more done",
 		}
 	}
@@ -176,8 +176,8 @@ func cached(in *Input, all [stageN]Summary, under float64) Finding {
 		if f.Advice != "" {
 			f.Advice += "; "
 		}
-		f.Advice += fmt.Sprintf("a larger cacheSize (trivet volume set %s cacheSize=MORE) takes longer bursts, and no more than "+
-			"that", in.Name)
+		f.Advice += fmt.Sprintf("a larger cacheSize (trivet volume set %s cacheSize=MORE) takes longer bursts, and no more "+
+			"than that", in.Name)
 	} else {
 		f.Reason = "flushes wait for write-backs for " + share(flush, under) + "; " + f.Reason
 	}
@@ -244,7 +244,8 @@ func slowest(in *Input, parts []part, under float64) Finding {
 		f.Reason += fmt.Sprintf("; %.1f requests wait in the queue before it, %s each", queue.own, text(queue.Mean))
 	}
 	if c := cacheOf(in.Windows); c != nil && best.Stage == ServeRead.String() && c.Hits+c.Misses > 0 {
-		f.Reason += fmt.Sprintf("; %.0f%% of the blocks were found in the cache", 100*float64(c.Hits)/float64(c.Hits+c.Misses))
+		hits := 100 * float64(c.Hits) / float64(c.Hits+c.Misses)
+		f.Reason += fmt.Sprintf("; %.0f%% of the blocks were found in the cache", hits)
 	}
 	f.Advice = advice(in, best.Stage, best.Node)
 	return f

@@ -114,6 +114,15 @@ func explainCases() []explainCase {
 			stage: "network", node: "a", what: "replicas closer together",
 		},
 		{
+			name: "the leader did not answer", windows: []stage.Window{at("a", seen(stage.Write, "a", 1000, 0.02))},
+			reason: "did not answer",
+		},
+	}
+}
+
+func explainCacheCases() []explainCase {
+	return []explainCase{
+		{
 			name: "writes answered from memory", windows: []stage.Window{
 				at("a", seen(stage.Write, "a", 50000, 0.0001), seen(stage.Cache, "a", 50000, 0.0001),
 					seen(stage.WriteBack, "a", 100, 0.1), seen(stage.LeaderLog, "a", 100, 0.09)),
@@ -161,16 +170,12 @@ func explainCases() []explainCase {
 			}},
 			stage: "serve_read", node: "a", reason: "25% of the blocks", what: "cacheSize",
 		},
-		{
-			name: "the leader did not answer", windows: []stage.Window{at("a", seen(stage.Write, "a", 1000, 0.02))},
-			reason: "did not answer",
-		},
 	}
 }
 
 func TestExplain(t *testing.T) {
 	t.Parallel()
-	for _, tc := range explainCases() {
+	for _, tc := range append(explainCases(), explainCacheCases()...) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			got := stage.Explain(stage.Input{Name: "v", Params: tc.params, Attached: "a", Windows: tc.windows})
