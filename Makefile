@@ -14,7 +14,7 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-go bench-engine bench-replication fuzz sim sim-long chaos \
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication fuzz sim sim-long chaos \
 	models image e2e-build e2e-smoke vm-test tools deps clean
 
 help: ## print this list
@@ -63,6 +63,10 @@ demo: build ## three servers, one volume, the death of its leader (root; at most
 bench: build ## measure against peers into docs/benchmarks.md; idle machine, root, 40 minutes: make bench QUICK=1 PEERS=ceph
 	$(GO) build -o $(BIN)/bench ./internal/bench
 	$(BIN)/bench -trivet $(BIN)/trivet $(if $(QUICK),-quick) $(if $(PEERS),-peers $(PEERS)) $(BENCH)
+
+bench-adaptive: build ## 10 interleaved pairs with and without adaptive write-back; idle machine, fio, 10 minutes
+	$(GO) build -o $(BIN)/bench ./internal/bench
+	$(BIN)/bench -trivet $(BIN)/trivet -pairs 10 -size 512 -seconds 8 $(BENCH)
 
 bench-go: ## run the Go benchmarks
 	$(GO) test -run '^$$' -bench . -benchtime 1s $(PKGS)

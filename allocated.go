@@ -19,3 +19,17 @@ type Allocator interface {
 	// never called free; one that holds none may be called allocated. Errors as ReadAt.
 	Allocated(ctx context.Context, off, n int64, runs []Run) (int, error)
 }
+
+// AllocatedOf asks d which of its blocks hold data, as Allocator says; everything does when d cannot
+// tell. A stage of the data path that holds no blocks of its own passes the question on with it.
+// ErrInvalid, ErrOutOfRange: as CheckRange. REQUIRES: runs is not empty, n is not zero.
+func AllocatedOf(ctx context.Context, d Device, off, n int64, runs []Run) (int, error) {
+	if a, ok := d.(Allocator); ok {
+		return a.Allocated(ctx, off, n, runs)
+	}
+	if err := CheckRange(off, n, d.Size()); err != nil {
+		return 0, err
+	}
+	runs[0] = Run{LenBytes: n, Allocated: true}
+	return 1, nil
+}

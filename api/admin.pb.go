@@ -139,6 +139,7 @@ type VolumeReport struct {
 	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`                                    // why it is that stage, with the figures
 	Advice        string                 `protobuf:"bytes,8,opt,name=advice,proto3" json:"advice,omitempty"`                                    // the setting that would help, and how
 	Silent        []string               `protobuf:"bytes,9,rep,name=silent,proto3" json:"silent,omitempty"`                                    // nodes that did not answer
+	Cache         *CacheReport           `protobuf:"bytes,10,opt,name=cache,proto3" json:"cache,omitempty"`                                     // of the attached node; absent = no cache there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -232,6 +233,13 @@ func (x *VolumeReport) GetAdvice() string {
 func (x *VolumeReport) GetSilent() []string {
 	if x != nil {
 		return x.Silent
+	}
+	return nil
+}
+
+func (x *VolumeReport) GetCache() *CacheReport {
+	if x != nil {
+		return x.Cache
 	}
 	return nil
 }
@@ -1190,24 +1198,26 @@ func (x *ListVolumesResponse) GetVolumes() []*Volume {
 }
 
 type Volume struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	Phase         string                 `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	ReclaimPolicy string                 `protobuf:"bytes,6,opt,name=reclaim_policy,json=reclaimPolicy,proto3" json:"reclaim_policy,omitempty"`
-	Parameters    map[string]string      `protobuf:"bytes,7,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Replicas      []*Replica             `protobuf:"bytes,8,rep,name=replicas,proto3" json:"replicas,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	AttachedNode  string                 `protobuf:"bytes,10,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`
-	Device        string                 `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`   // block device, when attached to the server that was asked
-	Created       string                 `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"` // RFC 3339
-	WantReplicas  int32                  `protobuf:"varint,13,opt,name=want_replicas,json=wantReplicas,proto3" json:"want_replicas,omitempty"`
-	Retired       []*Replica             `protobuf:"bytes,14,rep,name=retired,proto3" json:"retired,omitempty"` // no members any more, but their data is still to be removed
-	Pending       string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"` // which change of its replicas it waits for, or why it does not get it
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name             string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Phase            string                 `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
+	Reason           string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	ReclaimPolicy    string                 `protobuf:"bytes,6,opt,name=reclaim_policy,json=reclaimPolicy,proto3" json:"reclaim_policy,omitempty"`
+	Parameters       map[string]string      `protobuf:"bytes,7,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Replicas         []*Replica             `protobuf:"bytes,8,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	Epoch            uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	AttachedNode     string                 `protobuf:"bytes,10,opt,name=attached_node,json=attachedNode,proto3" json:"attached_node,omitempty"`
+	Device           string                 `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`   // block device, when attached to the server that was asked
+	Created          string                 `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"` // RFC 3339
+	WantReplicas     int32                  `protobuf:"varint,13,opt,name=want_replicas,json=wantReplicas,proto3" json:"want_replicas,omitempty"`
+	Retired          []*Replica             `protobuf:"bytes,14,rep,name=retired,proto3" json:"retired,omitempty"`                                  // no members any more, but their data is still to be removed
+	Pending          string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"`                                  // which change of its replicas it waits for, or why it does not get it
+	AttachedNodes    []string               `protobuf:"bytes,16,rep,name=attached_nodes,json=attachedNodes,proto3" json:"attached_nodes,omitempty"` // all that have it attached, the longest first; more than one only to read
+	AttachedReadOnly bool                   `protobuf:"varint,17,opt,name=attached_read_only,json=attachedReadOnly,proto3" json:"attached_read_only,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
@@ -1343,6 +1353,20 @@ func (x *Volume) GetPending() string {
 		return x.Pending
 	}
 	return ""
+}
+
+func (x *Volume) GetAttachedNodes() []string {
+	if x != nil {
+		return x.AttachedNodes
+	}
+	return nil
+}
+
+func (x *Volume) GetAttachedReadOnly() bool {
+	if x != nil {
+		return x.AttachedReadOnly
+	}
+	return false
 }
 
 type Replica struct {
@@ -2042,11 +2066,12 @@ func (x *DetachVolumeRequest) GetForce() bool {
 type ServeVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`                  // path of a unix socket; exactly one of socket and listen is given
-	Listen        string                 `protobuf:"bytes,3,opt,name=listen,proto3" json:"listen,omitempty"`                  // host:port, always with TLS that both ends authenticate
-	TlsCert       string                 `protobuf:"bytes,4,opt,name=tls_cert,json=tlsCert,proto3" json:"tls_cert,omitempty"` // files on the server: certificate and key, and the CA that signs clients; all or
-	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`    // none. Without them the server uses its own certificate, and clients those of
-	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`       // the cluster's CA with the role client or node.
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`                      // path of a unix socket; exactly one of socket and listen is given
+	Listen        string                 `protobuf:"bytes,3,opt,name=listen,proto3" json:"listen,omitempty"`                      // host:port, always with TLS that both ends authenticate
+	TlsCert       string                 `protobuf:"bytes,4,opt,name=tls_cert,json=tlsCert,proto3" json:"tls_cert,omitempty"`     // files on the server: certificate and key, and the CA that signs clients; all or
+	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`        // none. Without them the server uses its own certificate, and clients those of
+	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`           // the cluster's CA with the role client or node.
+	ReadOnly      bool                   `protobuf:"varint,7,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // attach as one of any number of readers; clients are refused every write
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2121,6 +2146,13 @@ func (x *ServeVolumeRequest) GetTlsCa() string {
 		return x.TlsCa
 	}
 	return ""
+}
+
+func (x *ServeVolumeRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
 }
 
 type ServeVolumeResponse struct {
@@ -2607,6 +2639,264 @@ func (x *ForgetNodeResponse) GetForgotten() []string {
 	return nil
 }
 
+// CacheReport is what the cache of a volume did in a window, and how it was at the end of it.
+type CacheReport struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Node           string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Mode           string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`         // in force
+	Eviction       string                 `protobuf:"bytes,3,opt,name=eviction,proto3" json:"eviction,omitempty"` // in force
+	SizeBytes      int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	DirtyBytes     int64                  `protobuf:"varint,5,opt,name=dirty_bytes,json=dirtyBytes,proto3" json:"dirty_bytes,omitempty"` // acknowledged and not written back yet
+	CleanBytes     int64                  `protobuf:"varint,6,opt,name=clean_bytes,json=cleanBytes,proto3" json:"clean_bytes,omitempty"`
+	Hits           uint64                 `protobuf:"varint,7,opt,name=hits,proto3" json:"hits,omitempty"` // blocks read that were in it, in the window
+	Misses         uint64                 `protobuf:"varint,8,opt,name=misses,proto3" json:"misses,omitempty"`
+	ByEviction     []*HitCount            `protobuf:"bytes,9,rep,name=by_eviction,json=byEviction,proto3" json:"by_eviction,omitempty"` // since the volume is open
+	Writes         uint64                 `protobuf:"varint,10,opt,name=writes,proto3" json:"writes,omitempty"`                         // acknowledged from memory, in pieces of at most 64 KiB
+	Merged         uint64                 `protobuf:"varint,11,opt,name=merged,proto3" json:"merged,omitempty"`                         // writes that went along with a neighbour
+	WriteBacks     uint64                 `protobuf:"varint,12,opt,name=write_backs,json=writeBacks,proto3" json:"write_backs,omitempty"`
+	WriteBackBytes uint64                 `protobuf:"varint,13,opt,name=write_back_bytes,json=writeBackBytes,proto3" json:"write_back_bytes,omitempty"`
+	ReadAheadBytes uint64                 `protobuf:"varint,14,opt,name=read_ahead_bytes,json=readAheadBytes,proto3" json:"read_ahead_bytes,omitempty"`
+	Delayed        uint64                 `protobuf:"varint,15,opt,name=delayed,proto3" json:"delayed,omitempty"`                                       // writes slowed down as the cache filled
+	Stalled        uint64                 `protobuf:"varint,16,opt,name=stalled,proto3" json:"stalled,omitempty"`                                       // writes that waited for room
+	FlushBytes     int64                  `protobuf:"varint,17,opt,name=flush_bytes,json=flushBytes,proto3" json:"flush_bytes,omitempty"`               // the longest write-back, at the moment
+	FlushDepth     int64                  `protobuf:"varint,18,opt,name=flush_depth,json=flushDepth,proto3" json:"flush_depth,omitempty"`               // write-backs under way at most, at the moment
+	ReadAheadLimit int64                  `protobuf:"varint,19,opt,name=read_ahead_limit,json=readAheadLimit,proto3" json:"read_ahead_limit,omitempty"` // bytes, at the moment
+	Adaptive       bool                   `protobuf:"varint,20,opt,name=adaptive,proto3" json:"adaptive,omitempty"`                                     // the last three follow what is measured
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *CacheReport) Reset() {
+	*x = CacheReport{}
+	mi := &file_admin_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheReport) ProtoMessage() {}
+
+func (x *CacheReport) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheReport.ProtoReflect.Descriptor instead.
+func (*CacheReport) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *CacheReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CacheReport) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *CacheReport) GetEviction() string {
+	if x != nil {
+		return x.Eviction
+	}
+	return ""
+}
+
+func (x *CacheReport) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetDirtyBytes() int64 {
+	if x != nil {
+		return x.DirtyBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetCleanBytes() int64 {
+	if x != nil {
+		return x.CleanBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetHits() uint64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *CacheReport) GetMisses() uint64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
+func (x *CacheReport) GetByEviction() []*HitCount {
+	if x != nil {
+		return x.ByEviction
+	}
+	return nil
+}
+
+func (x *CacheReport) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetMerged() uint64 {
+	if x != nil {
+		return x.Merged
+	}
+	return 0
+}
+
+func (x *CacheReport) GetWriteBacks() uint64 {
+	if x != nil {
+		return x.WriteBacks
+	}
+	return 0
+}
+
+func (x *CacheReport) GetWriteBackBytes() uint64 {
+	if x != nil {
+		return x.WriteBackBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetReadAheadBytes() uint64 {
+	if x != nil {
+		return x.ReadAheadBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetDelayed() uint64 {
+	if x != nil {
+		return x.Delayed
+	}
+	return 0
+}
+
+func (x *CacheReport) GetStalled() uint64 {
+	if x != nil {
+		return x.Stalled
+	}
+	return 0
+}
+
+func (x *CacheReport) GetFlushBytes() int64 {
+	if x != nil {
+		return x.FlushBytes
+	}
+	return 0
+}
+
+func (x *CacheReport) GetFlushDepth() int64 {
+	if x != nil {
+		return x.FlushDepth
+	}
+	return 0
+}
+
+func (x *CacheReport) GetReadAheadLimit() int64 {
+	if x != nil {
+		return x.ReadAheadLimit
+	}
+	return 0
+}
+
+func (x *CacheReport) GetAdaptive() bool {
+	if x != nil {
+		return x.Adaptive
+	}
+	return false
+}
+
+// HitCount counts the blocks that were read under an eviction policy.
+type HitCount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Eviction      string                 `protobuf:"bytes,1,opt,name=eviction,proto3" json:"eviction,omitempty"`
+	Hits          uint64                 `protobuf:"varint,2,opt,name=hits,proto3" json:"hits,omitempty"`
+	Misses        uint64                 `protobuf:"varint,3,opt,name=misses,proto3" json:"misses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HitCount) Reset() {
+	*x = HitCount{}
+	mi := &file_admin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HitCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HitCount) ProtoMessage() {}
+
+func (x *HitCount) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HitCount.ProtoReflect.Descriptor instead.
+func (*HitCount) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *HitCount) GetEviction() string {
+	if x != nil {
+		return x.Eviction
+	}
+	return ""
+}
+
+func (x *HitCount) GetHits() uint64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *HitCount) GetMisses() uint64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -2622,7 +2912,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
 	"\x14ExplainVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
-	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xa1\x02\n" +
+	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xd3\x02\n" +
 	"\fVolumeReport\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -2632,7 +2922,9 @@ const file_admin_proto_rawDesc = "" +
 	"\x0elimiting_stage\x18\x06 \x01(\tR\rlimitingStage\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
 	"\x06advice\x18\b \x01(\tR\x06advice\x12\x16\n" +
-	"\x06silent\x18\t \x03(\tR\x06silent\"\xc0\x03\n" +
+	"\x06silent\x18\t \x03(\tR\x06silent\x120\n" +
+	"\x05cache\x18\n" +
+	" \x01(\v2\x1a.trivet.api.v1.CacheReportR\x05cache\"\xc0\x03\n" +
 	"\vStageReport\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -2710,7 +3002,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x14DeleteVolumeResponse\"\x14\n" +
 	"\x12ListVolumesRequest\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xb8\x04\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\x8d\x05\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -2730,7 +3022,9 @@ const file_admin_proto_rawDesc = "" +
 	"\acreated\x18\f \x01(\tR\acreated\x12#\n" +
 	"\rwant_replicas\x18\r \x01(\x05R\fwantReplicas\x120\n" +
 	"\aretired\x18\x0e \x03(\v2\x16.trivet.api.v1.ReplicaR\aretired\x12\x18\n" +
-	"\apending\x18\x0f \x01(\tR\apending\x1a=\n" +
+	"\apending\x18\x0f \x01(\tR\apending\x12%\n" +
+	"\x0eattached_nodes\x18\x10 \x03(\tR\rattachedNodes\x12,\n" +
+	"\x12attached_read_only\x18\x11 \x01(\bR\x10attachedReadOnly\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -2784,14 +3078,15 @@ const file_admin_proto_rawDesc = "" +
 	"\x06device\x18\x02 \x01(\tR\x06device\"?\n" +
 	"\x13DetachVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\xa3\x01\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\xc0\x01\n" +
 	"\x12ServeVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
 	"\x06listen\x18\x03 \x01(\tR\x06listen\x12\x19\n" +
 	"\btls_cert\x18\x04 \x01(\tR\atlsCert\x12\x17\n" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
-	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
+	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\x12\x1b\n" +
+	"\tread_only\x18\a \x01(\bR\breadOnly\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xa9\x02\n" +
 	"\bSnapshot\x12\x0e\n" +
@@ -2825,7 +3120,40 @@ const file_admin_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05allow\x18\x02 \x01(\bR\x05allow\"2\n" +
 	"\x12ForgetNodeResponse\x12\x1c\n" +
-	"\tforgotten\x18\x01 \x03(\tR\tforgotten2\xaa\x0f\n" +
+	"\tforgotten\x18\x01 \x03(\tR\tforgotten\"\xf9\x04\n" +
+	"\vCacheReport\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x1a\n" +
+	"\beviction\x18\x03 \x01(\tR\beviction\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x1f\n" +
+	"\vdirty_bytes\x18\x05 \x01(\x03R\n" +
+	"dirtyBytes\x12\x1f\n" +
+	"\vclean_bytes\x18\x06 \x01(\x03R\n" +
+	"cleanBytes\x12\x12\n" +
+	"\x04hits\x18\a \x01(\x04R\x04hits\x12\x16\n" +
+	"\x06misses\x18\b \x01(\x04R\x06misses\x128\n" +
+	"\vby_eviction\x18\t \x03(\v2\x17.trivet.api.v1.HitCountR\n" +
+	"byEviction\x12\x16\n" +
+	"\x06writes\x18\n" +
+	" \x01(\x04R\x06writes\x12\x16\n" +
+	"\x06merged\x18\v \x01(\x04R\x06merged\x12\x1f\n" +
+	"\vwrite_backs\x18\f \x01(\x04R\n" +
+	"writeBacks\x12(\n" +
+	"\x10write_back_bytes\x18\r \x01(\x04R\x0ewriteBackBytes\x12(\n" +
+	"\x10read_ahead_bytes\x18\x0e \x01(\x04R\x0ereadAheadBytes\x12\x18\n" +
+	"\adelayed\x18\x0f \x01(\x04R\adelayed\x12\x18\n" +
+	"\astalled\x18\x10 \x01(\x04R\astalled\x12\x1f\n" +
+	"\vflush_bytes\x18\x11 \x01(\x03R\n" +
+	"flushBytes\x12\x1f\n" +
+	"\vflush_depth\x18\x12 \x01(\x03R\n" +
+	"flushDepth\x12(\n" +
+	"\x10read_ahead_limit\x18\x13 \x01(\x03R\x0ereadAheadLimit\x12\x1a\n" +
+	"\badaptive\x18\x14 \x01(\bR\badaptive\"R\n" +
+	"\bHitCount\x12\x1a\n" +
+	"\beviction\x18\x01 \x01(\tR\beviction\x12\x12\n" +
+	"\x04hits\x18\x02 \x01(\x04R\x04hits\x12\x16\n" +
+	"\x06misses\x18\x03 \x01(\x04R\x06misses2\xaa\x0f\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -2868,7 +3196,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),       // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),   // 1: trivet.api.v1.ExplainVolumeRequest
@@ -2911,84 +3239,88 @@ var file_admin_proto_goTypes = []any{
 	(*DeleteSnapshotResponse)(nil), // 38: trivet.api.v1.DeleteSnapshotResponse
 	(*ForgetNodeRequest)(nil),      // 39: trivet.api.v1.ForgetNodeRequest
 	(*ForgetNodeResponse)(nil),     // 40: trivet.api.v1.ForgetNodeResponse
-	nil,                            // 41: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                            // 42: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                            // 43: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                            // 44: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 45: trivet.api.v1.Volume.ParametersEntry
+	(*CacheReport)(nil),            // 41: trivet.api.v1.CacheReport
+	(*HitCount)(nil),               // 42: trivet.api.v1.HitCount
+	nil,                            // 43: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                            // 44: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                            // 45: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                            // 46: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 47: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	41, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	43, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	42, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
-	12, // 3: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	43, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	12, // 5: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
-	13, // 6: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	44, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	19, // 8: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	45, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
-	20, // 10: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	20, // 11: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	12, // 12: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	28, // 13: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	19, // 14: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	33, // 15: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
-	4,  // 16: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 17: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 18: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 19: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 20: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 21: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 22: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 23: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 24: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 25: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 26: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 27: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 28: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 29: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 30: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 31: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 32: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 33: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 34: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 35: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	34, // 36: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	35, // 37: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	37, // 38: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	37, // 39: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 40: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	5,  // 41: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 42: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 43: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 44: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 45: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 46: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 47: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 48: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 49: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 50: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 51: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 52: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 53: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 54: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 55: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 56: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 57: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 58: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 59: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 60: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 61: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 62: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 63: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 64: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 65: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	41, // [41:66] is the sub-list for method output_type
-	16, // [16:41] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
+	44, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
+	45, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
+	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
+	46, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
+	47, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
+	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	28, // 14: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	19, // 15: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	33, // 16: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
+	42, // 17: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	4,  // 18: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 19: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 20: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 21: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 22: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 23: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 24: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 25: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 26: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 27: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 28: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 29: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 30: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 31: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 32: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 33: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 34: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 35: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 36: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 37: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	34, // 38: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	35, // 39: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	37, // 40: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	37, // 41: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 42: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	5,  // 43: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 44: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 45: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 46: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 47: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 48: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 49: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 50: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 51: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 52: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 53: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 54: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 55: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 56: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 57: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 58: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 59: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 60: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 61: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 62: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 63: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 64: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 65: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 66: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 67: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	43, // [43:68] is the sub-list for method output_type
+	18, // [18:43] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -3002,7 +3334,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   46,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,10 +25,14 @@ func Modes() []Mode { return []Mode{WriteBack, WriteThrough, WriteAround} }
 type Settings struct {
 	Mode     Mode     // "" = WriteThrough
 	Eviction Eviction // "" = LRU
+	Order    Order    // of write-backs; "" = OrderDeadline
 	// Bytes of blocks, dirty and clean, at most; at least 512 KiB, or 0: no cache, everything passes through.
 	Bytes int64
 	// ReadAheadBytes is how far ahead of a sequential reader blocks are fetched, at most; 0 = not at all.
 	ReadAheadBytes int64
+	// Adaptive lets the size and the number of write-backs, and how far is read ahead, follow what is measured: within
+	// 64 or 128 KiB, 8 to 32, and ReadAheadBytes. Without it they are 64 KiB, Config.Depth and ReadAheadBytes.
+	Adaptive bool
 	// NoClean is for attachments of two writers: the other may change the blocks below. No copies are kept for reads,
 	// and WriteBack means WriteThrough.
 	NoClean bool
@@ -42,6 +46,9 @@ func (s *Settings) Validate() error {
 		return fmt.Errorf("cache mode %q: want one of %v: %w", s.Mode, Modes(), trivet.ErrInvalid)
 	}
 	if _, err := newPolicy(s.Eviction, 0); err != nil {
+		return err
+	}
+	if err := s.Order.check(); err != nil {
 		return err
 	}
 	if s.Bytes < 0 || s.Bytes > 0 && s.Bytes < slotsMin*trivet.BlockSize || s.Bytes > slotsMax*trivet.BlockSize {
@@ -65,11 +72,26 @@ type Config struct {
 	// Resume says that whoever used the Device of the predecessor goes on without having seen it die: what was lost
 	// there must stay lost (H14). Without it an opened cache starts well.
 	Resume bool
-	// Depth is how many write-backs are in flight at most; 0 = 16.
+	// Depth is how many write-backs are in flight at most, unless Adaptive; 0 = 16.
 	Depth int
 	// Deadline is how old a dirty block may get before it is written back; 0 = 5 s.
 	Deadline time.Duration
+	Meters   Meters
 	Logger   *slog.Logger // nil discards
+}
+
+// Meter is told of each request that comes and goes, and for how long it was there, by many goroutines at once. It must
+// not block.
+type Meter interface {
+	Enter()
+	Leave(d time.Duration)
+}
+
+// Meters measure a Device; nil = not measured.
+type Meters struct {
+	Own       Meter // reads and writes, until they are answered or passed on to the Device below
+	Room      Meter // writes that the dirty limit holds back; what passes at once is not counted
+	WriteBack Meter // write-backs, from the copy of their blocks until they are below
 }
 
 const (

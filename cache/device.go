@@ -40,9 +40,9 @@ type Device struct {
 	all     []*flight
 	idle    chan *flight // flights at rest
 	work    chan *flight
-	fetch   chan fetch // read-ahead to do
-	batch   []due      // of the flusher, and the table that they are in
-	batchOf *slots
+	fetch   chan fetch  // read-ahead to do
+	queue   *flushQueue // of the flusher, and the table that its blocks are in
+	queueOf *slots
 
 	sleeper sleeper
 
@@ -70,6 +70,13 @@ type Device struct {
 	changed signal
 	pace    pacer
 	streams streams
+
+	mode    workMode  // of write-backs, at the moment
+	parked  []*flight // those that are not needed with so few under way
+	activeF int       // flights that are not parked
+	aloftN  int       // flights that are being carried
+	tune    *tuner    // nil until set.Adaptive
+	ahead   aheadTuner
 	stats   Stats
 }
 
@@ -88,6 +95,7 @@ func Open(next trivet.Device, l *Locked, cfg Config) (*Device, error) {
 		next: next, cfg: cfg, log: cfg.Logger.With("component", "cache", "volume", cfg.Volume.String()), lock: l,
 		start: time.Now(), kick: make(chan struct{}, 1), set: cfg.Settings,
 	}
+	d.adaptLocked()
 	d.life, d.end = context.WithCancelCause(context.Background()) //nolint:forbidigo // ended by Close
 	if l != nil && l.there && l.head.epoch != cfg.Epoch && l.head.next != cfg.Epoch {
 		l.stale = true // the epoch was raised by somebody else since Adopt
@@ -122,6 +130,7 @@ func (d *Device) openSlots() error {
 	if d.t, err = newSlots(m, d.cfg.Volume, d.set.Eviction); err != nil {
 		return errors.Join(err, m.close())
 	}
+	d.t.dirty.byRegion(d.set.Order == OrderFair)
 	seq, n, lostErr := d.t.recover(d.now() - d.cfg.Deadline)
 	d.seq = seq
 	poison := h.poisoned && d.cfg.Resume
@@ -179,6 +188,7 @@ func (d *Device) begin(s Settings) error {
 	if d.t, err = newSlots(m, d.cfg.Volume, s.Eviction); err != nil {
 		return errors.Join(err, m.close())
 	}
+	d.t.dirty.byRegion(s.Order == OrderFair)
 	m.commit(d.seq)
 	if l != nil {
 		l.head = header{
@@ -208,12 +218,15 @@ func (d *Device) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if err := trivet.CheckRange(off, int64(len(p)), d.next.Size()); err != nil {
 		return fmt.Errorf("write %s: %w", d.cfg.Volume, err)
 	}
+	own := begin(d.cfg.Meters.Own)
+	defer own.end()
 	mode, err := d.enter(ctx)
 	if err != nil {
 		return err
 	}
 	defer d.leave()
 	if mode != WriteBack {
+		own.end()
 		return d.writeThrough(ctx, p, off, mode)
 	}
 	for first := true; len(p) > 0 || first; first = false {
@@ -312,6 +325,11 @@ func (d *Device) takeSlots(ctx context.Context, taken []int32) error {
 	limit := d.dirtyLimitLocked()
 	wait := d.pace.delay(d.now(), len(taken), d.t.unwritten(), limit)
 	d.mu.Unlock()
+	var held timing
+	if wait > 0 {
+		held = begin(d.cfg.Meters.Room)
+	}
+	defer func() { held.end() }()
 	if err := d.sleeper.sleep(ctx, wait); err != nil {
 		return fmt.Errorf("write to the cache of %s: %w", d.cfg.Volume, err)
 	}
@@ -338,6 +356,9 @@ func (d *Device) takeSlots(ctx context.Context, taken []int32) error {
 			waits = true
 			d.urgent++
 			d.stats.Stalled++
+			if wait == 0 {
+				held = begin(d.cfg.Meters.Room)
+			}
 		}
 		d.wakeFlusherLocked()
 		if err := d.waitLocked(ctx); err != nil {
@@ -401,111 +422,4 @@ func (d *Device) drain(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.writtenBackLocked(ctx, d.seq)
-}
-
-// Settings returns the settings in force.
-func (d *Device) Settings() Settings {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.set
-}
-
-// HasFile reports whether the Device can be writeBack.
-func (d *Device) HasFile() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.lock != nil
-}
-
-// Lost returns why the Device fails: fenced, or a lost write-back; nil while it is well.
-func (d *Device) Lost() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.err
-}
-
-// Set changes the settings while I/O goes on. A change of Bytes drains the cache and holds writes meanwhile. It
-// returns when the change is in force: after a switch away from writeBack, that is once nothing is dirty.
-func (d *Device) Set(ctx context.Context, s Settings) error {
-	if err := s.Validate(); err != nil {
-		return err
-	}
-	d.closes.Lock()
-	defer d.closes.Unlock()
-	d.mu.Lock()
-	old := d.set
-	if d.err != nil {
-		defer d.mu.Unlock()
-		return d.err
-	}
-	slotN := 0
-	if d.t != nil {
-		slotN = d.t.m.slotN
-	}
-	if slotN == s.slots() {
-		defer d.mu.Unlock()
-		return d.setLocked(ctx, old, s)
-	}
-	d.mu.Unlock()
-	return d.replace(ctx, s, nil)
-}
-
-// UseFile gives a Device without a file one, so that it can be writeBack. l must have been adopted at the Device's
-// epoch; what is in it is dropped. It belongs to the Device, unless there is an error. Reads lose their cached blocks.
-func (d *Device) UseFile(ctx context.Context, l *Locked) error {
-	d.closes.Lock()
-	defer d.closes.Unlock()
-	if d.lock != nil {
-		return fmt.Errorf("cache of %s has a file: %w", d.cfg.Volume, trivet.ErrExists)
-	}
-	d.mu.Lock()
-	set := d.set
-	d.mu.Unlock()
-	return d.replace(ctx, set, func() { d.lock = l })
-}
-
-func (d *Device) setLocked(ctx context.Context, old, s Settings) error {
-	if d.t != nil && old.Eviction != s.Eviction {
-		if err := d.t.setPolicy(s.Eviction); err != nil {
-			return err
-		}
-	}
-	d.set = s
-	if d.t != nil && (s.NoClean || s.Mode == WriteAround) && !old.NoClean {
-		d.t.dropAllClean()
-	}
-	if old.Mode == WriteBack && s.Mode != WriteBack {
-		return d.writtenBackLocked(ctx, d.seq)
-	}
-	return nil
-}
-
-// replace puts another table in place, empty. first runs while nothing uses either.
-func (d *Device) replace(ctx context.Context, s Settings, first func()) error {
-	release, err := d.Drain(ctx)
-	if err != nil {
-		return err
-	}
-	defer release()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.err != nil {
-		return d.err
-	}
-	old, lock := d.t, d.lock
-	if old != nil {
-		if err := old.m.close(); err != nil {
-			return err
-		}
-	}
-	d.t = nil
-	if first != nil {
-		first()
-	}
-	if err := d.begin(s); err != nil { // without memory: everything passes through, which is safe
-		d.lock = lock
-		return fmt.Errorf("give the cache of %s %d bytes: %w", d.cfg.Volume, s.Bytes, err)
-	}
-	d.set = s
-	return nil
 }

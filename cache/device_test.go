@@ -128,6 +128,7 @@ func (m *model) step() bool {
 	case k < 94:
 		m.cfg.Mode = cache.Modes()[m.r.IntN(3)]
 		m.cfg.Eviction = cache.Evictions()[m.r.IntN(4)]
+		m.cfg.Order = cache.Orders()[m.r.IntN(3)]
 		m.cfg.NoClean = m.r.IntN(5) == 0
 		m.cfg.Bytes = []int64{0, small, small, 2 * small}[m.r.IntN(4)]
 		require.NoError(m.t, m.d.Set(ctx, m.cfg.Settings))

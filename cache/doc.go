@@ -1,10 +1,14 @@
 // Package cache keeps blocks of a volume in memory, above the replicated device: a write-back cache whose
 // acknowledged writes outlive the process, and a read cache with read-ahead.
 //
-//	config.go, device.go   settings, opening, writes, draining
-//	writeback.go, pace.go  what is written back, when, and how writers are slowed down
+//	config.go, device.go,  settings, opening, writes, draining, changes while in use
+//	set.go
+//	writeback.go, pace.go, what is written back, when, in which order, and how writers are slowed down
+//	flushqueue.go
+//	tune.go, adapt.go      how large and how many write-backs, and how far ahead, by what is measured
 //	through.go             discards, and writes that go through
 //	read.go, readahead.go  hits, fills, sequential runs
+//	allocated.go           which blocks hold data
 //	slots.go, index.go,    the table: which slot holds which block, in which state
 //	policy.go
 //	mapping.go, format.go, the memory, shared with the file of a tmpfs; its lock and whose it is

@@ -169,7 +169,7 @@ func TestReadAheadGrowsAndStops(t *testing.T) {
 	const limit = 256
 	lba, ahead, most := trivet.LBA(1000), trivet.LBA(0), 0
 	for range 400 {
-		from, n := s.note(lba, 4, limit)
+		from, n, _ := s.note(lba, 4, limit)
 		if n > 0 {
 			if ahead != 0 {
 				require.Equal(t, ahead, from, "without a gap or an overlap")
@@ -185,14 +185,14 @@ func TestReadAheadGrowsAndStops(t *testing.T) {
 	require.Equal(t, limit, most)
 	r := rand.New(rand.NewPCG(1, 1))
 	for range 10_000 {
-		_, n := s.note(trivet.LBA(1<<30+r.Uint64N(1<<30)), 4, limit)
+		_, n, _ := s.note(trivet.LBA(1<<30+r.Uint64N(1<<30)), 4, limit)
 		require.Zero(t, n, "random reads bring nothing along")
 	}
 	// Two readers side by side are two runs.
 	brought := 0
 	for i := range trivet.LBA(100) {
 		for _, base := range []trivet.LBA{1 << 40, 1 << 41} {
-			_, n := s.note(base+4*i, 4, limit)
+			_, n, _ := s.note(base+4*i, 4, limit)
 			brought += n
 		}
 	}

@@ -32,6 +32,8 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 		return fmt.Errorf("read %s: %w", d.cfg.Volume, err)
 	}
 	lba, n := trivet.LBA(off/trivet.BlockSize), len(p)/trivet.BlockSize
+	own := begin(d.cfg.Meters.Own)
+	defer own.end()
 	d.mu.Lock()
 	if d.t != nil && n > 0 {
 		d.stats.Reads++
@@ -44,6 +46,7 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 		}
 		if d.t == nil {
 			d.mu.Unlock()
+			own.end()
 			return d.noteFence(d.next.ReadAt(ctx, p[i*trivet.BlockSize:], off+int64(i)*trivet.BlockSize))
 		}
 		i = d.copyHitsLocked(p, lba, i)
@@ -61,6 +64,7 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 		to := d.missesLocked(lba, i, n)
 		f := d.beginFillLocked(lba+trivet.LBA(i), to-i, false)
 		d.mu.Unlock()
+		own.end()
 		part := p[i*trivet.BlockSize : to*trivet.BlockSize]
 		err := d.next.ReadAt(ctx, part, off+int64(i)*trivet.BlockSize)
 		d.endFill(f, part, err)

@@ -37,21 +37,23 @@ type streams struct {
 	clock uint64
 }
 
-// note takes note of a read and returns what to read ahead: from, and how many blocks, at most limit. Zero: nothing.
-func (t *streams) note(lba trivet.LBA, n, limit int) (trivet.LBA, int) {
+// note takes note of a read and returns what to read ahead: from, and how many blocks, at most limit. Zero: nothing. It
+// also returns whether the read goes on with a run.
+func (t *streams) note(lba trivet.LBA, n, limit int) (from trivet.LBA, ahead int, follows bool) {
 	t.clock++
 	s := &t.all[0]
 	for i := range t.all {
 		c := &t.all[i]
 		if c.used != 0 && (lba == c.next || lba > c.next && lba < c.ahead) {
-			return c.goOn(lba, n, limit, t.clock)
+			from, ahead = c.goOn(lba, n, limit, t.clock)
+			return from, ahead, true
 		}
 		if c.used < s.used {
 			s = c
 		}
 	}
 	*s = stream{next: lba + trivet.LBA(n), used: t.clock}
-	return 0, 0
+	return 0, 0, false
 }
 
 func (s *stream) goOn(lba trivet.LBA, n, limit int, clock uint64) (trivet.LBA, int) {
@@ -72,12 +74,14 @@ func (s *stream) goOn(lba trivet.LBA, n, limit int, clock uint64) (trivet.LBA, i
 
 // readAheadLocked notes a read and starts what it is worth to read ahead.
 func (d *Device) readAheadLocked(lba trivet.LBA, n int) {
-	limit := int(d.set.ReadAheadBytes / trivet.BlockSize)
-	limit = min(limit, d.t.m.slotN/4) // or it would push out what it has just brought
+	limit := d.aheadBlocksLocked()
 	if limit == 0 || d.set.NoClean {
 		return
 	}
-	from, ahead := d.streams.note(lba, n, limit)
+	from, ahead, follows := d.streams.note(lba, n, limit)
+	if follows && d.set.Adaptive {
+		d.ahead.read(d.now(), n)
+	}
 	end := trivet.LBA(d.next.Size() / trivet.BlockSize)
 	for ahead > 0 && from < end {
 		piece := min(ahead, aheadPiece, int(end-from))
@@ -128,6 +132,7 @@ func (d *Device) bring(r fetch, buf []byte) {
 		return
 	}
 	f := d.beginFillLocked(r.lba, r.n, true)
+	began := d.now()
 	d.mu.Unlock()
 	if f == nil {
 		return
@@ -135,6 +140,9 @@ func (d *Device) bring(r fetch, buf []byte) {
 	p := buf[:r.n*trivet.BlockSize]
 	err := d.next.ReadAt(d.life, p, int64(r.lba)*trivet.BlockSize)
 	d.endFill(f, p, err)
+	d.mu.Lock()
+	d.ahead.fetched(d.now() - began)
+	d.mu.Unlock()
 	if err != nil {
 		_ = d.noteFence(err) // whoever reads the block gets its own answer
 	}

@@ -26,7 +26,7 @@ type slots struct {
 	free   []int32 // stack
 	index  *index
 	policy policy
-	dirty  *list // in the order of cover
+	dirty  *dirtySlots // in the order of cover
 
 	state []state
 	lba   []trivet.LBA
@@ -50,10 +50,11 @@ func newSlots(m *mapping, volume trivet.VolumeID, e Eviction) (*slots, error) {
 		return nil, err
 	}
 	t := &slots{
-		m: m, volume: volume, free: make([]int32, 0, n), index: newIndex(n), policy: p, dirty: newList(n),
+		m: m, volume: volume, free: make([]int32, 0, n), index: newIndex(n), policy: p,
 		state: make([]state, n), lba: make([]trivet.LBA, n), seq: make([]uint64, n), cover: make([]uint64, n),
 		since: make([]time.Duration, n), crc: make([]uint32, n),
 	}
+	t.dirty = newDirtySlots(t.lba)
 	for s := range int32(n) {
 		t.free = append(t.free, int32(n)-1-s)
 	}

@@ -26,7 +26,35 @@ type Stats struct {
 	Delayed, Stalled       uint64 // writes that the dirty limit slowed down, and that waited for room
 	DelayedFor             time.Duration
 
+	// What is in force at the moment; see Settings.Adaptive.
+	Adaptive       bool
+	FlushBytes     int64 // of the longest write-back
+	FlushDepth     int   // write-backs under way
+	ReadAheadBytes int64 // at most; of one sequential reader
+
 	ByEviction [4]HitRate // in the order of Evictions
+}
+
+// timing is a request that a Meter measures. The zero value measures nothing.
+type timing struct {
+	meter Meter
+	began time.Time
+}
+
+func begin(m Meter) timing {
+	if m == nil {
+		return timing{}
+	}
+	m.Enter()
+	return timing{m, time.Now()}
+}
+
+// end may be called again, and does nothing then.
+func (t *timing) end() {
+	if t.meter != nil {
+		t.meter.Leave(time.Since(t.began))
+		t.meter = nil
+	}
 }
 
 func place(e Eviction) int {
@@ -51,6 +79,9 @@ func (d *Device) Stats() Stats {
 	defer d.mu.Unlock()
 	s := d.stats
 	s.Mode = d.modeLocked()
+	s.Adaptive, s.FlushDepth = d.set.Adaptive, d.mode.depth
+	s.FlushBytes = int64(d.mode.blocks) * trivet.BlockSize
+	s.ReadAheadBytes = int64(d.aheadBlocksLocked()) * trivet.BlockSize
 	if d.t != nil {
 		s.Bytes = int64(d.t.m.slotN) * trivet.BlockSize
 		s.DirtyBytes = int64(d.t.dirty.n+d.t.flyingN) * trivet.BlockSize

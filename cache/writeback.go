@@ -4,23 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/trivet-csi/trivet"
 )
 
-// batchMax is how many dirty blocks the flusher sorts at a time: 32 MiB.
+// batchMax is how many dirty blocks the flusher puts in order at a time: 32 MiB.
 const batchMax = 8192
 
-// due is a dirty block that is to be written back.
-type due struct {
-	lba  trivet.LBA
-	slot int32
-	seq  uint64
-}
-
-// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes.
+// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many.
 type flight struct {
 	buf   []byte
 	lba   trivet.LBA
@@ -37,19 +29,20 @@ func (d *Device) run() {
 		return
 	}
 	d.running = true
-	d.idle, d.work = make(chan *flight, d.cfg.Depth), make(chan *flight, d.cfg.Depth)
-	buf := make([]byte, d.cfg.Depth*trivet.AtomicWriteBytes)
-	for i := range d.cfg.Depth {
-		f := &flight{
-			buf:   buf[i*trivet.AtomicWriteBytes : (i+1)*trivet.AtomicWriteBytes],
-			slots: make([]int32, 0, pieceBlocks), cover: noCover,
-		}
+	n := max(d.cfg.Depth, adaptiveDepthMax)
+	const most = flightBlocksMax * trivet.BlockSize
+	d.idle, d.work = make(chan *flight, n), make(chan *flight, n)
+	buf := make([]byte, n*most) // memory is taken up as it is used: not adaptive, half of the half
+	d.parked = make([]*flight, 0, n)
+	for i := range n {
+		f := &flight{buf: buf[i*most : (i+1)*most], slots: make([]int32, 0, flightBlocksMax), cover: noCover}
 		d.all = append(d.all, f)
-		d.idle <- f
+		d.parked = append(d.parked, f)
 		d.group.Go(func() error { d.fly(); return nil })
 	}
-	d.batch = make([]due, 0, batchMax)
-	d.spans = make([]span, 0, 2*d.cfg.Depth)
+	d.unparkLocked()
+	d.queue = newFlushQueue(d.cfg.Deadline)
+	d.spans = make([]span, 0, 2*n)
 	d.group.Go(func() error { d.flusher(); return nil })
 	d.runReadAhead()
 	d.kick <- struct{}{}
@@ -91,34 +84,32 @@ func (d *Device) pass() time.Duration {
 		d.mu.Lock()
 		next := d.collectLocked()
 		d.mu.Unlock()
-		if len(d.batch) == 0 {
+		if len(d.queue.items) == 0 {
 			return next
 		}
-		slices.SortFunc(d.batch, func(a, b due) int {
-			switch {
-			case a.lba < b.lba:
-				return -1
-			case a.lba > b.lba:
-				return 1
-			}
-			return 0
-		})
+		d.queue.arrange()
 		started := false
-		for _, w := range d.batch {
+		for {
 			var f *flight
 			select {
 			case f = <-d.idle:
 			case <-d.life.Done():
 				return time.Hour
 			}
+			w, ok := d.queue.next(d.now())
+			if !ok {
+				d.idle <- f
+				break
+			}
 			d.mu.Lock()
-			ok := d.loadLocked(f, w)
+			ok = d.loadLocked(f, w)
 			d.mu.Unlock()
 			if !ok {
 				d.idle <- f
 				continue
 			}
 			started = true
+			d.queue.flew(f.lba + trivet.LBA(len(f.slots)))
 			d.work <- f // has room for all
 		}
 		if !started {
@@ -129,13 +120,13 @@ func (d *Device) pass() time.Duration {
 
 // collectLocked lists what is to be written back now, oldest first, and returns how long the rest may wait.
 func (d *Device) collectLocked() time.Duration {
-	d.batch = d.batch[:0]
+	d.queue.begin(d.set.Order)
 	d.armed = d.t != nil && d.err == nil && d.t.dirty.n > 0
 	if d.t == nil || d.err != nil || d.t.dirty.n == 0 {
 		return time.Hour
 	}
 	t, now := d.t, d.now()
-	d.batchOf = t
+	d.queueOf = t
 	all := d.urgent > 0 || t.dirty.n >= d.dirtyLimitLocked()*backgroundShare/100
 	// What is nearly due goes along, so that neighbours written one after the other leave together.
 	nearly := time.Duration(0)
@@ -144,21 +135,47 @@ func (d *Device) collectLocked() time.Duration {
 	} else {
 		nearly = d.cfg.Deadline
 	}
-	for s := t.dirty.head; s != none && len(d.batch) < batchMax; s = t.dirty.next[s] {
-		if !all && t.cover[s] > d.flushTo && now-t.since[s] < nearly {
-			break
+	isDue := func(s int32) bool { return all || t.cover[s] <= d.flushTo || now-t.since[s] >= nearly }
+	if d.set.Order == OrderFair {
+		d.collectTurns(isDue)
+	} else {
+		for s := t.dirty.head; s != none && !d.queue.full() && isDue(s); s = t.dirty.next[s] {
+			d.queue.add(t.due(s))
 		}
-		d.batch = append(d.batch, due{t.lba[s], s, t.seq[s]})
 	}
 	return max(d.cfg.Deadline-(now-t.since[t.dirty.head]), time.Millisecond)
 }
 
+// collectTurns lists one turn of each region that has anything due. Whose turn could not be had goes first next time.
+func (d *Device) collectTurns(isDue func(int32) bool) {
+	t := d.t
+	last := t.dirty.regions.first.before
+	for turn := int32(0); !d.queue.full(); turn++ {
+		r := t.dirty.regions.first
+		t.dirty.regions.first = r.after
+		for s, n := r.head, 0; s != none && n < quantumBlocks && !d.queue.full() && isDue(s); s, n = r.next[s], n+1 {
+			w := t.due(s)
+			w.turn = turn
+			d.queue.add(w)
+		}
+		if r == last {
+			return
+		}
+	}
+}
+
+func (t *slots) due(s int32) due {
+	return due{lba: t.lba[s], slot: s, seq: t.seq[s], since: t.since[s]}
+}
+
 // loadLocked makes a flight of w and its dirty neighbours. What is left of one write stays together, as long as no
-// other write has covered a part of it: so it reaches the device below whole or not at all. False: w is gone, or in
-// the way of another write-back or an operation that goes through; never are two of one block under way.
+// other write has covered a part of it: so it reaches the device below whole or not at all. A flight that is longer
+// than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the device below cuts. False:
+// w is gone, or in the way of another write-back or an operation that goes through; never are two of one block under
+// way.
 func (d *Device) loadLocked(f *flight, w due) bool {
 	t := d.t
-	if t == nil || t != d.batchOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {
+	if t == nil || t != d.queueOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {
 		return false
 	}
 	first := w.lba
@@ -173,10 +190,13 @@ func (d *Device) loadLocked(f *flight, w due) bool {
 		return false
 	}
 	f.lba, f.slots, f.cover, f.began = first, f.slots[:0], noCover, d.now()
+	cut := false // a write of the flight lies on both sides of a multiple of AtomicWriteBytes
 	for writes := 0; ; writes++ {
 		run := t.runOf(first + trivet.LBA(len(f.slots)))
 		at := first + trivet.LBA(len(f.slots))
-		if run == 0 || len(f.slots)+run > pieceBlocks || d.inUseLocked(at, int64(run)) {
+		cut = cut || at/pieceBlocks != (at+trivet.LBA(max(run, 1))-1)/pieceBlocks
+		long := len(f.slots)+run > pieceBlocks
+		if run == 0 || len(f.slots)+run > d.mode.blocks || long && cut || d.inUseLocked(at, int64(run)) {
 			if writes == 0 {
 				return false
 			}
@@ -192,6 +212,7 @@ func (d *Device) loadLocked(f *flight, w due) bool {
 	for _, s := range f.slots {
 		t.launch(s)
 	}
+	d.aloftN++
 	d.spans = append(d.spans, span{f.lba, int64(len(f.slots)), false})
 	d.stats.WriteBacks++
 	d.stats.WriteBackBytes += uint64(len(f.slots)) * trivet.BlockSize
@@ -219,8 +240,10 @@ func (d *Device) fly() {
 		case <-d.life.Done():
 			return
 		case f := <-d.work:
-			d.land(f, d.carry(f))
-			d.idle <- f
+			under := begin(d.cfg.Meters.WriteBack)
+			err := d.carry(f)
+			under.end()
+			d.land(f, err)
 		}
 	}
 }
@@ -252,12 +275,16 @@ func (d *Device) land(f *flight, err error) {
 	}
 	switch {
 	case err == nil:
-		d.pace.done(f.began, d.now(), len(f.slots))
+		now := d.now()
+		d.pace.done(f.began, now, len(f.slots))
+		d.learnLocked(now, now-f.began, len(f.slots))
 	case errors.Is(err, trivet.ErrFenced):
 		d.fenceLocked(err)
 	case d.life.Err() == nil: // else Close has broken it off
 		d.poisonLocked(err)
 	}
+	d.aloftN--
+	d.restLocked(f)
 	d.changed.fire()
 	d.wakeFlusherLocked()
 }

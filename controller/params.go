@@ -26,6 +26,7 @@ const (
 	ParamCacheSize     = "cacheSize"                 // bytes, a quantity; default by the mode
 	ParamReadAhead     = "readAhead"                 // bytes, a quantity, at most 1Mi (default)
 	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
+	ParamAdaptive      = "adaptive"                  // off (default) or on
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -49,7 +50,10 @@ type Params struct {
 	CacheSize int64  // bytes; sizeByDefault = the node decides by the mode
 	ReadAhead int64  // bytes; sizeByDefault = as much as there is
 	Eviction  string // "" = lru
+	Adaptive  bool   // write-back and read-ahead follow what is measured
 }
+
+const paramOn = "on"
 
 // sizeByDefault stands for a size that was not given: zero is one that may be asked for.
 const sizeByDefault = -1
@@ -136,6 +140,8 @@ func (p *Params) setCache(lower, value string) error {
 		if p.Eviction == "lru" {
 			p.Eviction = ""
 		}
+	case ParamAdaptive:
+		err = oneOf(value, func(v string) { p.Adaptive = v == paramOn }, paramOn, "off")
 	case strings.ToLower(ParamCacheSize):
 		err = parseSize(value, &p.CacheSize, cacheSizeMin, cacheSizeMax)
 	case strings.ToLower(ParamReadAhead):
@@ -233,6 +239,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.ReadAhead >= 0 {
 		m[ParamReadAhead] = strconv.FormatInt(p.ReadAhead, 10)
+	}
+	if p.Adaptive {
+		m[ParamAdaptive] = paramOn
 	}
 	if p.Eviction != "" {
 		m[ParamEviction] = p.Eviction

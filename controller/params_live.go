@@ -29,6 +29,7 @@ var liveParams = []string{
 	ParamCacheSize,
 	ParamReadAhead,
 	ParamEviction,
+	ParamAdaptive,
 }
 
 // LiveParams returns the canonical names of the parameters that SetParams changes, sorted.

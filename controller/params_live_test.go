@@ -99,7 +99,7 @@ func TestSetParams(t *testing.T) {
 			says  string
 		}{
 			{map[string]string{"iopsLimit": "7", "colour": "red"}, `"colour"`},
-			{map[string]string{"iopsLimit": "7", "replicas": "1"}, `"replicas" cannot be changed, only bandwidthLimit`},
+			{map[string]string{"iopsLimit": "7", "replicas": "1"}, `"replicas" cannot be changed, only adaptive, bandwidth`},
 			{map[string]string{"iopsLimit": "7", "csi.storage.k8s.io/pvc/name": "x"}, "cannot be changed"},
 			{map[string]string{"iopsLimit": "7", "burst": "soon"}, `"soon"`},
 			{map[string]string{"iopsLimit": "7", "IopsLimit": "8"}, "are the same"},

@@ -45,10 +45,12 @@ type CleanStats struct {
 // cleaner empties the segments of the log that have few live blocks left, so that they can be used again
 // (DESIGN.md, cleaning).
 type cleaner struct {
-	e        *Engine
-	target   float64
-	wake     chan struct{} // holds one token
-	pressure atomic.Bool   // the disk is nearly full: clean whatever gives space
+	e      *Engine
+	target float64
+	wake   chan struct{} // holds one token
+	// background waits for a turn beside volumes (Config.Background); nil: none
+	background func(ctx context.Context, bytes int) (release func(), err error)
+	pressure   atomic.Bool // the disk is nearly full: clean whatever gives space
 
 	turn   sync.Mutex // one round at a time
 	life   context.Context
@@ -238,7 +240,12 @@ func (c *cleaner) empty(ctx context.Context, victims map[uint32]*segLive, paced 
 		}
 		most := int(min(storeChunkBytes, c.e.log.StoreBytesMax()) / trivet.BlockSize)
 		for chunk := range slices.Chunk(blocks, most) {
+			done, err := c.turnOf(ctx, len(chunk)*trivet.BlockSize, paced)
+			if err != nil {
+				return err
+			}
 			n, err := c.e.relocate(id, chunk, victims)
+			done()
 			stats.CopiedBytes += n
 			c.copied.Add(n)
 			if err != nil {
@@ -312,6 +319,14 @@ func (c *cleaner) blocksOf(id trivet.VolumeID, victims map[uint32]*segLive) (out
 		err = nil // the scrub's business
 	}
 	return out, err
+}
+
+// turnOf waits for the turn of n bytes beside the requests of volumes, unless there is a hurry.
+func (c *cleaner) turnOf(ctx context.Context, n int, paced bool) (done func(), err error) {
+	if c.background == nil || !paced || c.pressure.Load() {
+		return func() {}, nil
+	}
+	return c.background(ctx, n)
 }
 
 // pace waits so that cleaning copies no faster than it must to keep up with what is written.

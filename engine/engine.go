@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -36,6 +37,11 @@ type Config struct {
 	// CleanTarget is the share of the segments' space that live blocks should take; below it the emptiest segments
 	// are cleaned. 0 = 0.7; negative: only Clean does it. At most 0.95. It needs a log with a data lane.
 	CleanTarget float64
+
+	// Background, unless nil, is asked before each piece of background work that reads or writes the disk: it waits for
+	// the turn of so many bytes beside the requests of volumes, or returns the error of ctx, and release ends the piece.
+	// Whoever calls it must not wait for a request of a volume before release. nil: such work goes on at once.
+	Background func(ctx context.Context, bytes int) (release func(), err error)
 
 	// Fatal is called once, on the first I/O error in the background, or with a *DamageError when damage keeps
 	// the disk from taking more writes. From then on nothing that changes or flushes succeeds. It runs on a
@@ -178,6 +184,7 @@ func (e *Engine) openLog(cfg *Config) error {
 	var wake func()
 	if cfg.Log.HasDataLane() {
 		e.clean = newCleaner(e, cfg.CleanTarget)
+		e.clean.background = cfg.Background
 		wake, e.space.tight = e.clean.poke, e.clean.setPressure
 	} else {
 		wake = func() {}

@@ -219,3 +219,8 @@ func (t *Throttle) pass(ctx context.Context, g *gate, n int) (waited bool, err e
 		}
 	}
 }
+
+// Allocated implements trivet.Allocator. It is not held back: it moves no data.
+func (t *Throttle) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, t.next, off, n, runs)
+}

@@ -266,3 +266,8 @@ func (d *Scheduled) do(ctx context.Context, n int64, request func() error) error
 	defer func() { d.scheduler.release(d.class, cost, time.Since(began)) }()
 	return request()
 }
+
+// Allocated implements trivet.Allocator. It is not held back: it moves no data.
+func (d *Scheduled) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, d.next, off, n, runs)
+}

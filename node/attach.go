@@ -260,7 +260,7 @@ func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
 		return nil, fmt.Errorf("attach %s: %w", v.ID, err)
 	}
 	stages := a.shared.stages.Open(v.ID)
-	cached, err := a.caches.open(probeStage(group, stages, stage.Replication), v, at)
+	cached, err := a.caches.open(probeStage(group, stages, stage.Replication), v, at, cacheMeters(stages))
 	if err != nil {
 		stages.Close()
 		return nil, errors.Join(err, group.Close())

@@ -18,10 +18,12 @@ import (
 
 // The parameters of a volume that shape its cache. Sizes are canonical: decimal numbers, in bytes.
 const (
-	paramCacheMode = "cacheMode" // absent: writeThrough
-	paramCacheSize = "cacheSize" // absent: see cacheOf
-	paramReadAhead = "readAhead" // absent: as much as there is
-	paramEviction  = "eviction"  // absent: lru
+	paramCacheMode = "cacheMode"   // absent: writeThrough
+	paramCacheSize = "cacheSize"   // absent: see cacheOf
+	paramReadAhead = "readAhead"   // absent: as much as there is
+	paramEviction  = "eviction"    // absent: lru
+	paramOrder     = "ioScheduler" // absent: deadline
+	paramAdaptive  = "adaptive"    // on or off; absent: off
 )
 
 const (
@@ -95,7 +97,7 @@ func (c *caches) tidy() {
 // open puts the cache of v in front of group. The lock of at, if it has one, belongs to the cache then. When a kernel
 // device goes on, so does the loss of a write that an earlier process met: whoever uses it has to be told (H14).
 // Without an error it returns a Device even for a volume that caches nothing: it may be told to later.
-func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached) (*cache.Device, error) {
+func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached, meters cache.Meters) (*cache.Device, error) {
 	want, weight, err := cacheOf(v)
 	if err != nil {
 		return nil, err
@@ -105,7 +107,7 @@ func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached) (*cache
 	}
 	want.Bytes = c.pool.Ask(v.ID, want.Bytes, weight)
 	d, err := cache.Open(group, at.lock, cache.Config{
-		Cluster: c.cluster, Volume: v.ID, Epoch: at.epoch, Resume: at.goesOn, Settings: want, Logger: c.log,
+		Cluster: c.cluster, Volume: v.ID, Epoch: at.epoch, Resume: at.goesOn, Settings: want, Meters: meters, Logger: c.log,
 	})
 	if err != nil {
 		c.pool.Leave(v.ID)
@@ -117,6 +119,7 @@ func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached) (*cache
 func cacheOf(v *meta.Volume) (cache.Settings, int, error) {
 	s := cache.Settings{
 		Mode: cache.Mode(v.Params[paramCacheMode]), Eviction: cache.Eviction(v.Params[paramEviction]),
+		Order: cache.Order(v.Params[paramOrder]), Adaptive: v.Params[paramAdaptive] == "on",
 		ReadAheadBytes: cache.ReadAheadMax,
 	}
 	if s.Mode == "" {

@@ -75,6 +75,7 @@ type Disk struct {
 	log    *segment.Log
 	engine *engine.Engine
 	damage damages
+	share  *diskShare
 }
 
 // holder is what the lock file says of the process that has the disk. It is there for the error
@@ -205,7 +206,7 @@ func openDisk(cfg DiskConfig) (*Disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Disk{id: sb.Disk, dir: cfg.Dir, place: sb.Place, lock: lock}
+	d := &Disk{id: sb.Disk, dir: cfg.Dir, place: sb.Place, lock: lock, share: newDiskShare()}
 	if err := d.start(cfg); err != nil {
 		_ = lock.Close() // the first error counts; closing unlocks
 		return nil, err
@@ -226,8 +227,8 @@ func (d *Disk) start(cfg DiskConfig) error {
 	}
 	e, err := engine.Open(engine.Config{
 		FS: vfs.Default, Dir: filepath.Join(d.dir, engineDir), CacheBytes: cfg.CacheBytes, Log: log,
-		CleanTarget: cfg.CleanTarget,
-		Logger:      loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal, OnCorruption: d.damage.add,
+		CleanTarget: cfg.CleanTarget, Background: d.share.Background,
+		Logger: loggerOr(cfg.Logger).With("disk", d.id), Fatal: cfg.Fatal, OnCorruption: d.damage.add,
 	})
 	if err != nil {
 		return errors.Join(err, log.Close())
@@ -317,7 +318,7 @@ func (d *Disk) Usage() (meta.Disk, error) {
 
 // Replication returns the disk as package replication wants it.
 func (d *Disk) Replication() replication.Disk {
-	return replication.Disk{ID: d.id, Dir: d.dir, FS: vfs.Default, Engine: d.engine, Log: d.log}
+	return replication.Disk{ID: d.id, Dir: d.dir, FS: vfs.Default, Engine: d.engine, Log: d.log, Share: d.share}
 }
 
 // replicas lists what lies on the disk, known to the catalogue or not.

@@ -47,6 +47,7 @@ type groupNode struct {
 	eng   *engine.Engine
 	log   *segment.Log
 	host  *replication.Host
+	share *countedShare
 	agent *Agent // nil while down
 }
 
@@ -110,9 +111,10 @@ func (g *groupNode) boot() {
 		require.NoError(t, root.Close())
 	}
 	var err error
-	g.log = g.openLog()
+	g.log, g.share = g.openLog(), newCountedShare(g.b.cat)
 	g.eng, err = engine.Open(engine.Config{
 		FS: g.fs, Dir: "/d/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Log: g.log, Fatal: g.fatal,
+		Background: g.share.Background,
 	})
 	require.NoError(t, err)
 	g.link = g.b.net.Node(testNodeID(g.n))
@@ -136,7 +138,7 @@ func (g *groupNode) boot() {
 		},
 		Verify: func() error { return nil },
 		Disks: map[trivet.DiskID]replication.Disk{g.disk: {
-			ID: g.disk, Dir: "/d", FS: g.fs, Engine: g.eng, Log: g.log,
+			ID: g.disk, Dir: "/d", FS: g.fs, Engine: g.eng, Log: g.log, Share: g.share,
 		}},
 		OnDisk: map[trivet.VolumeID][]placed{},
 	}

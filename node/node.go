@@ -186,12 +186,14 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	if err := n.openMounts(ctx); err != nil {
 		return nil, errors.Join(err, n.unlock())
 	}
+	for _, d := range cfg.Disks {
+		d.share.connect(cfg.Catalogue, cfg.Stages)
+	}
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
 		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages,
-		Background: n.mounts.attacher.shared.scheduler.Background,
-		Logger:     cfg.Logger, Fatal: cfg.Fatal,
+		Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())
@@ -299,6 +301,9 @@ func (n *Node) sweep(ctx context.Context) {
 	for {
 		changed := n.cfg.Catalogue.Changed()
 		n.mounts.follow()
+		for _, d := range n.cfg.Disks {
+			d.share.follow()
+		}
 		n.mounts.sweep()
 		select {
 		case <-ctx.Done():

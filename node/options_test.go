@@ -118,7 +118,8 @@ func openTestPath(t *testing.T, v *meta.Volume, with *shared) *path {
 	t.Helper()
 	all := newCaches(&Config{})
 	stages := with.stages.Open(v.ID)
-	cached, err := all.open(probeStage(faultdev.NewMem(1<<20), stages, stage.Replication), v, &attached{epoch: 1})
+	cached, err := all.open(probeStage(faultdev.NewMem(1<<20), stages, stage.Replication), v, &attached{epoch: 1},
+		cacheMeters(stages))
 	require.NoError(t, err)
 	p, err := stack(all.follow(cached, v, 1), v, with, stages)
 	require.NoError(t, err)
@@ -146,7 +147,7 @@ func TestPathFollowsTheCatalogue(t *testing.T) {
 	assert.Equal(t, wantLimits, p.throttle.Limits())
 	assert.Equal(t, wantShare, p.scheduled.Share())
 	require.NoError(t, p.WriteAt(t.Context(), make([]byte, 4096), 0))
-	for _, s := range []stage.Stage{stage.Write, stage.Throttle, stage.Scheduler, stage.Replication} {
+	for _, s := range []stage.Stage{stage.Write, stage.Throttle, stage.Scheduler, stage.Cache, stage.Replication} {
 		assert.EqualValues(t, 1, p.stages.Meter(s).Totals().LeftN, s)
 	}
 	p.cache.end()

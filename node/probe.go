@@ -71,3 +71,8 @@ func (p *probe) Flush(ctx context.Context) error {
 
 // Size implements trivet.Device.
 func (p *probe) Size() int64 { return p.next.Size() }
+
+// Allocated implements trivet.Allocator. It is not a request that moves data, and not measured.
+func (p *probe) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, p.next, off, n, runs)
+}

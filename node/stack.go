@@ -52,11 +52,17 @@ func stack(cached *caching, v *meta.Volume, with *shared, stages *stage.Volume) 
 		return nil, err
 	}
 	scheduled := with.scheduler.Device(cached, share, meterOf(stages, stage.Scheduler))
+	stages.SetCache(cached.counts)
 	throttle := iothrottle.NewWith(scheduled, limits, iothrottle.Options{Meter: meterOf(stages, stage.Throttle)})
 	return &path{
 		Device:   protect(probeRequests(throttle, stages), v.Attached != nil && v.Attached.ReadOnly),
 		throttle: throttle, scheduled: scheduled, cache: cached, stages: stages,
 	}, nil
+}
+
+// Allocated implements trivet.Allocator, by all stages of the path.
+func (p *path) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, p.Device, off, n, runs)
 }
 
 // meterOf returns a Meter for iothrottle, which tells no Meter by nil.
@@ -69,6 +75,7 @@ func meterOf(stages *stage.Volume, s stage.Stage) iothrottle.Meter {
 
 // close takes the path out of what it shares with others. REQUIRES: called once, when no request comes any more.
 func (p *path) close() {
+	p.stages.SetCache(nil)
 	p.scheduled.Close()
 	p.stages.Close()
 }
@@ -216,3 +223,8 @@ func (d *readOnlyDevice) WriteZeroes(context.Context, int64, int64) error { retu
 
 // Flush has nothing to flush.
 func (d *readOnlyDevice) Flush(context.Context) error { return nil }
+
+// Allocated implements trivet.Allocator.
+func (d *readOnlyDevice) Allocated(ctx context.Context, off, n int64, runs []trivet.Run) (int, error) {
+	return trivet.AllocatedOf(ctx, d.Device, off, n, runs)
+}

@@ -20,6 +20,15 @@ func (n *Node) Scheduler() iothrottle.SchedulerStats {
 	return n.mounts.attacher.shared.scheduler.Stats()
 }
 
+// DiskSchedulers returns how those that share out the disks of this node are doing.
+func (n *Node) DiskSchedulers() map[trivet.DiskID]iothrottle.SchedulerStats {
+	all := make(map[trivet.DiskID]iothrottle.SchedulerStats, len(n.cfg.Disks))
+	for _, d := range n.cfg.Disks {
+		all[d.ID()] = d.share.scheduler.Stats()
+	}
+	return all
+}
+
 // ReplicaStatus returns how the replica of a volume here is doing, and whether one runs.
 func (n *Node) ReplicaStatus(id trivet.VolumeID) (replication.ReplicaStatus, bool) {
 	r, ok := n.host.Replica(id)

@@ -155,7 +155,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	}
 	cfg.Stages = h.cfg.Stages.Open(s.Volume)
 	m.applies = cfg.Stages.Meter(stage.Apply)
-	m.marks.background = h.cfg.Background
+	m.marks.background = s.Disk.background()
 	group, err := raftgroup.Open(cfg)
 	if err != nil {
 		cfg.Stages.Close()

@@ -37,9 +37,6 @@ type HostConfig struct {
 	// CatchUpBytesPerSecond bounds what all replicas of this Host together pull of the state of others, when
 	// they missed more than a log keeps. 0 = no limit; at least CatchUpBytesPerSecondMin.
 	CatchUpBytesPerSecond int64
-	// Background, when set, is where a catch-up, and the comparison of a new replica with its leader, wait for their
-	// turn beside other work; see raftgroup.Config.
-	Background func(ctx context.Context, bytes int) (release func(), err error)
 	// Authorize, when set, is asked before each volume I/O whether node may act for an attachment
 	// with that epoch; an error is the answer. It must be fast, and decide by what this node knows.
 	// The state machine checks the epoch in any case.
@@ -113,6 +110,32 @@ type Disk struct {
 	FS     vfs.FS // vfs.Default when nil
 	Engine *engine.Engine
 	Log    *segment.Log // the Raft logs of all its replicas; open for as long as they run
+	Share  DiskShare    // nil: everything goes at once
+}
+
+// DiskShare shares a disk out between the volumes whose replicas on it lead, and background work.
+type DiskShare interface {
+	// Open returns the turns of the requests to a volume. The replica closes them when it ends.
+	Open(volume trivet.VolumeID) Turns
+	// Background waits for the turn of background work; see raftgroup.Config.
+	Background(ctx context.Context, bytes int) (release func(), err error)
+}
+
+// Turns is where requests wait for their turn. It must not allocate, and cost next to nothing while nobody waits.
+type Turns interface {
+	// Acquire waits for the turn of a request of n bytes; an error is that of ctx. Else Release follows.
+	Acquire(ctx context.Context, n int) error
+	// Release ends a request, which took so long since its turn.
+	Release(n int, took time.Duration)
+	// Close ends the use. No request comes after it; some may still be under way.
+	Close()
+}
+
+func (d *Disk) background() func(ctx context.Context, bytes int) (release func(), err error) {
+	if d.Share == nil {
+		return nil
+	}
+	return d.Share.Background
 }
 
 func (d *Disk) fs() vfs.FS {
@@ -275,7 +298,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		OverlapFlush:  h.cfg.OverlapFlush,
 		SnapshotBytes: h.cfg.SnapshotBytes,
 		CatchUpLimit:  h.catchUp,
-		Background:    h.cfg.Background,
+		Background:    s.Disk.background(),
 		Logger:        h.log.With("volume", s.Volume.String()),
 		Fatal:         h.cfg.Fatal,
 	}

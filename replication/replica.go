@@ -25,6 +25,7 @@ type Replica struct {
 	lease   time.Duration // longest read lease of a leader of the group
 	stages  *stage.Volume // what is measured of it
 	reads   *stage.Meter
+	turns   Turns // on its disk; nil: none to wait for
 	log     *slog.Logger
 
 	network   transport.Network
@@ -60,6 +61,9 @@ func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.G
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
 	r.verifying.life = ctx
+	if s.Disk.Share != nil {
+		r.turns = s.Disk.Share.Open(s.Volume)
+	}
 	r.batcher.waiting, r.reads = stages.Meter(stage.Queue), stages.Meter(stage.ServeRead)
 	r.watch.Go(func() { r.watchLeader(ctx) })
 	return r
@@ -92,6 +96,9 @@ func (r *Replica) close() error {
 		r.batcher.close()
 		r.closed = r.group.Close()
 		r.machine.marks.close()
+		if r.turns != nil {
+			r.turns.Close()
+		}
 		r.stages.Close()
 	})
 	return r.closed
@@ -139,14 +146,38 @@ func (r *Replica) write(ctx context.Context, req *request) (term uint64, err err
 	if req.op == opWrite && r.batcher.leads() && !r.spec.Disk.Engine.HasRoom(int64(len(req.data))) {
 		return 0, fmt.Errorf("disk %s of the leader is full: %w", r.spec.Disk.ID, trivet.ErrNoSpace)
 	}
+	if r.turns == nil || !r.batcher.leads() { // one that does not lead says so at once
+		return r.batcher.submit(ctx, req)
+	}
+	began, err := r.takeTurn(ctx, len(req.data))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { r.turns.Release(len(req.data), time.Since(began)) }()
 	return r.batcher.submit(ctx, req)
+}
+
+// takeTurn waits until the disk may take on a request, and returns when that was. What followers append is not held
+// back like this: a late append would hold up its whole group.
+func (r *Replica) takeTurn(ctx context.Context, n int) (time.Time, error) {
+	if err := r.turns.Acquire(ctx, n); err != nil {
+		return time.Time{}, fmt.Errorf("wait for disk %s: %w", r.spec.Disk.ID, err)
+	}
+	return time.Now(), nil
 }
 
 // read fills p. It returns the term in which this replica may answer; a client that has seen a higher
 // one must not use the data, unless it asked for less than ReadStrong. ErrNotLeader: ask the leader.
-func (r *Replica) read(p []byte, req *readRequest) (term uint64, err error) {
+func (r *Replica) read(ctx context.Context, p []byte, req *readRequest) (term uint64, err error) {
 	if err := r.checkReadEpoch(req.epoch, false); err != nil {
 		return 0, err
+	}
+	if r.turns != nil && (req.level != levelStrong || r.batcher.leads()) {
+		began, err := r.takeTurn(ctx, len(p))
+		if err != nil {
+			return 0, err
+		}
+		defer func() { r.turns.Release(len(p), time.Since(began)) }()
 	}
 	if req.level != levelStrong {
 		return r.readApplied(p, req)

@@ -93,6 +93,9 @@ func (a *admin) explain(ctx context.Context, v *meta.Volume, window time.Duratio
 			for _, s := range windows[i].Stages {
 				out.Stages = append(out.Stages, stageReport(&s))
 			}
+			if c := windows[i].Cache; c != nil && c.SizeBytes > 0 && out.Cache == nil {
+				out.Cache = cacheReport(c, node)
+			}
 		}
 	}
 	f := stage.Explain(in)
@@ -106,4 +109,18 @@ func stageReport(s *stage.Summary) *api.StageReport {
 		Mean: s.Mean, StandardDeviation: s.StdDev, P50: s.P50, P99: s.P99, Max: s.Max, Concurrency: s.Concurrency,
 		LittleConcurrency: s.Little, Utilisation: s.Utilisation, ServiceRate: s.ServiceRate, Samples: s.Samples,
 	}
+}
+
+func cacheReport(c *stage.CacheSummary, node trivet.NodeID) *api.CacheReport {
+	r := &api.CacheReport{
+		Node: string(node), Mode: c.Mode, Eviction: c.Eviction, SizeBytes: c.SizeBytes, DirtyBytes: c.DirtyBytes,
+		CleanBytes: c.CleanBytes, Hits: c.Hits, Misses: c.Misses, Writes: c.Writes, Merged: c.Merged,
+		WriteBacks: c.WriteBacks, WriteBackBytes: c.WriteBackBytes, ReadAheadBytes: c.ReadAheadBytes, Delayed: c.Delayed,
+		Stalled: c.Stalled, FlushBytes: c.FlushBytes, FlushDepth: c.FlushDepth, ReadAheadLimit: c.ReadAheadLimit,
+		Adaptive: c.Adaptive,
+	}
+	for _, h := range c.ByEviction {
+		r.ByEviction = append(r.ByEviction, &api.HitCount{Eviction: h.Eviction, Hits: h.Hits, Misses: h.Misses})
+	}
+	return r
 }

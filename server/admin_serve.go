@@ -44,12 +44,16 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
-	v, err := a.attach(ctx, r.GetName())
+	attach := a.attach
+	if r.GetReadOnly() {
+		attach = a.attachReader
+	}
+	v, err := attach(ctx, r.GetName())
 	if err != nil {
 		return err
 	}
 	serveErr := n.ServeNBD(ctx, v.ID, service)
-	if !served && before.Attached != nil {
+	if !served && before.GrantOf(a.s.cfg.Node) != nil {
 		return serveErr // whoever has it attached goes on; a node that recovers its cache must not be fenced for this
 	}
 	// The client is gone, so its context is too: the detach gets one of its own.

@@ -46,6 +46,10 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()),
 	}
 	out.AttachedNode = string(v.Holder())
+	for _, n := range v.Holders() {
+		out.AttachedNodes = append(out.AttachedNodes, string(n))
+	}
+	out.AttachedReadOnly = v.Attached != nil && v.Attached.ReadOnly
 	if n, err := a.s.node(); err == nil {
 		out.Device = n.Device(v.ID)
 	}
@@ -228,6 +232,15 @@ func (a *admin) attach(ctx context.Context, name string) (meta.Volume, error) {
 		return meta.Volume{}, err
 	}
 	return a.s.controller.Attach(ctx, v.ID, a.s.cfg.Node, meta.SingleNodeMultiWriter, false)
+}
+
+// attachReader attaches a volume to this node as one of any number of readers.
+func (a *admin) attachReader(ctx context.Context, name string) (meta.Volume, error) {
+	v, err := a.find(ctx, name)
+	if err != nil {
+		return meta.Volume{}, err
+	}
+	return a.s.controller.Attach(ctx, v.ID, a.s.cfg.Node, meta.MultiNodeReader, true)
 }
 
 // DetachVolume implements api.AdminServer.

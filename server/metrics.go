@@ -116,10 +116,16 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		return // no member of a cluster yet
 	}
 	schedulerMetrics(out, n.Scheduler())
+	for disk, st := range n.DiskSchedulers() {
+		diskSchedulerMetrics(out, string(disk), st)
+	}
 	for _, v := range shown {
 		name := nameOf(v.ID().String())
 		if limits, ok := n.Limits(v.ID()); ok {
 			limitMetrics(out, name, limits)
+		}
+		if st, ok := n.CacheStats(v.ID()); ok && st.Bytes > 0 {
+			cacheMetrics(out, name, &st)
 		}
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)

@@ -5,6 +5,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/internal/stage"
 	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/replication"
@@ -25,6 +27,13 @@ var (
 	descWaiting  = desc("trivet_scheduler_waiting", "Requests that wait for other volumes.")
 	descCapacity = desc("trivet_scheduler_capacity", "Requests per second that were done while others waited; 0 = never.")
 
+	descDiskWindow = desc("trivet_disk_scheduler_window", "Requests that a disk may have under way while others wait.",
+		"disk")
+	descDiskInside   = desc("trivet_disk_scheduler_inside", "Requests, and background work, under way on a disk.", "disk")
+	descDiskWaiting  = desc("trivet_disk_scheduler_waiting", "Requests and background work that wait for a disk.", "disk")
+	descDiskCapacity = desc("trivet_disk_scheduler_capacity",
+		"Requests per second that a disk did while others waited; 0 = never.", "disk")
+
 	descConns    = desc("trivet_peer_connections", "Connections with other nodes.", "direction")
 	descSent     = desc("trivet_peer_sent_bytes_total", "Bytes sent to other nodes.")
 	descReceived = desc("trivet_peer_received_bytes_total", "Bytes received from other nodes.")
@@ -43,6 +52,25 @@ var (
 	descVariance = desc("trivet_stage_variance_seconds2", "Variance of those times since the volume is open.", "volume",
 		"stage")
 	descInside = desc("trivet_stage_inside", "Requests in a stage at this moment.", "volume", "stage")
+
+	descCacheBlocks = desc("trivet_cache_read_blocks_total",
+		"Blocks read that were in the cache (hit), or not (miss), by the eviction policy in force then.",
+		"volume", "eviction", "result")
+	descCacheBytes = desc("trivet_cache_bytes",
+		"What is in the cache: dirty (acknowledged, not written back), clean; and its size.", "volume", "state")
+	descCacheMode   = desc("trivet_cache_info", "1, with the mode in force.", "volume", "mode")
+	descCacheWrites = desc("trivet_cache_writes_total", "Writes acknowledged from memory, in pieces of at most 64 KiB.",
+		"volume")
+	descCacheMerged = desc("trivet_cache_merged_writes_total", "Writes that were written back with a neighbour.", "volume")
+	descCacheBacks  = desc("trivet_cache_write_backs_total", "Write-backs.", "volume")
+	descCacheBack   = desc("trivet_cache_write_back_bytes_total", "Bytes written back.", "volume")
+	descCacheAhead  = desc("trivet_cache_read_ahead_bytes_total", "Bytes read ahead.", "volume")
+	descCacheHeld   = desc("trivet_cache_held_writes_total", "Writes slowed down as dirty blocks came near their limit "+
+		"(delayed), and that waited for room (stalled).", "volume", "how")
+
+	descCacheFlush = desc("trivet_cache_write_back_limit_bytes", "The longest write-back, at the moment.", "volume")
+	descCacheDepth = desc("trivet_cache_write_back_depth", "Write-backs under way at most, at the moment.", "volume")
+	descCacheReach = desc("trivet_cache_read_ahead_limit_bytes", "How far is read ahead at most, at the moment.", "volume")
 
 	descLeader  = desc("trivet_replica_leader", "1 if the replica here leads its group.", "volume")
 	descTerm    = desc("trivet_replica_term", "Raft term of the replica here.", "volume")
@@ -136,6 +164,13 @@ func schedulerMetrics(out chan<- prometheus.Metric, st iothrottle.SchedulerStats
 	gauge(out, descCapacity, st.Capacity)
 }
 
+func diskSchedulerMetrics(out chan<- prometheus.Metric, disk string, st iothrottle.SchedulerStats) {
+	gauge(out, descDiskWindow, st.Window, disk)
+	gauge(out, descDiskInside, st.Inside, disk)
+	gauge(out, descDiskWaiting, float64(st.WaitingN), disk)
+	gauge(out, descDiskCapacity, st.Capacity, disk)
+}
+
 func limitMetrics(out chan<- prometheus.Metric, name string, l iothrottle.Limits) {
 	for _, f := range []struct {
 		label string
@@ -163,4 +198,27 @@ func replicaMetrics(out chan<- prometheus.Metric, name string, st *replication.R
 	if st.UsedBytes >= 0 {
 		gauge(out, descUsed, float64(st.UsedBytes), name)
 	}
+}
+
+func cacheMetrics(out chan<- prometheus.Metric, name string, s *cache.Stats) {
+	gauge(out, descCacheMode, 1, name, string(s.Mode))
+	gauge(out, descCacheBytes, float64(s.DirtyBytes), name, "dirty")
+	gauge(out, descCacheBytes, float64(s.CleanBytes), name, "clean")
+	gauge(out, descCacheBytes, float64(s.Bytes), name, "size")
+	for i, e := range cache.Evictions() {
+		if h := s.ByEviction[i]; h.Hits+h.Misses > 0 {
+			counter(out, descCacheBlocks, float64(h.Hits), name, string(e), "hit")
+			counter(out, descCacheBlocks, float64(h.Misses), name, string(e), "miss")
+		}
+	}
+	counter(out, descCacheWrites, float64(s.Writes), name)
+	counter(out, descCacheMerged, float64(s.Merged), name)
+	counter(out, descCacheBacks, float64(s.WriteBacks), name)
+	counter(out, descCacheBack, float64(s.WriteBackBytes), name)
+	counter(out, descCacheAhead, float64(s.ReadAheadBlocks)*trivet.BlockSize, name)
+	counter(out, descCacheHeld, float64(s.Delayed), name, "delayed")
+	counter(out, descCacheHeld, float64(s.Stalled), name, "stalled")
+	gauge(out, descCacheFlush, float64(s.FlushBytes), name)
+	gauge(out, descCacheDepth, float64(s.FlushDepth), name)
+	gauge(out, descCacheReach, float64(s.ReadAheadBytes), name)
 }

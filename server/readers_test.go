@@ -1,8 +1,11 @@
 package server_test
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -33,6 +36,7 @@ func TestReadOnlyMany(t *testing.T) {
 	writer, stop := serveNBD(t, c, 0, "x")
 	mustWrite(t, writer, 3, 'a')
 	stop()
+	requireReadersByNBD(t, c)
 
 	capability := &csi.VolumeCapability{
 		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY},
@@ -90,6 +94,44 @@ func TestReadOnlyMany(t *testing.T) {
 	requireBlock(t, writer, 3, 'a')
 	mustWrite(t, writer, 3, 'b')
 	stop()
+}
+
+// requireReadersByNBD serves x read-only on two nodes at once: both read, neither writes, and all are told of both.
+func requireReadersByNBD(t *testing.T, c *testutil.Cluster) {
+	t.Helper()
+	first, stopFirst := serveReadOnly(t, c, 0)
+	second, stopSecond := serveReadOnly(t, c, 1)
+	for _, client := range []*nbdClient{first, second} {
+		requireBlock(t, client, 3, 'a')
+		require.Error(t, client.write(pattern('b'), 0))
+	}
+	list, err := c.Admin(2).ListVolumes(t.Context(), &api.ListVolumesRequest{})
+	require.NoError(t, err)
+	require.Equal(t, []string{"node-0", "node-1"}, list.GetVolumes()[0].GetAttachedNodes())
+	require.True(t, list.GetVolumes()[0].GetAttachedReadOnly())
+	stopFirst()
+	requireBlock(t, second, 3, 'a')
+	stopSecond()
+}
+
+func serveReadOnly(t *testing.T, c *testutil.Cluster, i int) (*nbdClient, func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	socket := c.Path(fmt.Sprintf("ro-%d.nbd", i))
+	stream, err := c.Admin(i).ServeVolume(ctx, &api.ServeVolumeRequest{Name: "x", Socket: socket, ReadOnly: true})
+	require.NoError(t, err)
+	_, err = stream.Recv()
+	require.NoError(t, err)
+	client, err := dialNBD(t.Context(), socket, "x")
+	require.NoError(t, err)
+	return client, func() {
+		require.NoError(t, client.close())
+		cancel() // the server notices and detaches
+		require.Eventually(t, func() bool {
+			v, err := c.Admin(i).GetVolume(t.Context(), &api.VolumeRequest{Name: "x"})
+			return err == nil && !slices.Contains(v.GetAttachedNodes(), fmt.Sprintf("node-%d", i))
+		}, time.Minute, 20*time.Millisecond)
+	}
 }
 
 // stageBlock stages and publishes a block volume and returns the path of the device.

@@ -35,6 +35,7 @@ func newVolumeServe(o *options) *cobra.Command {
 	cmd.Flags().StringVar(&r.TlsCert, "tls-cert", "", "file with the certificate (default: the node's own)")
 	cmd.Flags().StringVar(&r.TlsKey, "tls-key", "", "file with its key")
 	cmd.Flags().StringVar(&r.TlsCa, "tls-ca", "", "file with the CA that signs clients' certificates")
+	cmd.Flags().BoolVar(&r.ReadOnly, "read-only", false, "attach as one of any number of readers; clients cannot write")
 	cmd.MarkFlagsOneRequired("socket", "listen")
 	cmd.MarkFlagsMutuallyExclusive("socket", "listen")
 	cmd.MarkFlagsRequiredTogether("tls-cert", "tls-key", "tls-ca")

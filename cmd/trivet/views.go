@@ -24,6 +24,8 @@ type volumeView struct {
 	Pending    string            `json:"pending,omitempty"` // what a change of the replicas waits for
 	Epoch      uint64            `json:"epoch"`
 	Attached   string            `json:"attachedNode,omitempty"`
+	AttachedTo []string          `json:"attachedNodes,omitempty"` // more than one only to read
+	ReadOnly   bool              `json:"attachedReadOnly,omitempty"`
 	Device     string            `json:"device,omitempty"`
 	Created    string            `json:"created"`
 }
@@ -66,7 +68,8 @@ func volumeOf(v *api.Volume) volumeView {
 		ID: v.GetId(), Name: v.GetName(), SizeBytes: v.GetSizeBytes(), Phase: v.GetPhase(), Reason: v.GetReason(),
 		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Epoch: v.GetEpoch(),
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
-		Want: v.GetWantReplicas(), Pending: v.GetPending(),
+		Want: v.GetWantReplicas(), Pending: v.GetPending(), AttachedTo: v.GetAttachedNodes(),
+		ReadOnly: v.GetAttachedReadOnly(),
 	}
 	for _, r := range v.GetReplicas() {
 		view.Replicas = append(view.Replicas, replicaOf(r))
@@ -109,6 +112,18 @@ func (n nodeView) stateText() string {
 	return n.State
 }
 
+// attachedText names every node that has the volume attached.
+func (v volumeView) attachedText() string {
+	text := v.Attached // of a server that tells only one
+	if len(v.AttachedTo) > 0 {
+		text = strings.Join(v.AttachedTo, ",")
+	}
+	if v.ReadOnly {
+		text += " (read-only)"
+	}
+	return text
+}
+
 func nodeTable(nodes []nodeView) table {
 	t := table{header: []string{"NODE", "STATE", "ROLE", "ZONE", "ADDRESS", "REPLICAS", "FREE", "SIZE"}}
 	for _, n := range nodes {
@@ -135,7 +150,7 @@ func volumeTable(volumes []volumeView) table {
 			}
 		}
 		t.rows = append(t.rows, []string{
-			v.Name, v.ID, sizeText(v.SizeBytes), v.Phase, leader, strings.Join(nodes, ","), v.Attached,
+			v.Name, v.ID, sizeText(v.SizeBytes), v.Phase, leader, strings.Join(nodes, ","), v.attachedText(),
 		})
 	}
 	return t

@@ -22,6 +22,7 @@ type reportView struct {
 	Advice   string      `json:"advice,omitempty"`
 	Silent   []string    `json:"silentNodes,omitempty"`
 	Stages   []stageView `json:"stages"`
+	Cache    *cacheView  `json:"cache,omitempty"`
 }
 
 type stageView struct {
@@ -92,6 +93,12 @@ func (o *options) showReport(cmd *cobra.Command, r *api.VolumeReport) error {
 	if err := o.show(out, view, reportTable(&view)); err != nil || o.output == outputJSON {
 		return err
 	}
+	if view.Cache != nil {
+		fmt.Fprintln(out)
+		if err := o.show(out, view.Cache, cacheTable(view.Cache)); err != nil {
+			return err
+		}
+	}
 	fmt.Fprintln(out)
 	limit := "nothing here"
 	if view.Limiting != "" {
@@ -121,6 +128,7 @@ func reportOf(r *api.VolumeReport) reportView {
 			Concurrency: s.GetConcurrency(), Little: s.GetLittleConcurrency(), Samples: s.GetSamples(),
 		})
 	}
+	view.Cache = cacheOf(r.GetCache())
 	return view
 }
 

@@ -27,6 +27,9 @@ type options struct {
 	only        string
 	busy        bool
 	serverArgs  string
+
+	pairs  int    // compare a setting with its absence instead of the peers
+	toggle string // the setting, and its two values: adaptive=on,off
 }
 
 func main() {
@@ -42,6 +45,8 @@ func main() {
 	flag.StringVar(&o.only, "only", "", "only jobs with these names, with commas between: J1,J2")
 	flag.BoolVar(&o.busy, "busy", false, "run although the machine has other things to do; the figures mean nothing")
 	flag.StringVar(&o.serverArgs, "server-args", "", "more arguments for trivet server")
+	flag.IntVar(&o.pairs, "pairs", 0, "instead of peers: so many interleaved pairs of a volume with and without -toggle")
+	flag.StringVar(&o.toggle, "toggle", "adaptive=on,off", "KEY=WITH,WITHOUT: the parameter that -pairs is about")
 	flag.Parse()
 	if *quick {
 		o.sizeMiB, o.seconds, o.rounds = 512, 4, 1
@@ -65,6 +70,9 @@ func run(ctx context.Context, o *options) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(o.dir)) }()
 	if err := checkSpace(o.dir, o.sizeMiB); err != nil {
 		return err
+	}
+	if o.pairs > 0 {
+		return runPairs(ctx, o)
 	}
 	systems, stop, err := start(ctx, o)
 	defer func() { err = errors.Join(err, stop()) }()

@@ -60,10 +60,14 @@ func Explain(in Input) Finding {
 	case all[Throttle].Little >= heldShare*under:
 		return throttled(&in, all, under)
 	case all[Scheduler].Little >= heldShare*under:
-		return outranked(&in, all, under)
+		return outranked(&in, all[Scheduler], "the other volumes of node "+all[Scheduler].Node, under)
+	case all[DiskTurn].Little >= heldShare*under:
+		return outranked(&in, all[DiskTurn], "other volumes that lead on the same disk of node "+all[DiskTurn].Node, under)
 	case under < idleBelow:
 		return Finding{Reason: fmt.Sprintf("%.2f requests were under way at a time: the volume waited for its user most of "+
 			"the time", under), Advice: "nothing here is slow; more requests at a time would get more done"}
+	case writes*2 >= under && in.Params["cacheMode"] == "writeBack" && all[WriteBack].Stage != "":
+		return cached(&in, all, under)
 	case writes*2 >= under:
 		return slowest(&in, writeParts(all), under)
 	}
@@ -142,12 +146,42 @@ func throttled(in *Input, all [stageN]Summary, under float64) Finding {
 	return f
 }
 
-func outranked(in *Input, all [stageN]Summary, under float64) Finding {
+func outranked(in *Input, held Summary, others string, under float64) Finding {
 	return Finding{
-		Stage: Scheduler.String(), Node: all[Scheduler].Node,
-		Reason: "requests wait for other volumes of node " + all[Scheduler].Node + " for " + share(all[Scheduler], under),
+		Stage: held.Stage, Node: held.Node,
+		Reason: "requests wait for " + others + " for " + share(held, under),
 		Advice: fmt.Sprintf("trivet volume set %s priority=MORE or iopsReservation=N; or limit the other volumes", in.Name),
 	}
+}
+
+// cached is for writes that a cache answers: what is below it counts as far as anybody waits for it, which is for room
+// and in flushes.
+func cached(in *Input, all [stageN]Summary, under float64) Finding {
+	room, flush := all[CacheRoom], all[Flush]
+	if room.Little+flush.Little < heldShare*under {
+		return Finding{
+			Stage: Cache.String(), Node: all[Cache].Node,
+			Reason: fmt.Sprintf("writes are answered from the memory of node %s, %s each; of %.2f requests under way at a "+
+				"time, %.2f wait for room in the cache and %.2f are flushes", all[Cache].Node, text(all[Cache].Mean), under,
+				room.Little, flush.Little),
+			Advice: "nothing below holds them up; a faster CPU, or more requests at a time, would get more done",
+		}
+	}
+	f := slowest(in, writeParts(all), under)
+	if f.Stage == "" { // what is below did not answer
+		f.Stage, f.Node = WriteBack.String(), all[WriteBack].Node
+	}
+	if room.Little >= flush.Little {
+		f.Reason = "writes wait for room in the cache for " + share(room, under) + "; " + f.Reason
+		if f.Advice != "" {
+			f.Advice += "; "
+		}
+		f.Advice += fmt.Sprintf("a larger cacheSize (trivet volume set %s cacheSize=MORE) takes longer bursts, and no more "+
+			"than that", in.Name)
+	} else {
+		f.Reason = "flushes wait for write-backs for " + share(flush, under) + "; " + f.Reason
+	}
+	return f
 }
 
 // writeParts returns what a write goes through.
@@ -173,6 +207,7 @@ func readParts(all [stageN]Summary) []part {
 	return []part{
 		{all[ServeRead], all[ServeRead].Little},
 		{way, max(way.Little-all[ServeRead].Little-writesBelow(all), 0)},
+		{all[Cache], max(all[Cache].Little-all[CacheRoom].Little, 0)},
 	}
 }
 
@@ -208,8 +243,22 @@ func slowest(in *Input, parts []part, under float64) Finding {
 	if queue.own > best.own {
 		f.Reason += fmt.Sprintf("; %.1f requests wait in the queue before it, %s each", queue.own, text(queue.Mean))
 	}
+	if c := cacheOf(in.Windows); c != nil && best.Stage == ServeRead.String() && c.Hits+c.Misses > 0 {
+		hits := 100 * float64(c.Hits) / float64(c.Hits+c.Misses)
+		f.Reason += fmt.Sprintf("; %.0f%% of the blocks were found in the cache", hits)
+	}
 	f.Advice = advice(in, best.Stage, best.Node)
 	return f
+}
+
+// cacheOf returns what the cache of the attachment did, or nil.
+func cacheOf(windows []Window) *CacheSummary {
+	for _, w := range windows {
+		if w.Cache != nil {
+			return w.Cache
+		}
+	}
+	return nil
 }
 
 func advice(in *Input, stage, node string) string {
@@ -236,6 +285,8 @@ func advice(in *Input, stage, node string) string {
 	case ServeRead.String():
 		fmt.Fprintf(&b, "the disk of %s is slow to read: a larger cacheSize, more readAhead for sequential reads, or "+
 			"readConsistency=session for reads beside the pod", node)
+	case Cache.String():
+		fmt.Fprintf(&b, "reads are answered from the memory of %s; more requests at a time would get more done", node)
 	default:
 		return ""
 	}

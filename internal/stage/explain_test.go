@@ -62,6 +62,12 @@ func explainCases() []explainCase {
 			stage: "scheduler", node: "a", reason: "62% of the time", what: "priority=MORE",
 		},
 		{
+			name: "other volumes of the leader's disk", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 100, 0.08)), at("b", seen(stage.DiskTurn, "b", 100, 0.05)),
+			},
+			stage: "disk_turn", node: "b", reason: "the same disk of node b", what: "priority=MORE",
+		},
+		{
 			name: "leader's disk, with a queue before it", windows: []stage.Window{
 				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.Replication, "a", 1000, 0.02)),
 				at("b", seen(stage.Queue, "b", 1000, 0.012), seen(stage.LeaderLog, "b", 100, 0.05),
@@ -114,9 +120,62 @@ func explainCases() []explainCase {
 	}
 }
 
+func explainCacheCases() []explainCase {
+	return []explainCase{
+		{
+			name: "writes answered from memory", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 50000, 0.0001), seen(stage.Cache, "a", 50000, 0.0001),
+					seen(stage.WriteBack, "a", 100, 0.1), seen(stage.LeaderLog, "a", 100, 0.09)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "cache", node: "a", reason: "from the memory of node a", what: "nothing below",
+		},
+		{
+			name: "no room in the cache", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.Cache, "a", 1000, 0.02),
+					seen(stage.CacheRoom, "a", 1000, 0.019), seen(stage.WriteBack, "a", 100, 0.1),
+					seen(stage.LeaderLog, "a", 100, 0.09)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "leader_log", node: "a", reason: "wait for room in the cache for 95%", what: "cacheSize=MORE",
+		},
+		{
+			name: "flushes wait for write-backs", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.001), seen(stage.Flush, "a", 1000, 0.01),
+					seen(stage.WriteBack, "a", 1000, 0.009), seen(stage.Apply, "a", 1000, 0.009)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "apply", node: "a", reason: "flushes wait for write-backs for 91%", what: "engine of a",
+		},
+		{
+			name: "write-backs, and the leader did not answer", windows: []stage.Window{
+				at("a", seen(stage.Write, "a", 1000, 0.02), seen(stage.CacheRoom, "a", 1000, 0.019),
+					seen(stage.WriteBack, "a", 100, 0.1)),
+			},
+			params: map[string]string{"cacheMode": "writeBack"},
+			stage:  "write_back", node: "a", reason: "did not answer", what: "cacheSize=MORE",
+		},
+		{
+			name: "reads from memory", windows: []stage.Window{
+				at("a", seen(stage.Read, "a", 50000, 0.0001), seen(stage.Cache, "a", 50000, 0.00009)),
+			},
+			stage: "cache", node: "a", what: "answered from the memory of a",
+		},
+		{
+			name: "reads that miss", windows: []stage.Window{{
+				Node: "a", Cache: &stage.CacheSummary{Hits: 1, Misses: 3}, Stages: []stage.Summary{
+					seen(stage.Read, "a", 1000, 0.02), seen(stage.Replication, "a", 1000, 0.019),
+					seen(stage.ServeRead, "a", 1000, 0.018),
+				},
+			}},
+			stage: "serve_read", node: "a", reason: "25% of the blocks", what: "cacheSize",
+		},
+	}
+}
+
 func TestExplain(t *testing.T) {
 	t.Parallel()
-	for _, tc := range explainCases() {
+	for _, tc := range append(explainCases(), explainCacheCases()...) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			got := stage.Explain(stage.Input{Name: "v", Params: tc.params, Attached: "a", Windows: tc.windows})

@@ -31,8 +31,11 @@ const (
 	Flush                    //
 	Throttle                 // held back by the volume's own limits
 	Scheduler                // held back for other volumes of the node
-	Cache                    // in the cache, without what is below it
+	Cache                    // in the cache, until it answers or passes the request on
+	CacheRoom                // held back because the cache has no room for more dirty blocks
+	WriteBack                // cache: dirty blocks on their way to what is below
 	Replication              // below everything: sent to the group and answered
+	DiskTurn                 // leader: held back for other volumes with leaders on the disk
 	Queue                    // leader: waiting for a place in a log entry
 	LeaderLog                // leader: appends to its log until they are on stable storage
 	Network                  // leader: entries sent until the follower's answer, its log included
@@ -43,7 +46,8 @@ const (
 )
 
 var names = [stageN]string{
-	"read", "write", "discard", "flush", "throttle", "scheduler", "cache", "replication", "queue", "leader_log",
+	"read", "write", "discard", "flush", "throttle", "scheduler", "cache", "cache_room",
+	"write_back", "replication", "disk_turn", "queue", "leader_log",
 	"network", "follower_log", "apply", "serve_read",
 }
 
@@ -77,6 +81,7 @@ type Volume struct {
 
 	users  int // under reg.mu
 	meters [stageN]atomic.Pointer[Meter]
+	cache  atomic.Pointer[func() CacheCounts]
 }
 
 // NewRegistry returns a Registry without volumes.

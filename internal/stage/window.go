@@ -45,6 +45,8 @@ type Window struct {
 	Node    string    `json:"node"`
 	Seconds float64   `json:"seconds"`
 	Stages  []Summary `json:"stages"` // in order, without those that were not used
+
+	Cache *CacheSummary `json:"cache,omitempty"` // of the attachment, if the volume has one here
 }
 
 // Watch observes a volume for d and returns what happened. ErrNotFound: this process does not serve it;
@@ -58,6 +60,7 @@ func (r *Registry) Watch(ctx context.Context, id trivet.VolumeID, d time.Duratio
 		return Window{}, fmt.Errorf("watch %s: not in use here: %w", id, trivet.ErrNotFound)
 	}
 	w := newWatch(v)
+	cached := v.watchCache()
 	ticker := time.NewTicker(max(d/samplesWanted, sampleEvery))
 	defer ticker.Stop()
 	end := time.NewTimer(d)
@@ -67,7 +70,9 @@ func (r *Registry) Watch(ctx context.Context, id trivet.VolumeID, d time.Duratio
 		case <-ticker.C:
 			w.sample()
 		case <-end.C:
-			return w.end(), nil
+			out := w.end()
+			out.Cache = cached()
+			return out, nil
 		case <-ctx.Done():
 			return Window{}, fmt.Errorf("watch %s: %w", id, context.Cause(ctx))
 		}

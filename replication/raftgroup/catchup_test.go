@@ -620,6 +620,55 @@ func TestCatchUpLimit(t *testing.T) {
 	})
 }
 
+// Each side of a catch-up takes its turn on its own disk for each piece, and neither has one while it waits for the
+// other: with a single turn for all disks together it ends all the same.
+func TestCatchUpTakesTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		c.segmentBytes = 1 << 20
+		var mu sync.Mutex
+		turn, bytes := make(chan struct{}, 1), map[trivet.ReplicaID]int{}
+		behind(t, c)
+		usual := c.configure
+		c.configure = func(cfg *raftgroup.Config) {
+			usual(cfg)
+			id := cfg.Replica
+			cfg.Background = func(ctx context.Context, n int) (func(), error) {
+				select {
+				case turn <- struct{}{}:
+				case <-ctx.Done():
+					return nil, ctx.Err()
+				}
+				mu.Lock()
+				bytes[id] += n
+				mu.Unlock()
+				return func() { <-turn }, nil
+			}
+		}
+		for _, name := range []string{"a", "b"} {
+			c.nodes[name].die()
+			c.nodes[name].mustOpen()
+		}
+		for k := range 100 {
+			c.mustPut(fmt.Sprint(k), strings.Repeat("v", 10<<10))
+		}
+		slow, sent := c.nodes["c"], countSnapshots(c)
+		slow.mustOpen()
+		c.eventually("it is done", func() bool { return sent.Load() == 1 })
+		c.converge()
+		mu.Lock()
+		defer mu.Unlock()
+		require.Greater(t, bytes[replicaID("c")], 1<<19, "what it restored")
+		delete(bytes, replicaID("c"))
+		read := 0
+		for _, n := range bytes {
+			read += n
+		}
+		require.Greater(t, read, 1<<19, "what was read for it")
+		require.Empty(t, turn, "all turns were given back")
+	})
+}
+
 // What a group shows, and a process with all its groups, is bounded, and only members see it.
 func TestImagesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -38,6 +38,8 @@ type pull struct {
 	last  bool           // nothing follows it
 	err   error
 
+	release func() // gives back the turn of the piece in hand; nil: it has none
+
 	gotBytes atomic.Int64
 }
 
@@ -80,6 +82,7 @@ func (g *Group) openPull(ctx context.Context, from raft.ServerAddress, want []by
 
 // close ends the pull and tells the source, which would find out by itself.
 func (p *pull) close(restored bool) {
+	p.written()
 	body := imageClose{id: p.opened.id, restored: restored}.encode()
 	if _, err := p.g.send(p.ctx, p.from, transport.KindImageClose, body, p.g.cfg.Timing.Heartbeat); err != nil {
 		p.g.log.Debug("image not closed", "from", string(p.from), "err", err)
@@ -128,6 +131,7 @@ func (p *pull) Read(b []byte) (int, error) {
 
 // next takes the next piece in hand and asks for more ahead of it.
 func (p *pull) next() error {
+	p.written() // the piece before: the machine wants more
 	for len(p.ahead) <= readAhead {
 		off, got := p.asked, make(chan arrival, 1)
 		p.jobs.Go(func() {
@@ -144,6 +148,14 @@ func (p *pull) next() error {
 	}
 	if err := p.wait(len(a.piece.data)); err != nil {
 		return err
+	}
+	// Only now, for what the machine does with the piece: whoever has a turn of a disk must not wait for another node,
+	// which may wait for a turn of its own to read for us.
+	if yield := p.g.cfg.Background; yield != nil {
+		var err error
+		if p.release, err = yield(p.ctx, len(a.piece.data)); err != nil {
+			return err
+		}
 	}
 	p.gotBytes.Add(int64(len(a.piece.data)))
 	p.g.catch.got(p.gotBytes.Load())
@@ -165,15 +177,16 @@ func (p *pull) wait(n int) error {
 	return nil
 }
 
+// written gives back the turn of the piece in hand.
+func (p *pull) written() {
+	if p.release != nil {
+		p.release()
+		p.release = nil
+	}
+}
+
 // fetch gets one piece. A damaged one, or one that got lost, is asked for again.
 func (p *pull) fetch(off uint64) (imagePiece, error) {
-	if yield := p.g.cfg.Background; yield != nil {
-		release, err := yield(p.ctx, p.opened.pieceN)
-		if err != nil {
-			return imagePiece{}, err
-		}
-		defer release()
-	}
 	body := imageRead{id: p.opened.id, offset: off}
 	for try := 1; ; try++ {
 		piece, err := p.fetchOnce(body)

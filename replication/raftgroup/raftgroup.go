@@ -160,8 +160,9 @@ type Config struct {
 	// groups of a process, it bounds them together. Its burst, at least 1, is what may pass at once. nil = no
 	// limit.
 	CatchUpLimit *rate.Limiter
-	// Background, unless nil, is asked before each piece of a state of others is pulled: it returns when that does
-	// not disturb anybody, or when ctx ends, and release is called when the piece is here.
+	// Background, unless nil, is asked before each piece of a state of others is restored here, and before each that
+	// others pull is read: it returns when that does not disturb anybody, or when ctx ends, and release is called when
+	// the disk has done it. Nothing waits for another node in between.
 	Background func(ctx context.Context, bytes int) (release func(), err error)
 	// BootTime is a clock that also runs while the machine is suspended, from any origin. nil = the
 	// kernel's CLOCK_BOOTTIME where there is one.

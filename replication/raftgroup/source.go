@@ -185,7 +185,7 @@ func (t *images) heldFrom() (uint64, bool) {
 
 // piece returns a message with a piece, by its number: the next one, one of the last, or one that is a
 // little ahead, because two requests may overtake each other.
-func (s *served) piece(ctx context.Context, n uint64) ([]byte, error) {
+func (s *served) piece(ctx context.Context, n uint64, yield turnTaker) ([]byte, error) {
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
@@ -196,8 +196,8 @@ func (s *served) piece(ctx context.Context, n uint64) ([]byte, error) {
 		return nil, fmt.Errorf("piece %d of image %d, next is %d: %w", n, s.id, s.next, trivet.ErrInvalid)
 	}
 	for n >= s.next && !s.ended {
-		if s.err == nil {
-			s.err = s.produce()
+		if err := s.produceInTurn(ctx, yield); err != nil {
+			return nil, err
 		}
 		if s.err != nil {
 			return nil, s.err
@@ -209,6 +209,26 @@ func (s *served) piece(ctx context.Context, n uint64) ([]byte, error) {
 	}
 	p.offset = n * uint64(s.pieceN)
 	return p.encode(), nil // a copy, while it is our turn: the slot will be used again (H25)
+}
+
+// turnTaker is Config.Background.
+type turnTaker func(ctx context.Context, bytes int) (release func(), err error)
+
+// produceInTurn reads the next piece when it is the turn of background work on the disk. An error that does not stick
+// says that it was not in time.
+func (s *served) produceInTurn(ctx context.Context, yield turnTaker) error {
+	if s.err != nil {
+		return nil //nolint:nilerr // the caller returns it
+	}
+	if yield != nil {
+		release, err := yield(ctx, s.pieceN)
+		if err != nil {
+			return fmt.Errorf("%w: %w", err, trivet.ErrUnavailable)
+		}
+		defer release()
+	}
+	s.err = s.produce()
+	return nil
 }
 
 // produce reads the next piece. The buffers go round.
@@ -286,7 +306,7 @@ func (g *Group) onImageRead(ctx context.Context, follower raft.ServerAddress, bo
 	if req.offset%uint64(s.pieceN) != 0 {
 		return nil, fmt.Errorf("image read at %d, pieces have %d bytes: %w", req.offset, s.pieceN, trivet.ErrInvalid)
 	}
-	p, err := s.piece(ctx, req.offset/uint64(s.pieceN))
+	p, err := s.piece(ctx, req.offset/uint64(s.pieceN), g.cfg.Background)
 	if err != nil {
 		if errors.Is(err, trivet.ErrCorrupt) {
 			g.log.Error("image cannot be read", "for", string(follower), "err", err)
