@@ -33,6 +33,8 @@ type Volume struct {
 	dropped bool
 	touched []extent // buffer of the one Batch
 	changes []change // and another
+	views   []*View  // that are open
+	watcher func(*BlockError)
 }
 
 func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
@@ -136,7 +138,7 @@ var readPool = sync.Pool{New: func() any { return new(readScratch) }} //nolint:g
 // ErrUnavailable: Restoring. ErrNotFound: dropped.
 func (v *Volume) ReadAt(p []byte, lba trivet.LBA) error {
 	if err := v.readAt(p, lba); err != nil {
-		v.e.health.corruptBlock(err)
+		v.metDamage(err)
 		return fmt.Errorf("read %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, v.id, err)
 	}
 	return nil
