@@ -60,6 +60,14 @@ func (c Command) utc() Command {
 		v := *c.CreateVolume
 		v.Volume.Created = instant(v.Volume.Created)
 		c.CreateVolume = &v
+	case c.StartScrub != nil:
+		s := *c.StartScrub
+		s.Time = instant(s.Time)
+		c.StartScrub = &s
+	case c.ReportScrub != nil:
+		s := *c.ReportScrub
+		s.Time = instant(s.Time)
+		c.ReportScrub = &s
 	}
 	return c
 }

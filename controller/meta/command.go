@@ -34,6 +34,8 @@ type Command struct {
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
 	SetParams     *SetParams     `json:"setParams,omitempty"`
+	StartScrub    *StartScrub    `json:"startScrub,omitempty"`
+	ReportScrub   *ReportScrub   `json:"reportScrub,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.

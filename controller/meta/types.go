@@ -177,6 +177,9 @@ type Volume struct {
 	Leader     trivet.ReplicaID `json:"leader,omitempty"`
 	LeaderTerm uint64           `json:"leaderTerm,omitempty"` // Raft term of that report; 0 = not given
 
+	// Scrub is of the newest pass; nil before the first. It changes without a new Revision.
+	Scrub *Scrub `json:"scrub,omitempty"`
+
 	Revision Revision `json:"revision"`
 }
 
@@ -294,6 +297,7 @@ func (v *Volume) Clone() Volume {
 	c.Replicas = slices.Clone(v.Replicas)
 	c.Retired = slices.Clone(v.Retired)
 	c.Also = slices.Clone(v.Also)
+	c.Scrub = v.Scrub.clone()
 	if v.Attached != nil {
 		a := *v.Attached
 		c.Attached = &a

@@ -50,6 +50,8 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
 	add(&set, c.SetParams)
+	add(&set, c.StartScrub)
+	add(&set, c.ReportScrub)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
