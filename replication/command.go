@@ -30,8 +30,8 @@ import (
 // The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
-// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize,
-// and zero otherwise. seq and low are zero for fence, resize and wipe: these need no session, because
+// arg is the number of blocks of a write, discard, write-zeroes or scrub, the new size in bytes of a resize,
+// and zero otherwise. seq and low are zero for fence, resize, wipe and scrub: these need no session, because
 // a late copy of one has no effect (DESIGN.md).
 const (
 	entryVersion     = 1
@@ -58,6 +58,7 @@ const (
 	opFence       opCode = 4
 	opResize      opCode = 5
 	opWipe        opCode = 6
+	opScrub       opCode = 20 // a marker: every replica takes a view here (scrub.go)
 )
 
 func (o opCode) String() string {
@@ -74,6 +75,8 @@ func (o opCode) String() string {
 		return "resize"
 	case opWipe:
 		return "wipe"
+	case opScrub:
+		return "scrub"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -142,6 +145,10 @@ func (r *request) check() error {
 			return fmt.Errorf("resize to %d bytes: want whole blocks, at most %d bytes: %w",
 				r.arg, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
 		}
+	case opScrub:
+		if r.lba >= lbaMax || r.arg == 0 || r.arg > lbaMax-uint64(r.lba) || r.epoch != 0 {
+			return fmt.Errorf("scrub of %d blocks from %d at epoch %d: %w", r.arg, r.lba, r.epoch, trivet.ErrInvalid)
+		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)
 	}
@@ -159,7 +166,7 @@ func (r *request) checkCommon() error {
 		}
 		return nil
 	}
-	if r.seq != 0 || r.low != 0 || r.lba != 0 {
+	if r.seq != 0 || r.low != 0 || r.lba != 0 && r.op != opScrub {
 		return fmt.Errorf("%s of block %d with sequence %d, lowest open %d: want none: %w",
 			r.op, r.lba, r.seq, r.low, trivet.ErrInvalid)
 	}

@@ -24,6 +24,7 @@ type result struct {
 	out       outcome
 	epoch     trivet.Epoch // of the volume
 	sizeBytes int64        // of the volume
+	index     uint64       // of the entry, of opScrub only
 }
 
 // err translates a result for the client. nil means that the request is in effect.
@@ -56,6 +57,7 @@ const (
 	effectNone effect = iota
 	effectWrite
 	effectZero // lba and blockN of the change
+	effectMark // a view of these blocks is taken; nothing changes
 )
 
 // change is an effect and the blocks it touches.
@@ -91,6 +93,8 @@ func (c *core) decide(req *request) (outcome, change) {
 			return out, change{}
 		}
 		return outApplied, change{effect: effectZero, blockN: c.sizeBytes / trivet.BlockSize}
+	case opScrub:
+		return outApplied, change{effect: effectMark, lba: req.lba, blockN: int64(req.arg)}
 	}
 	return c.data(req)
 }

@@ -129,7 +129,7 @@ func (v *Volume) readPiece(ctx context.Context, p []byte, lba trivet.LBA) error 
 	}
 	attempt := func(ctx context.Context, node trivet.NodeID) (reply, error) {
 		if v.cfg.Host != nil && node == v.cfg.Network.Local() {
-			return v.cfg.Host.read(node, v.cfg.ID, p, &req)
+			return v.cfg.Host.read(ctx, node, v.cfg.ID, p, &req)
 		}
 		out, err := v.send(ctx, node, transport.KindVolumeRead, req.append(nil), len(p))
 		if err != nil || out.code != codeDone {

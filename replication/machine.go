@@ -14,7 +14,8 @@ import (
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
-// machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
+// machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch, or one up to each
+// marker of a scrub,
 // which holds blocks, applied index, epoch, size, session window and members together (H2). Blocks are not copied: the
 // engine refers to them where they stand in the log.
 //
@@ -25,6 +26,7 @@ type machine struct {
 	vol *engine.Volume
 
 	applies *stage.Meter // batches of entries; nil = not measured
+	marks   *marks       // views of markers; nil = none are taken
 
 	// Owned by the applying goroutine.
 	core core
@@ -67,48 +69,61 @@ func (m *machine) load() error {
 func (m *machine) Apply(entries []raftgroup.Entry) (_ []any, err error) {
 	defer m.applies.Begin().End()
 	results := make([]any, len(entries))
-	st := *m.view.Load()
 	first := 0
-	for first < len(entries) && entries[first].Index <= st.AppliedIndex {
+	for first < len(entries) && entries[first].Index <= m.view.Load().AppliedIndex {
 		first++ // delivered again after a restart (H3)
 	}
-	if first == len(entries) {
-		return results, nil
+	for first < len(entries) {
+		n, err := m.applyBatch(entries[first:], results[first:])
+		if err != nil {
+			return nil, err
+		}
+		first += n
 	}
+	return results, nil
+}
+
+// applyBatch applies entries as one batch, all of them or up to a marker, and returns how many.
+func (m *machine) applyBatch(entries []raftgroup.Entry, results []any) (n int, err error) {
+	st := *m.view.Load()
 	batch := m.vol.NewBatch()
 	defer func() {
 		if e := batch.Close(); err == nil && e != nil {
 			err = fmt.Errorf("apply to %s: %w", m.id, e)
 		}
 	}()
-	for i := first; i < len(entries); i++ {
-		e := &entries[i]
+	var mark change
+	for n < len(entries) && mark.effect == effectNone {
+		e := &entries[n]
 		if e.Index <= st.AppliedIndex {
-			return nil, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
+			return 0, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
 		}
 		st.AppliedIndex, st.AppliedTerm = e.Index, e.Term
 		if e.Data == nil {
 			st.Config = appendMembers(nil, e.Members)
-			continue
+		} else if results[n], mark, err = m.applyEntry(batch, e); err != nil {
+			return 0, err
 		}
-		if results[i], err = m.applyEntry(batch, e); err != nil {
-			return nil, err
-		}
+		n++
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
 	st.Session = m.core.win.append(nil)
 	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
-		return nil, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+		return 0, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
+	}
+	if mark.effect == effectMark { // before anybody can see that its index is applied
+		m.marks.take(st.AppliedIndex, mark.lba, mark.blockN)
 	}
 	m.view.Store(&st)
-	return results, nil
+	return n, nil
 }
 
-func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result, error) {
+// applyEntry adds an entry to a batch. mark is set when the entry has a marker: it ends the batch.
+func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []result, mark change, err error) {
 	reqs, err := decodeEntry(m.reqs[:0], m.id, e.Data)
 	if err != nil {
-		return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+		return nil, mark, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 	}
 	stored := e.Stored // where the data of all writes stand, one behind the other; else the engine takes a copy
 	if stored.Bytes != int64(len(e.Data)-payloadAt(e.Data)) {
@@ -125,15 +140,17 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result,
 			err = batch.Refer(ch.lba, reqs[i].data, stored, at)
 		case effectZero:
 			err = batch.Zero(ch.lba, ch.blockN)
+		case effectMark:
+			mark, out[i].index = ch, e.Index
 		case effectNone:
 		}
 		if err != nil {
-			return nil, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+			return nil, mark, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 		}
 	}
 	clear(reqs) // e.Data is valid during Apply only
 	m.reqs = reqs
-	return out, nil
+	return out, mark, nil
 }
 
 // Applied implements raftgroup.StateMachine.

@@ -22,8 +22,13 @@ type Replica struct {
 	batcher *batcher
 	lease   time.Duration // longest read lease of a leader of the group
 	stages  *stage.Volume // what is measured of it
-	reads   *stage.Meter
-	log     *slog.Logger
+	repair  *repairer
+	marks   *marks
+	life    context.Context // ends with close
+	// scrubTurn is HostConfig.ScrubTurn.
+	scrubTurn func(ctx context.Context, bytes int64) error
+	reads     *stage.Meter
+	log       *slog.Logger
 
 	cancel context.CancelFunc // ends watch
 	watch  sync.WaitGroup
@@ -47,7 +52,7 @@ func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.G
 ) *Replica {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &Replica{
-		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages,
+		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages, life: ctx,
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
 	r.batcher.waiting, r.reads = stages.Meter(stage.Queue), stages.Meter(stage.ServeRead)
@@ -76,8 +81,10 @@ func (r *Replica) watchLeader(ctx context.Context) {
 // close stops the replica and waits for its goroutines.
 func (r *Replica) close() error {
 	r.closing.Do(func() {
+		r.machine.vol.WatchDamage(nil)
 		r.cancel()
 		r.watch.Wait()
+		r.marks.close()
 		r.batcher.close()
 		r.closed = r.group.Close()
 		r.stages.Close()
@@ -129,7 +136,7 @@ func (r *Replica) write(ctx context.Context, req *request) (term uint64, err err
 
 // read fills p. It returns the term in which this replica may answer; a client that has seen a higher
 // one must not use the data, unless it asked for less than ReadStrong. ErrNotLeader: ask the leader.
-func (r *Replica) read(p []byte, req *readRequest) (term uint64, err error) {
+func (r *Replica) read(ctx context.Context, p []byte, req *readRequest) (term uint64, err error) {
 	if err := r.checkReadEpoch(req.epoch, false); err != nil {
 		return 0, err
 	}
@@ -143,7 +150,11 @@ func (r *Replica) read(p []byte, req *readRequest) (term uint64, err error) {
 	if err := r.checkReadEpoch(req.epoch, true); err != nil {
 		return 0, err
 	}
-	return term, r.readBlocks(p, req.lba)
+	err = r.readBlocks(p, req.lba)
+	if errors.Is(err, trivet.ErrCorrupt) {
+		err = r.repair.read(ctx, p, req.lba, err)
+	}
+	return term, err
 }
 
 // readApplied answers from what this replica has applied, whoever leads. For a session that must be all

@@ -23,13 +23,13 @@ func (h *Host) handleWrite(ctx context.Context, from trivet.NodeID, m transport.
 }
 
 // handleRead answers KindVolumeRead.
-func (h *Host) handleRead(_ context.Context, from trivet.NodeID, m transport.Message) (transport.Message, error) {
+func (h *Host) handleRead(ctx context.Context, from trivet.NodeID, m transport.Message) (transport.Message, error) {
 	req, err := decodeRead(m.Body)
 	if err != nil {
 		return transport.Message{}, err
 	}
 	body, data := newReadReply(int(req.blockN) * trivet.BlockSize)
-	out, err := h.read(from, m.Group, data, &req)
+	out, err := h.read(ctx, from, m.Group, data, &req)
 	if err != nil {
 		return transport.Message{}, err
 	}
@@ -88,7 +88,9 @@ func (h *Host) write(ctx context.Context, from trivet.NodeID, id trivet.VolumeID
 }
 
 // read fills p for node from.
-func (h *Host) read(from trivet.NodeID, id trivet.VolumeID, p []byte, req *readRequest) (reply, error) {
+func (h *Host) read(ctx context.Context, from trivet.NodeID, id trivet.VolumeID, p []byte, req *readRequest) (
+	reply, error,
+) {
 	r, err := h.admit(from, id, req.epoch)
 	if err != nil {
 		return reply{}, err
@@ -96,7 +98,7 @@ func (h *Host) read(from trivet.NodeID, id trivet.VolumeID, p []byte, req *readR
 	if r == nil {
 		return reply{code: codeNotLeader}, nil
 	}
-	term, err := r.read(p, req)
+	term, err := r.read(ctx, p, req)
 	return r.reply(term, err)
 }
 

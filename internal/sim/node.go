@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -61,8 +62,8 @@ type life struct {
 
 	over chan struct{} // closed once dead, and its disk is what it left
 
-	memory noise // of what the machine applies
-	rotten bool  // bits of its disk were changed before it booted
+	memory noise       // of what the machine applies
+	rotten atomic.Bool // bits of its disk were changed
 
 	mu   sync.Mutex
 	dead bool
@@ -72,7 +73,7 @@ type life struct {
 // no more writes for them.
 func (l *life) excused(err error) bool {
 	var rot *engine.DamageError
-	return l.rotten && errors.As(err, &rot) || l.memory.hits() > 0 || l.disk.wasFaulty()
+	return l.rotten.Load() && errors.As(err, &rot) || l.memory.hits() > 0 || l.disk.wasFaulty()
 }
 
 func (l *life) isDead() bool {
@@ -244,7 +245,8 @@ func (n *Node) Boot() error {
 		return nil
 	}
 	n.bury()
-	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id), rotten: n.hasRotted()}
+	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id)}
+	l.rotten.Store(n.hasRotted())
 	l.wire = &noisyWire{MemoryNode: l.net}
 	l.disk.setLatency(n.c.cfg.FlushLatency, newRand(n.c.cfg.Seed, 50+n.c.nextLife()))
 	l.disk.lie.Store(n.c.cfg.LyingDisks)

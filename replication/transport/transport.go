@@ -43,6 +43,7 @@ const (
 	KindVolumeRead   Kind = 17
 	KindVolumeStatus Kind = 18
 	KindVolumeStages Kind = 24 // watch a volume for a while
+	KindVolumeScrub  Kind = 28 // compare and repair the blocks of replicas
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33
