@@ -91,6 +91,7 @@ type runningReplica interface {
 	AddLearner(ctx context.Context, m raftgroup.Member) error
 	Promote(ctx context.Context, id trivet.ReplicaID) error
 	Remove(ctx context.Context, id trivet.ReplicaID) error
+	ScrubRange(ctx context.Context, o replication.ScrubOptions) (replication.ScrubRange, error)
 }
 
 // realHost is the Host of package replication behind replicaHost.
