@@ -2167,6 +2167,231 @@ func (x *ServeVolumeResponse) GetUri() string {
 	return ""
 }
 
+type ScrubVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Verify        bool                   `protobuf:"varint,2,opt,name=verify,proto3" json:"verify,omitempty"`                        // compare only, and repair nothing
+	RateBytes     int64                  `protobuf:"varint,3,opt,name=rate_bytes,json=rateBytes,proto3" json:"rate_bytes,omitempty"` // bytes per second that each replica reads at most; 0 = no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScrubVolumeRequest) Reset() {
+	*x = ScrubVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubVolumeRequest) ProtoMessage() {}
+
+func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ScrubVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ScrubVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScrubVolumeRequest) GetVerify() bool {
+	if x != nil {
+		return x.Verify
+	}
+	return false
+}
+
+func (x *ScrubVolumeRequest) GetRateBytes() int64 {
+	if x != nil {
+		return x.RateBytes
+	}
+	return 0
+}
+
+// ScrubStatus is how far the newest pass over a volume has got.
+type ScrubStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Pass          uint64                 `protobuf:"varint,3,opt,name=pass,proto3" json:"pass,omitempty"` // 0 = there was none yet
+	Running       bool                   `protobuf:"varint,4,opt,name=running,proto3" json:"running,omitempty"`
+	Verify        bool                   `protobuf:"varint,5,opt,name=verify,proto3" json:"verify,omitempty"`
+	RateBytes     int64                  `protobuf:"varint,6,opt,name=rate_bytes,json=rateBytes,proto3" json:"rate_bytes,omitempty"`
+	Started       string                 `protobuf:"bytes,7,opt,name=started,proto3" json:"started,omitempty"` // RFC 3339, as all times here; empty = not yet
+	Ended         string                 `protobuf:"bytes,8,opt,name=ended,proto3" json:"ended,omitempty"`
+	NextBlock     uint64                 `protobuf:"varint,9,opt,name=next_block,json=nextBlock,proto3" json:"next_block,omitempty"`           // where it goes on
+	CheckedBytes  int64                  `protobuf:"varint,10,opt,name=checked_bytes,json=checkedBytes,proto3" json:"checked_bytes,omitempty"` // read by all replicas together
+	Found         int64                  `protobuf:"varint,11,opt,name=found,proto3" json:"found,omitempty"`                                   // blocks that are damaged, or are not what the majority has
+	Repaired      int64                  `protobuf:"varint,12,opt,name=repaired,proto3" json:"repaired,omitempty"`
+	Left          int64                  `protobuf:"varint,13,opt,name=left,proto3" json:"left,omitempty"`                           // nobody could repair
+	Findings      []string               `protobuf:"bytes,14,rep,name=findings,proto3" json:"findings,omitempty"`                    // the first of what was found
+	Absent        []string               `protobuf:"bytes,15,rep,name=absent,proto3" json:"absent,omitempty"`                        // nodes that took no part in some of it
+	LastScrub     string                 `protobuf:"bytes,16,opt,name=last_scrub,json=lastScrub,proto3" json:"last_scrub,omitempty"` // when the last whole scrub ended
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScrubStatus) Reset() {
+	*x = ScrubStatus{}
+	mi := &file_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubStatus) ProtoMessage() {}
+
+func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubStatus.ProtoReflect.Descriptor instead.
+func (*ScrubStatus) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ScrubStatus) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetPass() uint64 {
+	if x != nil {
+		return x.Pass
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
+func (x *ScrubStatus) GetVerify() bool {
+	if x != nil {
+		return x.Verify
+	}
+	return false
+}
+
+func (x *ScrubStatus) GetRateBytes() int64 {
+	if x != nil {
+		return x.RateBytes
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetStarted() string {
+	if x != nil {
+		return x.Started
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetEnded() string {
+	if x != nil {
+		return x.Ended
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetNextBlock() uint64 {
+	if x != nil {
+		return x.NextBlock
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetCheckedBytes() int64 {
+	if x != nil {
+		return x.CheckedBytes
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetFound() int64 {
+	if x != nil {
+		return x.Found
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetRepaired() int64 {
+	if x != nil {
+		return x.Repaired
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetLeft() int64 {
+	if x != nil {
+		return x.Left
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetFindings() []string {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+func (x *ScrubStatus) GetAbsent() []string {
+	if x != nil {
+		return x.Absent
+	}
+	return nil
+}
+
+func (x *ScrubStatus) GetLastScrub() string {
+	if x != nil {
+		return x.LastScrub
+	}
+	return ""
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -2353,7 +2578,33 @@ const file_admin_proto_rawDesc = "" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri2\x89\f\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\"_\n" +
+	"\x12ScrubVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06verify\x18\x02 \x01(\bR\x06verify\x12\x1d\n" +
+	"\n" +
+	"rate_bytes\x18\x03 \x01(\x03R\trateBytes\"\xa3\x03\n" +
+	"\vScrubStatus\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04pass\x18\x03 \x01(\x04R\x04pass\x12\x18\n" +
+	"\arunning\x18\x04 \x01(\bR\arunning\x12\x16\n" +
+	"\x06verify\x18\x05 \x01(\bR\x06verify\x12\x1d\n" +
+	"\n" +
+	"rate_bytes\x18\x06 \x01(\x03R\trateBytes\x12\x18\n" +
+	"\astarted\x18\a \x01(\tR\astarted\x12\x14\n" +
+	"\x05ended\x18\b \x01(\tR\x05ended\x12\x1d\n" +
+	"\n" +
+	"next_block\x18\t \x01(\x04R\tnextBlock\x12#\n" +
+	"\rchecked_bytes\x18\n" +
+	" \x01(\x03R\fcheckedBytes\x12\x14\n" +
+	"\x05found\x18\v \x01(\x03R\x05found\x12\x1a\n" +
+	"\brepaired\x18\f \x01(\x03R\brepaired\x12\x12\n" +
+	"\x04left\x18\r \x01(\x03R\x04left\x12\x1a\n" +
+	"\bfindings\x18\x0e \x03(\tR\bfindings\x12\x16\n" +
+	"\x06absent\x18\x0f \x03(\tR\x06absent\x12\x1d\n" +
+	"\n" +
+	"last_scrub\x18\x10 \x01(\tR\tlastScrub2\x9d\r\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -2376,7 +2627,9 @@ const file_admin_proto_rawDesc = "" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
 	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01\x12C\n" +
 	"\tSetVolume\x12\x1f.trivet.api.v1.SetVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12S\n" +
-	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01B\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01\x12L\n" +
+	"\vScrubVolume\x12!.trivet.api.v1.ScrubVolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatus\x12D\n" +
+	"\bGetScrub\x12\x1c.trivet.api.v1.VolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatusB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -2390,7 +2643,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),      // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),  // 1: trivet.api.v1.ExplainVolumeRequest
@@ -2425,23 +2678,25 @@ var file_admin_proto_goTypes = []any{
 	(*DetachVolumeRequest)(nil),   // 30: trivet.api.v1.DetachVolumeRequest
 	(*ServeVolumeRequest)(nil),    // 31: trivet.api.v1.ServeVolumeRequest
 	(*ServeVolumeResponse)(nil),   // 32: trivet.api.v1.ServeVolumeResponse
-	nil,                           // 33: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                           // 34: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                           // 35: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                           // 36: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                           // 37: trivet.api.v1.Volume.ParametersEntry
+	(*ScrubVolumeRequest)(nil),    // 33: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),           // 34: trivet.api.v1.ScrubStatus
+	nil,                           // 35: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                           // 36: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                           // 37: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                           // 38: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                           // 39: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	33, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	35, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	34, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	36, // 2: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 3: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	35, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	37, // 4: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 5: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 6: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	36, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	38, // 7: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 8: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	37, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	39, // 9: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 10: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 11: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	12, // 12: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
@@ -2467,28 +2722,32 @@ var file_admin_proto_depIdxs = []int32{
 	31, // 32: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
 	0,  // 33: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
 	1,  // 34: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	5,  // 35: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 36: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 37: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 38: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 39: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 40: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 41: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 42: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 43: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 44: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 45: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 46: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 47: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 48: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 49: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 50: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 51: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 52: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 53: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 54: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	35, // [35:55] is the sub-list for method output_type
-	15, // [15:35] is the sub-list for method input_type
+	33, // 35: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	15, // 36: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	5,  // 37: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 38: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 39: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 40: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 41: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 42: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 43: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 44: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 45: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 46: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 47: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 48: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 49: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 50: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 51: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 52: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 53: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 54: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 55: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 56: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	34, // 57: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	34, // 58: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	37, // [37:59] is the sub-list for method output_type
+	15, // [15:37] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -2505,7 +2764,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -42,6 +42,8 @@ const (
 	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
 	Admin_SetVolume_FullMethodName     = "/trivet.api.v1.Admin/SetVolume"
 	Admin_ExplainVolume_FullMethodName = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_ScrubVolume_FullMethodName   = "/trivet.api.v1.Admin/ScrubVolume"
+	Admin_GetScrub_FullMethodName      = "/trivet.api.v1.Admin/GetScrub"
 )
 
 // AdminClient is the client API for Admin service.
@@ -92,6 +94,11 @@ type AdminClient interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
+	// ScrubVolume begins to read and compare all replicas of a volume, or sets the rate of the pass that
+	// is under way. It returns at once. ABORTED while a pass of the other kind has to end first.
+	ScrubVolume(ctx context.Context, in *ScrubVolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
+	// GetScrub returns how far the newest pass has got.
+	GetScrub(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
 }
 
 type adminClient struct {
@@ -320,6 +327,26 @@ func (c *adminClient) ExplainVolume(ctx context.Context, in *ExplainVolumeReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeClient = grpc.ServerStreamingClient[VolumeReport]
 
+func (c *adminClient) ScrubVolume(ctx context.Context, in *ScrubVolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ScrubStatus)
+	err := c.cc.Invoke(ctx, Admin_ScrubVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetScrub(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ScrubStatus)
+	err := c.cc.Invoke(ctx, Admin_GetScrub_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -368,6 +395,11 @@ type AdminServer interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
+	// ScrubVolume begins to read and compare all replicas of a volume, or sets the rate of the pass that
+	// is under way. It returns at once. ABORTED while a pass of the other kind has to end first.
+	ScrubVolume(context.Context, *ScrubVolumeRequest) (*ScrubStatus, error)
+	// GetScrub returns how far the newest pass has got.
+	GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -437,6 +469,12 @@ func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*
 }
 func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
 	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
+}
+func (UnimplementedAdminServer) ScrubVolume(context.Context, *ScrubVolumeRequest) (*ScrubStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method ScrubVolume not implemented")
+}
+func (UnimplementedAdminServer) GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetScrub not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -805,6 +843,42 @@ func _Admin_ExplainVolume_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeServer = grpc.ServerStreamingServer[VolumeReport]
 
+func _Admin_ScrubVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ScrubVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ScrubVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ScrubVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ScrubVolume(ctx, req.(*ScrubVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetScrub_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetScrub(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetScrub_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetScrub(ctx, req.(*VolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -883,6 +957,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetVolume",
 			Handler:    _Admin_SetVolume_Handler,
+		},
+		{
+			MethodName: "ScrubVolume",
+			Handler:    _Admin_ScrubVolume_Handler,
+		},
+		{
+			MethodName: "GetScrub",
+			Handler:    _Admin_GetScrub_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
