@@ -10,11 +10,12 @@ FUZZTIME ?= 20s
 SEED     ?= 1
 VMRUN    ?= TestVM|TestAttachReadWriteDetach
 FIRST    ?= $(SEED)
+FLIPS    ?= 10000
 SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication fuzz sim sim-long chaos \
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-long chaos \
 	models image e2e-build e2e-smoke vm-test tools deps clean
 
 help: ## print this list
@@ -77,6 +78,9 @@ fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 bench-engine: ## measure the engine over references against Pebble values, in ratios; needs an idle machine, 5 minutes
 	$(GO) test -run '^$$' -bench . -benchtime 1s ./engine ./engine/segment
 	$(GO) run ./internal/enginebench $(ENGINEBENCH)
+
+scrub: ## flip 10 000 bits on real disks of a cluster, and scrub: all found and repaired, none served (2 minutes)
+	$(GO) test ./replication -count=1 -timeout 20m -run TestScrubFindsAllFlips -v -flips $(FLIPS)
 
 bench-replication: ## measure replication against plain files, in ratios; needs fio and an idle machine, 5 minutes
 	$(GO) run ./internal/replbench $(REPLBENCH)

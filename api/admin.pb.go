@@ -2897,6 +2897,231 @@ func (x *HitCount) GetMisses() uint64 {
 	return 0
 }
 
+type ScrubVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Verify        bool                   `protobuf:"varint,2,opt,name=verify,proto3" json:"verify,omitempty"`                        // compare only, and repair nothing
+	RateBytes     int64                  `protobuf:"varint,3,opt,name=rate_bytes,json=rateBytes,proto3" json:"rate_bytes,omitempty"` // bytes per second that each replica reads at most; 0 = no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScrubVolumeRequest) Reset() {
+	*x = ScrubVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubVolumeRequest) ProtoMessage() {}
+
+func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ScrubVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ScrubVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScrubVolumeRequest) GetVerify() bool {
+	if x != nil {
+		return x.Verify
+	}
+	return false
+}
+
+func (x *ScrubVolumeRequest) GetRateBytes() int64 {
+	if x != nil {
+		return x.RateBytes
+	}
+	return 0
+}
+
+// ScrubStatus is how far the newest pass over a volume has got.
+type ScrubStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Pass          uint64                 `protobuf:"varint,3,opt,name=pass,proto3" json:"pass,omitempty"` // 0 = there was none yet
+	Running       bool                   `protobuf:"varint,4,opt,name=running,proto3" json:"running,omitempty"`
+	Verify        bool                   `protobuf:"varint,5,opt,name=verify,proto3" json:"verify,omitempty"`
+	RateBytes     int64                  `protobuf:"varint,6,opt,name=rate_bytes,json=rateBytes,proto3" json:"rate_bytes,omitempty"`
+	Started       string                 `protobuf:"bytes,7,opt,name=started,proto3" json:"started,omitempty"` // RFC 3339, as all times here; empty = not yet
+	Ended         string                 `protobuf:"bytes,8,opt,name=ended,proto3" json:"ended,omitempty"`
+	NextBlock     uint64                 `protobuf:"varint,9,opt,name=next_block,json=nextBlock,proto3" json:"next_block,omitempty"`           // where it goes on
+	CheckedBytes  int64                  `protobuf:"varint,10,opt,name=checked_bytes,json=checkedBytes,proto3" json:"checked_bytes,omitempty"` // read by all replicas together
+	Found         int64                  `protobuf:"varint,11,opt,name=found,proto3" json:"found,omitempty"`                                   // blocks that are damaged, or are not what the majority has
+	Repaired      int64                  `protobuf:"varint,12,opt,name=repaired,proto3" json:"repaired,omitempty"`
+	Left          int64                  `protobuf:"varint,13,opt,name=left,proto3" json:"left,omitempty"`                           // nobody could repair
+	Findings      []string               `protobuf:"bytes,14,rep,name=findings,proto3" json:"findings,omitempty"`                    // the first of what was found
+	Absent        []string               `protobuf:"bytes,15,rep,name=absent,proto3" json:"absent,omitempty"`                        // nodes that took no part in some of it
+	LastScrub     string                 `protobuf:"bytes,16,opt,name=last_scrub,json=lastScrub,proto3" json:"last_scrub,omitempty"` // when the last whole scrub ended
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScrubStatus) Reset() {
+	*x = ScrubStatus{}
+	mi := &file_admin_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScrubStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScrubStatus) ProtoMessage() {}
+
+func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScrubStatus.ProtoReflect.Descriptor instead.
+func (*ScrubStatus) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ScrubStatus) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetPass() uint64 {
+	if x != nil {
+		return x.Pass
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
+func (x *ScrubStatus) GetVerify() bool {
+	if x != nil {
+		return x.Verify
+	}
+	return false
+}
+
+func (x *ScrubStatus) GetRateBytes() int64 {
+	if x != nil {
+		return x.RateBytes
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetStarted() string {
+	if x != nil {
+		return x.Started
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetEnded() string {
+	if x != nil {
+		return x.Ended
+	}
+	return ""
+}
+
+func (x *ScrubStatus) GetNextBlock() uint64 {
+	if x != nil {
+		return x.NextBlock
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetCheckedBytes() int64 {
+	if x != nil {
+		return x.CheckedBytes
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetFound() int64 {
+	if x != nil {
+		return x.Found
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetRepaired() int64 {
+	if x != nil {
+		return x.Repaired
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetLeft() int64 {
+	if x != nil {
+		return x.Left
+	}
+	return 0
+}
+
+func (x *ScrubStatus) GetFindings() []string {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+func (x *ScrubStatus) GetAbsent() []string {
+	if x != nil {
+		return x.Absent
+	}
+	return nil
+}
+
+func (x *ScrubStatus) GetLastScrub() string {
+	if x != nil {
+		return x.LastScrub
+	}
+	return ""
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -3153,7 +3378,33 @@ const file_admin_proto_rawDesc = "" +
 	"\bHitCount\x12\x1a\n" +
 	"\beviction\x18\x01 \x01(\tR\beviction\x12\x12\n" +
 	"\x04hits\x18\x02 \x01(\x04R\x04hits\x12\x16\n" +
-	"\x06misses\x18\x03 \x01(\x04R\x06misses2\xaa\x0f\n" +
+	"\x06misses\x18\x03 \x01(\x04R\x06misses\"_\n" +
+	"\x12ScrubVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06verify\x18\x02 \x01(\bR\x06verify\x12\x1d\n" +
+	"\n" +
+	"rate_bytes\x18\x03 \x01(\x03R\trateBytes\"\xa3\x03\n" +
+	"\vScrubStatus\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04pass\x18\x03 \x01(\x04R\x04pass\x12\x18\n" +
+	"\arunning\x18\x04 \x01(\bR\arunning\x12\x16\n" +
+	"\x06verify\x18\x05 \x01(\bR\x06verify\x12\x1d\n" +
+	"\n" +
+	"rate_bytes\x18\x06 \x01(\x03R\trateBytes\x12\x18\n" +
+	"\astarted\x18\a \x01(\tR\astarted\x12\x14\n" +
+	"\x05ended\x18\b \x01(\tR\x05ended\x12\x1d\n" +
+	"\n" +
+	"next_block\x18\t \x01(\x04R\tnextBlock\x12#\n" +
+	"\rchecked_bytes\x18\n" +
+	" \x01(\x03R\fcheckedBytes\x12\x14\n" +
+	"\x05found\x18\v \x01(\x03R\x05found\x12\x1a\n" +
+	"\brepaired\x18\f \x01(\x03R\brepaired\x12\x12\n" +
+	"\x04left\x18\r \x01(\x03R\x04left\x12\x1a\n" +
+	"\bfindings\x18\x0e \x03(\tR\bfindings\x12\x16\n" +
+	"\x06absent\x18\x0f \x03(\tR\x06absent\x12\x1d\n" +
+	"\n" +
+	"last_scrub\x18\x10 \x01(\tR\tlastScrub2\xbe\x10\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -3182,7 +3433,9 @@ const file_admin_proto_rawDesc = "" +
 	"\vGetSnapshot\x12\x1e.trivet.api.v1.SnapshotRequest\x1a\x17.trivet.api.v1.Snapshot\x12W\n" +
 	"\x0eDeleteSnapshot\x12\x1e.trivet.api.v1.SnapshotRequest\x1a%.trivet.api.v1.DeleteSnapshotResponse\x12Q\n" +
 	"\n" +
-	"ForgetNode\x12 .trivet.api.v1.ForgetNodeRequest\x1a!.trivet.api.v1.ForgetNodeResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"ForgetNode\x12 .trivet.api.v1.ForgetNodeRequest\x1a!.trivet.api.v1.ForgetNodeResponse\x12L\n" +
+	"\vScrubVolume\x12!.trivet.api.v1.ScrubVolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatus\x12D\n" +
+	"\bGetScrub\x12\x1c.trivet.api.v1.VolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatusB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -3196,7 +3449,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),       // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),   // 1: trivet.api.v1.ExplainVolumeRequest
@@ -3241,24 +3494,26 @@ var file_admin_proto_goTypes = []any{
 	(*ForgetNodeResponse)(nil),     // 40: trivet.api.v1.ForgetNodeResponse
 	(*CacheReport)(nil),            // 41: trivet.api.v1.CacheReport
 	(*HitCount)(nil),               // 42: trivet.api.v1.HitCount
-	nil,                            // 43: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                            // 44: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                            // 45: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                            // 46: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 47: trivet.api.v1.Volume.ParametersEntry
+	(*ScrubVolumeRequest)(nil),     // 43: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),            // 44: trivet.api.v1.ScrubStatus
+	nil,                            // 45: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                            // 46: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                            // 47: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                            // 48: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 49: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	43, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	45, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	44, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	46, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	45, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	47, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	46, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	48, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	47, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	49, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
@@ -3291,33 +3546,37 @@ var file_admin_proto_depIdxs = []int32{
 	37, // 40: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
 	37, // 41: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
 	39, // 42: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	5,  // 43: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 44: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 45: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 46: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 47: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 48: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 49: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 50: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 51: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 52: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 53: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 54: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 55: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 56: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 57: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 58: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 59: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 60: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 61: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 62: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 63: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 64: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 65: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 66: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 67: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	43, // [43:68] is the sub-list for method output_type
-	18, // [18:43] is the sub-list for method input_type
+	43, // 43: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	15, // 44: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	5,  // 45: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 46: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 47: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 48: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 49: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 50: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 51: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 52: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 53: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 54: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 55: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 56: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 57: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 58: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 59: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 60: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 61: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 62: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 63: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 64: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 65: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 66: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 67: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 68: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 69: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 70: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 71: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	45, // [45:72] is the sub-list for method output_type
+	18, // [18:45] is the sub-list for method input_type
 	18, // [18:18] is the sub-list for extension type_name
 	18, // [18:18] is the sub-list for extension extendee
 	0,  // [0:18] is the sub-list for field type_name
@@ -3334,7 +3593,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   48,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,6 +47,8 @@ const (
 	Admin_GetSnapshot_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshot"
 	Admin_DeleteSnapshot_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshot"
 	Admin_ForgetNode_FullMethodName     = "/trivet.api.v1.Admin/ForgetNode"
+	Admin_ScrubVolume_FullMethodName    = "/trivet.api.v1.Admin/ScrubVolume"
+	Admin_GetScrub_FullMethodName       = "/trivet.api.v1.Admin/GetScrub"
 )
 
 // AdminClient is the client API for Admin service.
@@ -106,6 +108,11 @@ type AdminClient interface {
 	DeleteSnapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*DeleteSnapshotResponse, error)
 	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
 	ForgetNode(ctx context.Context, in *ForgetNodeRequest, opts ...grpc.CallOption) (*ForgetNodeResponse, error)
+	// ScrubVolume begins to read and compare all replicas of a volume, or sets the rate of the pass that
+	// is under way. It returns at once. ABORTED while a pass of the other kind has to end first.
+	ScrubVolume(ctx context.Context, in *ScrubVolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
+	// GetScrub returns how far the newest pass has got.
+	GetScrub(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
 }
 
 type adminClient struct {
@@ -384,6 +391,26 @@ func (c *adminClient) ForgetNode(ctx context.Context, in *ForgetNodeRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) ScrubVolume(ctx context.Context, in *ScrubVolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ScrubStatus)
+	err := c.cc.Invoke(ctx, Admin_ScrubVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetScrub(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ScrubStatus)
+	err := c.cc.Invoke(ctx, Admin_GetScrub_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -441,6 +468,11 @@ type AdminServer interface {
 	DeleteSnapshot(context.Context, *SnapshotRequest) (*DeleteSnapshotResponse, error)
 	// ForgetNode takes a node that does not come back off the record, or lets its name be used again.
 	ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error)
+	// ScrubVolume begins to read and compare all replicas of a volume, or sets the rate of the pass that
+	// is under way. It returns at once. ABORTED while a pass of the other kind has to end first.
+	ScrubVolume(context.Context, *ScrubVolumeRequest) (*ScrubStatus, error)
+	// GetScrub returns how far the newest pass has got.
+	GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -525,6 +557,12 @@ func (UnimplementedAdminServer) DeleteSnapshot(context.Context, *SnapshotRequest
 }
 func (UnimplementedAdminServer) ForgetNode(context.Context, *ForgetNodeRequest) (*ForgetNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ForgetNode not implemented")
+}
+func (UnimplementedAdminServer) ScrubVolume(context.Context, *ScrubVolumeRequest) (*ScrubStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method ScrubVolume not implemented")
+}
+func (UnimplementedAdminServer) GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetScrub not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -983,6 +1021,42 @@ func _Admin_ForgetNode_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ScrubVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ScrubVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ScrubVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ScrubVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ScrubVolume(ctx, req.(*ScrubVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetScrub_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetScrub(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetScrub_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetScrub(ctx, req.(*VolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1081,6 +1155,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ForgetNode",
 			Handler:    _Admin_ForgetNode_Handler,
+		},
+		{
+			MethodName: "ScrubVolume",
+			Handler:    _Admin_ScrubVolume_Handler,
+		},
+		{
+			MethodName: "GetScrub",
+			Handler:    _Admin_GetScrub_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

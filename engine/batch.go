@@ -334,6 +334,7 @@ func (b *Batch) commit(st State) error {
 		if l := v.e.live; l != nil {
 			l.commit(v.id, b.changes, st.Generation)
 		}
+		v.noteTouched(b.touched)
 	})
 }
 

@@ -105,6 +105,7 @@ type Engine struct {
 
 	imagesMu sync.Mutex
 	images   map[*Image]struct{} // Close unpins what is left
+	views    views               // and these
 }
 
 // Open opens the store in cfg.Dir and makes it when the directory is empty. ErrInUse: another engine
@@ -427,6 +428,7 @@ func (e *Engine) Close() error {
 		err = errors.Join(err, i.unpin())
 	}
 	clear(e.images)
+	err = errors.Join(err, e.views.closeAll())
 	err = errors.Join(err, toErr(e.db.Close()), e.lock.Close())
 	if e.owns != nil {
 		err = errors.Join(err, e.owns.Close())

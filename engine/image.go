@@ -205,6 +205,7 @@ func (i *Image) Read(p []byte) (n int, err error) {
 		if len(i.buf) == 0 {
 			if i.end == nil {
 				i.end = i.produce()
+				i.e.noteDamage(i.end)
 			}
 			if len(i.buf) == 0 {
 				break

@@ -2,7 +2,9 @@ package engine
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -159,7 +161,8 @@ func (e *Engine) storeBlocks(id trivet.VolumeID, infos []segment.BlockInfo, payl
 
 // blockErr says of which block an error is that reading the log gave.
 func blockErr(err error, bk blockKey) error {
-	if errIsGone(err) {
+	// A sector that cannot be read any more is as good as one with flipped bits; others of the disk may be whole.
+	if errIsGone(err) || errors.Is(err, syscall.EIO) {
 		return &BlockError{Volume: bk.volume, LBA: bk.lba, Reason: err.Error()}
 	}
 	return fmt.Errorf("block %d of %s: %w", bk.lba, bk.volume, err)

@@ -33,6 +33,8 @@ type Volume struct {
 	dropped bool
 	touched []extent // buffer of the one Batch
 	changes []change // and another
+	views   []*View  // that are open
+	watcher func(*BlockError)
 }
 
 func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
@@ -141,7 +143,7 @@ func (v *Volume) ReadAt(p []byte, lba trivet.LBA) error { return v.ReadAtGenerat
 // ErrNotFound: no snapshot of State holds that generation. Where the volume was smaller then, there are zeroes.
 func (v *Volume) ReadAtGeneration(p []byte, lba trivet.LBA, gen trivet.Generation) error {
 	if err := v.readAt(p, lba, gen); err != nil {
-		v.e.health.corruptBlock(err)
+		v.metDamage(err)
 		if gen != Live {
 			return fmt.Errorf("read %d blocks at %d of %s, generation %d: %w", len(p)/trivet.BlockSize, lba, v.id, gen, err)
 		}

@@ -36,8 +36,10 @@ type agentConfig struct {
 	Damages map[trivet.DiskID]*damages
 	// ParkAfter is how long a replica of a volume that nobody needs runs on; negative = for good.
 	ParkAfter time.Duration
-	Logger    *slog.Logger
-	Fatal     func(error)
+	// ScrubEvery is how often each volume is scrubbed; 0 = never.
+	ScrubEvery time.Duration
+	Logger     *slog.Logger
+	Fatal      func(error)
 }
 
 // Agent makes one machine match the catalogue: it makes, starts, and removes replicas, and where one
@@ -66,6 +68,8 @@ type Agent struct {
 	damageSeen map[trivet.DiskID]int       // how much of Damages was looked at
 	damaged    map[trivet.ReplicaID]string // replicas that it touches, and why they are out of service
 	hurt       chan struct{}               // capacity 1: Damages has news
+
+	scrubbing map[trivet.VolumeID]bool // passes that are carried out from here
 }
 
 // openAgent starts an agent.
@@ -79,6 +83,7 @@ func openAgent(cfg agentConfig, cat Catalogue, host replicaHost) *Agent {
 		workers: make(map[trivet.VolumeID]*worker), orphans: maps.Clone(cfg.OnDisk),
 		fills: make(map[trivet.VolumeID]trivet.NodeID), damageSeen: make(map[trivet.DiskID]int),
 		damaged: make(map[trivet.ReplicaID]string), hurt: make(chan struct{}, 1),
+		scrubbing: make(map[trivet.VolumeID]bool),
 	}
 	for _, d := range cfg.Damages {
 		d.watch(func() {
@@ -93,6 +98,7 @@ func openAgent(cfg agentConfig, cat Catalogue, host replicaHost) *Agent {
 	}
 	group.Go(func() error { return a.keepLease(ctx) })
 	group.Go(func() error { return a.dispatch(ctx) })
+	group.Go(func() error { return a.watchScrubs(ctx) })
 	return a
 }
 
@@ -146,8 +152,8 @@ func (a *Agent) wake(ctx context.Context) {
 		if concerns(a.cfg.ID, a.diskSet, &v) {
 			a.ensureLocked(ctx, v.ID)
 		}
-		if w := a.workers[v.ID]; w != nil && w.seen != v.Revision {
-			w.seen = v.Revision
+		if w := a.workers[v.ID]; w != nil && (w.seen != v.Revision || w.scrubs != v.Scrubbing()) {
+			w.seen, w.scrubs = v.Revision, v.Scrubbing()
 			w.poke()
 		}
 	}

@@ -10,7 +10,10 @@ import (
 )
 
 // damages is what the engine of a disk has said of it since it was opened: which volumes a rotten block or table may
-// have cost something. Of a volume that is touched the replica becomes Faulted, and is replaced elsewhere. It runs on
+// have cost something. A single block that is damaged is not among it: replication repairs it with the data of another
+// replica, and only says so when none has them, or too many had to be repaired (replication/repair.go). Damage of
+// the map, which is in tables, is: nobody can say which blocks it costs.
+// Of a volume that is touched the replica becomes Faulted, and is replaced elsewhere. It runs on
 // meanwhile, for most of it is good, and a bad block is never served; but it passes leadership on, so that reads find
 // another one. A disk with damage gets no new replicas: what is made there may meet it again. Its operator empties and
 // formats it, or replaces it.

@@ -269,6 +269,39 @@ type fakeReplica struct {
 
 	freezes   []trivet.Epoch // of each freeze
 	freezeErr error
+
+	scrubs   []replication.ScrubOptions
+	scrubErr error
+	scrubN   trivet.LBA // ranges of one block that a pass has
+}
+
+// ScrubRange finds one damaged block in each range.
+func (r *fakeReplica) ScrubRange(_ context.Context, o replication.ScrubOptions) (replication.ScrubRange, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.status.IsLeader {
+		return replication.ScrubRange{}, trivet.ErrNotLeader
+	}
+	if r.scrubErr != nil {
+		return replication.ScrubRange{}, r.scrubErr
+	}
+	r.scrubs = append(r.scrubs, o)
+	return replication.ScrubRange{
+		Next: o.From + 1, Done: o.From+1 >= r.scrubN, CheckedBytes: 3 * trivet.BlockSize, Found: 1, Repaired: 1,
+		Findings: []string{"a block"},
+	}, nil
+}
+
+func (r *fakeReplica) failScrubs(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.scrubErr = err
+}
+
+func (r *fakeReplica) scrubbed() []replication.ScrubOptions {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]replication.ScrubOptions(nil), r.scrubs...)
 }
 
 func (r *fakeReplica) lead(on bool) {

@@ -94,6 +94,10 @@ type Config struct {
 	// again when the volume is attached; negative = never stopped (DefaultConfig: 30 s).
 	ParkAfter time.Duration
 
+	// ScrubEvery is how often all that a volume's replicas hold is read and compared, in use or not; negative = only when
+	// somebody asks for it (DefaultConfig: 7 days).
+	ScrubEvery time.Duration
+
 	MaxVolumes       int64 // volumes attached here at a time, as told to Kubernetes; 0 = no limit
 	FollowAttachment bool  // Attach brings leadership to the local replica (DefaultConfig: true)
 
@@ -113,7 +117,9 @@ type Config struct {
 }
 
 // DefaultConfig returns the configuration to start from.
-func DefaultConfig() Config { return Config{FollowAttachment: true, ParkAfter: parkAfterDefault} }
+func DefaultConfig() Config {
+	return Config{FollowAttachment: true, ParkAfter: parkAfterDefault, ScrubEvery: scrubEveryDefault}
+}
 
 // Validate names the field that is missing or malformed.
 func (c *Config) Validate() error {
@@ -193,7 +199,8 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
 		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages,
-		Logger: cfg.Logger, Fatal: cfg.Fatal,
+		ScrubTurn: n.scrubTurn,
+		Logger:    cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())
@@ -251,7 +258,7 @@ func (n *Node) openMounts(ctx context.Context) error {
 func (n *Node) agentConfig() (agentConfig, error) {
 	c := agentConfig{
 		ID: n.cfg.ID, Usage: n.usage, Verify: n.verify, Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
-		ParkAfter: n.cfg.ParkAfter,
+		ParkAfter: n.cfg.ParkAfter, ScrubEvery: max(n.cfg.ScrubEvery, 0),
 		Self: meta.Node{
 			ID: n.cfg.ID, Address: n.cfg.Address, Zone: n.cfg.Zone, MetaReplica: n.cfg.MetaReplica,
 			Incarnation: n.cfg.Incarnation,

@@ -181,13 +181,13 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 }
 
 // restful reports whether nobody needs the volume's group: it is attached nowhere, nobody waits for a
-// fence, a wipe or another leader, and its members do not change. Every node comes to the same answer by
-// itself.
+// fence, a wipe or another leader, its members do not change, and no scrub is under way. Every node comes to the same
+// answer by itself.
 func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased, meta.PhaseKept:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
-			v.Change() == nil
+			v.Change() == nil && !v.Scrubbing()
 	default:
 		return false
 	}

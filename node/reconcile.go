@@ -31,6 +31,7 @@ type worker struct {
 	poked  chan struct{} // capacity 1
 	log    *slog.Logger
 	seen   meta.Revision // of the volume when it was last poked; 0 = unknown; under agent.mu
+	scrubs bool          // whether it was being scrubbed then; under agent.mu
 
 	onDisk    []placed
 	ignored   map[placed]bool

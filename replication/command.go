@@ -30,7 +30,7 @@ import (
 // The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
-// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize, the name of
+// arg is the number of blocks of a write, discard, write-zeroes or scrub, the new size in bytes of a resize, the name of
 // a mark, the ID of a snapshot for freeze and drop, and zero otherwise. seq and low are zero for all but the first
 // three: these need no session, because a late copy of one has no effect (DESIGN.md). A freeze or drop is the only
 // request of its entry: the generation of blocks changes between entries, never within one.
@@ -62,6 +62,7 @@ const (
 	opFreeze      opCode = 7
 	opDrop        opCode = 8
 	opMark        opCode = 16 // a place in the log at which replicas compare what they have (marks.go)
+	opScrub       opCode = 20 // a marker: every replica takes a view here (scrub.go)
 )
 
 func (o opCode) String() string {
@@ -84,6 +85,8 @@ func (o opCode) String() string {
 		return "drop snapshot"
 	case opMark:
 		return "mark"
+	case opScrub:
+		return "scrub"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -167,6 +170,10 @@ func (r *request) check() error {
 		if r.arg == 0 || r.epoch != 0 {
 			return fmt.Errorf("%s %d at epoch %d: %w", r.op, r.arg, r.epoch, trivet.ErrInvalid)
 		}
+	case opScrub:
+		if r.lba >= lbaMax || r.arg == 0 || r.arg > lbaMax-uint64(r.lba) || r.epoch != 0 {
+			return fmt.Errorf("scrub of %d blocks from %d at epoch %d: %w", r.arg, r.lba, r.epoch, trivet.ErrInvalid)
+		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)
 	}
@@ -184,7 +191,7 @@ func (r *request) checkCommon() error {
 		}
 		return nil
 	}
-	if r.seq != 0 || r.low != 0 || r.lba != 0 {
+	if r.seq != 0 || r.low != 0 || r.lba != 0 && r.op != opScrub {
 		return fmt.Errorf("%s of block %d with sequence %d, lowest open %d: want none: %w",
 			r.op, r.lba, r.seq, r.low, trivet.ErrInvalid)
 	}

@@ -29,6 +29,7 @@ type result struct {
 	sizeBytes int64        // of the volume
 
 	generation trivet.Generation // of the snapshot, of a freeze
+	index      uint64            // of the entry, of opScrub only
 }
 
 // err translates a result for the client. nil means that the request is in effect.
@@ -63,6 +64,7 @@ const (
 	effectNone effect = iota
 	effectWrite
 	effectZero // lba and blockN of the change
+	effectMark // a view of these blocks is taken; nothing changes
 )
 
 // change is an effect and the blocks it touches.
@@ -111,6 +113,8 @@ func (c *core) decide(req *request) (outcome, change) {
 		return c.drop(req.arg), change{}
 	case opMark:
 		return outApplied, change{}
+	case opScrub:
+		return outApplied, change{effect: effectMark, lba: req.lba, blockN: int64(req.arg)}
 	}
 	return c.data(req)
 }

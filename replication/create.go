@@ -149,6 +149,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	if err != nil {
 		return nil, err
 	}
+	m.markers = newMarkers(vol)
 	cfg.Machine, cfg.RestedSince = m, h.restedSince(s.Replica)
 	if h.cfg.WrapMachine != nil {
 		cfg.Machine = h.cfg.WrapMachine(m)
@@ -159,12 +160,14 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	group, err := raftgroup.Open(cfg)
 	if err != nil {
 		cfg.Stages.Close()
+		m.marks.close()
 		return nil, err
 	}
 	log := h.log.With("volume", s.Volume.String(), "replica", string(s.Replica))
 	// The replica outlives the call that opens it.
 	r := startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages)
 	r.network = h.cfg.Network
+	r.startRepair(h.cfg.Network, h.cfg.ScrubTurn)
 	return r, nil
 }
 

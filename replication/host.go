@@ -46,6 +46,9 @@ type HostConfig struct {
 	// or whose members all changed while it was away. nil: one that joins takes its log from any sender, and
 	// one whose configuration is older than all members takes it from none.
 	IsMember func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool
+	// ScrubTurn, when set, is where a scrub waits for its turn beside other work before it reads so many bytes of a
+	// replica here; its error, which is that of ctx, ends the scrub.
+	ScrubTurn func(ctx context.Context, bytes int64) error
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
@@ -198,6 +201,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeStages, h.handleStages)
 	cfg.Network.Handle(transport.KindVolumeFreeze, h.handleFreeze)
 	cfg.Network.Handle(transport.KindVolumeMark, h.handleMark)
+	cfg.Network.Handle(transport.KindVolumeScrub, h.handleScrub)
 	return h, nil
 }
 

@@ -14,9 +14,10 @@ import (
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
-// machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
-// which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes or drops
-// a snapshot is a batch of its own. Blocks are not copied: the engine refers to them where they stand in the log.
+// machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch, or one up to each
+// mark, which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes
+// or drops a snapshot is a batch of its own. Blocks are not copied: the engine refers to them where they stand in the
+// log.
 //
 // Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
 type machine struct {
@@ -25,6 +26,7 @@ type machine struct {
 	vol *engine.Volume
 
 	applies *stage.Meter // batches of entries; nil = not measured
+	markers *markers     // views for scrubs; nil = none are taken
 
 	// Owned by the applying goroutine.
 	core core
@@ -99,7 +101,15 @@ func together(entries []raftgroup.Entry) int {
 	return max(n, 1)
 }
 
-// applyBatch applies entries to st as one batch: all of them, or those up to a mark at which this replica is to pin
+// pins are what an entry asks this replica to keep a view of: it ends the batch.
+type pins struct {
+	mark  uint64 // name of one that is awaited here; 0: none
+	scrub change // effectMark, when there is one
+}
+
+func (p *pins) any() bool { return p.mark != 0 || p.scrub.effect == effectMark }
+
+// applyBatch applies entries to st as one batch: all of them, or those up to one at which this replica is to pin
 // what it has. It returns the state, and how many they were.
 func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results []any) (
 	_ engine.State, n int, err error,
@@ -110,8 +120,8 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 			err = fmt.Errorf("apply to %s: %w", m.id, e)
 		}
 	}()
-	mark := uint64(0)
-	for ; n < len(entries) && mark == 0; n++ {
+	var pin pins
+	for ; n < len(entries) && !pin.any(); n++ {
 		e := &entries[n]
 		if e.Index <= st.AppliedIndex {
 			return st, n, fmt.Errorf("apply to %s: index %d follows %d: %w", m.id, e.Index, st.AppliedIndex, trivet.ErrCorrupt)
@@ -121,7 +131,7 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 			st.Config = appendMembers(nil, e.Members)
 			continue
 		}
-		if results[n], mark, err = m.applyEntry(batch, e); err != nil {
+		if results[n], pin, err = m.applyEntry(batch, e); err != nil {
 			return st, n, err
 		}
 	}
@@ -132,18 +142,22 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 	if err := batch.Commit(st); err != nil {
 		return st, n, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)
 	}
-	if mark != 0 {
-		m.marks.pin(mark, st.AppliedIndex) // before view: who has applied a mark has pinned at it
+	// Before view: who can see that this index is applied finds what was pinned at it.
+	if pin.mark != 0 {
+		m.marks.pin(pin.mark, st.AppliedIndex)
+	}
+	if pin.scrub.effect == effectMark {
+		m.markers.take(st.AppliedIndex, pin.scrub.lba, pin.scrub.blockN)
 	}
 	m.view.Store(&st)
 	return st, n, nil
 }
 
-// applyEntry applies one entry to a batch. mark is not 0 when it has one that is awaited here.
-func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []result, mark uint64, err error) {
+// applyEntry adds an entry to a batch, and says what to pin after it.
+func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []result, pin pins, err error) {
 	reqs, err := decodeEntry(m.reqs[:0], m.id, e.Data)
 	if err != nil {
-		return nil, 0, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+		return nil, pin, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 	}
 	stored := e.Stored // where the data of all writes stand, one behind the other; else the engine takes a copy
 	if stored.Bytes != int64(len(e.Data)-payloadAt(e.Data)) {
@@ -154,7 +168,7 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []resul
 		res, ch := m.core.step(&reqs[i])
 		out[i] = res
 		if reqs[i].op == opMark && m.marks.awaits(reqs[i].arg) {
-			mark = reqs[i].arg
+			pin.mark = reqs[i].arg
 		}
 		at := skip
 		skip += int64(len(reqs[i].data))
@@ -163,15 +177,17 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []resul
 			err = batch.Refer(ch.lba, reqs[i].data, stored, at)
 		case effectZero:
 			err = batch.Zero(ch.lba, ch.blockN)
+		case effectMark:
+			pin.scrub, out[i].index = ch, e.Index
 		case effectNone:
 		}
 		if err != nil {
-			return nil, 0, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
+			return nil, pin, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
 		}
 	}
 	clear(reqs) // e.Data is valid during Apply only
 	m.reqs = reqs
-	return out, mark, nil
+	return out, pin, nil
 }
 
 // Applied implements raftgroup.StateMachine.

@@ -24,9 +24,14 @@ type Replica struct {
 	batcher *batcher
 	lease   time.Duration // longest read lease of a leader of the group
 	stages  *stage.Volume // what is measured of it
-	reads   *stage.Meter
-	turns   Turns // on its disk; nil: none to wait for
-	log     *slog.Logger
+	repair  *repairer
+	markers *markers
+	life    context.Context // ends with close
+	// scrubTurn is HostConfig.ScrubTurn.
+	scrubTurn func(ctx context.Context, bytes int64) error
+	reads     *stage.Meter
+	turns     Turns // on its disk; nil: none to wait for
+	log       *slog.Logger
 
 	network   transport.Network
 	verifying verifications // of learners, while it leads
@@ -57,7 +62,7 @@ func startReplica(ctx context.Context, s ReplicaSpec, m *machine, g *raftgroup.G
 ) *Replica {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &Replica{
-		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages,
+		spec: s, machine: m, group: g, lease: lease, log: log, cancel: cancel, stages: stages, life: ctx,
 		batcher: newBatcher(ctx, s.Volume, g.Propose),
 	}
 	r.verifying.life = ctx
@@ -91,8 +96,10 @@ func (r *Replica) watchLeader(ctx context.Context) {
 func (r *Replica) close() error {
 	r.closing.Do(func() {
 		r.verifying.close()
+		r.machine.vol.WatchDamage(nil)
 		r.cancel()
 		r.watch.Wait()
+		r.markers.close()
 		r.batcher.close()
 		r.closed = r.group.Close()
 		r.machine.marks.close()
@@ -189,7 +196,11 @@ func (r *Replica) read(ctx context.Context, p []byte, req *readRequest) (term ui
 	if err := r.checkReadEpoch(req.epoch, true); err != nil {
 		return 0, err
 	}
-	return term, r.readBlocks(p, req.lba)
+	err = r.readBlocks(p, req.lba)
+	if errors.Is(err, trivet.ErrCorrupt) {
+		err = r.repair.read(ctx, p, req.lba, err)
+	}
+	return term, err
 }
 
 // readApplied answers from what this replica has applied, whoever leads. For a session that must be all

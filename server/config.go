@@ -67,6 +67,9 @@ type Config struct {
 
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
+	// ScrubEvery is how often each volume is read and compared on all its replicas; 0 = 7 days, negative = only when
+	// asked.
+	ScrubEvery time.Duration
 
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; nothing is acknowledged or applied
 	// before it is as durable as without. Off by default until it has proved itself (docs/decisions/0012).

@@ -130,5 +130,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)
 		}
+		if st, ok := n.Integrity(v.ID()); ok {
+			integrityMetrics(out, name, st)
+		}
 	}
 }

@@ -77,6 +77,12 @@ var (
 	descCommit  = desc("trivet_replica_commit_index", "Last index known as committed here.", "volume")
 	descApplied = desc("trivet_replica_applied_index", "Last index applied here.", "volume")
 	descUsed    = desc("trivet_replica_used_bytes", "Space that the blocks of the replica take.", "volume")
+
+	descScrubbed  = desc("trivet_scrub_bytes_total", "Bytes of the replica here that scrubs have read.", "volume")
+	descDamage    = desc("trivet_blocks_damaged_total", "Blocks of the replica here found damaged or differing.", "volume")
+	descRepaired  = desc("trivet_blocks_repaired_total", "Of them, those that were repaired.", "volume")
+	descHopeless  = desc("trivet_blocks_lost_total", "Of them, those of which no replica has a good copy.", "volume")
+	descElsewhere = desc("trivet_reads_elsewhere_total", "Reads answered with another replica's blocks.", "volume")
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -221,4 +227,12 @@ func cacheMetrics(out chan<- prometheus.Metric, name string, s *cache.Stats) {
 	gauge(out, descCacheFlush, float64(s.FlushBytes), name)
 	gauge(out, descCacheDepth, float64(s.FlushDepth), name)
 	gauge(out, descCacheReach, float64(s.ReadAheadBytes), name)
+}
+
+func integrityMetrics(out chan<- prometheus.Metric, name string, st replication.IntegrityStats) {
+	counter(out, descScrubbed, float64(st.CheckedBytes), name)
+	counter(out, descDamage, float64(st.Found), name)
+	counter(out, descRepaired, float64(st.Repaired), name)
+	counter(out, descHopeless, float64(st.Failed), name)
+	counter(out, descElsewhere, float64(st.Elsewhere), name)
 }

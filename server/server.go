@@ -227,6 +227,9 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if s.cfg.ParkAfter != 0 {
 		cfg.ParkAfter = s.cfg.ParkAfter
 	}
+	if s.cfg.ScrubEvery != 0 {
+		cfg.ScrubEvery = s.cfg.ScrubEvery
+	}
 	var err error
 	if cfg.RunDir, err = filepath.Abs(s.cfg.RunDir); err != nil {
 		return err

@@ -76,6 +76,8 @@ func newServer(o *options) *cobra.Command {
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
 		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
+	f.DurationVar(&cfg.ScrubEvery, "scrub-every", 0,
+		"read and compare all replicas of each volume this often (default 168h; negative: only when asked)")
 	f.DurationVar(&cfg.ReplaceAfter, "replace-after", cfg.ReplaceAfter,
 		"replace the replicas of a node that is dead, or of a disk that is away, for this long")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,

@@ -64,6 +64,14 @@ func (c Command) utc() Command {
 		s := *c.CreateSnapshot
 		s.Snapshot.Created = instant(s.Snapshot.Created)
 		c.CreateSnapshot = &s
+	case c.StartScrub != nil:
+		s := *c.StartScrub
+		s.Time = instant(s.Time)
+		c.StartScrub = &s
+	case c.ReportScrub != nil:
+		s := *c.ReportScrub
+		s.Time = instant(s.Time)
+		c.ReportScrub = &s
 	}
 	return c
 }

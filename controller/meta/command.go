@@ -42,6 +42,8 @@ type Command struct {
 	Restore          *Restore          `json:"restore,omitempty"`
 	ReportRolledBack *ReportRolledBack `json:"reportRolledBack,omitempty"`
 	ForgetNode       *ForgetNode       `json:"forgetNode,omitempty"`
+	StartScrub       *StartScrub       `json:"startScrub,omitempty"`
+	ReportScrub      *ReportScrub      `json:"reportScrub,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.

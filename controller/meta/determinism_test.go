@@ -93,6 +93,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			}}
 		},
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
+		func() meta.Command { return randomScrub(r, &v, vid) },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
 		func() meta.Command {
@@ -238,6 +239,20 @@ func FuzzImage(f *testing.F) {
 		require.Equal(t, once, mustImage(t, again))
 		meta.NewMachine(s).Apply(attach(1, true, 0))
 	})
+}
+
+func randomScrub(r *rand.Rand, v *meta.Volume, id trivet.VolumeID) meta.Command {
+	pass, next := uint64(r.Intn(2)), trivet.LBA(0)
+	if v.Scrub != nil {
+		pass, next = v.Scrub.Pass+uint64(r.Intn(2)), v.Scrub.Next
+	}
+	if pass == 0 || r.Intn(2) == 0 {
+		return meta.Command{StartScrub: &meta.StartScrub{Volume: id, Pass: pass, Verify: r.Intn(3) == 0, Time: day}}
+	}
+	return meta.Command{ReportScrub: &meta.ReportScrub{
+		Volume: id, Pass: pass, From: next, Next: next + trivet.LBA(1+r.Intn(9)), Done: r.Intn(4) == 0, Found: 1, Time: day,
+		Findings: []string{"seed"},
+	}}
 }
 
 func randomParams(r *rand.Rand, id trivet.VolumeID, now meta.Revision) *meta.SetParams {

@@ -22,8 +22,8 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic = "TMIM"
-	// 3 had no snapshots, 2 one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are read
-	// still.
+	// 3 had no snapshots and no Scrub, 2 one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are
+	// read still.
 	imageVersion = 4
 	imageOldest  = 1
 	imageHeader  = 16
@@ -124,6 +124,9 @@ func (im *image) state() (*State, error) {
 	for i := range im.Volumes {
 		v := im.Volumes[i].Clone()
 		v.Created = instant(v.Created)
+		if v.Scrub != nil {
+			v.Scrub.instants()
+		}
 		if _, ok := s.volumes.get(v.ID); ok {
 			return nil, fmt.Errorf("%s is there twice: %w", v.ID, trivet.ErrCorrupt)
 		}

@@ -192,7 +192,15 @@ func TestGolden(t *testing.T) {
 	params := meta.Command{
 		SetParams: &meta.SetParams{Volume: 7, IfRevision: 9, Params: map[string]string{"iopsLimit": "100", "burst": ""}},
 	}
+	scrub := meta.Command{StartScrub: &meta.StartScrub{Volume: 7, Pass: 1, RateBytes: 1 << 20, Time: day}}
+	mustApply(t, m, scrub)
+	scrubbed := meta.Command{ReportScrub: &meta.ReportScrub{
+		Volume: 7, Pass: 1, Next: 8192, Time: day, CheckedBytes: 96 << 20, Found: 2, Repaired: 1, Left: 1,
+		Findings: []string{"block 7 is damaged on n2"}, Absent: []trivet.NodeID{"n3"},
+	}}
+	mustApply(t, m, scrubbed)
 	commands := map[string]meta.Command{
+		"command-scrub.v1": scrub, "command-scrubbed.v1": scrubbed,
 		"command.v1": create, "command-add.v1": add, "command-join.v1": join, "command-params.v1": params,
 	}
 	golden := map[string][]byte{} // image.v4 is that of TestGoldenOfSnapshots
@@ -210,7 +218,7 @@ func TestGolden(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, string(want), string(got), name)
 	}
-	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3, "image.v3": 3} {
+	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3, "image.v3": 3, "image.v4": 3} {
 		old, err := os.ReadFile(filepath.Join("testdata", name))
 		require.NoError(t, err)
 		s, err := meta.DecodeImage(old)

@@ -197,6 +197,8 @@ type Volume struct {
 	Source *Source `json:"source,omitempty"`
 	// Rollback is set in PhaseRestoring, and only then.
 	Rollback *Rollback `json:"rollback,omitempty"`
+	// Scrub is of the newest pass; nil before the first. It changes without a new Revision.
+	Scrub *Scrub `json:"scrub,omitempty"`
 
 	Revision Revision `json:"revision"`
 }
@@ -320,6 +322,7 @@ func (v *Volume) Clone() Volume {
 		r := *v.Rollback
 		c.Rollback = &r
 	}
+	c.Scrub = v.Scrub.clone()
 	if v.Attached != nil {
 		a := *v.Attached
 		c.Attached = &a

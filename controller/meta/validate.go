@@ -58,6 +58,8 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.ReportFlattened)
 	add(&set, c.Restore)
 	add(&set, c.ReportRolledBack)
+	add(&set, c.StartScrub)
+	add(&set, c.ReportScrub)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}

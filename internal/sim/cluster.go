@@ -172,7 +172,7 @@ func (c *Cluster) damage(n *Node, l *life) func(error) {
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if !l.rotten {
+		if !l.rotten.Load() {
 			c.failures = append(c.failures, fmt.Errorf("damage on %s, whose disk is whole: %w", n.id, err))
 		}
 		c.damaged = true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -61,8 +62,8 @@ type life struct {
 
 	over chan struct{} // closed once dead, and its disk is what it left
 
-	memory noise // of what the machine applies
-	rotten bool  // bits of its disk were changed before it booted
+	memory noise       // of what the machine applies
+	rotten atomic.Bool // bits of its disk were changed
 
 	mu   sync.Mutex
 	dead bool
@@ -72,7 +73,7 @@ type life struct {
 // no more writes for them.
 func (l *life) excused(err error) bool {
 	var rot *engine.DamageError
-	return l.rotten && errors.As(err, &rot) || l.memory.hits() > 0 || l.disk.wasFaulty()
+	return l.rotten.Load() && errors.As(err, &rot) || l.memory.hits() > 0 || l.disk.wasFaulty()
 }
 
 func (l *life) isDead() bool {
@@ -157,7 +158,7 @@ func (n *Node) Spec() replication.ReplicaSpec {
 	}
 	n.mu.Unlock()
 	if l := n.current(); l != nil {
-		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log}
+		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log, Share: n.share()}
 	}
 	return s
 }
@@ -244,7 +245,8 @@ func (n *Node) Boot() error {
 		return nil
 	}
 	n.bury()
-	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id), rotten: n.hasRotted()}
+	l := &life{disk: newDisk(n.mem), over: make(chan struct{}), net: n.c.Net.Node(n.id)}
+	l.rotten.Store(n.hasRotted())
 	l.wire = &noisyWire{MemoryNode: l.net}
 	l.disk.setLatency(n.c.cfg.FlushLatency, newRand(n.c.cfg.Seed, 50+n.c.nextLife()))
 	l.disk.lie.Store(n.c.cfg.LyingDisks)
@@ -265,8 +267,8 @@ func (n *Node) Boot() error {
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
-		OverlapFlush: n.c.cfg.OverlapFlush, Background: n.c.cfg.Background,
-		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
+		OverlapFlush: n.c.cfg.OverlapFlush,
+		WrapMachine:  n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
@@ -463,4 +465,23 @@ func (n *Node) bury() {
 			n.c.cfg.Logger.Debug("remains of an exit", "node", n.id, "err", err)
 		}
 	}
+}
+
+// share makes the disk's background work wait as Config says.
+func (n *Node) share() replication.DiskShare {
+	if n.c.cfg.Background == nil {
+		return nil
+	}
+	return background(n.c.cfg.Background)
+}
+
+// background is a share of a disk that keeps nobody waiting but background work.
+type background func(ctx context.Context, bytes int) (release func(), err error)
+
+// Open implements replication.DiskShare.
+func (background) Open(trivet.VolumeID) replication.Turns { return nil }
+
+// Background implements replication.DiskShare.
+func (b background) Background(ctx context.Context, bytes int) (release func(), err error) {
+	return b(ctx, bytes)
 }

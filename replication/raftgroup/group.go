@@ -38,6 +38,7 @@ type Group struct {
 	images *images
 	slots  chan struct{} // one per proposal under way
 	sends  *stage.Meter  // entries on their way to followers; nil = not measured
+	rotTo  uint64        // last damaged entry of those that the state has; 0 = none (rot.go)
 
 	wake        chan struct{} // the watcher should look
 	wakeCompact chan struct{} // the compactor should look
@@ -90,9 +91,9 @@ type instance struct {
 // Open starts the replica that Create made. It returns ErrNotFound if it was never created (an
 // empty directory never opens a group: H10), ErrInvalid if the directory is another's (H11),
 // ErrInUse if it runs already, and ErrCorrupt when log, state machine and snapshot contradict each
-// other or an entry is damaged: then nothing has been changed, and the replica must be rebuilt under
-// a new ID. A replica whose catch-up was interrupted opens, goes on with it, and takes no part in the
-// group until it is whole again (Status.CatchUp).
+// other or an entry is damaged that the state machine has not applied: then nothing has been changed, and the replica
+// must be rebuilt under a new ID. A replica whose catch-up was interrupted opens, goes on with it, and takes no part
+// in the group until it is whole again (Status.CatchUp).
 func Open(cfg Config) (*Group, error) {
 	cfg = cfg.withDefaults()
 	if err := cfg.Validate(); err != nil {
@@ -136,8 +137,8 @@ func (g *Group) open() error {
 	}
 	if owing {
 		err = g.checkHome()
-	} else {
-		err = g.checkState()
+	} else if err = g.checkState(); err == nil {
+		err = g.leaveRot()
 	}
 	if err != nil {
 		return err
@@ -169,7 +170,11 @@ func (g *Group) openStores() error {
 	var err error
 	g.seglog = newGroupLog(g.cfg.Log, g.cfg.Group)
 	g.seglog.payload = g.cfg.PayloadAt
-	if err := g.seglog.verify(); err != nil {
+	has, _ := g.cfg.Machine.Applied()
+	if g.cfg.Machine.Restoring() {
+		has = 0
+	}
+	if g.rotTo, err = g.seglog.verify(has); err != nil {
 		return err
 	}
 	g.stable = newStableStore(g.seglog, g.guard)

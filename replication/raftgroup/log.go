@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/hashicorp/raft"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
@@ -79,24 +78,6 @@ func (l *groupLog) read(index uint64, out *raft.Log) error {
 	}
 	*out = raft.Log{Index: e.Index, Term: e.Term, Type: raft.LogType(e.Type), Data: e.Whole()}
 	return nil
-}
-
-// verify reads every entry, so that the library, which panics on damage, meets none when it starts, and a
-// replica with damage is refused and not found out when a follower happens to need the entry (H23).
-func (l *groupLog) verify() error {
-	var all errgroup.Group
-	all.SetLimit(verifyN)
-	first, last := l.bounds()
-	for index := first; index <= last; index++ {
-		all.Go(func() error {
-			var e raft.Log
-			if err := l.read(index, &e); err != nil {
-				return fmt.Errorf("verify the log: %w", err)
-			}
-			return nil
-		})
-	}
-	return all.Wait()
 }
 
 // append writes entries, and returns once they are on stable storage. A first index within the log replaces

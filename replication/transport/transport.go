@@ -45,7 +45,8 @@ const (
 	KindVolumeStages Kind = 24 // watch a volume for a while
 	KindVolumeFreeze Kind = 27 // the holder of a volume has its group make a snapshot
 
-	KindVolumeMark Kind = 30 // pin a volume at a mark in its log, and tell its digest there
+	KindVolumeMark  Kind = 30 // pin a volume at a mark in its log, and tell its digest there
+	KindVolumeScrub Kind = 28 // compare and repair the blocks of replicas
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33

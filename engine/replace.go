@@ -1,0 +1,431 @@
+package engine
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
+)
+
+// BadBlock is a version of a block whose data are not what the map says: damaged, misplaced or gone.
+type BadBlock struct {
+	BlockVersion
+	value []byte // of the map, so that nothing newer is replaced
+}
+
+func newBadBlock(bk blockKey, sum uint32, val []byte) BadBlock {
+	return BadBlock{BlockVersion{bk.lba, bk.gen, sum}, slices.Clone(val)}
+}
+
+// Repair is what Replace puts into the map.
+type Repair struct {
+	lba  trivet.LBA
+	gen  trivet.Generation
+	was  []byte // value that the map must still have; nil: none
+	data []byte // nil: the block reads as zeroes
+	view *View  // nil, or in which the block must not have been written since
+}
+
+// With returns the repair that gives a damaged block its data back. ErrCorrupt: they are not its data. data must not
+// change before Replace has returned.
+func (b *BadBlock) With(id trivet.VolumeID, data []byte) (Repair, error) {
+	if len(data) != trivet.BlockSize || isZero(data) {
+		return Repair{}, fmt.Errorf("repair block %d of %s with %d bytes: %w", b.LBA, id, len(data), trivet.ErrCorrupt)
+	}
+	if got := BlockSum(id, b.LBA, data); got != b.Sum {
+		return Repair{}, fmt.Errorf("repair block %d of %s: %w", b.LBA, id,
+			&BlockError{Volume: id, LBA: b.LBA, Stored: b.Sum, Actual: got})
+	}
+	return Repair{lba: b.LBA, gen: b.Generation, was: b.value, data: data}, nil
+}
+
+// Repair returns what makes a block of the view what the other replicas say it is: data with the checksum that they
+// have, or nil when it reads as zeroes there. It is of no effect once the block has been written. ErrExists: this
+// replica has a version that is newer than theirs, which no repair undoes. ErrCorrupt: these are not those data.
+func (w *View) Repair(want BlockVersion, data []byte) (Repair, error) {
+	id := w.v.id
+	if want.LBA < w.run.lba || want.LBA >= w.run.end() || data != nil && len(data) != trivet.BlockSize {
+		return Repair{}, fmt.Errorf("repair block %d of %s: not of the view: %w", want.LBA, id, trivet.ErrInvalid)
+	}
+	if data != nil && BlockSum(id, want.LBA, data) != want.Sum {
+		return Repair{}, fmt.Errorf("repair block %d of %s: %w", want.LBA, id,
+			&BlockError{Volume: id, LBA: want.LBA, Stored: want.Sum, Actual: BlockSum(id, want.LBA, data)})
+	}
+	newest, was, found, err := w.newest(want.LBA)
+	if err != nil {
+		return Repair{}, fmt.Errorf("repair block %d of %s: %w", want.LBA, id, err)
+	}
+	r := Repair{lba: want.LBA, gen: want.Generation, data: data, view: w}
+	switch {
+	case found && data == nil:
+		r.gen, r.was = newest, was
+	case found && newest > want.Generation:
+		return Repair{}, fmt.Errorf("repair block %d of %s: has generation %d, want %d: %w", want.LBA, id, newest,
+			want.Generation, trivet.ErrExists)
+	case found && newest == want.Generation:
+		r.was = was
+	}
+	return r, nil
+}
+
+// newest returns the newest version of a block in the view.
+func (w *View) newest(lba trivet.LBA) (gen trivet.Generation, val []byte, found bool, err error) {
+	if err := w.v.e.enter(); err != nil {
+		return 0, nil, false, err
+	}
+	defer w.v.e.exit()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	it, err := w.iterate(nil, lba)
+	if err != nil {
+		return 0, nil, false, err
+	}
+	defer func() { err = closeIter(it, err) }()
+	if !it.First() {
+		return 0, nil, false, toErr(it.Error())
+	}
+	bk, err := decodeBlockKey(it.Key())
+	if err != nil || bk.lba != lba {
+		return 0, nil, false, err
+	}
+	v, err := it.ValueAndErr()
+	return bk.gen, slices.Clone(v), true, toErr(err)
+}
+
+// Damaged finds out which of blockN blocks from lba on, as they are now, are damaged. nil: none is. ErrCorrupt: the
+// map is, and nobody can say. It may be called concurrently with everything.
+func (v *Volume) Damaged(lba trivet.LBA, blockN int64) (bad []BadBlock, err error) {
+	if err := v.e.enter(); err != nil {
+		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
+	}
+	defer v.e.exit()
+	hold := v.e.live.hold() // before the iterator
+	defer v.e.live.end(hold)
+	it, err := v.view(v.e.db, &pebble.IterOptions{
+		LowerBound: appendBlockPrefix(nil, v.id, lba), UpperBound: appendBlockPrefix(nil, v.id, lba+trivet.LBA(blockN)),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
+	}
+	defer func() { err = closeIter(it, err) }()
+	blocks, next := blockReader{e: v.e}, lba
+	for ok := it.First(); ok; ok = it.Next() {
+		bk, err := decodeBlockKey(it.Key())
+		if err != nil {
+			return nil, err
+		}
+		if bk.lba < next {
+			continue // an older generation
+		}
+		next = bk.lba + 1
+		val, err := it.ValueAndErr()
+		if err != nil {
+			return nil, toErr(err)
+		}
+		sum, isData, err := sumOf(val, bk)
+		if err != nil {
+			return nil, err
+		}
+		if !isData {
+			continue
+		}
+		if _, _, err := blocks.at(it, bk); errors.Is(err, trivet.ErrCorrupt) {
+			bad = append(bad, newBadBlock(bk, sum, val))
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	return bad, toErr(it.Error())
+}
+
+// StillBad returns those of damaged blocks that the map has still the same value for: the others were written or
+// repaired since they were found.
+func (v *Volume) StillBad(bad []BadBlock) ([]BadBlock, error) {
+	if err := v.e.enter(); err != nil {
+		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
+	}
+	defer v.e.exit()
+	var still []BadBlock
+	for _, b := range bad {
+		same, err := v.e.hasOrNone(appendBlockKey(nil, v.id, b.LBA, b.Generation), b.value)
+		if err != nil {
+			return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
+		}
+		if same {
+			still = append(still, b)
+		}
+	}
+	return still, nil
+}
+
+// ReadVersion fills p, one block, with exactly the version that is asked for. ErrNotFound: the volume has no such
+// version, or other data for it. ErrCorrupt: it has, and they are damaged here.
+func (v *Volume) ReadVersion(p []byte, want BlockVersion) (err error) {
+	if err := v.e.enter(); err != nil {
+		return fmt.Errorf("read block %d of %s: %w", want.LBA, v.id, err)
+	}
+	defer v.e.exit()
+	hold := v.e.live.hold() // before the iterator
+	defer v.e.live.end(hold)
+	key := appendBlockKey(nil, v.id, want.LBA, want.Generation)
+	it, err := v.view(v.e.db, &pebble.IterOptions{LowerBound: key, UpperBound: append(slices.Clone(key), 0)})
+	if err != nil {
+		return fmt.Errorf("read block %d of %s: %w", want.LBA, v.id, err)
+	}
+	defer func() { err = closeIter(it, err) }()
+	bk := blockKey{v.id, want.LBA, want.Generation}
+	if !it.First() {
+		return errors.Join(toErr(it.Error()), fmt.Errorf("block %d of %s at generation %d: %w", want.LBA, v.id,
+			want.Generation, trivet.ErrNotFound))
+	}
+	val, err := it.ValueAndErr()
+	if err != nil {
+		return toErr(err)
+	}
+	sum, isData, err := sumOf(val, bk)
+	if err != nil {
+		return err
+	}
+	if !isData || sum != want.Sum {
+		return fmt.Errorf("block %d of %s at generation %d has checksum %08x, want %08x: %w", want.LBA, v.id,
+			want.Generation, sum, want.Sum, trivet.ErrNotFound)
+	}
+	r := blockReader{e: v.e}
+	data, _, err := r.at(it, bk)
+	if err != nil {
+		return err
+	}
+	copy(p, data)
+	return nil
+}
+
+// Replace carries out repairs and returns how many took effect; of no effect are those whose block has been written
+// meanwhile, which is as good. New data go to the log's data lane, durably, before the map is changed, and the map is
+// changed only where it still has what it had: so neither a crash nor a write at the same time can lose anything. What
+// was changed is durable with the next Flush. ErrNoSpace: the log has no room. ErrUnavailable: Restoring.
+func (v *Volume) Replace(repairs []Repair) (int, error) {
+	n, err := v.replace(repairs)
+	if err != nil {
+		return n, fmt.Errorf("repair %d blocks of %s: %w", len(repairs), v.id, err)
+	}
+	return n, nil
+}
+
+func (v *Volume) replace(repairs []Repair) (done int, err error) {
+	if err := v.e.enterWrite(); err != nil {
+		return 0, err
+	}
+	defer v.e.exit()
+	var here, stored []Repair
+	for _, r := range repairs {
+		if r.data != nil && v.e.log != nil && v.e.log.HasDataLane() {
+			stored = append(stored, r)
+		} else {
+			here = append(here, r)
+		}
+	}
+	if len(here) > 0 {
+		n, err := v.exchange(here, nil, ref{})
+		if done += n; err != nil {
+			return done, err
+		}
+	}
+	infos, payload := make([]segment.BlockInfo, len(stored)), make([]byte, 0, len(stored)*trivet.BlockSize)
+	for i, r := range stored {
+		infos[i] = segment.BlockInfo{LBA: r.lba, CRC: BlockSum(v.id, r.lba, r.data)}
+		payload = append(payload, r.data...)
+	}
+	err = v.e.storeBlocks(v.id, infos, payload, func(first int, at segment.Place) error {
+		s, err := v.e.live.claim(at.Segment)
+		if err != nil {
+			return err
+		}
+		defer v.e.live.unclaim([]*segLive{s})
+		n, err := v.exchange(stored[first:first+int(at.Bytes/trivet.BlockSize)], s, refAt(at, 0))
+		done += n
+		return err
+	})
+	return done, err
+}
+
+// exchanged is a value of the map that was replaced, for live.
+type exchanged struct {
+	bk       blockKey
+	old, new ref // the zero value: not in the log
+}
+
+// exchange replaces values of the map, each only where it is still what the repair says, in one batch. The data stand
+// in segment s, one behind the other from at on; without one they become values. No other batch of the volume comes
+// between the look and the change. REQUIRES: entered.
+func (v *Volume) exchange(repairs []Repair, s *segLive, at ref) (int, error) {
+	v.applyMu.Lock()
+	defer v.applyMu.Unlock()
+	v.mu.Lock()
+	dropped, restoring := v.dropped, v.rec.restoring
+	v.mu.Unlock()
+	switch {
+	case dropped:
+		return 0, trivet.ErrNotFound
+	case restoring:
+		return 0, fmt.Errorf("restore is not complete: %w", trivet.ErrUnavailable)
+	}
+	b := v.e.newBatch()
+	defer func() { _ = b.Close() }() // memory only
+	var changes []exchanged
+	seen := map[blockKey]bool{}
+	for i, r := range repairs {
+		x := exchanged{bk: blockKey{v.id, r.lba, r.gen}}
+		if seen[x.bk] {
+			continue // the first one counts
+		}
+		seen[x.bk] = true
+		key := appendBlockKey(nil, v.id, r.lba, r.gen)
+		same, err := v.e.hasOrNone(key, r.was)
+		if err != nil {
+			return 0, err
+		}
+		if !same || r.view != nil && r.view.isTouched(r.lba) {
+			continue
+		}
+		if isRef(r.was) {
+			if x.old, _, err = decodeRef(r.was, x.bk); err != nil {
+				return 0, err
+			}
+		}
+		if s != nil {
+			x.new = at.then(i)
+		}
+		if err := putRepair(b, key, &r, x.new); err != nil {
+			return 0, err
+		}
+		changes = append(changes, x)
+	}
+	if len(changes) == 0 {
+		return 0, nil
+	}
+	if err := v.e.apply(b); err != nil {
+		return 0, err
+	}
+	if v.e.live != nil {
+		v.e.live.exchanged(v.id, changes, s)
+	}
+	return len(changes), nil
+}
+
+// putRepair adds the new value of a block to a batch.
+func putRepair(b *pebble.Batch, key []byte, r *Repair, at ref) error {
+	switch {
+	case r.data == nil && r.gen == 0:
+		return b.Delete(key, nil)
+	case r.data == nil:
+		op := b.SetDeferred(len(key), valueHeadBytes)
+		copy(op.Key, key)
+		putTombstone(op.Value, place(key))
+		return op.Finish()
+	case at == ref{}:
+		op := b.SetDeferred(len(key), dataValueBytes)
+		copy(op.Key, key)
+		putData(op.Value, r.data, place(key))
+		return op.Finish()
+	}
+	op := b.SetDeferred(len(key), refValueBytes)
+	copy(op.Key, key)
+	putRef(op.Value, sumAt(r.data, place(key)), at)
+	return op.Finish()
+}
+
+// hasOrNone reports whether a key has a value, or, with nil, has none.
+func (e *Engine) hasOrNone(key, want []byte) (bool, error) {
+	got, closer, err := e.db.Get(key)
+	if errors.Is(err, pebble.ErrNotFound) {
+		return want == nil, nil
+	}
+	if err != nil {
+		return false, toErr(err)
+	}
+	same := want != nil && bytes.Equal(got, want)
+	return same, closer.Close()
+}
+
+// exchanged counts values that were replaced by such as refer to segment s, or to none.
+func (l *live) exchanged(id trivet.VolumeID, changes []exchanged, s *segLive) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v := l.volLocked(id)
+	for _, x := range changes {
+		now, was := uint32(0), uint32(0)
+		if x.new != (ref{}) {
+			now = s.ord
+			l.countLocked(v, s, 1)
+		}
+		old := l.segs[x.old.seg] // nil when it was not in the log
+		if old != nil {
+			was = old.ord
+		}
+		if x.bk.gen == v.gen && v.at(x.bk.lba) == was {
+			v.swap(x.bk.lba, now)
+		} else if now != 0 {
+			v.whole = false // pages does not have it
+		}
+		if old != nil {
+			l.countLocked(v, old, -1)
+		}
+	}
+}
+
+// WatchDamage has f called for every damaged block that a read of the volume meets, in place of Config.OnCorruption:
+// whoever can repair it does, and calls ReportDamage when that fails. f must not block, nor call the volume; nil ends
+// the watch.
+func (v *Volume) WatchDamage(f func(*BlockError)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.watcher = f
+}
+
+// metDamage tells the watcher of a damaged block, or else the owner of the engine.
+func (v *Volume) metDamage(err error) {
+	var b *BlockError
+	if !errors.As(err, &b) {
+		return
+	}
+	v.mu.Lock()
+	f := v.watcher
+	v.mu.Unlock()
+	if f != nil {
+		f(b)
+		return
+	}
+	v.e.health.corruptBlock(err)
+}
+
+// noteDamage tells the watcher of a volume, if it has one, of a damaged block that was met otherwise than by a read.
+// REQUIRES: entered.
+func (e *Engine) noteDamage(err error) {
+	var b *BlockError
+	if !errors.As(err, &b) {
+		return
+	}
+	e.mu.Lock()
+	v := e.open[b.Volume]
+	e.mu.Unlock()
+	if v == nil {
+		return
+	}
+	v.mu.Lock()
+	f := v.watcher
+	v.mu.Unlock()
+	if f != nil {
+		f(b)
+	}
+}
+
+// ReportDamage tells the owner of the engine (Config.OnCorruption) that the volume has damage that nobody can repair:
+// once for each volume.
+func (v *Volume) ReportDamage(cause string) {
+	v.e.health.corrupt(v.id.String(), &DamageError{First: v.id, Last: v.id, Cause: cause})
+}
