@@ -87,11 +87,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		func() meta.Command {
 			return meta.Command{Detach: &meta.Detach{Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)]}}
 		},
-		func() meta.Command {
-			return meta.Command{ForgetNode: &meta.ForgetNode{
-				Node: nodeID(n), Time: day.Add(time.Duration(2*r.Intn(2)-1) * time.Hour), Allow: r.Intn(2) == 0,
-			}}
-		},
+		func() meta.Command { return meta.Command{ForgetNode: randomForget(r, n)} },
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return randomScrub(r, &v, vid) },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
@@ -116,6 +112,12 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		return c
 	}
 	return commands[3]()
+}
+
+func randomForget(r *rand.Rand, n int) *meta.ForgetNode {
+	return &meta.ForgetNode{
+		Node: nodeID(n), Time: day.Add(time.Duration(2*r.Intn(2)-1) * time.Hour), Allow: r.Intn(2) == 0,
+	}
 }
 
 // TestDeterminism: the same log gives the same bytes, whether applied as structs or decoded, in one
