@@ -15,7 +15,7 @@ SEEDS    ?= 20
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-long chaos \
+.PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-mutants sim-long chaos \
 	models image e2e-build e2e-smoke vm-test tools deps clean
 
 help: ## print this list
@@ -87,6 +87,9 @@ bench-replication: ## measure replication against plain files, in ratios; needs 
 
 sim: ## run the simulator, 3 simulated minutes a seed: make sim SEEDS=40 FIRST=7
 	$(GO) test ./internal/sim -count=1 -timeout 60m -run 'TestSim$$' -v -first $(FIRST) -seeds $(SEEDS)
+
+sim-mutants: ## remove defences one at a time and see that the simulator notices: builds of its own, about 5 minutes
+	$(GO) test ./internal/sim -count=1 -timeout 60m -run 'TestMutants$$' -v -mutants
 
 sim-long: ## the same for hours: 500 seeds of 10 simulated minutes, from FIRST on
 	$(GO) test ./internal/sim -count=1 -timeout 24h -run 'TestSim$$' -v -first $(FIRST) -seeds 500 -duration 10m

@@ -52,6 +52,8 @@ type HostConfig struct {
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
+	// BootTime is every group's; see raftgroup.Config. nil = the kernel's.
+	BootTime func() time.Duration
 	// Stages is where the replicas are measured, and what KindVolumeStages is answered from; nil = not at all.
 	Stages *stage.Registry
 	// Logger may be nil.
@@ -303,6 +305,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		SnapshotBytes: h.cfg.SnapshotBytes,
 		CatchUpLimit:  h.catchUp,
 		Background:    s.Disk.background(),
+		BootTime:      h.cfg.BootTime,
 		Logger:        h.log.With("volume", s.Volume.String()),
 		Fatal:         h.cfg.Fatal,
 	}

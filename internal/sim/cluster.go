@@ -56,10 +56,11 @@ type ClusterConfig struct {
 type Cluster struct {
 	Net *transport.Memory
 
-	cfg    ClusterConfig
-	timing raftgroup.Timing
-	nodes  []*Node
-	client *noisyWire // of ClientNode
+	cfg     ClusterConfig
+	ballots *ballots
+	timing  raftgroup.Timing
+	nodes   []*Node
+	client  *noisyWire // of ClientNode
 
 	mu       sync.Mutex
 	members  []raftgroup.Member // where replicas are that may lead: what a catalogue would say
@@ -85,6 +86,7 @@ func NewCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
 		Net: transport.NewMemory(cfg.Seed), cfg: cfg,
 		timing: raftgroup.Timing{Heartbeat: cfg.Heartbeat, Lease: cfg.Heartbeat * 3 / 4},
 	}
+	c.ballots = watchVotes(c)
 	if cfg.Heartbeat > 0 {
 		c.Net.SetSilentAfter(cfg.Heartbeat)
 	}
@@ -115,6 +117,7 @@ func (c *Cluster) newNode(i int) *Node {
 	if i < len(c.cfg.Skew) {
 		n.timing.Heartbeat = time.Duration(float64(n.timing.Heartbeat) / c.cfg.Skew[i])
 		n.timing.Lease = time.Duration(float64(n.timing.Lease) / c.cfg.Skew[i])
+		n.clock.rate = c.cfg.Skew[i]
 	}
 	return n
 }
@@ -158,10 +161,15 @@ func (c *Cluster) fatal(n *Node, l *life) func(error) {
 			n.exit(l, err)
 			return
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.failures = append(c.failures, fmt.Errorf("fatal on %s: %w", n.id, err))
+		c.fail(fmt.Errorf("fatal on %s: %w", n.id, err))
 	}
+}
+
+// fail notes what makes the run fail.
+func (c *Cluster) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.failures = append(c.failures, err)
 }
 
 // damage is what a machine's engine calls when it meets damage. Where nobody changed a bit there must be none.

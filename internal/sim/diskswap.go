@@ -78,8 +78,12 @@ func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
 			return false, err
 		}
 	}
-	exchange := func() { a.swapDisk(b.swapDisk(a.swapDisk(nil))) }
-	exchange()
+	exchange := func(wrong bool) {
+		a.swapDisk(b.swapDisk(a.swapDisk(nil)))
+		a.swapped.Store(wrong)
+		b.swapped.Store(wrong)
+	}
+	exchange(true)
 	for _, node := range []*Node{a, b} {
 		if err := node.Start(ctx); err == nil {
 			n.sim.violate(fmt.Errorf("replica on %s opened on another machine's disk", node.ID()))
@@ -90,6 +94,6 @@ func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
 			return false, err
 		}
 	}
-	exchange()
+	exchange(false)
 	return true, nil
 }

@@ -13,7 +13,8 @@
 // Answers are judged twice. The oracle knows for each block which writes were issued and which
 // acknowledged, and so what a read may return. The History is judged by porcupine after the run, one
 // register for each block. Beside the workers, probes ask single machines, so that a deposed leader
-// which believes in its lease is found, and the holder of a fenced epoch goes on writing. After the
+// which believes in its lease is found, and the holder of a fenced epoch goes on writing. A vote on the disk of
+// a machine that boots must be for somebody who stood in that term (ballots.go). After the
 // faults a drawn majority must serve within two minutes and agree; then all replicas must.
 //
 // Run belongs inside a testing/synctest bubble: an hour costs seconds, and timeouts mean what they say.

@@ -34,6 +34,8 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 	switch f {
 	case FaultCrash:
 		return n.crash(ctx, node, n.rnd.IntN(60))
+	case FaultCrashVote:
+		return n.crashVote(ctx, node)
 	case FaultCrashAll:
 		for _, node := range n.sim.cluster.Nodes() {
 			if _, err := n.crash(ctx, node, 0); err != nil {
@@ -71,7 +73,23 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 	return false, nil
 }
 
+// crashVote takes the power from a machine while it writes a vote, and so between any two of the steps in which it
+// does. It asks for an election to that end, but takes any.
+func (n *nemesis) crashVote(ctx context.Context, node *Node) (made bool, err error) {
+	to := n.pick()
+	if !node.Up() || !node.hasReplica() || node == n.leader() {
+		return false, nil
+	}
+	n.replays.Go(func() { n.transfer(ctx, to) })
+	return n.cut(ctx, node, CrashOptions{Ops: 1 + n.rnd.IntN(6), Wait: 2 * time.Second, Vote: true})
+}
+
 func (n *nemesis) crash(ctx context.Context, node *Node, ops int) (made bool, err error) {
+	return n.cut(ctx, node, CrashOptions{Ops: ops, Wait: 500 * time.Millisecond})
+}
+
+// cut takes the power from a machine as o says; what of the unsynced data is kept, the seed says.
+func (n *nemesis) cut(ctx context.Context, node *Node, o CrashOptions) (made bool, err error) {
 	if !node.Up() {
 		return false, nil
 	}
@@ -79,9 +97,9 @@ func (n *nemesis) crash(ctx context.Context, node *Node, ops int) (made bool, er
 	if kept < 0 {
 		kept = n.rnd.IntN(101)
 	}
-	n.sim.log.Debug("crash", "node", node.ID(), "ops", ops, "unsyncedPercent", kept)
-	err = node.Crash(ctx, CrashOptions{Rand: n.rnd, UnsyncedPercent: kept, Ops: ops, Wait: 500 * time.Millisecond})
-	if err != nil {
+	n.sim.log.Debug("crash", "node", node.ID(), "ops", o.Ops, "vote", o.Vote, "unsyncedPercent", kept)
+	o.Rand, o.UnsyncedPercent = n.rnd, kept
+	if err := node.Crash(ctx, o); err != nil {
 		return false, err
 	}
 	n.goneDown(node)
@@ -190,16 +208,40 @@ func (n *nemesis) linkFault(f Fault) bool {
 		n.rule(2*time.Second, net.Hold(n.some(0.3, func(e transport.Envelope) bool {
 			return e.Message.Kind == transport.KindAppendEntries && e.Reply && e.From == a.ID()
 		})))
+	case FaultHoldBeat:
+		n.holdBeats(a)
 	case FaultDepose:
 		return n.depose()
 	case FaultReplay:
 		n.replay()
 	case FaultPause:
 		return n.pause(a)
+	case FaultSuspend:
+		if !n.pause(a) {
+			return false
+		}
+		a.clock.jump(n.someTime(time.Hour))
+	case FaultClock:
+		a.clock.jump(n.someTime(time.Hour))
 	default:
 		return false
 	}
 	return true
+}
+
+// someTime draws a time of a millisecond to most, short ones as often as long ones.
+func (n *nemesis) someTime(most time.Duration) time.Duration {
+	return time.Duration(logUniform(n.rnd, float64(time.Millisecond), float64(most)))
+}
+
+// holdBeats holds what a machine is answered to its heartbeats, for as long as that may still count, and lets it
+// arrive at once. A lease is worth what the time of asking is worth (D4, H8).
+func (n *nemesis) holdBeats(at *Node) {
+	answered := func(e transport.Envelope) bool {
+		return e.Reply && e.To == at.ID() && (e.Message.Kind == transport.KindHeartbeats ||
+			e.Message.Kind == transport.KindAppendEntries)
+	}
+	n.rule(heartbeat, n.sim.cluster.Net.Hold(n.some(0.3+0.7*n.rnd.Float64(), answered)))
 }
 
 func (n *nemesis) heal(context.Context) error {
@@ -241,37 +283,32 @@ func (n *nemesis) pause(node *Node) bool {
 	return true
 }
 
-// depose makes others elect a leader while the old one still believes in itself: its followers' answers
-// come late, then nothing of it arrives any more, and of its successor it gets heartbeats only. A lease
-// that counts from the receipt of an answer serves stale reads now (H8), and a leader that learns of a
-// new term by a heartbeat beside its main loop writes its own entries in that term (D9).
+// depose makes others elect a leader while the old one still believes in itself. Its followers' answers come late,
+// so late in half of the cases that they hardly count any more; then it reaches nobody. In half of the cases nothing
+// new of the others reaches it either, only answers to what it had asked: a lease that counts from the receipt of
+// an answer serves stale reads then (H8). Else it hears of its successor by heartbeats only, or by everything: a
+// leader that learns of a new term beside its main loop may write its own entries in that term (D9).
 func (n *nemesis) depose() bool {
 	leader := n.leader()
 	if leader == nil {
 		return false
 	}
 	net, id := n.sim.cluster.Net, leader.ID()
-	answers := func(least, most time.Duration) {
-		late := n.sim.linkFaults()
-		late.Delay = transport.Uniform(least, most)
-		for _, o := range n.others(leader) {
-			net.SetFaults(o.ID(), id, late)
-		}
+	least := time.Duration(1+n.rnd.IntN(400)) * time.Millisecond
+	late := n.sim.linkFaults()
+	late.Delay = transport.Uniform(least, 490*time.Millisecond) // a heartbeat's call ends after one Heartbeat
+	for _, o := range n.others(leader) {
+		net.SetFaults(o.ID(), id, late)
 	}
-	answers(20*time.Millisecond, 480*time.Millisecond)
-	heartbeatsOnly := n.rnd.IntN(2) == 0
-	n.after(500*time.Millisecond, func(context.Context) error {
-		answers(250*time.Millisecond, 490*time.Millisecond)
-		return nil
-	})
+	how := n.rnd.IntN(4)
 	n.after(700*time.Millisecond, func(ctx context.Context) error {
 		for _, o := range n.others(leader) {
 			net.Cut(id, o.ID())
 		}
 		net.Cut(ClientNode, id) // so that its user looks for the successor at once
-		if heartbeatsOnly {
+		if how > 0 {
 			n.rule(3*time.Second, net.Lose(func(e transport.Envelope) bool {
-				return e.To == id && !e.Reply && notHeartbeat(e.Message)
+				return e.To == id && !e.Reply && e.From != ProbeNode && (how > 1 || notHeartbeat(e.Message))
 			}))
 		}
 		n.replays.Go(func() { n.sim.stubborn(ctx, leader) })

@@ -38,6 +38,9 @@ type Node struct {
 	c      *Cluster
 	id     trivet.NodeID
 	timing raftgroup.Timing
+	clock  bootClock
+
+	swapped atomic.Bool // it has another machine's disk
 
 	mu      sync.Mutex
 	replica trivet.ReplicaID   // "" = none
@@ -257,6 +260,7 @@ func (n *Node) Boot() error {
 	if l.log, err = segment.Open(opts); err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
 	}
+	n.c.ballots.check(n, l.log)
 	l.eng, err = engine.Open(engine.Config{
 		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Log: l.log,
 		Fatal: fatal, OnCorruption: n.c.damage(n, l), Logger: n.c.cfg.Logger.With("node", n.id),
@@ -267,8 +271,8 @@ func (n *Node) Boot() error {
 	l.mux = raftgroup.NewMux(l.wire)
 	l.host, err = replication.NewHost(replication.HostConfig{
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
-		OverlapFlush: n.c.cfg.OverlapFlush,
-		WrapMachine:  n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
+		OverlapFlush: n.c.cfg.OverlapFlush, BootTime: n.clock.now,
+		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
@@ -338,6 +342,8 @@ type CrashOptions struct {
 	// no longer than Wait.
 	Ops  int
 	Wait time.Duration
+	// Vote lets the operations be counted from the first request for a vote on, that the machine gets or sends.
+	Vote bool
 }
 
 // Crash takes the power from the machine: its messages stop, its disk keeps what was synced and a share
@@ -357,7 +363,11 @@ func (n *Node) Crash(ctx context.Context, o CrashOptions) error {
 		}
 	}
 	if o.Ops > 0 {
-		l.disk.arm(o.Ops, crash)
+		if o.Vote {
+			defer n.c.ballots.await(n.id, func() { l.disk.arm(o.Ops, crash) })()
+		} else {
+			l.disk.arm(o.Ops, crash)
+		}
 		t := time.NewTimer(o.Wait)
 		defer t.Stop()
 		select {

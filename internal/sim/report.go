@@ -46,7 +46,8 @@ func (r Report) String() string {
 // Crashes returns how often a machine lost power.
 func (r Report) Crashes() int {
 	f := r.Faults
-	return f[FaultCrash] + 3*f[FaultCrashAll] + f[FaultRot] + f[FaultWipe] + f[FaultReplace] + 2*f[FaultSwap]
+	return f[FaultCrash] + f[FaultCrashVote] + 3*f[FaultCrashAll] + f[FaultRot] + f[FaultWipe] + f[FaultReplace] +
+		2*f[FaultSwap]
 }
 
 // Add adds the figures of another run; of gaps, terms and healing times it keeps the longest.

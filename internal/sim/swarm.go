@@ -43,6 +43,10 @@ const (
 	FaultResize                  // the volume grows (H20)
 	FaultMove                    // a replica joins the group, another leaves it (H33)
 	FaultReplace                 // a disk is lost for good, its replica replaced under a new name (H10)
+	FaultHoldBeat                // answers to heartbeats are held, and arrive together (D4, H8)
+	FaultSuspend                 // a machine is suspended: a pause in which only its boot clock runs on (H29)
+	FaultClock                   // a machine's boot clock jumps forward (H29)
+	FaultCrashVote               // power cut of a machine while it votes (D5)
 	faultN
 )
 
@@ -64,6 +68,8 @@ func classes() [faultN]class {
 		FaultEIO: {"eio", 2}, FaultENOSPC: {"enospc", 0.7}, FaultNearlyFull: {"nearlyFull", 0.7},
 		FaultRot: {"rot", 1}, FaultMemory: {"memory", 6}, FaultWipe: {"wipe", 0.3}, FaultSwap: {"swap", 0.5},
 		FaultResize: {"resize", 1}, FaultMove: {"move", 2}, FaultReplace: {"replace", 0.3},
+		FaultHoldBeat: {"holdBeat", 4}, FaultSuspend: {"suspend", 1.5}, FaultClock: {"clock", 2},
+		FaultCrashVote: {"crashVote", 3},
 	}
 }
 
