@@ -42,6 +42,7 @@ const (
 	Admin_ServeVolume_FullMethodName   = "/trivet.api.v1.Admin/ServeVolume"
 	Admin_SetVolume_FullMethodName     = "/trivet.api.v1.Admin/SetVolume"
 	Admin_ExplainVolume_FullMethodName = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_ExpandVolume_FullMethodName  = "/trivet.api.v1.Admin/ExpandVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -92,6 +93,10 @@ type AdminClient interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
+	// ExpandVolume makes a volume larger, in use or not, and returns once its group has committed the size. The
+	// node that has it attached grows the device at once; a filesystem on it is for its user to grow.
+	// OUT_OF_RANGE for less than it has: volumes never shrink.
+	ExpandVolume(ctx context.Context, in *ExpandVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
 }
 
 type adminClient struct {
@@ -320,6 +325,16 @@ func (c *adminClient) ExplainVolume(ctx context.Context, in *ExplainVolumeReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeClient = grpc.ServerStreamingClient[VolumeReport]
 
+func (c *adminClient) ExpandVolume(ctx context.Context, in *ExpandVolumeRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_ExpandVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -368,6 +383,10 @@ type AdminServer interface {
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
+	// ExpandVolume makes a volume larger, in use or not, and returns once its group has committed the size. The
+	// node that has it attached grows the device at once; a filesystem on it is for its user to grow.
+	// OUT_OF_RANGE for less than it has: volumes never shrink.
+	ExpandVolume(context.Context, *ExpandVolumeRequest) (*Volume, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -437,6 +456,9 @@ func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*
 }
 func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
 	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
+}
+func (UnimplementedAdminServer) ExpandVolume(context.Context, *ExpandVolumeRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExpandVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -805,6 +827,24 @@ func _Admin_ExplainVolume_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_ExplainVolumeServer = grpc.ServerStreamingServer[VolumeReport]
 
+func _Admin_ExpandVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExpandVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ExpandVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ExpandVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ExpandVolume(ctx, req.(*ExpandVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -883,6 +923,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetVolume",
 			Handler:    _Admin_SetVolume_Handler,
+		},
+		{
+			MethodName: "ExpandVolume",
+			Handler:    _Admin_ExpandVolume_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -9,7 +9,7 @@ import (
 
 // authorize returns ErrInvalid unless the node, as its certificate says, may send the command (S4).
 // A node speaks for itself: its registration, its lease, its replicas, its take-overs. What is said
-// of a volume's group (fence, wipe, leader, who votes or has left) must come from a node with a replica in
+// of a volume's group (fence, wipe, size, leader, who votes or has left) must come from a node with a replica in
 // it. What users want may come from every node of the cluster: its server has authenticated the user.
 //
 // A node that is not registered yet may be registered by another one, which lets it in.
@@ -34,6 +34,8 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 		ok = hosts(s, c.ReportFence.Volume, from)
 	case c.ReportWiped != nil:
 		ok = hosts(s, c.ReportWiped.Volume, from)
+	case c.ReportSize != nil:
+		ok = hosts(s, c.ReportSize.Volume, from)
 	default:
 		ok = registered
 	}

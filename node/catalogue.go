@@ -87,6 +87,7 @@ type runningReplica interface {
 	Changed() <-chan struct{}
 	Fence(ctx context.Context, epoch trivet.Epoch) error
 	Wipe(ctx context.Context, epoch trivet.Epoch) error
+	Resize(ctx context.Context, sizeBytes int64) error
 	TransferTo(ctx context.Context, to trivet.ReplicaID) error
 	AddLearner(ctx context.Context, m raftgroup.Member) error
 	Promote(ctx context.Context, id trivet.ReplicaID) error

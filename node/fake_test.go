@@ -320,6 +320,19 @@ func (r *fakeReplica) Wipe(_ context.Context, epoch trivet.Epoch) error {
 	return nil
 }
 
+func (r *fakeReplica) Resize(_ context.Context, sizeBytes int64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.status.IsLeader {
+		return trivet.ErrNotLeader
+	}
+	if sizeBytes < r.status.SizeBytes {
+		return trivet.ErrOutOfRange
+	}
+	r.status.SizeBytes = sizeBytes
+	return nil
+}
+
 func (r *fakeReplica) TransferTo(context.Context, trivet.ReplicaID) error {
 	r.mu.Lock()
 	stays := r.stays

@@ -345,6 +345,12 @@ func (p *trip) hit() bool {
 	return p.steps == p.at
 }
 
+func (p *trip) done() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.steps
+}
+
 func (p *trip) reached() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -374,7 +380,7 @@ type tripCatalogue struct {
 }
 
 func (c tripCatalogue) Propose(ctx context.Context, cmd meta.Command) (res meta.Result, err error) {
-	if cmd.ReportReplica == nil {
+	if cmd.ReportReplica == nil && cmd.ReportSize == nil {
 		return c.Catalogue.Propose(ctx, cmd)
 	}
 	err = c.g.step(ctx, func() error {
@@ -417,6 +423,10 @@ func (r tripReplica) Promote(ctx context.Context, id trivet.ReplicaID) error {
 
 func (r tripReplica) Remove(ctx context.Context, id trivet.ReplicaID) error {
 	return r.g.step(ctx, func() error { return r.runningReplica.Remove(ctx, id) })
+}
+
+func (r tripReplica) Resize(ctx context.Context, sizeBytes int64) error {
+	return r.g.step(ctx, func() error { return r.runningReplica.Resize(ctx, sizeBytes) })
 }
 
 func (r tripReplica) TransferTo(ctx context.Context, id trivet.ReplicaID) error {

@@ -207,6 +207,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	life, cancel := context.WithCancel(context.Background())
 	n.stop, n.group = cancel, new(errgroup.Group)
 	n.group.Go(func() error { n.sweep(life); return nil })
+	n.group.Go(func() error { n.mounts.growKernels(life); return nil })
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
 	}
@@ -238,6 +239,7 @@ func (n *Node) openMounts(ctx context.Context) error {
 	}
 	n.mounts = &mounts{
 		attacher: newAttacher(&n.cfg), mounter: mounter, records: recs, log: n.log, detachOnStop: n.cfg.DetachOnStop,
+		growing: newVolumeSet(),
 	}
 	n.left, err = n.mounts.takeStock(ctx, blockdev.Leftovers{
 		RunDir: n.cfg.blockdevDir(), Keeper: n.cfg.Keeper, Logger: n.log,
@@ -298,6 +300,7 @@ func (n *Node) sweep(ctx context.Context) {
 	for {
 		changed := n.cfg.Catalogue.Changed()
 		n.mounts.follow()
+		n.mounts.followSizes()
 		n.mounts.sweep()
 		select {
 		case <-ctx.Done():

@@ -34,6 +34,8 @@ const (
 	doShrink  verb = "shrink"  // take target out of the group, then report it Left
 	doEvict   verb = "evict"   // take a learner out of the group that the catalogue does not know
 	doRetire  verb = "retire"  // remove what has left the group, then report it Removed
+
+	doGrow verb = "grow" // commit the size in the group, then report it
 )
 
 // action is one step towards what the catalogue wants.
@@ -45,6 +47,8 @@ type action struct {
 	epoch  trivet.Epoch     // of doFence and doWipe
 	term   uint64           // of doLead
 	reason string           // of doFault
+
+	sizeBytes int64 // of doGrow
 }
 
 // placed is a replica found on a disk.
@@ -174,13 +178,13 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 }
 
 // restful reports whether nobody needs the volume's group: it is attached nowhere, nobody waits for a
-// fence, a wipe or another leader, and its members do not change. Every node comes to the same answer by
+// fence, a wipe or another leader, and neither its members nor its size change. Every node comes to the same answer by
 // itself.
 func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
-			v.Change() == nil
+			v.Change() == nil && !v.Growing()
 	default:
 		return false
 	}
@@ -196,6 +200,7 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 	if v.Phase == meta.PhaseRecycling {
 		acts = append(acts, action{verb: doWipe, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}
+	acts = append(acts, planSize(v, r, l)...)
 	if st.Term >= v.LeaderTerm && (v.Leader != r.ID || v.WantLeader == r.ID) {
 		acts = append(acts, action{verb: doLead, disk: r.Disk, id: r.ID, term: st.Term})
 	}

@@ -205,7 +205,7 @@ func (w *worker) create(ctx context.Context, a action) error {
 		return nil
 	}
 	s := w.spec(a)
-	s.SizeBytes, s.Members = v.SizeBytes, membersOf(&v)
+	s.SizeBytes, s.Members = v.Start(), membersOf(&v)
 	err = w.agent.host.CreateReplica(ctx, s)
 	switch {
 	case err == nil:
@@ -297,6 +297,8 @@ func (w *worker) lead(ctx context.Context, a action) error {
 		c.ReportLeader = &meta.ReportLeader{Volume: w.volume, Replica: a.id, Term: a.term}
 	case doMove:
 		return r.TransferTo(ctx, a.target)
+	case doGrow:
+		return w.grow(ctx, r, a)
 	default:
 		panic("node: no such action: " + string(a.verb))
 	}

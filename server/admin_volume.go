@@ -43,7 +43,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 	out := &api.Volume{
 		Id: v.ID.String(), Name: v.Name, SizeBytes: v.SizeBytes, Phase: string(v.Phase), Reason: v.Reason,
 		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Epoch: uint64(v.Epoch),
-		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()),
+		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()), WantSizeBytes: v.WantSizeBytes,
 	}
 	out.AttachedNode = string(v.Holder())
 	if n, err := a.s.node(); err == nil {

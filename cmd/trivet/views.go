@@ -20,8 +20,9 @@ type volumeView struct {
 	Parameters map[string]string `json:"parameters,omitempty"`
 	Replicas   []replicaView     `json:"replicas"`
 	Want       int32             `json:"wantReplicas"`
-	Retired    []replicaView     `json:"retired,omitempty"` // their data is still to be removed
-	Pending    string            `json:"pending,omitempty"` // what a change of the replicas waits for
+	Retired    []replicaView     `json:"retired,omitempty"`       // their data is still to be removed
+	WantSize   int64             `json:"wantSizeBytes,omitempty"` // that it grows to
+	Pending    string            `json:"pending,omitempty"`       // what a change of the replicas waits for
 	Epoch      uint64            `json:"epoch"`
 	Attached   string            `json:"attachedNode,omitempty"`
 	Device     string            `json:"device,omitempty"`
@@ -66,7 +67,7 @@ func volumeOf(v *api.Volume) volumeView {
 		ID: v.GetId(), Name: v.GetName(), SizeBytes: v.GetSizeBytes(), Phase: v.GetPhase(), Reason: v.GetReason(),
 		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Epoch: v.GetEpoch(),
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
-		Want: v.GetWantReplicas(), Pending: v.GetPending(),
+		Want: v.GetWantReplicas(), Pending: v.GetPending(), WantSize: v.GetWantSizeBytes(),
 	}
 	for _, r := range v.GetReplicas() {
 		view.Replicas = append(view.Replicas, replicaOf(r))

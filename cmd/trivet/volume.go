@@ -14,7 +14,7 @@ func newVolume(o *options) *cobra.Command {
 	return group("volume", "Make, attach and remove volumes",
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
-		newVolumeSet(o), newVolumeExplain(o),
+		newVolumeSet(o), newVolumeExplain(o), newVolumeResize(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
@@ -41,6 +41,9 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	fmt.Fprintf(out, "replicas wanted: %d\n", view.Want)
 	if len(view.Parameters) > 0 {
 		fmt.Fprintf(out, "parameters: %s\n", pairsText(view.Parameters))
+	}
+	if view.WantSize > 0 {
+		fmt.Fprintf(out, "growing to: %s\n", sizeText(view.WantSize))
 	}
 	if view.Pending != "" {
 		fmt.Fprintf(out, "pending: %s\n", view.Pending)

@@ -34,6 +34,8 @@ type Command struct {
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
 	SetParams     *SetParams     `json:"setParams,omitempty"`
+	GrowVolume    *GrowVolume    `json:"growVolume,omitempty"`
+	ReportSize    *ReportSize    `json:"reportSize,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -245,6 +247,22 @@ type SetParams struct {
 	Volume     trivet.VolumeID   `json:"volume"`
 	Params     map[string]string `json:"params"`               // canonical; an empty value removes the key
 	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
+}
+
+// GrowVolume says how large a volume should be; its leader commits that in its group. ErrOutOfRange when it is, or is
+// about to be, larger: nothing shrinks. The same size again: no effect. ErrPending while it is Creating and as in
+// Release; ErrInvalid in another phase than Available, Bound or Released.
+type GrowVolume struct {
+	Volume     trivet.VolumeID `json:"volume"`
+	SizeBytes  int64           `json:"sizeBytes"`            // whole blocks
+	IfRevision Revision        `json:"ifRevision,omitempty"` // as in Release
+}
+
+// ReportSize says that the volume's own group has committed a size, whoever asked for it. Not above the recorded
+// size, or an unknown volume: no effect.
+type ReportSize struct {
+	Volume    trivet.VolumeID `json:"volume"`
+	SizeBytes int64           `json:"sizeBytes"`
 }
 
 // Result is what applying a command returned on every member alike.

@@ -87,6 +87,12 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		func() meta.Command {
 			return meta.Command{Detach: &meta.Detach{Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)]}}
 		},
+		func() meta.Command {
+			return meta.Command{GrowVolume: &meta.GrowVolume{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportSize: &meta.ReportSize{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
+		},
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },

@@ -22,8 +22,8 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic = "TMIM"
-	// 2 had one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
-	imageVersion = 3
+	// 3 had one size a volume, 2 one attachment, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
+	imageVersion = 4
 	imageOldest  = 1
 	imageHeader  = 16
 	imageTrailer = 4
@@ -174,6 +174,9 @@ func (s *State) problem(v *Volume) string {
 		return problem
 	}
 	if problem := v.replicaProblem(); problem != "" {
+		return problem
+	}
+	if problem := v.sizeProblem(); problem != "" {
 		return problem
 	}
 	switch v.Phase {

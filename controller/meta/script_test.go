@@ -22,6 +22,7 @@ import (
 //	detach v=1 [n=1] [e=4] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
 //	release v=1 [discard] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
 //	add v=1 n=4 [as=7] [disk=5] [replaces=2] [rev=9] | remove v=1 n=2 [rev=9] | count v=1 to=5
+//	grow v=1 to=2 [rev=9] | sized v=1 to=2 (both in GiB)
 //	register n=1 i=2 [disk=8] | cordon n=1 [drain] | uncordon n=1 | state
 //
 // A replica has the number of its node, or the one given by as=. add and remove are decided on the
@@ -166,6 +167,12 @@ func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int)
 			p.Params[key] = value
 		}
 		return meta.Command{SetParams: p}
+	case "grow":
+		return meta.Command{GrowVolume: &meta.GrowVolume{
+			Volume: id, SizeBytes: int64(number(t, d, "to")) << 30, IfRevision: rev,
+		}}
+	case "sized":
+		return meta.Command{ReportSize: &meta.ReportSize{Volume: id, SizeBytes: int64(number(t, d, "to")) << 30}}
 	case "cordon", "uncordon":
 		on := d.Cmd == "cordon"
 		return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: d.HasArg("drain")}}
@@ -220,6 +227,9 @@ func line(v *meta.Volume) string {
 		if k != "replicas" { // which each of them has
 			fmt.Fprintf(b, " %s=%s", k, v.Params[k])
 		}
+	}
+	if v.Growing() || v.Start() != v.SizeBytes {
+		fmt.Fprintf(b, " size=%d→%d→%d", v.Start()>>30, v.SizeBytes>>30, max(v.SizeBytes, v.WantSizeBytes)>>30)
 	}
 	if v.Reason != "" {
 		fmt.Fprintf(b, " reason=%q", v.Reason)

@@ -50,6 +50,8 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
 	add(&set, c.SetParams)
+	add(&set, c.GrowVolume)
+	add(&set, c.ReportSize)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -123,9 +125,8 @@ func (r *RenewLease) validate() error {
 
 func (c *CreateVolume) validate() error {
 	v := &c.Volume
-	if v.SizeBytes <= 0 || v.SizeBytes > trivet.VolumeSizeMax || v.SizeBytes%trivet.BlockSize != 0 {
-		return fmt.Errorf("size of %d bytes: want whole %d-byte blocks, 1 to %d bytes: %w",
-			v.SizeBytes, trivet.BlockSize, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
+	if err := validateSize(v.SizeBytes); err != nil {
+		return err
 	}
 	if n := len(v.Replicas); n != 0 {
 		if err := validateCount(n); err != nil {
