@@ -14,6 +14,9 @@ import (
 //
 // A node that is not registered yet may be registered by another one, which lets it in.
 func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
+	if c.By != "" && c.By != from { // or an audit record would name another node
+		return fmt.Errorf("%s: by node %s, sent by %s: %w", c.Op(), c.By, from, trivet.ErrInvalid)
+	}
 	ok := false
 	_, registered := s.Node(from)
 	switch {
@@ -34,6 +37,8 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 		ok = hosts(s, c.ReportFence.Volume, from)
 	case c.ReportWiped != nil:
 		ok = hosts(s, c.ReportWiped.Volume, from)
+	case c.ReportRecovered != nil:
+		ok = owns(s, c.ReportRecovered.Volume, c.ReportRecovered.Replica, from)
 	case c.ReportSize != nil:
 		ok = hosts(s, c.ReportSize.Volume, from)
 	default:

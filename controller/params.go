@@ -26,6 +26,7 @@ const (
 	ParamCacheSize     = "cacheSize"                 // bytes, a quantity; default by the mode
 	ParamReadAhead     = "readAhead"                 // bytes, a quantity, at most 1Mi (default)
 	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
+	ParamReclaimWipe   = meta.ParamReclaimWipe       // none (default) or zero: wiped before it is deleted
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -49,6 +50,7 @@ type Params struct {
 	CacheSize int64  // bytes; sizeByDefault = the node decides by the mode
 	ReadAhead int64  // bytes; sizeByDefault = as much as there is
 	Eviction  string // "" = lru
+	Wipe      string // "" = none
 }
 
 // sizeByDefault stands for a size that was not given: zero is one that may be asked for.
@@ -112,6 +114,11 @@ func (p *Params) set(lower, value string) error {
 	case strings.ToLower(ParamReads):
 		err = oneOf(value, func(v string) { p.Reads = trivet.ReadConsistency(v) },
 			string(trivet.ReadStrong), string(trivet.ReadSession), string(trivet.ReadEventual))
+	case strings.ToLower(ParamReclaimWipe):
+		err = oneOf(value, func(v string) { p.Wipe = v }, "none", "zero")
+		if p.Wipe == "none" {
+			p.Wipe = ""
+		}
 	case ParamSpread:
 		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
 	default:
@@ -233,6 +240,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.ReadAhead >= 0 {
 		m[ParamReadAhead] = strconv.FormatInt(p.ReadAhead, 10)
+	}
+	if p.Wipe != "" {
+		m[ParamReclaimWipe] = p.Wipe
 	}
 	if p.Eviction != "" {
 		m[ParamEviction] = p.Eviction

@@ -74,6 +74,7 @@ func memberChecker(cat Catalogue) func(trivet.VolumeID, trivet.ReplicaID, trivet
 type replicaHost interface {
 	CreateReplica(ctx context.Context, s replication.ReplicaSpec) error
 	OpenReplica(ctx context.Context, s replication.ReplicaSpec) error
+	RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error
 	ParkReplica(ctx context.Context, s replication.ReplicaSpec) error
 	DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error
 	running(id trivet.VolumeID) (runningReplica, bool)

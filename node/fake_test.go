@@ -213,6 +213,17 @@ func (h *fakeHost) OpenReplica(_ context.Context, s replication.ReplicaSpec) err
 	return nil
 }
 
+func (h *fakeHost) RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error {
+	if err := h.OpenReplica(ctx, s); err != nil {
+		return err
+	}
+	r := h.replica(s.Volume)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Members = []raftgroup.Member{{Replica: s.Replica}}
+	return nil
+}
+
 func (h *fakeHost) ParkReplica(_ context.Context, s replication.ReplicaSpec) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -265,9 +265,11 @@ func (b *groupBench) requireGroup(is ...int) {
 }
 
 // attach grants the volume to node 1 and opens it, on a machine that has no replica, as the attacher does.
-func (b *groupBench) attach() *replication.Volume {
+func (b *groupBench) attach() *replication.Volume { return b.attachTo("n1") }
+
+func (b *groupBench) attachTo(node trivet.NodeID) *replication.Volume {
 	b.t.Helper()
-	b.cat.must(meta.Command{Attach: &meta.Attach{Volume: vol, Node: "n1", Mode: meta.SingleNodeMultiWriter}})
+	b.cat.must(meta.Command{Attach: &meta.Attach{Volume: vol, Node: node, Mode: meta.SingleNodeMultiWriter}})
 	b.until("the epoch is fenced", func() bool {
 		v := b.cat.volume(vol)
 		return v.Attached != nil && v.FencedEpoch == v.Epoch
@@ -380,7 +382,7 @@ type tripCatalogue struct {
 }
 
 func (c tripCatalogue) Propose(ctx context.Context, cmd meta.Command) (res meta.Result, err error) {
-	if cmd.ReportReplica == nil && cmd.ReportSize == nil {
+	if cmd.ReportReplica == nil && cmd.ReportSize == nil && cmd.ReportRecovered == nil {
 		return c.Catalogue.Propose(ctx, cmd)
 	}
 	err = c.g.step(ctx, func() error {
@@ -397,6 +399,10 @@ type tripHost struct {
 
 func (h tripHost) CreateReplica(ctx context.Context, s replication.ReplicaSpec) error {
 	return h.g.step(ctx, func() error { return h.replicaHost.CreateReplica(ctx, s) })
+}
+
+func (h tripHost) RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error {
+	return h.g.step(ctx, func() error { return h.replicaHost.RecoverReplica(ctx, s) })
 }
 
 func (h tripHost) DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error {

@@ -189,7 +189,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
-		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages,
+		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages, RoomElsewhere: roomElsewhere(cfg.Catalogue),
 		Background: n.mounts.attacher.shared.scheduler.Background,
 		Logger:     cfg.Logger, Fatal: cfg.Fatal,
 	})

@@ -35,6 +35,8 @@ const (
 	doEvict   verb = "evict"   // take a learner out of the group that the catalogue does not know
 	doRetire  verb = "retire"  // remove what has left the group, then report it Removed
 
+	doRecover verb = "recover" // make it the only voter of its group, then report it
+
 	doGrow verb = "grow" // commit the size in the group, then report it
 )
 
@@ -153,6 +155,8 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 			return planLeader(v, r, l)
 		}
 		return nil
+	case v.Recover == r.ID && present:
+		return one(doRecover)
 	case r.State == meta.ReplicaLeaving && (!present || l.lost[placed{r.Disk, r.ID}]):
 		return nil // it goes; nobody needs to be told that it is gone
 	case !present:
@@ -184,7 +188,7 @@ func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
-			v.Change() == nil && !v.Growing()
+			v.Change() == nil && !v.Growing() && v.Recover == ""
 	default:
 		return false
 	}

@@ -167,6 +167,8 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.create(ctx, a)
 	case doOpen, doRevive:
 		return w.open(ctx, a)
+	case doRecover:
+		return w.recover(ctx, a)
 	case doPark:
 		return w.agent.host.ParkReplica(ctx, w.spec(a))
 	case doFault:

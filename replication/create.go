@@ -109,7 +109,7 @@ func (h *Host) OpenReplica(ctx context.Context, s ReplicaSpec) error {
 			}
 			return nil
 		}
-		r, err := h.openReplica(ctx, &s)
+		r, err := h.openReplica(ctx, &s, false)
 		if err != nil {
 			return fmt.Errorf("open replica %s of %s: %w", s.Replica, s.Volume, err)
 		}
@@ -120,8 +120,9 @@ func (h *Host) OpenReplica(ctx context.Context, s ReplicaSpec) error {
 	})
 }
 
-func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error) {
+func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec, alone bool) (*Replica, error) {
 	cfg := h.groupConfig(s)
+	cfg.Recover = alone
 	vol, volErr := s.Disk.Engine.OpenVolume(s.Volume)
 	if volErr != nil && !notFound(volErr) {
 		return nil, volErr
@@ -162,7 +163,9 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	}
 	log := h.log.With("volume", s.Volume.String(), "replica", string(s.Replica))
 	// The replica outlives the call that opens it.
-	return startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages), nil
+	r := startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages)
+	r.roomElsewhere = h.cfg.RoomElsewhere
+	return r, nil
 }
 
 // ParkReplica stops a replica and keeps everything of it; OpenReplica starts it again. A parked replica

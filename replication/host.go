@@ -48,6 +48,9 @@ type HostConfig struct {
 	// or whose members all changed while it was away. nil: one that joins takes its log from any sender, and
 	// one whose configuration is older than all members takes it from none.
 	IsMember func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool
+	// RoomElsewhere, when set, is asked by a leader before each write whether the other replicas of the volume have
+	// room; ErrNoSpace is the answer to the client. It must be fast, and decide by what this node knows.
+	RoomElsewhere func(volume trivet.VolumeID) error
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine

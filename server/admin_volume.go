@@ -46,8 +46,12 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()), WantSizeBytes: v.WantSizeBytes,
 	}
 	out.AttachedNode = string(v.Holder())
+	out.UsedBytes = -1
 	if n, err := a.s.node(); err == nil {
 		out.Device = n.Device(v.ID)
+		if st, runs := n.ReplicaStatus(v.ID); runs {
+			out.UsedBytes = st.UsedBytes
+		}
 	}
 	leader, replicas := v.Leader, make([]*api.Replica, 0, len(v.Replicas))
 	if ask && out.GetAttachedNode() == "" {
@@ -66,6 +70,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 			if err == nil { // a dead node's replica has no status
 				replica.Applied, replica.Commit, replica.Term = st.Applied, st.Commit, st.Term
 				replica.UsedBytes = st.UsedBytes
+				out.UsedBytes = max(out.UsedBytes, st.UsedBytes)
 				if st.IsLeader {
 					leader = r.ID
 				}
@@ -148,7 +153,11 @@ func (a *admin) DeleteVolume(ctx context.Context, r *api.VolumeRequest) (*api.De
 	if err != nil {
 		return nil, err
 	}
-	if err := a.s.controller.Discard(ctx, v.ID); err != nil {
+	discard := a.s.controller.Discard
+	if r.GetSkipWipe() {
+		discard = a.s.controller.DiscardUnwiped
+	}
+	if err := discard(ctx, v.ID); err != nil {
 		return nil, err
 	}
 	return &api.DeleteVolumeResponse{}, nil
@@ -253,7 +262,11 @@ func (a *admin) DetachVolume(ctx context.Context, r *api.DetachVolumeRequest) (*
 			return nil, err
 		}
 	}
-	if err := a.s.controller.Detach(ctx, v.ID, holder); err != nil {
+	detach := a.s.controller.Detach
+	if r.GetForce() && holder != a.s.cfg.Node {
+		detach = a.s.controller.ForceDetach
+	}
+	if err := detach(ctx, v.ID, holder); err != nil {
 		return nil, err
 	}
 	return a.show(ctx, v.ID)

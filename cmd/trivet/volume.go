@@ -199,13 +199,14 @@ func newVolumeDetach(o *options) *cobra.Command {
 }
 
 func newVolumeDelete(o *options) *cobra.Command {
-	return &cobra.Command{
+	var skipWipe bool
+	cmd := &cobra.Command{
 		Use:   "delete NAME",
 		Short: "Delete a volume and its data, whatever its reclaim policy; an absent one is success",
 		Args:  exactArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				if _, err := c.DeleteVolume(ctx, &api.VolumeRequest{Name: args[0]}); err != nil {
+				if _, err := c.DeleteVolume(ctx, &api.VolumeRequest{Name: args[0], SkipWipe: skipWipe}); err != nil {
 					return err
 				}
 				return o.show(cmd.OutOrStdout(), map[string]string{"deleted": args[0]},
@@ -213,6 +214,8 @@ func newVolumeDelete(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&skipWipe, "skip-wipe", false, "of a volume with reclaimWipe=zero: do not wipe it first")
+	return cmd
 }
 
 func newVolumeMoveLeader(o *options) *cobra.Command {

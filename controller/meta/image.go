@@ -22,7 +22,7 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic = "TMIM"
-	// 3 had one size a volume, 2 one attachment, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
+	// 3 had one size a volume and no audit, 2 one attachment, 1 no WantReplicas, Retired, Cordoned and Draining; they are read still.
 	imageVersion = 4
 	imageOldest  = 1
 	imageHeader  = 16
@@ -36,6 +36,7 @@ type image struct {
 	Nodes    []Node            `json:"nodes"`
 	Volumes  []Volume          `json:"volumes"`
 	Used     []trivet.VolumeID `json:"used"`
+	Audit    Audit             `json:"audit,omitzero"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -47,6 +48,7 @@ func (s *State) EncodeImage() ([]byte, error) {
 		Nodes:    s.Nodes(),
 		Volumes:  s.Volumes(),
 		Used:     make([]trivet.VolumeID, 0, s.used.n),
+		Audit:    s.Audit(),
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -100,6 +102,10 @@ func (im *image) state() (*State, error) {
 		cluster:  im.Cluster,
 		created:  instant(im.Created),
 		nodes:    make(map[trivet.NodeID]*Node, len(im.Nodes)),
+	}
+	var err error
+	if s.audit, err = auditLogOf(im.Audit); err != nil {
+		return nil, err
 	}
 	for _, id := range im.Used {
 		s.used.fill(id, struct{}{})
@@ -176,8 +182,14 @@ func (s *State) problem(v *Volume) string {
 	if problem := v.replicaProblem(); problem != "" {
 		return problem
 	}
+	if v.Recover != "" && v.Replica(v.Recover) == nil {
+		return fmt.Sprintf("to be recovered from replica %s, which it has not", v.Recover)
+	}
 	if problem := v.sizeProblem(); problem != "" {
 		return problem
+	}
+	if v.ThenDelete && v.Phase != PhaseRecycling {
+		return fmt.Sprintf("to be deleted once it is wiped, while %s", v.Phase)
 	}
 	switch v.Phase {
 	case PhaseReleased, PhaseRecycling, PhaseDeleting:

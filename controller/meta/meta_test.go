@@ -199,7 +199,11 @@ func TestGolden(t *testing.T) {
 	mustApply(t, m, growing)
 	mustApply(t, m, meta.Command{ReportSize: &meta.ReportSize{Volume: 8, SizeBytes: 3 << 30}})
 	commands["command-grow.v1"] = growing
-	golden := map[string][]byte{"image.v4": mustImage(t, m.State())}
+	detach := meta.Command{Time: day, By: "n1", Detach: &meta.Detach{Volume: 7, Node: "n2", Forced: true}}
+	gone := meta.NewMachine(m.State())
+	mustApply(t, gone, detach)
+	commands["command-audited.v1"] = detach
+	golden := map[string][]byte{"image.v4": mustImage(t, m.State()), "image-audit.v4": mustImage(t, gone.State())}
 	for name, c := range commands {
 		b, err := c.Encode()
 		require.NoError(t, err)

@@ -21,6 +21,8 @@ type State struct {
 	volumes shards[trivet.VolumeID, *Volume]
 	names   shards[string, trivet.VolumeID]   // of every volume but those being deleted
 	used    shards[trivet.VolumeID, struct{}] // every ID that was ever created, for ever (H35)
+
+	audit auditLog
 }
 
 // Revision returns the number of commands that changed the catalogue.

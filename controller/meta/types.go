@@ -160,6 +160,10 @@ type Volume struct {
 	WantSizeBytes int64 `json:"wantSizeBytes,omitempty"`
 	// StartSizeBytes is the size with which it began, see Start; 0 = the one it has.
 	StartSizeBytes int64 `json:"startSizeBytes,omitempty"`
+	// ThenDelete says of a Recycling volume that it is deleted once it is wiped (ParamReclaimWipe).
+	ThenDelete bool `json:"thenDelete,omitempty"`
+	// Recover names the replica that has to become the only voter of the group (apply_recover.go); empty = none.
+	Recover trivet.ReplicaID `json:"recover,omitempty"`
 	// Retired are replicas that left the group and whose data is still to be removed.
 	Retired []Replica `json:"retired,omitempty"`
 

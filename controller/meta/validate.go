@@ -52,6 +52,8 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.SetParams)
 	add(&set, c.GrowVolume)
 	add(&set, c.ReportSize)
+	add(&set, c.RecoverVolume)
+	add(&set, c.ReportRecovered)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -84,7 +86,7 @@ func (c Command) Validate() error {
 	if err != nil {
 		return err
 	}
-	if err := o.validate(); err != nil {
+	if err := firstError(c.validateStamp(), o.validate()); err != nil {
 		return fmt.Errorf("%s: %w", o.op(), err)
 	}
 	return nil
