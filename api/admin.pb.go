@@ -1039,7 +1039,8 @@ func (x *CreateVolumeRequest) GetParameters() map[string]string {
 
 type VolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // name or volume ID
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                          // name or volume ID
+	SkipWipe      bool                   `protobuf:"varint,2,opt,name=skip_wipe,json=skipWipe,proto3" json:"skip_wipe,omitempty"` // of DeleteVolume: without the wipe that the parameter reclaimWipe asks for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1079,6 +1080,13 @@ func (x *VolumeRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *VolumeRequest) GetSkipWipe() bool {
+	if x != nil {
+		return x.SkipWipe
+	}
+	return false
 }
 
 type DeleteVolumeResponse struct {
@@ -1216,6 +1224,8 @@ type Volume struct {
 	Pending          string                 `protobuf:"bytes,15,opt,name=pending,proto3" json:"pending,omitempty"`                                  // which change of its replicas it waits for, or why it does not get it
 	AttachedNodes    []string               `protobuf:"bytes,16,rep,name=attached_nodes,json=attachedNodes,proto3" json:"attached_nodes,omitempty"` // all that have it attached, the longest first; more than one only to read
 	AttachedReadOnly bool                   `protobuf:"varint,17,opt,name=attached_read_only,json=attachedReadOnly,proto3" json:"attached_read_only,omitempty"`
+	WantSizeBytes    int64                  `protobuf:"varint,18,opt,name=want_size_bytes,json=wantSizeBytes,proto3" json:"want_size_bytes,omitempty"` // the size it grows to; 0 = it does not
+	UsedBytes        int64                  `protobuf:"varint,19,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`               // of its blocks that hold data, once, however many replicas; -1 = nobody said
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1367,6 +1377,20 @@ func (x *Volume) GetAttachedReadOnly() bool {
 		return x.AttachedReadOnly
 	}
 	return false
+}
+
+func (x *Volume) GetWantSizeBytes() int64 {
+	if x != nil {
+		return x.WantSizeBytes
+	}
+	return 0
+}
+
+func (x *Volume) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
 }
 
 type Replica struct {
@@ -3122,6 +3146,651 @@ func (x *ScrubStatus) GetLastScrub() string {
 	return ""
 }
 
+type ExpandVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`    // rounded up to whole MiB
+	AtLeast       bool                   `protobuf:"varint,3,opt,name=at_least,json=atLeast,proto3" json:"at_least,omitempty"`          // a volume that is larger already is success, and returned as it is
+	LimitBytes    int64                  `protobuf:"varint,4,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"` // with at_least: how large it may be at most; 0 = no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExpandVolumeRequest) Reset() {
+	*x = ExpandVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExpandVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExpandVolumeRequest) ProtoMessage() {}
+
+func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExpandVolumeRequest.ProtoReflect.Descriptor instead.
+func (*ExpandVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ExpandVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExpandVolumeRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ExpandVolumeRequest) GetAtLeast() bool {
+	if x != nil {
+		return x.AtLeast
+	}
+	return false
+}
+
+func (x *ExpandVolumeRequest) GetLimitBytes() int64 {
+	if x != nil {
+		return x.LimitBytes
+	}
+	return 0
+}
+
+type ListAuditRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Local         bool                   `protobuf:"varint,1,opt,name=local,proto3" json:"local,omitempty"` // the copy of the server that is asked, which may lag
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuditRequest) Reset() {
+	*x = ListAuditRequest{}
+	mi := &file_admin_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuditRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuditRequest) ProtoMessage() {}
+
+func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
+func (*ListAuditRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ListAuditRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
+}
+
+type AuditLog struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Base          string                 `protobuf:"bytes,1,opt,name=base,proto3" json:"base,omitempty"` // hash of the record before the oldest; empty = that is the first
+	Records       []*AuditRecord         `protobuf:"bytes,2,rep,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditLog) Reset() {
+	*x = AuditLog{}
+	mi := &file_admin_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditLog) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditLog) ProtoMessage() {}
+
+func (x *AuditLog) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
+func (*AuditLog) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *AuditLog) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *AuditLog) GetRecords() []*AuditRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+type AuditRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	Time          string                 `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"` // RFC 3339 with nanoseconds, UTC
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	By            string                 `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`         // node that proposed it
+	Volume        string                 `protobuf:"bytes,5,opt,name=volume,proto3" json:"volume,omitempty"` // ID; empty = not about one
+	Name          string                 `protobuf:"bytes,6,opt,name=name,proto3" json:"name,omitempty"`
+	Node          string                 `protobuf:"bytes,7,opt,name=node,proto3" json:"node,omitempty"` // that it is about
+	Detail        string                 `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
+	Hash          string                 `protobuf:"bytes,9,opt,name=hash,proto3" json:"hash,omitempty"` // of the record and the hash before it: controller/meta/audit.go
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRecord) Reset() {
+	*x = AuditRecord{}
+	mi := &file_admin_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRecord) ProtoMessage() {}
+
+func (x *AuditRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
+func (*AuditRecord) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *AuditRecord) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetTime() string {
+	if x != nil {
+		return x.Time
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+type ShowDisksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowDisksRequest) Reset() {
+	*x = ShowDisksRequest{}
+	mi := &file_admin_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowDisksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowDisksRequest) ProtoMessage() {}
+
+func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowDisksRequest.ProtoReflect.Descriptor instead.
+func (*ShowDisksRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{49}
+}
+
+type ShowDisksResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Disks         []*DiskUse             `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowDisksResponse) Reset() {
+	*x = ShowDisksResponse{}
+	mi := &file_admin_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowDisksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowDisksResponse) ProtoMessage() {}
+
+func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowDisksResponse.ProtoReflect.Descriptor instead.
+func (*ShowDisksResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ShowDisksResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ShowDisksResponse) GetDisks() []*DiskUse {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// DiskUse says where the bytes of a disk are. live to free_files add up to the files of the log.
+type DiskUse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path           string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes      int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`                // of the filesystem
+	AvailableBytes int64                  `protobuf:"varint,4,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"` // free in the filesystem
+	ReserveBytes   int64                  `protobuf:"varint,5,opt,name=reserve_bytes,json=reserveBytes,proto3" json:"reserve_bytes,omitempty"`       // kept free for what gives room
+	RoomBytes      int64                  `protobuf:"varint,6,opt,name=room_bytes,json=roomBytes,proto3" json:"room_bytes,omitempty"`                // what volumes may still write
+	LiveBytes      int64                  `protobuf:"varint,7,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`                // blocks of volumes
+	SnapshotBytes  int64                  `protobuf:"varint,8,opt,name=snapshot_bytes,json=snapshotBytes,proto3" json:"snapshot_bytes,omitempty"`    // blocks that only snapshots, or unwritten parts of clones, need
+	RetainedBytes  int64                  `protobuf:"varint,9,opt,name=retained_bytes,json=retainedBytes,proto3" json:"retained_bytes,omitempty"`    // entries that the log keeps beyond these
+	GarbageBytes   int64                  `protobuf:"varint,10,opt,name=garbage_bytes,json=garbageBytes,proto3" json:"garbage_bytes,omitempty"`      // overwritten, deleted, padding: cleaned in time
+	FreeFileBytes  int64                  `protobuf:"varint,11,opt,name=free_file_bytes,json=freeFileBytes,proto3" json:"free_file_bytes,omitempty"` // files of the log that wait to be used again
+	Segments       int64                  `protobuf:"varint,12,opt,name=segments,proto3" json:"segments,omitempty"`                                  // files of the log that hold something
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DiskUse) Reset() {
+	*x = DiskUse{}
+	mi := &file_admin_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskUse) ProtoMessage() {}
+
+func (x *DiskUse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskUse.ProtoReflect.Descriptor instead.
+func (*DiskUse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *DiskUse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DiskUse) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DiskUse) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetAvailableBytes() int64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetReserveBytes() int64 {
+	if x != nil {
+		return x.ReserveBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetRoomBytes() int64 {
+	if x != nil {
+		return x.RoomBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetLiveBytes() int64 {
+	if x != nil {
+		return x.LiveBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetSnapshotBytes() int64 {
+	if x != nil {
+		return x.SnapshotBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetRetainedBytes() int64 {
+	if x != nil {
+		return x.RetainedBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetGarbageBytes() int64 {
+	if x != nil {
+		return x.GarbageBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetFreeFileBytes() int64 {
+	if x != nil {
+		return x.FreeFileBytes
+	}
+	return 0
+}
+
+func (x *DiskUse) GetSegments() int64 {
+	if x != nil {
+		return x.Segments
+	}
+	return 0
+}
+
+type RecoverVolumeRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	AcceptDataLoss bool                   `protobuf:"varint,2,opt,name=accept_data_loss,json=acceptDataLoss,proto3" json:"accept_data_loss,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *RecoverVolumeRequest) Reset() {
+	*x = RecoverVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverVolumeRequest) ProtoMessage() {}
+
+func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverVolumeRequest.ProtoReflect.Descriptor instead.
+func (*RecoverVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *RecoverVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RecoverVolumeRequest) GetAcceptDataLoss() bool {
+	if x != nil {
+		return x.AcceptDataLoss
+	}
+	return false
+}
+
+type RecoverVolumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Replica       string                 `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"` // the survivor
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	LastIndex     uint64                 `protobuf:"varint,4,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // of its log
+	LastTerm      uint64                 `protobuf:"varint,5,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"`
+	LastHeard     string                 `protobuf:"bytes,6,opt,name=last_heard,json=lastHeard,proto3" json:"last_heard,omitempty"` // RFC 3339: when it last heard of a leader, or its node last saw it written; empty = unknown
+	Lost          []string               `protobuf:"bytes,7,rep,name=lost,proto3" json:"lost,omitempty"`                            // replicas that are given up, with their nodes
+	Warning       string                 `protobuf:"bytes,8,opt,name=warning,proto3" json:"warning,omitempty"`                      // what may be missing
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverVolumeResponse) Reset() {
+	*x = RecoverVolumeResponse{}
+	mi := &file_admin_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverVolumeResponse) ProtoMessage() {}
+
+func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverVolumeResponse.ProtoReflect.Descriptor instead.
+func (*RecoverVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *RecoverVolumeResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+func (x *RecoverVolumeResponse) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *RecoverVolumeResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *RecoverVolumeResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+func (x *RecoverVolumeResponse) GetLastTerm() uint64 {
+	if x != nil {
+		return x.LastTerm
+	}
+	return 0
+}
+
+func (x *RecoverVolumeResponse) GetLastHeard() string {
+	if x != nil {
+		return x.LastHeard
+	}
+	return ""
+}
+
+func (x *RecoverVolumeResponse) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *RecoverVolumeResponse) GetWarning() string {
+	if x != nil {
+		return x.Warning
+	}
+	return ""
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -3221,13 +3890,14 @@ const file_admin_proto_rawDesc = "" +
 	"parameters\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"#\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
 	"\rVolumeRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
+	"\tskip_wipe\x18\x02 \x01(\bR\bskipWipe\"\x16\n" +
 	"\x14DeleteVolumeResponse\"\x14\n" +
 	"\x12ListVolumesRequest\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\x8d\x05\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xd4\x05\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -3249,7 +3919,10 @@ const file_admin_proto_rawDesc = "" +
 	"\aretired\x18\x0e \x03(\v2\x16.trivet.api.v1.ReplicaR\aretired\x12\x18\n" +
 	"\apending\x18\x0f \x01(\tR\apending\x12%\n" +
 	"\x0eattached_nodes\x18\x10 \x03(\tR\rattachedNodes\x12,\n" +
-	"\x12attached_read_only\x18\x11 \x01(\bR\x10attachedReadOnly\x1a=\n" +
+	"\x12attached_read_only\x18\x11 \x01(\bR\x10attachedReadOnly\x12&\n" +
+	"\x0fwant_size_bytes\x18\x12 \x01(\x03R\rwantSizeBytes\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x13 \x01(\x03R\tusedBytes\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -3404,7 +4077,64 @@ const file_admin_proto_rawDesc = "" +
 	"\bfindings\x18\x0e \x03(\tR\bfindings\x12\x16\n" +
 	"\x06absent\x18\x0f \x03(\tR\x06absent\x12\x1d\n" +
 	"\n" +
-	"last_scrub\x18\x10 \x01(\tR\tlastScrub2\xbe\x10\n" +
+	"last_scrub\x18\x10 \x01(\tR\tlastScrub\"\x84\x01\n" +
+	"\x13ExpandVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x19\n" +
+	"\bat_least\x18\x03 \x01(\bR\aatLeast\x12\x1f\n" +
+	"\vlimit_bytes\x18\x04 \x01(\x03R\n" +
+	"limitBytes\"(\n" +
+	"\x10ListAuditRequest\x12\x14\n" +
+	"\x05local\x18\x01 \x01(\bR\x05local\"T\n" +
+	"\bAuditLog\x12\x12\n" +
+	"\x04base\x18\x01 \x01(\tR\x04base\x124\n" +
+	"\arecords\x18\x02 \x03(\v2\x1a.trivet.api.v1.AuditRecordR\arecords\"\xc3\x01\n" +
+	"\vAuditRecord\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04time\x18\x02 \x01(\tR\x04time\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x0e\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\x12\x16\n" +
+	"\x06volume\x18\x05 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04name\x18\x06 \x01(\tR\x04name\x12\x12\n" +
+	"\x04node\x18\a \x01(\tR\x04node\x12\x16\n" +
+	"\x06detail\x18\b \x01(\tR\x06detail\x12\x12\n" +
+	"\x04hash\x18\t \x01(\tR\x04hash\"\x12\n" +
+	"\x10ShowDisksRequest\"U\n" +
+	"\x11ShowDisksResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12,\n" +
+	"\x05disks\x18\x02 \x03(\v2\x16.trivet.api.v1.DiskUseR\x05disks\"\x8f\x03\n" +
+	"\aDiskUse\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12'\n" +
+	"\x0favailable_bytes\x18\x04 \x01(\x03R\x0eavailableBytes\x12#\n" +
+	"\rreserve_bytes\x18\x05 \x01(\x03R\freserveBytes\x12\x1d\n" +
+	"\n" +
+	"room_bytes\x18\x06 \x01(\x03R\troomBytes\x12\x1d\n" +
+	"\n" +
+	"live_bytes\x18\a \x01(\x03R\tliveBytes\x12%\n" +
+	"\x0esnapshot_bytes\x18\b \x01(\x03R\rsnapshotBytes\x12%\n" +
+	"\x0eretained_bytes\x18\t \x01(\x03R\rretainedBytes\x12#\n" +
+	"\rgarbage_bytes\x18\n" +
+	" \x01(\x03R\fgarbageBytes\x12&\n" +
+	"\x0ffree_file_bytes\x18\v \x01(\x03R\rfreeFileBytes\x12\x1a\n" +
+	"\bsegments\x18\f \x01(\x03R\bsegments\"T\n" +
+	"\x14RecoverVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12(\n" +
+	"\x10accept_data_loss\x18\x02 \x01(\bR\x0eacceptDataLoss\"\xfd\x01\n" +
+	"\x15RecoverVolumeResponse\x12-\n" +
+	"\x06volume\x18\x01 \x01(\v2\x15.trivet.api.v1.VolumeR\x06volume\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\x04 \x01(\x04R\tlastIndex\x12\x1b\n" +
+	"\tlast_term\x18\x05 \x01(\x04R\blastTerm\x12\x1d\n" +
+	"\n" +
+	"last_heard\x18\x06 \x01(\tR\tlastHeard\x12\x12\n" +
+	"\x04lost\x18\a \x03(\tR\x04lost\x12\x18\n" +
+	"\awarning\x18\b \x01(\tR\awarning2\xfc\x12\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -3435,7 +4165,11 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"ForgetNode\x12 .trivet.api.v1.ForgetNodeRequest\x1a!.trivet.api.v1.ForgetNodeResponse\x12L\n" +
 	"\vScrubVolume\x12!.trivet.api.v1.ScrubVolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatus\x12D\n" +
-	"\bGetScrub\x12\x1c.trivet.api.v1.VolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatusB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\bGetScrub\x12\x1c.trivet.api.v1.VolumeRequest\x1a\x1a.trivet.api.v1.ScrubStatus\x12I\n" +
+	"\fExpandVolume\x12\".trivet.api.v1.ExpandVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12E\n" +
+	"\tListAudit\x12\x1f.trivet.api.v1.ListAuditRequest\x1a\x17.trivet.api.v1.AuditLog\x12N\n" +
+	"\tShowDisks\x12\x1f.trivet.api.v1.ShowDisksRequest\x1a .trivet.api.v1.ShowDisksResponse\x12Z\n" +
+	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -3449,7 +4183,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),       // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),   // 1: trivet.api.v1.ExplainVolumeRequest
@@ -3496,24 +4230,33 @@ var file_admin_proto_goTypes = []any{
 	(*HitCount)(nil),               // 42: trivet.api.v1.HitCount
 	(*ScrubVolumeRequest)(nil),     // 43: trivet.api.v1.ScrubVolumeRequest
 	(*ScrubStatus)(nil),            // 44: trivet.api.v1.ScrubStatus
-	nil,                            // 45: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                            // 46: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                            // 47: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                            // 48: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 49: trivet.api.v1.Volume.ParametersEntry
+	(*ExpandVolumeRequest)(nil),    // 45: trivet.api.v1.ExpandVolumeRequest
+	(*ListAuditRequest)(nil),       // 46: trivet.api.v1.ListAuditRequest
+	(*AuditLog)(nil),               // 47: trivet.api.v1.AuditLog
+	(*AuditRecord)(nil),            // 48: trivet.api.v1.AuditRecord
+	(*ShowDisksRequest)(nil),       // 49: trivet.api.v1.ShowDisksRequest
+	(*ShowDisksResponse)(nil),      // 50: trivet.api.v1.ShowDisksResponse
+	(*DiskUse)(nil),                // 51: trivet.api.v1.DiskUse
+	(*RecoverVolumeRequest)(nil),   // 52: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),  // 53: trivet.api.v1.RecoverVolumeResponse
+	nil,                            // 54: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                            // 55: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                            // 56: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                            // 57: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 58: trivet.api.v1.Volume.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	45, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	54, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	46, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	55, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	47, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	56, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	48, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	57, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	49, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	58, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
@@ -3521,65 +4264,76 @@ var file_admin_proto_depIdxs = []int32{
 	19, // 15: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
 	33, // 16: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
 	42, // 17: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
-	4,  // 18: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 19: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 20: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 21: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 22: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 23: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 24: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 25: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 26: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 27: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 28: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 29: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 30: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 31: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 32: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 33: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 34: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 35: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 36: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 37: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	34, // 38: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	35, // 39: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	37, // 40: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	37, // 41: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 42: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	43, // 43: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	15, // 44: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	5,  // 45: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 46: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 47: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 48: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 49: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 50: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 51: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 52: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 53: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 54: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 55: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 56: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 57: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 58: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 59: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 60: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 61: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 62: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 63: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 64: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 65: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 66: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 67: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 68: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 69: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 70: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 71: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	45, // [45:72] is the sub-list for method output_type
-	18, // [18:45] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	48, // 18: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
+	51, // 19: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
+	19, // 20: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	4,  // 21: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 22: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 23: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 24: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 25: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 26: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 27: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 28: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 29: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 30: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 31: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 32: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 33: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 34: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 35: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 36: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 37: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 38: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 39: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 40: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	34, // 41: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	35, // 42: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	37, // 43: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	37, // 44: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 45: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	43, // 46: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	15, // 47: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	45, // 48: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	46, // 49: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	49, // 50: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	52, // 51: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	5,  // 52: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 53: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 54: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 55: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 56: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 57: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 58: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 59: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 60: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 61: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 62: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 63: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 64: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 65: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 66: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 67: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 68: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 69: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 70: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 71: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 72: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 73: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 74: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 75: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 76: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 77: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 78: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	19, // 79: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	47, // 80: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	50, // 81: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	53, // 82: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	52, // [52:83] is the sub-list for method output_type
+	21, // [21:52] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -3593,7 +4347,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   50,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

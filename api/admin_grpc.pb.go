@@ -49,6 +49,10 @@ const (
 	Admin_ForgetNode_FullMethodName     = "/trivet.api.v1.Admin/ForgetNode"
 	Admin_ScrubVolume_FullMethodName    = "/trivet.api.v1.Admin/ScrubVolume"
 	Admin_GetScrub_FullMethodName       = "/trivet.api.v1.Admin/GetScrub"
+	Admin_ExpandVolume_FullMethodName   = "/trivet.api.v1.Admin/ExpandVolume"
+	Admin_ListAudit_FullMethodName      = "/trivet.api.v1.Admin/ListAudit"
+	Admin_ShowDisks_FullMethodName      = "/trivet.api.v1.Admin/ShowDisks"
+	Admin_RecoverVolume_FullMethodName  = "/trivet.api.v1.Admin/RecoverVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -113,6 +117,19 @@ type AdminClient interface {
 	ScrubVolume(ctx context.Context, in *ScrubVolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
 	// GetScrub returns how far the newest pass has got.
 	GetScrub(ctx context.Context, in *VolumeRequest, opts ...grpc.CallOption) (*ScrubStatus, error)
+	// ExpandVolume makes a volume larger, in use or not, and returns once its group has committed the size. The
+	// node that has it attached grows the device at once; a filesystem on it is for its user to grow.
+	// OUT_OF_RANGE for less than it has: volumes never shrink.
+	ExpandVolume(ctx context.Context, in *ExpandVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// ListAudit returns what was done to data that cannot be undone, as a chain of hashes: the newest records that
+	// the catalogue keeps, oldest first.
+	ListAudit(ctx context.Context, in *ListAuditRequest, opts ...grpc.CallOption) (*AuditLog, error)
+	// ShowDisks returns where the bytes of the disks of the server that is asked are.
+	ShowDisks(ctx context.Context, in *ShowDisksRequest, opts ...grpc.CallOption) (*ShowDisksResponse, error)
+	// RecoverVolume makes the surviving replica with the newest log the only one of a volume of which a majority is
+	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
+	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
+	RecoverVolume(ctx context.Context, in *RecoverVolumeRequest, opts ...grpc.CallOption) (*RecoverVolumeResponse, error)
 }
 
 type adminClient struct {
@@ -411,6 +428,46 @@ func (c *adminClient) GetScrub(ctx context.Context, in *VolumeRequest, opts ...g
 	return out, nil
 }
 
+func (c *adminClient) ExpandVolume(ctx context.Context, in *ExpandVolumeRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_ExpandVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListAudit(ctx context.Context, in *ListAuditRequest, opts ...grpc.CallOption) (*AuditLog, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuditLog)
+	err := c.cc.Invoke(ctx, Admin_ListAudit_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ShowDisks(ctx context.Context, in *ShowDisksRequest, opts ...grpc.CallOption) (*ShowDisksResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ShowDisksResponse)
+	err := c.cc.Invoke(ctx, Admin_ShowDisks_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RecoverVolume(ctx context.Context, in *RecoverVolumeRequest, opts ...grpc.CallOption) (*RecoverVolumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecoverVolumeResponse)
+	err := c.cc.Invoke(ctx, Admin_RecoverVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -473,6 +530,19 @@ type AdminServer interface {
 	ScrubVolume(context.Context, *ScrubVolumeRequest) (*ScrubStatus, error)
 	// GetScrub returns how far the newest pass has got.
 	GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error)
+	// ExpandVolume makes a volume larger, in use or not, and returns once its group has committed the size. The
+	// node that has it attached grows the device at once; a filesystem on it is for its user to grow.
+	// OUT_OF_RANGE for less than it has: volumes never shrink.
+	ExpandVolume(context.Context, *ExpandVolumeRequest) (*Volume, error)
+	// ListAudit returns what was done to data that cannot be undone, as a chain of hashes: the newest records that
+	// the catalogue keeps, oldest first.
+	ListAudit(context.Context, *ListAuditRequest) (*AuditLog, error)
+	// ShowDisks returns where the bytes of the disks of the server that is asked are.
+	ShowDisks(context.Context, *ShowDisksRequest) (*ShowDisksResponse, error)
+	// RecoverVolume makes the surviving replica with the newest log the only one of a volume of which a majority is
+	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
+	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
+	RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -563,6 +633,18 @@ func (UnimplementedAdminServer) ScrubVolume(context.Context, *ScrubVolumeRequest
 }
 func (UnimplementedAdminServer) GetScrub(context.Context, *VolumeRequest) (*ScrubStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetScrub not implemented")
+}
+func (UnimplementedAdminServer) ExpandVolume(context.Context, *ExpandVolumeRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExpandVolume not implemented")
+}
+func (UnimplementedAdminServer) ListAudit(context.Context, *ListAuditRequest) (*AuditLog, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAudit not implemented")
+}
+func (UnimplementedAdminServer) ShowDisks(context.Context, *ShowDisksRequest) (*ShowDisksResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowDisks not implemented")
+}
+func (UnimplementedAdminServer) RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RecoverVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1057,6 +1139,78 @@ func _Admin_GetScrub_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ExpandVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExpandVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ExpandVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ExpandVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ExpandVolume(ctx, req.(*ExpandVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListAudit_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAuditRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListAudit(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListAudit_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListAudit(ctx, req.(*ListAuditRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ShowDisks_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowDisksRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ShowDisks(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ShowDisks_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ShowDisks(ctx, req.(*ShowDisksRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RecoverVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecoverVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RecoverVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RecoverVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RecoverVolume(ctx, req.(*RecoverVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1163,6 +1317,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetScrub",
 			Handler:    _Admin_GetScrub_Handler,
+		},
+		{
+			MethodName: "ExpandVolume",
+			Handler:    _Admin_ExpandVolume_Handler,
+		},
+		{
+			MethodName: "ListAudit",
+			Handler:    _Admin_ListAudit_Handler,
+		},
+		{
+			MethodName: "ShowDisks",
+			Handler:    _Admin_ShowDisks_Handler,
+		},
+		{
+			MethodName: "RecoverVolume",
+			Handler:    _Admin_RecoverVolume_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

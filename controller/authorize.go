@@ -9,11 +9,14 @@ import (
 
 // authorize returns ErrInvalid unless the node, as its certificate says, may send the command (S4).
 // A node speaks for itself: its registration, its lease, its replicas, its take-overs. What is said
-// of a volume's group (fence, wipe, leader, who votes or has left) must come from a node with a replica in
+// of a volume's group (fence, wipe, size, leader, who votes or has left) must come from a node with a replica in
 // it. What users want may come from every node of the cluster: its server has authenticated the user.
 //
 // A node that is not registered yet may be registered by another one, which lets it in.
 func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
+	if c.By != "" && c.By != from { // or an audit record would name another node
+		return fmt.Errorf("%s: by node %s, sent by %s: %w", c.Op(), c.By, from, trivet.ErrInvalid)
+	}
 	ok := false
 	_, registered := s.Node(from)
 	switch {
@@ -40,6 +43,10 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 		ok = owns(s, c.ReportFlattened.Volume, c.ReportFlattened.Replica, from)
 	case c.ReportRolledBack != nil:
 		ok = hosts(s, c.ReportRolledBack.Volume, from)
+	case c.ReportRecovered != nil:
+		ok = owns(s, c.ReportRecovered.Volume, c.ReportRecovered.Replica, from)
+	case c.ReportSize != nil:
+		ok = hosts(s, c.ReportSize.Volume, from)
 	default:
 		ok = registered
 	}

@@ -108,6 +108,24 @@ func TestAuthorize(t *testing.T) {
 			[]trivet.NodeID{"n1", "n4"},
 			[]trivet.NodeID{"n9"},
 		},
+		{
+			"size",
+			meta.Command{ReportSize: &meta.ReportSize{Volume: 1, SizeBytes: 4096}},
+			[]trivet.NodeID{"n1", "n2", "n3"},
+			[]trivet.NodeID{"n4", "n9"},
+		},
+		{
+			"recovered",
+			meta.Command{ReportRecovered: &meta.ReportRecovered{Volume: 1, Replica: volumeReplica(1)}},
+			[]trivet.NodeID{"n1"},
+			[]trivet.NodeID{"n2", "n4", "n9"},
+		},
+		{
+			"audited in its own name",
+			meta.Command{By: "n4", Release: &meta.Release{Volume: 1}},
+			[]trivet.NodeID{"n4"},
+			[]trivet.NodeID{"n1", "n9"},
+		},
 		{"release", meta.Command{Release: &meta.Release{Volume: 1}}, []trivet.NodeID{"n1", "n4"}, []trivet.NodeID{"n9"}},
 		{
 			"want leader",

@@ -215,6 +215,9 @@ func (a *agents) round() {
 		if v.FencedEpoch < v.Epoch {
 			a.report(meta.Command{ReportFence: &meta.ReportFence{Volume: v.ID, Epoch: v.Epoch}})
 		}
+		if v.Growing() {
+			a.report(meta.Command{ReportSize: &meta.ReportSize{Volume: v.ID, SizeBytes: v.WantSizeBytes}})
+		}
 		if v.Phase == meta.PhaseRecycling {
 			a.report(meta.Command{ReportWiped: &meta.ReportWiped{Volume: v.ID, Epoch: v.Epoch}})
 		}

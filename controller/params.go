@@ -27,6 +27,7 @@ const (
 	ParamReadAhead     = "readAhead"                 // bytes, a quantity, at most 1Mi (default)
 	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
 	ParamAdaptive      = "adaptive"                  // off (default) or on
+	ParamReclaimWipe   = meta.ParamReclaimWipe       // none (default) or zero: wiped before it is deleted
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -51,6 +52,7 @@ type Params struct {
 	ReadAhead int64  // bytes; sizeByDefault = as much as there is
 	Eviction  string // "" = lru
 	Adaptive  bool   // write-back and read-ahead follow what is measured
+	Wipe      string // "" = none
 }
 
 const paramOn = "on"
@@ -116,6 +118,11 @@ func (p *Params) set(lower, value string) error {
 	case strings.ToLower(ParamReads):
 		err = oneOf(value, func(v string) { p.Reads = trivet.ReadConsistency(v) },
 			string(trivet.ReadStrong), string(trivet.ReadSession), string(trivet.ReadEventual))
+	case strings.ToLower(ParamReclaimWipe):
+		err = oneOf(value, func(v string) { p.Wipe = v }, "none", "zero")
+		if p.Wipe == "none" {
+			p.Wipe = ""
+		}
 	case ParamSpread:
 		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
 	default:
@@ -242,6 +249,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.Adaptive {
 		m[ParamAdaptive] = paramOn
+	}
+	if p.Wipe != "" {
+		m[ParamReclaimWipe] = p.Wipe
 	}
 	if p.Eviction != "" {
 		m[ParamEviction] = p.Eviction

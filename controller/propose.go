@@ -28,6 +28,9 @@ const (
 // design of the commands (see meta.Command), which is why there is no table of requests here as
 // there is on the data path.
 func (c *Catalogue) Propose(ctx context.Context, cmd meta.Command) (meta.Result, error) {
+	if cmd.Audited() && cmd.Time.IsZero() {
+		cmd.Time, cmd.By = time.Now(), c.cfg.Node
+	}
 	data, err := cmd.Encode()
 	if err != nil {
 		return meta.Result{Err: err}, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
@@ -14,6 +15,12 @@ import (
 // retain it is Released with its data. Unknown: nil. ErrInUse names the node that holds it.
 func (c *Controller) DeleteVolume(ctx context.Context, id trivet.VolumeID) error {
 	return c.end(ctx, "delete", meta.Release{Volume: id}, true)
+}
+
+// DiscardUnwiped is Discard without the wipe that the parameter reclaimWipe asks for: of a volume whose group may never
+// be able to do it. What is on its disks is removed there, not overwritten.
+func (c *Controller) DiscardUnwiped(ctx context.Context, id trivet.VolumeID) error {
+	return c.end(ctx, "discard", meta.Release{Volume: id, Discard: true, SkipWipe: true}, true)
 }
 
 // Discard is DeleteVolume with the policy delete, whatever the volume's own is: an operator's delete.
@@ -182,6 +189,16 @@ func (c *Controller) awaitFence(ctx context.Context, id trivet.VolumeID, node tr
 // accepted, and its reads have ended. One of several readers is fenced together with the last of them:
 // until then nobody can write what it may still read. Not attached there, or unknown: nil.
 func (c *Controller) Detach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID) error {
+	return c.detach(ctx, id, node, false)
+}
+
+// ForceDetach is Detach of a node that does not let go of the volume, which leaves an audit record.
+func (c *Controller) ForceDetach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID) error {
+	return c.detach(ctx, id, node, true)
+}
+
+// detach does it by force, too, when the node does not live: nobody can have unmounted there.
+func (c *Controller) detach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID, force bool) error {
 	unlock, err := c.busy.lock("volume " + id.String())
 	if err != nil {
 		return err
@@ -201,7 +218,10 @@ func (c *Controller) Detach(ctx context.Context, id trivet.VolumeID, node trivet
 			holder = v.Holder()
 		}
 		if held := v.GrantOf(holder); held != nil {
-			res, err := c.store.Propose(ctx, meta.Command{Detach: detachOf(&v, held, node)})
+			end := detachOf(&v, held, node)
+			n, ok := s.Node(held.Node)
+			end.Forced = force || ok && !n.Alive(time.Now())
+			res, err := c.store.Propose(ctx, meta.Command{Detach: end})
 			if errors.Is(err, trivet.ErrPending) {
 				continue // another reader has come or gone since it was read
 			}

@@ -24,6 +24,7 @@ import (
 type groupDevice interface {
 	trivet.Device
 	Freeze(ctx context.Context, id trivet.SnapshotID) (replication.Frozen, error)
+	SetSize(sizeBytes int64) error
 	Close() error
 }
 
@@ -31,6 +32,7 @@ type groupDevice interface {
 type kernelDevice interface {
 	Path() string
 	Err() error
+	Grow(ctx context.Context) error
 	Detach(ctx context.Context) error
 	Survives() error
 	Release(ctx context.Context) error
@@ -272,6 +274,11 @@ func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
 	}
 	at = &attached{epoch: epoch, group: group, path: path}
 	a.set(v.ID, at)
+	if now, ok := a.cat.Local().Volume(v.ID); ok { // it may have grown while nobody saw that it is open
+		if _, err := at.take(now.SizeBytes); err != nil {
+			a.log.Error("a volume keeps its old size here", "volume", v.ID, "err", err)
+		}
+	}
 	return at, nil
 }
 

@@ -36,6 +36,8 @@ type epochDevice struct {
 
 func (d *epochDevice) Close() error { return nil }
 
+func (d *epochDevice) SetSize(int64) error { return trivet.ErrInvalid } // no volume grows in these tests
+
 func (d *epochDevice) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if d.cat.volume(vol).FencedEpoch > d.epoch {
 		return trivet.ErrFenced

@@ -74,6 +74,7 @@ func memberChecker(cat Catalogue) func(trivet.VolumeID, trivet.ReplicaID, trivet
 type replicaHost interface {
 	CreateReplica(ctx context.Context, s replication.ReplicaSpec) error
 	OpenReplica(ctx context.Context, s replication.ReplicaSpec) error
+	RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error
 	ParkReplica(ctx context.Context, s replication.ReplicaSpec) error
 	DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error
 	running(id trivet.VolumeID) (runningReplica, bool)
@@ -87,6 +88,7 @@ type runningReplica interface {
 	Changed() <-chan struct{}
 	Fence(ctx context.Context, epoch trivet.Epoch) error
 	Wipe(ctx context.Context, epoch trivet.Epoch) error
+	Resize(ctx context.Context, sizeBytes int64) error
 	TransferTo(ctx context.Context, to trivet.ReplicaID) error
 	AddLearner(ctx context.Context, m raftgroup.Member) error
 	Promote(ctx context.Context, id trivet.ReplicaID) error

@@ -214,6 +214,17 @@ func (h *fakeHost) OpenReplica(_ context.Context, s replication.ReplicaSpec) err
 	return nil
 }
 
+func (h *fakeHost) RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error {
+	if err := h.OpenReplica(ctx, s); err != nil {
+		return err
+	}
+	r := h.replica(s.Volume)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Members = []raftgroup.Member{{Replica: s.Replica}}
+	return nil
+}
+
 func (h *fakeHost) ParkReplica(_ context.Context, s replication.ReplicaSpec) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -354,6 +365,19 @@ func (r *fakeReplica) Wipe(_ context.Context, epoch trivet.Epoch) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.wiped = append(r.wiped, epoch)
+	return nil
+}
+
+func (r *fakeReplica) Resize(_ context.Context, sizeBytes int64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.status.IsLeader {
+		return trivet.ErrNotLeader
+	}
+	if sizeBytes < r.status.SizeBytes {
+		return trivet.ErrOutOfRange
+	}
+	r.status.SizeBytes = sizeBytes
 	return nil
 }
 

@@ -27,7 +27,8 @@ type fakeMounter struct {
 	shaded  map[string]bool
 	lazy    map[string]bool // targets that were unmounted lazily
 	busy    map[string]bool
-	failing error // of FormatAndMount and Bind
+	failing error // of FormatAndMount, Bind and GrowFilesystem
+	fsGrown []string
 }
 
 func newFakeMounter() *fakeMounter {
@@ -88,6 +89,13 @@ func (m *fakeMounter) Unmount(target string, lazy bool) error {
 	return nil
 }
 
+func (m *fakeMounter) GrowFilesystem(_ context.Context, device, target, fsType string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.fsGrown = append(m.fsGrown, fsType+" on "+device+" at "+target)
+	return m.failing
+}
+
 func (m *fakeMounter) Remove(target string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -146,7 +154,18 @@ type fakeGroup struct {
 	flushErr error
 }
 
-func (g *fakeGroup) Size() int64 { return g.cfg.SizeBytes }
+func (g *fakeGroup) Size() int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.cfg.SizeBytes
+}
+
+func (g *fakeGroup) SetSize(sizeBytes int64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.cfg.SizeBytes = sizeBytes
+	return nil
+}
 
 func (g *fakeGroup) Flush(context.Context) error {
 	g.mu.Lock()
@@ -183,8 +202,26 @@ type fakeKernel struct {
 	bench *mountBench
 	path  string
 
-	mu  sync.Mutex
-	err error
+	mu     sync.Mutex
+	err    error
+	grown  []int64 // sizes that Grow found
+	cannot error   // Grow
+}
+
+func (k *fakeKernel) Grow(context.Context) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.cannot != nil {
+		return k.cannot
+	}
+	k.grown = append(k.grown, k.bench.group().Size())
+	return nil
+}
+
+func (k *fakeKernel) refuse(err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.cannot = err
 }
 
 func (k *fakeKernel) Path() string { return k.path }
@@ -262,7 +299,9 @@ func (b *mountBench) process(t *testing.T, incarnation string) {
 	cfg := Config{ID: "n1", Incarnation: incarnation, RunDir: b.runDir, Catalogue: b.cat, FollowAttachment: true}
 	recs, err := openRecords(filepath.Join(b.runDir, "volumes"), "boot-1")
 	require.NoError(t, err)
-	b.mounts = &mounts{attacher: newAttacher(&cfg), mounter: b.mounter, records: recs, log: loggerOr(nil)}
+	b.mounts = &mounts{
+		attacher: newAttacher(&cfg), mounter: b.mounter, records: recs, log: loggerOr(nil), growing: newVolumeSet(),
+	}
 	a := b.mounts.attacher
 	a.registered = func(context.Context) error { return nil }
 	a.openGroup = func(c replication.VolumeConfig) (groupDevice, error) {

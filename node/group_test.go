@@ -275,9 +275,11 @@ func (b *groupBench) requireGroup(is ...int) {
 }
 
 // attach grants the volume to node 1 and opens it, on a machine that has no replica, as the attacher does.
-func (b *groupBench) attach() *replication.Volume {
+func (b *groupBench) attach() *replication.Volume { return b.attachTo("n1") }
+
+func (b *groupBench) attachTo(node trivet.NodeID) *replication.Volume {
 	b.t.Helper()
-	b.cat.must(meta.Command{Attach: &meta.Attach{Volume: vol, Node: "n1", Mode: meta.SingleNodeMultiWriter}})
+	b.cat.must(meta.Command{Attach: &meta.Attach{Volume: vol, Node: node, Mode: meta.SingleNodeMultiWriter}})
 	b.until("the epoch is fenced", func() bool {
 		v := b.cat.volume(vol)
 		return v.Attached != nil && v.FencedEpoch == v.Epoch
@@ -355,6 +357,12 @@ func (p *trip) hit() bool {
 	return p.steps == p.at
 }
 
+func (p *trip) done() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.steps
+}
+
 func (p *trip) reached() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -384,7 +392,7 @@ type tripCatalogue struct {
 }
 
 func (c tripCatalogue) Propose(ctx context.Context, cmd meta.Command) (res meta.Result, err error) {
-	if cmd.ReportReplica == nil {
+	if cmd.ReportReplica == nil && cmd.ReportSize == nil && cmd.ReportRecovered == nil {
 		return c.Catalogue.Propose(ctx, cmd)
 	}
 	err = c.g.step(ctx, func() error {
@@ -401,6 +409,10 @@ type tripHost struct {
 
 func (h tripHost) CreateReplica(ctx context.Context, s replication.ReplicaSpec) error {
 	return h.g.step(ctx, func() error { return h.replicaHost.CreateReplica(ctx, s) })
+}
+
+func (h tripHost) RecoverReplica(ctx context.Context, s replication.ReplicaSpec) error {
+	return h.g.step(ctx, func() error { return h.replicaHost.RecoverReplica(ctx, s) })
 }
 
 func (h tripHost) DestroyReplica(ctx context.Context, s replication.ReplicaSpec) error {
@@ -427,6 +439,10 @@ func (r tripReplica) Promote(ctx context.Context, id trivet.ReplicaID) error {
 
 func (r tripReplica) Remove(ctx context.Context, id trivet.ReplicaID) error {
 	return r.g.step(ctx, func() error { return r.runningReplica.Remove(ctx, id) })
+}
+
+func (r tripReplica) Resize(ctx context.Context, sizeBytes int64) error {
+	return r.g.step(ctx, func() error { return r.runningReplica.Resize(ctx, sizeBytes) })
 }
 
 func (r tripReplica) TransferTo(ctx context.Context, id trivet.ReplicaID) error {

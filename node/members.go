@@ -52,8 +52,9 @@ func (w *worker) join(ctx context.Context, a action) error {
 		return err
 	}
 	s := w.spec(a)
-	// The size with which the volume began: its records of the catalogue never say another (I13).
-	s.SizeBytes = v.SizeBytes
+	// It may be given the log from its first entry: then it would let through what the others have refused, had it
+	// another size than they had (I13).
+	s.SizeBytes = v.Start()
 	err = w.agent.host.CreateReplica(ctx, s)
 	switch {
 	case err == nil:

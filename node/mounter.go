@@ -42,6 +42,10 @@ type Mounter interface {
 	// DeviceNumber returns the number of a block device node.
 	DeviceNumber(device string) (uint64, error)
 
+	// GrowFilesystem makes the filesystem on the block device, mounted at target, as large as the device; one that is
+	// so already is success. ErrUnsupported: its tool is missing. The tool cannot be interrupted.
+	GrowFilesystem(ctx context.Context, device, target, fsType string) error
+
 	// Usage returns the use of the filesystem mounted at path.
 	Usage(path string) (VolumeStats, error)
 }

@@ -282,6 +282,35 @@ func (m *linuxMounter) DeviceNumber(device string) (uint64, error) {
 	return st.Rdev, nil
 }
 
+// GrowFilesystem grows online: resize2fs by EXT4_IOC_RESIZE_FS, xfs_growfs by XFS_IOC_FSGROWFSDATA. Both do nothing to a
+// filesystem that fills its device.
+func (m *linuxMounter) GrowFilesystem(ctx context.Context, device, target, fsType string) error {
+	tool := []string{"resize2fs", device}
+	if fsType == "xfs" {
+		tool = []string{"xfs_growfs", target}
+	}
+	if _, err := exec.LookPath(tool[0]); err != nil {
+		return fmt.Errorf("%s is not installed on this node, install package %s: %w", tool[0], filesystems[fsType].tools,
+			ErrUnsupported)
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("grow filesystem at %s: %w", target, err)
+	}
+	if err := m.checkMounted(device, target); err != nil {
+		return err
+	}
+	out, err := runTool(tool[0], tool[1])
+	if err != nil && strings.Contains(out, "Permission denied to resize") {
+		// ext4_resize_begin (fs/ext4/resize.c) asks for it.
+		return fmt.Errorf("grow filesystem on %s at %s: the server's process has no CAP_SYS_RESOURCE, which ext4 wants: %w: %s",
+			device, target, ErrUnsupported, out)
+	}
+	if err != nil {
+		return fmt.Errorf("grow filesystem on %s at %s: %w: %s", device, target, err, out)
+	}
+	return nil
+}
+
 func (m *linuxMounter) Usage(path string) (VolumeStats, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {

@@ -198,7 +198,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	host, err := replication.NewHost(replication.HostConfig{
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
-		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages,
+		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages, RoomElsewhere: roomElsewhere(cfg.Catalogue),
 		ScrubTurn: n.scrubTurn,
 		Logger:    cfg.Logger, Fatal: cfg.Fatal,
 	})
@@ -217,6 +217,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	n.stop, n.group = cancel, new(errgroup.Group)
 	n.group.Go(func() error { n.sweep(life); return nil })
 	n.group.Go(func() error { n.mounts.freezeHeld(life); return nil })
+	n.group.Go(func() error { n.mounts.growKernels(life); return nil })
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
 	}
@@ -248,6 +249,7 @@ func (n *Node) openMounts(ctx context.Context) error {
 	}
 	n.mounts = &mounts{
 		attacher: newAttacher(&n.cfg), mounter: mounter, records: recs, log: n.log, detachOnStop: n.cfg.DetachOnStop,
+		growing: newVolumeSet(),
 	}
 	n.left, err = n.mounts.takeStock(ctx, blockdev.Leftovers{
 		RunDir: n.cfg.blockdevDir(), Keeper: n.cfg.Keeper, Logger: n.log,
@@ -311,6 +313,7 @@ func (n *Node) sweep(ctx context.Context) {
 		for _, d := range n.cfg.Disks {
 			d.share.follow()
 		}
+		n.mounts.followSizes()
 		n.mounts.sweep()
 		select {
 		case <-ctx.Done():

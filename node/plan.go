@@ -37,6 +37,10 @@ const (
 
 	doFreeze verb = "freeze"        // make snapshot in the group, then report it Ready
 	doDrop   verb = "drop-snapshot" // have the group forget snapshot, then report it Removed
+
+	doRecover verb = "recover" // make it the only voter of its group, then report it
+
+	doGrow verb = "grow" // commit the size in the group, then report it
 )
 
 // action is one step towards what the catalogue wants.
@@ -49,7 +53,8 @@ type action struct {
 	term   uint64           // of doLead
 	reason string           // of doFault
 
-	snapshot trivet.SnapshotID
+	snapshot  trivet.SnapshotID
+	sizeBytes int64 // of doGrow
 }
 
 // placed is a replica found on a disk.
@@ -156,6 +161,8 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 			return planLeader(v, r, l)
 		}
 		return nil
+	case v.Recover == r.ID && present:
+		return one(doRecover)
 	case r.State == meta.ReplicaLeaving && (!present || l.lost[placed{r.Disk, r.ID}]):
 		return nil // it goes; nobody needs to be told that it is gone
 	case !present:
@@ -181,13 +188,13 @@ func planReplica(v *meta.Volume, r *meta.Replica, l local) []action {
 }
 
 // restful reports whether nobody needs the volume's group: it is attached nowhere, nobody waits for a
-// fence, a wipe or another leader, its members do not change, and no scrub is under way. Every node comes to the same
-// answer by itself.
+// fence, a wipe or another leader, neither its members nor its size change, and no scrub is under way. Every node comes
+// to the same answer by itself.
 func restful(v *meta.Volume) bool {
 	switch v.Phase {
 	case meta.PhaseAvailable, meta.PhaseBound, meta.PhaseReleased, meta.PhaseKept:
 		return v.Holder() == "" && v.FencedEpoch >= v.Epoch && v.WantLeader == "" &&
-			v.Change() == nil && !v.Scrubbing()
+			v.Change() == nil && !v.Growing() && v.Recover == "" && !v.Scrubbing()
 	default:
 		return false
 	}
@@ -204,6 +211,7 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 	if v.Phase == meta.PhaseRecycling {
 		acts = append(acts, action{verb: doWipe, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}
+	acts = append(acts, planSize(v, r, l)...)
 	if st.Term >= v.LeaderTerm && (v.Leader != r.ID || v.WantLeader == r.ID) {
 		acts = append(acts, action{verb: doLead, disk: r.Disk, id: r.ID, term: st.Term})
 	}

@@ -172,6 +172,8 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.create(ctx, a)
 	case doOpen, doRevive:
 		return w.open(ctx, a)
+	case doRecover:
+		return w.recover(ctx, a)
 	case doPark:
 		return w.agent.host.ParkReplica(ctx, w.spec(a))
 	case doFault:
@@ -216,7 +218,7 @@ func (w *worker) create(ctx context.Context, a action) error {
 			v.Source.Volume, trivet.ErrUnavailable)
 	}
 	s := w.spec(a)
-	s.SizeBytes, s.Members = v.SizeBytes, membersOf(&v)
+	s.SizeBytes, s.Members = v.Start(), membersOf(&v)
 	err = w.agent.host.CreateReplica(ctx, s)
 	switch {
 	case err == nil:
@@ -308,6 +310,8 @@ func (w *worker) lead(ctx context.Context, a action) error {
 		c.ReportLeader = &meta.ReportLeader{Volume: w.volume, Replica: a.id, Term: a.term}
 	case doMove:
 		return r.TransferTo(ctx, a.target)
+	case doGrow:
+		return w.grow(ctx, r, a)
 	default:
 		panic("node: no such action: " + string(a.verb))
 	}

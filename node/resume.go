@@ -156,7 +156,11 @@ func (m *mounts) resumeOnce(ctx context.Context, l *leftover) error {
 	if at, err = m.attacher.openGranted(ctx, l.id, at); err != nil {
 		return err
 	}
-	return finalIf(m.attacher.resumeKernel(ctx, l.id, at), trivet.ErrClosed, trivet.ErrNotFound)
+	if err := m.attacher.resumeKernel(ctx, l.id, at); err != nil {
+		return finalIf(err, trivet.ErrClosed, trivet.ErrNotFound)
+	}
+	m.growing.add(l.id) // it has the size of the process before
+	return nil
 }
 
 // takeOverAgain takes the volume over from the process whose device is to be resumed.

@@ -95,3 +95,13 @@ func (n *Node) Unpublish(ctx context.Context, id trivet.VolumeID, targetPath str
 func (n *Node) Stats(ctx context.Context, id trivet.VolumeID, path string) (VolumeStats, error) {
 	return n.mounts.stats(ctx, id, path)
 }
+
+// Expand makes the kernel device of a volume that is staged or published at path as large as the volume, and then
+// the filesystem on it, in use or not. It returns the size of the device in bytes. The same again: nil.
+//
+// ErrNotFound: the volume is not at path. ErrOutOfRange: the volume itself is smaller than requiredBytes (0 = not
+// checked): it has to be resized first. ErrInUse: a device of this kind keeps its size while it is in use.
+// ErrUnsupported: the tool for the filesystem is missing. ErrPending and ErrUnavailable as in Stage.
+func (n *Node) Expand(ctx context.Context, id trivet.VolumeID, path string, requiredBytes int64) (int64, error) {
+	return n.mounts.expand(ctx, id, path, requiredBytes)
+}

@@ -21,7 +21,8 @@ type mounts struct {
 	detachOnStop bool // close leaves nothing to the next process
 
 	ops      keyLock
-	statting keyLock // Stats may hang on a dead device; one call a volume does, and no other kind
+	growing  *volumeSet // kernel devices that have to take the size of their volume
+	statting keyLock    // Stats may hang on a dead device; one call a volume does, and no other kind
 }
 
 func (m *mounts) stage(ctx context.Context, r StageRequest) error {

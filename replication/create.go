@@ -109,7 +109,7 @@ func (h *Host) OpenReplica(ctx context.Context, s ReplicaSpec) error {
 			}
 			return nil
 		}
-		r, err := h.openReplica(ctx, &s)
+		r, err := h.openReplica(ctx, &s, false)
 		if err != nil {
 			return fmt.Errorf("open replica %s of %s: %w", s.Replica, s.Volume, err)
 		}
@@ -120,8 +120,9 @@ func (h *Host) OpenReplica(ctx context.Context, s ReplicaSpec) error {
 	})
 }
 
-func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error) {
+func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec, alone bool) (*Replica, error) {
 	cfg := h.groupConfig(s)
+	cfg.Recover = alone
 	vol, volErr := s.Disk.Engine.OpenVolume(s.Volume)
 	if volErr != nil && !notFound(volErr) {
 		return nil, volErr
@@ -168,6 +169,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec) (*Replica, error
 	r := startReplica(context.WithoutCancel(ctx), *s, m, group, h.cfg.lease(), log, cfg.Stages)
 	r.network = h.cfg.Network
 	r.startRepair(h.cfg.Network, h.cfg.ScrubTurn)
+	r.roomElsewhere = h.cfg.RoomElsewhere
 	return r, nil
 }
 

@@ -49,6 +49,9 @@ type HostConfig struct {
 	// ScrubTurn, when set, is where a scrub waits for its turn beside other work before it reads so many bytes of a
 	// replica here; its error, which is that of ctx, ends the scrub.
 	ScrubTurn func(ctx context.Context, bytes int64) error
+	// RoomElsewhere, when set, is asked by a leader before each write whether the other replicas of the volume have
+	// room; ErrNoSpace is the answer to the client. It must be fast, and decide by what this node knows.
+	RoomElsewhere func(volume trivet.VolumeID) error
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine

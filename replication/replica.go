@@ -36,6 +36,8 @@ type Replica struct {
 	network   transport.Network
 	verifying verifications // of learners, while it leads
 
+	roomElsewhere func(trivet.VolumeID) error // HostConfig.RoomElsewhere; may be nil
+
 	cancel context.CancelFunc // ends watch
 	watch  sync.WaitGroup     // watchLeader, and verifications
 
@@ -150,8 +152,15 @@ func (r *Replica) write(ctx context.Context, req *request) (term uint64, err err
 	}
 	// Only a leader may say so, and only before the log: whether a write applies must not depend on a
 	// replica's disk (H26). Discards and zeroes need no room.
-	if req.op == opWrite && r.batcher.leads() && !r.spec.Disk.Engine.HasRoom(int64(len(req.data))) {
-		return 0, fmt.Errorf("disk %s of the leader is full: %w", r.spec.Disk.ID, trivet.ErrNoSpace)
+	if req.op == opWrite && r.batcher.leads() {
+		if !r.spec.Disk.Engine.HasRoom(int64(len(req.data))) {
+			return 0, fmt.Errorf("disk %s of the leader is full: %w", r.spec.Disk.ID, trivet.ErrNoSpace)
+		}
+		if r.roomElsewhere != nil {
+			if err := r.roomElsewhere(r.spec.Volume); err != nil {
+				return 0, err
+			}
+		}
 	}
 	if r.turns == nil || !r.batcher.leads() { // one that does not lead says so at once
 		return r.batcher.submit(ctx, req)

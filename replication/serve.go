@@ -53,6 +53,7 @@ func (h *Host) handleStatus(_ context.Context, _ trivet.NodeID, m transport.Mess
 		Replica: r.spec.Replica, Leader: st.Leader, LeaderNode: st.LeaderNode, IsLeader: st.IsLeader,
 		Term: st.Term, Commit: st.Commit, Applied: st.Applied,
 		Epoch: st.Epoch, SizeBytes: st.SizeBytes, UsedBytes: st.UsedBytes,
+		LastIndex: st.LastIndex, LastTerm: st.LastTerm,
 	}
 	return transport.Message{Body: out.append(nil)}, nil
 }

@@ -228,10 +228,13 @@ type RemoteStatus struct {
 	Epoch      trivet.Epoch
 	SizeBytes  int64
 	UsedBytes  int64 // -1 = unknown
+	// LastIndex and LastTerm are where its log ends; zero when the node does not say.
+	LastIndex, LastTerm uint64
 }
 
 // Status reply: version (1), leads (1), then term, commit, applied, epoch, size and used bytes (8 each),
-// then replica, leader and leader's node, each after its length in two bytes.
+// then replica, leader and leader's node, each after its length in two bytes; then, from newer nodes, last index and
+// term (8 each).
 const statusHeaderBytes = 2 + 6*8
 
 func (s *RemoteStatus) append(dst []byte) []byte {
@@ -247,7 +250,8 @@ func (s *RemoteStatus) append(dst []byte) []byte {
 	}
 	dst = appendString(dst, string(s.Replica))
 	dst = appendString(dst, string(s.Leader))
-	return appendString(dst, string(s.LeaderNode))
+	dst = appendString(dst, string(s.LeaderNode))
+	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(dst, s.LastIndex), s.LastTerm)
 }
 
 func decodeStatus(b []byte) (RemoteStatus, error) {
@@ -271,7 +275,9 @@ func decodeStatus(b []byte) (RemoteStatus, error) {
 		}
 		names[i], rest = string(rest[:n]), rest[n:]
 	}
-	if len(rest) != 0 {
+	if len(rest) == 16 {
+		s.LastIndex, s.LastTerm = binary.BigEndian.Uint64(rest), binary.BigEndian.Uint64(rest[8:])
+	} else if len(rest) != 0 {
 		return RemoteStatus{}, fmt.Errorf("status is followed by %d bytes: %w", len(rest), trivet.ErrCorrupt)
 	}
 	s.Replica, s.Leader, s.LeaderNode = trivet.ReplicaID(names[0]), trivet.ReplicaID(names[1]), trivet.NodeID(names[2])

@@ -43,15 +43,19 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 	out := &api.Volume{
 		Id: v.ID.String(), Name: v.Name, SizeBytes: v.SizeBytes, Phase: string(v.Phase), Reason: v.Reason,
 		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Epoch: uint64(v.Epoch),
-		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()),
+		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()), WantSizeBytes: v.WantSizeBytes,
 	}
 	out.AttachedNode = string(v.Holder())
 	for _, n := range v.Holders() {
 		out.AttachedNodes = append(out.AttachedNodes, string(n))
 	}
 	out.AttachedReadOnly = v.Attached != nil && v.Attached.ReadOnly
+	out.UsedBytes = -1
 	if n, err := a.s.node(); err == nil {
 		out.Device = n.Device(v.ID)
+		if st, runs := n.ReplicaStatus(v.ID); runs {
+			out.UsedBytes = st.UsedBytes
+		}
 	}
 	leader, replicas := v.Leader, make([]*api.Replica, 0, len(v.Replicas))
 	if ask && out.GetAttachedNode() == "" {
@@ -70,6 +74,7 @@ func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume
 			if err == nil { // a dead node's replica has no status
 				replica.Applied, replica.Commit, replica.Term = st.Applied, st.Commit, st.Term
 				replica.UsedBytes = st.UsedBytes
+				out.UsedBytes = max(out.UsedBytes, st.UsedBytes)
 				if st.IsLeader {
 					leader = r.ID
 				}
@@ -152,7 +157,11 @@ func (a *admin) DeleteVolume(ctx context.Context, r *api.VolumeRequest) (*api.De
 	if err != nil {
 		return nil, err
 	}
-	if err := a.s.controller.Discard(ctx, v.ID); err != nil {
+	discard := a.s.controller.Discard
+	if r.GetSkipWipe() {
+		discard = a.s.controller.DiscardUnwiped
+	}
+	if err := discard(ctx, v.ID); err != nil {
 		return nil, err
 	}
 	return &api.DeleteVolumeResponse{}, nil
@@ -266,7 +275,11 @@ func (a *admin) DetachVolume(ctx context.Context, r *api.DetachVolumeRequest) (*
 			return nil, err
 		}
 	}
-	if err := a.s.controller.Detach(ctx, v.ID, holder); err != nil {
+	detach := a.s.controller.Detach
+	if r.GetForce() && holder != a.s.cfg.Node {
+		detach = a.s.controller.ForceDetach
+	}
+	if err := detach(ctx, v.ID, holder); err != nil {
 		return nil, err
 	}
 	return a.show(ctx, v.ID)

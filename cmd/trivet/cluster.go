@@ -44,7 +44,7 @@ func newCluster(o *options) *cobra.Command {
 			})
 		},
 	}
-	return group("cluster", "Make a cluster and see how it is", init, status)
+	return group("cluster", "Make a cluster and see how it is", init, status, newClusterRecover(o))
 }
 
 type statusView struct {

@@ -52,7 +52,7 @@ func newRoot() *cobra.Command {
 	f.StringVarP(&o.output, "output", "o", outputTable, "output format: table or json")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "give up after this long")
 	root.AddCommand(newServer(o), newController(o), newDev(o), newCert(o), newCluster(o), newNode(o), newVolume(o),
-		newReplica(o), newKube(o), newKeeper(o), newSnapshot(o))
+		newReplica(o), newAudit(o), newDisk(o), newKube(o), newKeeper(o), newSnapshot(o))
 	return root
 }
 

@@ -20,8 +20,10 @@ type volumeView struct {
 	Parameters map[string]string `json:"parameters,omitempty"`
 	Replicas   []replicaView     `json:"replicas"`
 	Want       int32             `json:"wantReplicas"`
-	Retired    []replicaView     `json:"retired,omitempty"` // their data is still to be removed
-	Pending    string            `json:"pending,omitempty"` // what a change of the replicas waits for
+	Retired    []replicaView     `json:"retired,omitempty"`       // their data is still to be removed
+	Used       int64             `json:"usedBytes"`               // of its blocks, once; -1: nobody said
+	WantSize   int64             `json:"wantSizeBytes,omitempty"` // that it grows to
+	Pending    string            `json:"pending,omitempty"`       // what a change of the replicas waits for
 	Epoch      uint64            `json:"epoch"`
 	Attached   string            `json:"attachedNode,omitempty"`
 	AttachedTo []string          `json:"attachedNodes,omitempty"` // more than one only to read
@@ -69,7 +71,7 @@ func volumeOf(v *api.Volume) volumeView {
 		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Epoch: v.GetEpoch(),
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
 		Want: v.GetWantReplicas(), Pending: v.GetPending(), AttachedTo: v.GetAttachedNodes(),
-		ReadOnly: v.GetAttachedReadOnly(),
+		ReadOnly: v.GetAttachedReadOnly(), WantSize: v.GetWantSizeBytes(), Used: v.GetUsedBytes(),
 	}
 	for _, r := range v.GetReplicas() {
 		view.Replicas = append(view.Replicas, replicaOf(r))

@@ -14,7 +14,7 @@ func newVolume(o *options) *cobra.Command {
 	return group("volume", "Make, attach and remove volumes",
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
-		newVolumeSet(o), newVolumeExplain(o), newVolumeScrub(o), newVolumeVerify(o),
+		newVolumeSet(o), newVolumeExplain(o), newVolumeScrub(o), newVolumeVerify(o), newVolumeResize(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
@@ -41,6 +41,9 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	fmt.Fprintf(out, "replicas wanted: %d\n", view.Want)
 	if len(view.Parameters) > 0 {
 		fmt.Fprintf(out, "parameters: %s\n", pairsText(view.Parameters))
+	}
+	if view.WantSize > 0 {
+		fmt.Fprintf(out, "growing to: %s\n", sizeText(view.WantSize))
 	}
 	if view.Pending != "" {
 		fmt.Fprintf(out, "pending: %s\n", view.Pending)
@@ -196,13 +199,14 @@ func newVolumeDetach(o *options) *cobra.Command {
 }
 
 func newVolumeDelete(o *options) *cobra.Command {
-	return &cobra.Command{
+	var skipWipe bool
+	cmd := &cobra.Command{
 		Use:   "delete NAME",
 		Short: "Delete a volume and its data, whatever its reclaim policy; an absent one is success",
 		Args:  exactArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				if _, err := c.DeleteVolume(ctx, &api.VolumeRequest{Name: args[0]}); err != nil {
+				if _, err := c.DeleteVolume(ctx, &api.VolumeRequest{Name: args[0], SkipWipe: skipWipe}); err != nil {
 					return err
 				}
 				return o.show(cmd.OutOrStdout(), map[string]string{"deleted": args[0]},
@@ -210,6 +214,8 @@ func newVolumeDelete(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&skipWipe, "skip-wipe", false, "of a volume with reclaimWipe=zero: do not wipe it first")
+	return cmd
 }
 
 func newVolumeMoveLeader(o *options) *cobra.Command {

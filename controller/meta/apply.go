@@ -43,7 +43,7 @@ func (s *State) Apply(c Command) (*State, Result) {
 	if s.cluster == "" && c.InitCluster == nil {
 		return refuse(fmt.Errorf("%s: cluster is not initialised: %w", o.op(), trivet.ErrInvalid))
 	}
-	d := &draft{State: *s}
+	d := &draft{State: *s, at: instant(c.Time), by: c.By}
 	d.revision++
 	if err := o.apply(d); err != nil {
 		return refuse(fmt.Errorf("%s: %w", o.op(), err))
@@ -74,6 +74,8 @@ func (s *State) result(d *draft) Result {
 type draft struct {
 	State
 	changed  bool
+	at       time.Time       // when the command was proposed, zero if it does not say
+	by       trivet.NodeID   // who did, if it says
 	volumeID trivet.VolumeID // what the result is about
 	nodeID   trivet.NodeID
 

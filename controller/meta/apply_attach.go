@@ -182,6 +182,9 @@ func (t *Detach) apply(d *draft) error {
 		v.Attached, v.Also, v.Detaching = nil, nil, node
 	}
 	d.put(v)
+	if t.Forced {
+		return d.record(AuditForcedDetach, v, node, fmt.Sprintf("what it has not flushed is lost; epoch %d", v.Epoch))
+	}
 	return nil
 }
 

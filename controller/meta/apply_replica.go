@@ -46,7 +46,7 @@ func (r *ReportReplica) apply(d *draft) error {
 			if v.Retired = slices.Delete(v.Retired, i, i+1); len(v.Retired) == 0 {
 				v.Retired = nil // as an image has it
 			}
-			d.putOrForget(v)
+			return d.putOrForget(v)
 		}
 		return nil // whatever else is said of it is late
 	}
@@ -61,8 +61,7 @@ func (r *ReportReplica) apply(d *draft) error {
 			return nil // late
 		}
 		rep.State, rep.Reason = r.State, r.Reason
-		d.putOrForget(v)
-		return nil
+		return d.putOrForget(v)
 	}
 	changed, err := r.move(d, v, rep)
 	if err != nil || !changed {
@@ -189,19 +188,27 @@ func (d *draft) retire(v *Volume, id trivet.ReplicaID) {
 // putOrForget stores a volume one of whose replicas was removed, or forgets it when it is being deleted
 // and nothing is left. A retired replica on a disk that no node has is not waited for: it lost its disk
 // long ago, and should that come back, it is a stray of a deleted volume, which its agent removes.
-func (d *draft) putOrForget(v *Volume) {
+func (d *draft) putOrForget(v *Volume) error {
 	left := slices.ContainsFunc(v.Retired, func(r Replica) bool { return d.diskOwner(r.Disk) != "" })
 	if v.Phase == PhaseDeleting && v.all(ReplicaRemoved) && !left {
 		d.volumes = d.volumes.without(v.ID)
 		d.changed = true
 		d.forgetSource(v)
-		return
+		gone := ""
+		if n := len(v.Retired); n > 0 {
+			gone = fmt.Sprintf(" but %d on disks that no node has", n)
+		}
+		return d.record(AuditDeleted, v, "", "every replica is removed"+gone)
 	}
 	d.put(v)
+	return nil
 }
 
 // settled returns an error unless the members of the volume's group may change now.
 func (v *Volume) settled() error {
+	if v.Recover != "" {
+		return fmt.Errorf("volume is being recovered from replica %s: %w", v.Recover, trivet.ErrPending)
+	}
 	switch v.Phase {
 	case PhaseAvailable, PhaseBound, PhaseReleased, PhaseKept:
 		return nil

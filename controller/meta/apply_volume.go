@@ -12,7 +12,7 @@ import (
 //	──────────► Creating ──────────────────────► Available ◄────────────┐
 //	               │                              │      ▲              │
 //	               │ last replica Ready, claimed  │Attach│ReportWiped   │Reclaim retain
-//	               ├──────────► Bound ◄───────────┘      │              │
+//	               ├──────────► Bound ◄───────────┘      │ (or, to be deleted, Deleting)
 //	               │              │ Release (by policy)  │              │
 //	               │              ├─────────────────► Recycling         │
 //	               │ Release      ├─────────────────► Released ─────────┤
@@ -167,28 +167,56 @@ func (r *Release) apply(d *draft) error {
 	if err := firstError(v.unmoved(r.IfRevision), v.idle()); err != nil {
 		return err
 	}
+	if policy == ReclaimDelete && !r.SkipWipe && v.Phase == PhaseRecycling && v.ThenDelete {
+		return nil
+	}
 	v.Claimed = false
-	d.reclaim(v, policy)
-	return nil
+	return d.reclaim(v, policy, v.wiped() && !r.SkipWipe)
 }
 
-// reclaim applies a policy to a volume that nobody holds.
-func (d *draft) reclaim(v *Volume, policy ReclaimPolicy) {
-	switch policy {
-	case ReclaimDelete:
-		v.Phase, v.WantLeader = PhaseDeleting, ""
-		if snaps, _ := d.snapsOf.get(v.ID); len(snaps) > 0 {
-			v.Phase = PhaseKept
+// reclaim applies a policy to a volume that nobody holds. wipe has it wiped before it is deleted: it is Recycling until
+// then, and keeps its name. One whose replicas were never all made has no data to be wiped, and no group to do it.
+func (d *draft) reclaim(v *Volume, policy ReclaimPolicy, wipe bool) error {
+	from, made := v.Phase, v.Phase != PhaseCreating && v.count(ReplicaCreating) == 0
+	wipe = wipe && made
+	v.ThenDelete = false
+	var err error
+	switch {
+	case policy == ReclaimDelete && wipe:
+		v.Phase, v.ThenDelete = PhaseRecycling, true
+		v.Epoch++
+		err = d.record(AuditDelete, v, "", fmt.Sprintf("%d bytes, was %s, wiped first", v.SizeBytes, from))
+	case policy == ReclaimDelete:
+		how := ""
+		if v.wiped() && made {
+			how = ", without the wipe it was made for"
 		}
-		d.names = d.names.without(v.Name)
-	case ReclaimRecycle:
+		v.delete(d)
+		err = d.record(AuditDelete, v, "", fmt.Sprintf("%d bytes, was %s%s", v.SizeBytes, from, how))
+	case policy == ReclaimRecycle:
 		v.Phase = PhaseRecycling
 		v.Epoch++
-	case ReclaimRetain:
+		err = d.record(AuditRecycle, v, "", fmt.Sprintf("%d bytes, was %s", v.SizeBytes, from))
+	case policy == ReclaimRetain:
 		v.Phase = PhaseReleased
 	}
 	d.put(v)
+	return err
 }
+
+// delete begins the removal of v's replicas.
+func (v *Volume) delete(d *draft) {
+	v.Phase, v.WantLeader, v.ThenDelete = PhaseDeleting, "", false
+	if snaps, _ := d.snapsOf.get(v.ID); len(snaps) > 0 {
+		v.Phase = PhaseKept
+	}
+	d.names = d.names.without(v.Name)
+}
+
+// ParamReclaimWipe is the one parameter that this package reads: "zero" has a volume wiped before it is deleted.
+const ParamReclaimWipe = "reclaimWipe"
+
+func (v *Volume) wiped() bool { return v.Params[ParamReclaimWipe] == "zero" }
 
 func (r *Reclaim) op() string { return fmt.Sprintf("reclaim %s by %s", r.Volume, r.Policy) }
 
@@ -212,8 +240,7 @@ func (r *Reclaim) apply(d *draft) error {
 		d.put(v)
 		return nil
 	}
-	d.reclaim(v, r.Policy)
-	return nil
+	return d.reclaim(v, r.Policy, v.wiped())
 }
 
 func (r *ReportWiped) op() string {
@@ -230,8 +257,12 @@ func (r *ReportWiped) apply(d *draft) error {
 	}
 	v.FencedEpoch = v.Epoch // the wipe was committed at that epoch, so the fence was
 	v.Phase, v.Reason = PhaseAvailable, ""
+	if v.ThenDelete {
+		v.delete(d)
+	}
 	d.put(v)
-	return nil
+	return d.record(AuditWipe, v, "", fmt.Sprintf("%d bytes at epoch %d, by a majority of %d replicas",
+		v.SizeBytes, v.Epoch, len(v.Replicas)))
 }
 
 func (f *Fail) op() string { return fmt.Sprintf("fail %s", f.Volume) }
@@ -247,7 +278,7 @@ func (f *Fail) apply(d *draft) error {
 	case v.Phase == PhaseFailed && v.Reason == f.Reason:
 		return nil
 	}
-	v.Phase, v.Reason, v.Rollback = PhaseFailed, f.Reason, nil
+	v.Phase, v.Reason, v.Rollback, v.ThenDelete = PhaseFailed, f.Reason, nil, false
 	d.put(v)
 	return nil
 }

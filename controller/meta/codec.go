@@ -43,6 +43,7 @@ func (c Command) Encode() ([]byte, error) {
 
 // utc returns c with its times in UTC: RFC 3339 drops the seconds of a zone's offset.
 func (c Command) utc() Command {
+	c.Time = instant(c.Time)
 	switch {
 	case c.InitCluster != nil:
 		i := *c.InitCluster

@@ -44,6 +44,16 @@ type Command struct {
 	ForgetNode       *ForgetNode       `json:"forgetNode,omitempty"`
 	StartScrub       *StartScrub       `json:"startScrub,omitempty"`
 	ReportScrub      *ReportScrub      `json:"reportScrub,omitempty"`
+	GrowVolume       *GrowVolume       `json:"growVolume,omitempty"`
+	ReportSize       *ReportSize       `json:"reportSize,omitempty"`
+	RecoverVolume    *RecoverVolume    `json:"recoverVolume,omitempty"`
+
+	ReportRecovered *ReportRecovered `json:"reportRecovered,omitempty"`
+
+	// Time and By say when and by which node a command was proposed that leaves an audit record (Audited). They
+	// are no operations.
+	Time time.Time     `json:"time,omitzero"`
+	By   trivet.NodeID `json:"by,omitempty"`
 }
 
 // InitCluster names the cluster; the first command ever. Same cluster again: no effect.
@@ -153,6 +163,8 @@ type Detach struct {
 	// IfRevision is what Epoch is for one of several readers, who come and go at one epoch: ErrPending when
 	// the volume has changed since. 0 = not checked.
 	IfRevision Revision `json:"ifRevision,omitempty"`
+	// Forced says that the node did not let go of the volume: for the audit.
+	Forced bool `json:"forced,omitempty"`
 }
 
 // ReportFence says that the volume's own group has committed Epoch as its fence. Older than
@@ -183,10 +195,12 @@ type WantLeader struct {
 // with another policy than delete, Released for an operator to judge. ErrInUse (naming the node)
 // while attached or Detaching. Already Released, Deleting, Recycling or unknown: no effect.
 // Discard overrides the policy with delete (`trivet volume delete`), also for what is Released or
-// Recycling.
+// Recycling. Where ParamReclaimWipe says so, Deleting comes after Recycling, unless SkipWipe.
 type Release struct {
 	Volume  trivet.VolumeID `json:"volume"`
 	Discard bool            `json:"discard,omitempty"`
+	// SkipWipe deletes without the wipe that ParamReclaimWipe asks for: its group may never do it.
+	SkipWipe bool `json:"skipWipe,omitempty"`
 	// IfRevision is the Volume.Revision that this was decided on; ErrPending when the volume has
 	// changed since. 0 = whatever it is now.
 	IfRevision Revision `json:"ifRevision,omitempty"`
@@ -278,6 +292,39 @@ type ForgetNode struct {
 	Time time.Time     `json:"time"` // of the proposer
 	// Allow lets the name register again, as a new node. No effect when it is not forgotten.
 	Allow bool `json:"allow,omitempty"`
+}
+
+// GrowVolume says how large a volume should be; its leader commits that in its group. ErrOutOfRange when it is, or is
+// about to be, larger: nothing shrinks. The same size again: no effect. ErrPending while it is Creating and as in
+// Release; ErrInvalid in another phase than Available, Bound or Released.
+type GrowVolume struct {
+	Volume     trivet.VolumeID `json:"volume"`
+	SizeBytes  int64           `json:"sizeBytes"`            // whole blocks
+	IfRevision Revision        `json:"ifRevision,omitempty"` // as in Release
+}
+
+// ReportSize says that the volume's own group has committed a size, whoever asked for it. Not above the recorded
+// size, or an unknown volume: no effect.
+type ReportSize struct {
+	Volume    trivet.VolumeID `json:"volume"`
+	SizeBytes int64           `json:"sizeBytes"`
+}
+
+// RecoverVolume makes one replica the only one of a volume, and gives up all others, for an operator who knows that
+// a majority is lost for good (H34). An attachment ends, and another epoch is reserved. ErrPending when the volume has
+// changed since IfRevision; ErrNotFound without such a replica; ErrInvalid when that is not Ready or Leaving, when it is
+// the only one, or while the volume is Creating or Deleting. The same replica again, until it is reported: no effect.
+type RecoverVolume struct {
+	Volume     trivet.VolumeID  `json:"volume"`
+	Replica    trivet.ReplicaID `json:"replica"`
+	IfRevision Revision         `json:"ifRevision"`
+	Detail     string           `json:"detail,omitempty"` // for the audit
+}
+
+// ReportRecovered says that the replica is the only voter of the volume's group now. Not asked for: no effect.
+type ReportRecovered struct {
+	Volume  trivet.VolumeID  `json:"volume"`
+	Replica trivet.ReplicaID `json:"replica"`
 }
 
 // Result is what applying a command returned on every member alike.

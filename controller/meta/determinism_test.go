@@ -39,6 +39,9 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		func() meta.Command {
 			fresh := volume(id, policy, [][]int{{1}, {1, 2, 3}, {2}}[r.Intn(3)]...)
 			fresh.ID, fresh.Created = trivet.VolumeID(r.Intn(500)), when
+			if r.Intn(2) == 0 {
+				fresh.Params[meta.ParamReclaimWipe] = "zero"
+			}
 			return meta.Command{CreateVolume: &meta.CreateVolume{Volume: fresh, Claim: r.Intn(2) == 0}}
 		},
 		func() meta.Command {
@@ -85,15 +88,33 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
 		func() meta.Command {
-			return meta.Command{Detach: &meta.Detach{Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)]}}
+			return meta.Command{Time: when, Detach: &meta.Detach{
+				Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)], Forced: r.Intn(2) == 0,
+			}}
+		},
+		func() meta.Command {
+			return meta.Command{GrowVolume: &meta.GrowVolume{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportSize: &meta.ReportSize{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
 		},
 		func() meta.Command { return meta.Command{ForgetNode: randomForget(r, n)} },
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
 		func() meta.Command { return randomScrub(r, &v, vid) },
+		func() meta.Command {
+			if len(v.Replicas) == 0 || r.Intn(4) > 0 {
+				return meta.Command{ReportRecovered: &meta.ReportRecovered{Volume: vid, Replica: max(v.Recover, replicaID(1))}}
+			}
+			return meta.Command{Time: when, RecoverVolume: &meta.RecoverVolume{
+				Volume: vid, Replica: v.Replicas[r.Intn(len(v.Replicas))].ID, IfRevision: max(v.Revision, 1),
+			}}
+		},
 		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
 		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
 		func() meta.Command {
-			return meta.Command{Release: &meta.Release{Volume: vid, Discard: r.Intn(4) == 0}}
+			return meta.Command{Time: when, By: nodeID(n), Release: &meta.Release{
+				Volume: vid, Discard: r.Intn(4) == 0, SkipWipe: r.Intn(8) == 0,
+			}}
 		},
 		func() meta.Command { return meta.Command{Reclaim: &meta.Reclaim{Volume: vid, Policy: policy}} },
 		func() meta.Command { return meta.Command{Fail: &meta.Fail{Volume: vid, Reason: "seed"}} },
@@ -165,6 +186,8 @@ func TestDeterminism(t *testing.T) {
 		for id := range used {
 			require.True(t, logged.State().Used(id))
 		}
+		require.NoError(t, live.State().Audit().Verify())
+		require.NotEmpty(t, live.State().Audit().Records)
 		require.Greater(t, effects, 60, "seed %d: too little happened for the test to mean anything", seed)
 	}
 	require.Len(t, moved, 3, "not every change of members came about: %v", moved)

@@ -22,8 +22,8 @@ import (
 //	16+n    4     CRC32C of everything before, little endian
 const (
 	imageMagic = "TMIM"
-	// 3 had no snapshots and no Scrub, 2 one attachment a volume, 1 no WantReplicas, Retired, Cordoned and Draining; they are
-	// read still.
+	// 3 had no snapshots, no Scrub, one size a volume and no audit, 2 one attachment a volume, 1 no WantReplicas, Retired,
+	// Cordoned and Draining; they are read still.
 	imageVersion = 4
 	imageOldest  = 1
 	imageHeader  = 16
@@ -40,6 +40,7 @@ type image struct {
 
 	Snapshots []Snapshot      `json:"snapshots,omitempty"`
 	Forgotten []trivet.NodeID `json:"forgotten,omitempty"`
+	Audit     Audit           `json:"audit,omitzero"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -54,6 +55,7 @@ func (s *State) EncodeImage() ([]byte, error) {
 
 		Snapshots: s.Snapshots(),
 		Forgotten: s.forgotten,
+		Audit:     s.Audit(),
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -109,6 +111,10 @@ func (im *image) state() (*State, error) {
 		nodes:    make(map[trivet.NodeID]*Node, len(im.Nodes)),
 
 		forgotten: im.Forgotten,
+	}
+	var err error
+	if s.audit, err = auditLogOf(im.Audit); err != nil {
+		return nil, err
 	}
 	for _, id := range im.Used {
 		s.used.fill(id, struct{}{})
@@ -206,6 +212,15 @@ func (s *State) problem(v *Volume) string {
 	}
 	if problem := v.replicaProblem(); problem != "" {
 		return problem
+	}
+	if v.Recover != "" && v.Replica(v.Recover) == nil {
+		return fmt.Sprintf("to be recovered from replica %s, which it has not", v.Recover)
+	}
+	if problem := v.sizeProblem(); problem != "" {
+		return problem
+	}
+	if v.ThenDelete && v.Phase != PhaseRecycling {
+		return fmt.Sprintf("to be deleted once it is wiped, while %s", v.Phase)
 	}
 	switch v.Phase {
 	case PhaseReleased, PhaseRecycling, PhaseDeleting, PhaseKept, PhaseRestoring:

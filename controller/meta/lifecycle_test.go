@@ -15,7 +15,7 @@ import (
 // sentinels by the names used in the table.
 var sentinels = map[string]error{
 	"!InUse": trivet.ErrInUse, "!Exist": trivet.ErrExists, "!None": trivet.ErrNotFound,
-	"!Inval": trivet.ErrInvalid, "!Wait": trivet.ErrPending, "!Fence": trivet.ErrFenced,
+	"!Range": trivet.ErrOutOfRange, "!Inval": trivet.ErrInvalid, "!Wait": trivet.ErrPending, "!Fence": trivet.ErrFenced,
 }
 
 // The whole life of a volume: what each command (row) does in each situation (column). A word is
@@ -52,6 +52,9 @@ ready      | Avail    =        =        =        =       =         =        =   
 creating   | !Inval   !Inval   !Inval   !Inval   !Inval  !Inval    !Inval   !Inval   !Inval   !Inval   !Inval   !Inval
 faulted    | Creating Avail    Bound    Bound    Bound   Bound     Released Recycle  =        Failed   Failed   !None
 removed    | !Inval   !Inval   !Inval   !Inval   !Inval  !Inval    !Inval   !Inval   gone     !Inval   !Inval   =
+grow       | !Wait    Avail    Bound    Bound    Bound   Bound     Released !Inval   !Inval   !Inval   !Inval   !None
+growLess   | !Range   !Range   !Range   !Range   !Range  !Range    !Range   !Range   !Range   !Range   !Range   !None
+sized      | Creating Avail    Bound    Bound    Bound   Bound     Released Recycle  Deleting Failed   Failed   =
 create     | Creating Bound    =        =        =       =         !Exist   !Wait    Creating =        =        Creating
 createOdd  | !Exist   !Exist   !Exist   !Exist   !Exist  !Exist    !Exist   !Exist   Creating !Exist   !Exist   Creating
 `
@@ -102,6 +105,9 @@ func commandOf(t *testing.T, row string, v meta.Volume) meta.Command {
 		"creating":   report(1, 1, meta.ReplicaCreating),
 		"faulted":    report(1, 1, meta.ReplicaFaulted),
 		"removed":    report(1, 1, meta.ReplicaRemoved),
+		"grow":       {GrowVolume: &meta.GrowVolume{Volume: 1, SizeBytes: 2 << 30}},
+		"growLess":   {GrowVolume: &meta.GrowVolume{Volume: 1, SizeBytes: 1 << 20}},
+		"sized":      {ReportSize: &meta.ReportSize{Volume: 1, SizeBytes: 2 << 30}},
 		"create":     {CreateVolume: &meta.CreateVolume{Volume: again, Claim: true}},
 		"createOdd":  {CreateVolume: &meta.CreateVolume{Volume: odd, Claim: true}},
 	}

@@ -203,7 +203,15 @@ func TestGolden(t *testing.T) {
 		"command-scrub.v1": scrub, "command-scrubbed.v1": scrubbed,
 		"command.v1": create, "command-add.v1": add, "command-join.v1": join, "command-params.v1": params,
 	}
-	golden := map[string][]byte{} // image.v4 is that of TestGoldenOfSnapshots
+	growing := meta.Command{GrowVolume: &meta.GrowVolume{Volume: 8, SizeBytes: 4 << 30, IfRevision: 19}}
+	mustApply(t, m, growing)
+	mustApply(t, m, meta.Command{ReportSize: &meta.ReportSize{Volume: 8, SizeBytes: 3 << 30}})
+	commands["command-grow.v1"] = growing
+	detach := meta.Command{Time: day, By: "n1", Detach: &meta.Detach{Volume: 7, Node: "n2", Forced: true}}
+	gone := meta.NewMachine(m.State())
+	mustApply(t, gone, detach)
+	commands["command-audited.v1"] = detach
+	golden := map[string][]byte{"image-grow.v4": mustImage(t, m.State()), "image-audit.v4": mustImage(t, gone.State())}
 	for name, c := range commands {
 		b, err := c.Encode()
 		require.NoError(t, err)
@@ -218,7 +226,7 @@ func TestGolden(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, string(want), string(got), name)
 	}
-	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3, "image.v3": 3, "image.v4": 3} {
+	for name, wanted := range map[string]int{"image.v1": 0, "image.v2": 3, "image.v3": 3, "image-grow.v4": 3} {
 		old, err := os.ReadFile(filepath.Join("testdata", name))
 		require.NoError(t, err)
 		s, err := meta.DecodeImage(old)
@@ -229,6 +237,7 @@ func TestGolden(t *testing.T) {
 		assert.Equal(t, wanted, v.WantReplicas, name)
 		assert.Equal(t, 3, v.Want(), name)
 		if v, ok := s.Volume(8); ok {
+			assert.Equal(t, int64(1<<30), v.Start(), name)
 			assert.Equal(t, []trivet.NodeID{"n1", "n2"}, v.Holders(), name)
 		}
 	}

@@ -18,12 +18,15 @@ import (
 
 // TestScripts runs testdata/*.txt. Commands take v= (volume number), n= (node number), e= (epoch):
 //
-//	create v=1 n=(1,2,3) policy=retain [request=r] [claim]
+//	create v=1 n=(1,2,3) policy=retain [request=r] [claim] [wipe]
 //	report v=1 n=1 state=Ready | attach v=1 n=1 [mode=…] [ro] [e=4] | takeover v=1 n=1 [i=5]
-//	detach v=1 [n=1] [e=4] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
-//	release v=1 [discard] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
+//	detach v=1 [n=1] [e=4] [forced] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
+//	release v=1 [discard] [skip] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
 //	add v=1 n=4 [as=7] [disk=5] [replaces=2] [rev=9] | remove v=1 n=2 [rev=9] | count v=1 to=5
 //	register n=1 i=2 [disk=8] | cordon n=1 [drain] | uncordon n=1 | forget n=1 [alive] [allow] | state
+//	recover v=1 n=1 [rev=9] | recovered v=1 n=1
+//	audit (kind, volume, node and detail of every record)
+//	grow v=1 to=2 [rev=9] | sized v=1 to=2 (both in GiB)
 //
 // A replica has the number of its node, or the one given by as=. add and remove are decided on the
 // revision that the volume has, unless rev= says otherwise.
@@ -35,7 +38,13 @@ func TestScripts(t *testing.T) {
 			if d.Cmd == "state" {
 				return describe(m.State())
 			}
+			if d.Cmd == "audit" {
+				return auditText(t, m.State())
+			}
 			c := scripted(t, m, d)
+			if c.Audited() {
+				c.Time, c.By = day, "n9"
+			}
 			// What a member applies has been through the log.
 			b, err := c.Encode()
 			require.NoError(t, err)
@@ -87,6 +96,9 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 		vol := volume(v, policy, nodes...)
 		vol.Name = word(t, d, "name", vol.Name)
 		vol.Request = word(t, d, "request", vol.Request)
+		if d.HasArg("wipe") {
+			vol.Params[meta.ParamReclaimWipe] = "zero"
+		}
 		return meta.Command{CreateVolume: &meta.CreateVolume{Volume: vol, Claim: d.HasArg("claim")}}
 	case "report":
 		c := report(v, n, meta.ReplicaState(word(t, d, "state", "")))
@@ -105,7 +117,9 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 		}
 		return meta.Command{TakeOver: c}
 	case "detach":
-		c := &meta.Detach{Volume: id, Epoch: epoch, IfRevision: meta.Revision(number(t, d, "rev"))}
+		c := &meta.Detach{
+			Volume: id, Epoch: epoch, IfRevision: meta.Revision(number(t, d, "rev")), Forced: d.HasArg("forced"),
+		}
 		if n != 0 {
 			c.Node = nodeID(n)
 		}
@@ -119,7 +133,9 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 	case "want":
 		return meta.Command{WantLeader: &meta.WantLeader{Volume: id, Replica: replicaID(v*10 + n)}}
 	case "release":
-		return meta.Command{Release: &meta.Release{Volume: id, Discard: d.HasArg("discard")}}
+		return meta.Command{Release: &meta.Release{
+			Volume: id, Discard: d.HasArg("discard"), SkipWipe: d.HasArg("skip"),
+		}}
 	case "reclaim":
 		return meta.Command{Reclaim: &meta.Reclaim{Volume: id, Policy: policy}}
 	case "wiped":
@@ -167,6 +183,18 @@ func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int)
 			p.Params[key] = value
 		}
 		return meta.Command{SetParams: p}
+	case "recover":
+		return meta.Command{RecoverVolume: &meta.RecoverVolume{
+			Volume: id, Replica: replicaID(v*10 + n), IfRevision: max(rev, 1), Detail: "by hand",
+		}}
+	case "recovered":
+		return meta.Command{ReportRecovered: &meta.ReportRecovered{Volume: id, Replica: replicaID(v*10 + n)}}
+	case "grow":
+		return meta.Command{GrowVolume: &meta.GrowVolume{
+			Volume: id, SizeBytes: int64(number(t, d, "to")) << 30, IfRevision: rev,
+		}}
+	case "sized":
+		return meta.Command{ReportSize: &meta.ReportSize{Volume: id, SizeBytes: int64(number(t, d, "to")) << 30}}
 	case "cordon", "uncordon":
 		on := d.Cmd == "cordon"
 		return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: d.HasArg("drain")}}
@@ -180,6 +208,15 @@ func membership(t *testing.T, m *meta.Machine, d *datadriven.TestData, v, n int)
 	}
 	t.Fatalf("%s: unknown command %q", d.Pos, d.Cmd)
 	return meta.Command{}
+}
+
+func auditText(t *testing.T, s *meta.State) string {
+	require.NoError(t, s.Audit().Verify())
+	b := &strings.Builder{}
+	for _, r := range s.Audit().Records {
+		fmt.Fprintf(b, "%d %s by=%s %s %s node=%s: %s\n", r.Seq, r.Kind, r.By, r.Volume, r.Name, r.Node, r.Detail)
+	}
+	return b.String()
 }
 
 func line(v *meta.Volume) string {
@@ -228,6 +265,15 @@ func line(v *meta.Volume) string {
 		if k != "replicas" { // which each of them has
 			fmt.Fprintf(b, " %s=%s", k, v.Params[k])
 		}
+	}
+	if v.Growing() || v.Start() != v.SizeBytes {
+		fmt.Fprintf(b, " size=%d→%d→%d", v.Start()>>30, v.SizeBytes>>30, max(v.SizeBytes, v.WantSizeBytes)>>30)
+	}
+	if v.Recover != "" {
+		fmt.Fprintf(b, " recover=%s", v.Replica(v.Recover).Node)
+	}
+	if v.ThenDelete {
+		b.WriteString(" then delete")
 	}
 	if v.Reason != "" {
 		fmt.Fprintf(b, " reason=%q", v.Reason)

@@ -29,6 +29,8 @@ type State struct {
 	snapsOf   shards[trivet.VolumeID, []trivet.SnapshotID]
 	clonesOf  shards[trivet.SnapshotID, []trivet.VolumeID] // volumes that still need the snapshot's blocks
 	creating  []trivet.SnapshotID                          // those in that state, sorted; replaced, never changed in place
+
+	audit auditLog
 }
 
 // Revision returns the number of commands that changed the catalogue.

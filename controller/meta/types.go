@@ -161,7 +161,7 @@ type Attachment struct {
 type Volume struct {
 	ID        trivet.VolumeID   `json:"id"`
 	Name      string            `json:"name"`
-	SizeBytes int64             `json:"sizeBytes"`
+	SizeBytes int64             `json:"sizeBytes"` // committed by the volume's own group (apply_grow.go)
 	Phase     Phase             `json:"phase"`
 	Reason    string            `json:"reason,omitempty"`  // of PhaseFailed; kept until it is Available again
 	Claimed   bool              `json:"claimed,omitempty"` // has an owner: Creating turns into Bound, not Available
@@ -172,6 +172,14 @@ type Volume struct {
 	Replicas  []Replica         `json:"replicas"`
 	// WantReplicas is how many Ready replicas the volume should have; 0 (an older record) = as many as it has.
 	WantReplicas int `json:"wantReplicas,omitempty"`
+	// WantSizeBytes is the size that the volume is to have; 0 = the one it has.
+	WantSizeBytes int64 `json:"wantSizeBytes,omitempty"`
+	// StartSizeBytes is the size with which it began, see Start; 0 = the one it has.
+	StartSizeBytes int64 `json:"startSizeBytes,omitempty"`
+	// ThenDelete says of a Recycling volume that it is deleted once it is wiped (ParamReclaimWipe).
+	ThenDelete bool `json:"thenDelete,omitempty"`
+	// Recover names the replica that has to become the only voter of the group (apply_recover.go); empty = none.
+	Recover trivet.ReplicaID `json:"recover,omitempty"`
 	// Retired are replicas that left the group and whose data is still to be removed.
 	Retired []Replica `json:"retired,omitempty"`
 

@@ -60,6 +60,10 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.ReportRolledBack)
 	add(&set, c.StartScrub)
 	add(&set, c.ReportScrub)
+	add(&set, c.GrowVolume)
+	add(&set, c.ReportSize)
+	add(&set, c.RecoverVolume)
+	add(&set, c.ReportRecovered)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}
@@ -92,7 +96,7 @@ func (c Command) Validate() error {
 	if err != nil {
 		return err
 	}
-	if err := o.validate(); err != nil {
+	if err := firstError(c.validateStamp(), o.validate()); err != nil {
 		return fmt.Errorf("%s: %w", o.op(), err)
 	}
 	return nil
@@ -146,9 +150,8 @@ func validateFills(fills []Fill) error {
 
 func (c *CreateVolume) validate() error {
 	v := &c.Volume
-	if v.SizeBytes <= 0 || v.SizeBytes > trivet.VolumeSizeMax || v.SizeBytes%trivet.BlockSize != 0 {
-		return fmt.Errorf("size of %d bytes: want whole %d-byte blocks, 1 to %d bytes: %w",
-			v.SizeBytes, trivet.BlockSize, int64(trivet.VolumeSizeMax), trivet.ErrInvalid)
+	if err := validateSize(v.SizeBytes); err != nil {
+		return err
 	}
 	if n := len(v.Replicas); n != 0 && v.Source == nil {
 		if err := validateCount(n); err != nil {

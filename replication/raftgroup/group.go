@@ -143,6 +143,11 @@ func (g *Group) open() error {
 	if err != nil {
 		return err
 	}
+	if g.cfg.Recover {
+		if err := g.recoverAlone(owing); err != nil {
+			return err
+		}
+	}
 	if owing { // before the first message arrives
 		g.log.Info("state is not whole: a catch-up was interrupted")
 		g.catch.active = true

@@ -152,6 +152,10 @@ type Config struct {
 	// does not know is a member on that node: a follower that lags far behind needs it to accept
 	// its leader. nil = the group's own configuration alone decides.
 	IsMember func(trivet.ReplicaID, trivet.NodeID) bool
+
+	// Recover makes this replica the only voter before it starts: see recover.go, and only after everybody else was
+	// given up. Again: no effect.
+	Recover bool
 	// RestedSince is since when, at the latest, no process has run this replica; the zero time when that
 	// is not known. Within a Heartbeat of the end of an earlier run a replica votes for nobody, because it
 	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.

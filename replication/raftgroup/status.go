@@ -18,6 +18,7 @@ type Status struct {
 	Commit     uint64
 	Applied    uint64
 	LastIndex  uint64
+	LastTerm   uint64   // of the entry at LastIndex
 	Members    []Member // the newest configuration, committed or not
 	// Match: on the leader, last acknowledged index per replica (from our transport).
 	Match map[trivet.ReplicaID]uint64
@@ -40,6 +41,11 @@ func (g *Group) Status() Status {
 	s := Status{
 		Term: g.stable.record().term, Applied: applied, LastIndex: max(last, g.snaps.record().index),
 		Members: sortedMembers(g.store.latestConfig().members), CatchUp: g.catch.status(),
+	}
+	if term, ok := g.seglog.term(s.LastIndex); ok {
+		s.LastTerm = term
+	} else {
+		s.LastTerm = g.snaps.record().term
 	}
 	i := g.running()
 	if i == nil {
