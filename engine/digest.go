@@ -15,10 +15,11 @@ import (
 // digestLabel begins what is hashed; it changes with the rules.
 const digestLabel = "trivet volume digest 1\n"
 
-// Digest is SHA-256 over the State and over LBA and checksum of each block that reads as other than
-// never written, as of one moment. Replicas of a volume have the same digest at the same applied index
-// (I4), however their blocks got there. It reads and verifies every block, so it is a scrub as well:
-// ErrCorrupt, and no digest, when one is damaged. ErrUnavailable: Restoring. ErrNotFound: dropped.
+// Digest is SHA-256 over the State and over what the volume and each of its snapshots show: LBA and checksum of each
+// block that reads as other than never written, as of one moment. Replicas of a volume have the same digest at the same
+// applied index (I4), however their blocks got there, and whatever each has swept or flattened. It reads and verifies
+// every block that is shown, so it is a scrub as well: ErrCorrupt, and no digest, when one is damaged. ErrUnavailable:
+// Restoring. ErrNotFound: dropped.
 func (v *Volume) Digest() ([32]byte, error) {
 	d, err := v.digest()
 	if err != nil {
@@ -36,19 +37,16 @@ func (v *Volume) digest() (d [32]byte, err error) {
 	defer v.e.live.end(hold)
 	snap := v.e.db.NewSnapshot()
 	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
-	it, r, err := v.pinned(snap)
+	w, r, err := v.pinnedWalk(snap)
 	if err != nil {
 		return d, err
 	}
-	defer func() { err = closeIter(it, err) }()
+	defer func() { err = w.close(err) }()
 	all := newDigester(&r.state, &blockReader{e: v.e})
-	for ok := it.First(); ok; ok = it.Next() {
-		if err := all.add(it); err != nil {
+	for more := true; more; {
+		if more, err = all.next(w); err != nil {
 			return d, err
 		}
-	}
-	if err := it.Error(); err != nil {
-		return d, toErr(err)
 	}
 	return all.sum(), nil
 }
@@ -98,52 +96,32 @@ func (i *Image) digestStep(d *digester, begun bool) (more bool, err error) {
 	}
 	if !begun {
 		i.buf, i.end = nil, fmt.Errorf("its digest was taken: %w", trivet.ErrInvalid)
-		i.it.First()
-	}
-	for n := 0; i.it.Valid() && n < digestStepBytes; n += trivet.BlockSize {
-		if err := d.add(i.it); err != nil {
+		if err := i.w.seek(0); err != nil {
 			return false, err
 		}
-		i.it.Next()
 	}
-	return i.it.Valid(), toErr(i.it.Error())
+	for n := 0; n < digestStepBytes; n += trivet.BlockSize {
+		if more, err := d.next(i.w); err != nil || !more {
+			return false, err
+		}
+	}
+	return i.w.hasNext(), toErr(i.w.it.Error())
 }
 
-// digester hashes the state of a volume, then its blocks in order.
+// digester hashes the state of a volume, then its blocks in order (digest_blocks.go).
 type digester struct {
 	h      hash.Hash
 	blocks *blockReader
-	next   trivet.LBA // after the block before
-	e      [12]byte   // here, or each block would allocate it
+	gens   []trivet.Generation // that the volume shows, newest first
+
+	shown []content // buffers
+	buf   []byte
 }
 
 func newDigester(s *State, blocks *blockReader) *digester {
-	d := &digester{h: sha256.New(), blocks: blocks}
+	d := &digester{h: sha256.New(), blocks: blocks, gens: s.shownGenerations()}
 	hashState(d.h, s)
 	return d
-}
-
-// add hashes the version of a block under the iterator; an older one of the block before is verified only.
-func (d *digester) add(it *pebble.Iterator) error {
-	bk, err := decodeBlockKey(it.Key())
-	if err != nil {
-		return err
-	}
-	data, sum, err := d.blocks.at(it, bk)
-	if err != nil {
-		return err
-	}
-	if bk.lba < d.next {
-		return nil
-	}
-	d.next = bk.lba + 1
-	if data == nil {
-		return nil // as good as never written
-	}
-	binary.BigEndian.PutUint64(d.e[:], uint64(bk.lba))
-	binary.BigEndian.PutUint32(d.e[8:], sum)
-	d.h.Write(d.e[:]) //nolint:errcheck // a hash never fails
-	return nil
 }
 
 func (d *digester) sum() [32]byte { return [32]byte(d.h.Sum(nil)) }

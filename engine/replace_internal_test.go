@@ -186,6 +186,7 @@ func TestViewChecks(t *testing.T) {
 	ctx := t.Context()
 	st := v.State()
 	st.AppliedIndex++
+	st.Snapshots = []Snapshot{{ID: 1, Generation: st.Generation}}
 	st.Generation++
 	require.NoError(t, v.NewBatch().Commit(st)) // freezes what there is
 	write(t, v, 2, 10, 20)

@@ -66,6 +66,9 @@ func (v *Volume) newView(lba trivet.LBA, blockN int64) (*View, error) {
 	if err == nil && (r.restoring || w.usable%2 != 0) {
 		err = fmt.Errorf("restore is not complete: %w", trivet.ErrUnavailable)
 	}
+	if err == nil && len(r.layers) > 0 {
+		err = fmt.Errorf("volume is not flattened: %w", trivet.ErrUnavailable)
+	}
 	if err != nil {
 		v.e.live.end(w.hold)
 		return nil, errors.Join(err, toErr(w.snap.Close()))

@@ -137,7 +137,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 
 func randomForget(r *rand.Rand, n int) *meta.ForgetNode {
 	return &meta.ForgetNode{
-		Node: nodeID(n), Time: day.Add(time.Duration(2*r.Intn(2)-1) * time.Hour), Allow: r.Intn(2) == 0,
+		Node: nodeID(n), Time: day.Add(time.Duration(2*r.Intn(2)-1) * time.Hour), Allow: r.Intn(8) > 0,
 	}
 }
 
