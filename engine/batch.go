@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -39,6 +40,9 @@ type Batch struct {
 	changes []change   // for live, in order; the buffer is the volume's
 	claims  []*segLive // segments that the batch refers to
 	refN    int64      // blocks that it does
+
+	older bool               // something else than this generation may show through
+	back  *trivet.Generation // of Rollback
 }
 
 // NewBatch starts a batch. One may be open at a time: while another batch is, or a Restore runs, all
@@ -50,8 +54,9 @@ func (v *Volume) NewBatch() *Batch {
 	}
 	v.mu.Lock()
 	gen, touched, changes := v.rec.state.Generation, v.touched[:0], v.changes[:0]
+	older := gen > 0 || len(v.rec.layers) > 0
 	v.mu.Unlock()
-	return &Batch{v: v, gen: gen, b: v.e.newBatch(), touched: touched, changes: changes}
+	return &Batch{v: v, gen: gen, older: older, b: v.e.newBatch(), touched: touched, changes: changes}
 }
 
 func (e *Engine) newBatch() *pebble.Batch {
@@ -140,7 +145,7 @@ func (b *Batch) write(lba trivet.LBA, p []byte, s *segLive, at ref) error {
 		}
 		i++
 	}
-	if b.gen > 0 {
+	if b.older {
 		b.written = append(b.written, extent{lba, n})
 	}
 	return nil
@@ -205,6 +210,8 @@ func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
 		return b.err
 	case b.b == nil:
 		return fmt.Errorf("batch is over: %w", trivet.ErrClosed)
+	case b.back != nil && n+int64(dataBytes) > 0:
+		return fmt.Errorf("after a rollback: %w", trivet.ErrInvalid)
 	case n < 0:
 		return trivet.ErrInvalid
 	case lba > lbaMax || n > lbaMax-int64(lba):
@@ -223,13 +230,13 @@ func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
 	return nil
 }
 
-// zero hides or removes n blocks. The choice depends on the generation alone, a replicated fact: in the
-// first one nothing older can exist and keys are deleted; later ones need a tombstone wherever the
-// store or this batch has a version of the block. Where a batch began decides at most whether a
-// tombstone stands where nothing need be hidden, which neither reads nor digests see.
+// zero hides or removes n blocks. In the first generation of a volume without layers nothing older can exist, and keys
+// are deleted; else a tombstone is needed wherever the store, a volume beneath or this batch has a version of the
+// block. Where a batch began, and what was flattened, decides at most whether a tombstone stands where nothing need be
+// hidden, which neither reads nor digests see.
 func (b *Batch) zero(lba trivet.LBA, n int64) error {
 	b.note(extent{lba, n}, nil)
-	if b.gen > 0 {
+	if b.older {
 		return b.zeroOverOlder(lba, n)
 	}
 	if n >= deleteRangeFromN {
@@ -261,27 +268,25 @@ func (b *Batch) zeroOverOlder(lba trivet.LBA, n int64) (err error) {
 		return err
 	}
 	defer b.v.e.exit()
-	it, err := b.v.e.db.NewIter(&pebble.IterOptions{
-		LowerBound: appendBlockPrefix(nil, b.v.id, lba),
-		UpperBound: appendBlockPrefix(nil, b.v.id, end),
-	})
+	snap := b.v.e.db.NewSnapshot()
+	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
+	w, err := b.v.walkAt(snap, lba, end)
 	if err != nil {
-		return toErr(err)
+		return err
 	}
-	defer func() { err = closeIter(it, err) }()
-	for ok := it.First(); ok; ok = it.NextPrefix() {
-		bk, err := decodeBlockKey(it.Key())
-		if err != nil {
+	defer func() { err = w.close(err) }()
+	for {
+		ok, err := w.next()
+		if err != nil || !ok {
 			return err
 		}
 		if b.b.Len() > batchBytesMax {
 			return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
 		}
-		if err := b.putTombstone(bk.lba); err != nil {
+		if err := b.putTombstone(w.lba); err != nil {
 			return err
 		}
 	}
-	return nil
 }
 
 func (b *Batch) putTombstone(lba trivet.LBA) error {
@@ -321,6 +326,9 @@ func (b *Batch) commit(st State) error {
 	if err := st.follows(&old.state); err != nil {
 		return err
 	}
+	if b.back != nil && st.Generation <= old.state.Generation {
+		return fmt.Errorf("rollback within generation %d: %w", st.Generation, trivet.ErrInvalid)
+	}
 	if err := v.e.enterWrite(); err != nil {
 		return err
 	}
@@ -330,11 +338,56 @@ func (b *Batch) commit(st State) error {
 		return err
 	}
 	v.e.space.wrote(b.refN * trivet.BlockSize)
-	return v.apply(b.b, &record{replica: v.replica, state: st, journal: j}, func() {
+	v.applyMu.Lock()
+	defer v.applyMu.Unlock()
+	return b.applyLocked(&old, &record{replica: v.replica, state: st, journal: j})
+}
+
+// applyLocked applies the batch with the record next, to which it adds what is of this replica, as it is now: the
+// background changes that under applyMu. REQUIRES: entered; applyMu.
+func (b *Batch) applyLocked(old, next *record) error {
+	v := b.v
+	v.mu.Lock()
+	next.layers, next.sweep = v.rec.layers, v.rec.sweep
+	v.mu.Unlock()
+	deleted := slices.ContainsFunc(old.state.Snapshots, func(x Snapshot) bool {
+		_, kept := next.state.snapshotAt(x.Generation)
+		return !kept
+	})
+	var fresh []extent
+	var note func(extent)
+	if len(b.touched) > 0 && (&record{state: old.state, layers: next.layers}).leavesOlder() {
+		note = func(x extent) {
+			if k := len(fresh); k > 0 && fresh[k-1].end() == x.lba {
+				fresh[k-1].n += x.n
+				return
+			}
+			fresh = append(fresh, x)
+		}
+	}
+	next.sweep = next.sweep || deleted || note != nil || b.back != nil
+	before := next.layers
+	if b.back != nil {
+		next.layers, deleted = v.rolledBack(next, *b.back), true
+		v.layout.Store(v.layout.Load() | 1) // before: who looks at one version of a block now does not from then on
+	}
+	err := v.applyLocked(b.b, next, func() {
 		if l := v.e.live; l != nil {
-			l.commit(v.id, b.changes, st.Generation)
+			l.commit(v.id, b.changes, next.state.Generation, note)
+		} else if note != nil {
+			fresh = b.touched
+		}
+		if deleted || len(fresh) > 0 {
+			v.owe(deleted, fresh)
 		}
 	})
+	if err == nil && b.back != nil {
+		v.flatAt = 0
+		v.e.release(v.id, slices.DeleteFunc(slices.Clone(before), func(l layer) bool {
+			return slices.Contains(next.layers, l)
+		}))
+	}
+	return err
 }
 
 // follows returns ErrInvalid when s cannot come after old. An equal index is allowed: a commit may

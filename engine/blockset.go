@@ -34,6 +34,22 @@ func (s *BlockSet) add(x extent) {
 	s.dirty = true
 }
 
+// remove takes the blocks of an extent out.
+func (s *BlockSet) remove(x extent) {
+	s.seal()
+	s.bits.RemoveRange(uint64(x.lba), uint64(x.end()))
+	out := make([]extent, 0, len(s.long)+1)
+	for _, l := range s.long {
+		if head := int64(min(l.end(), max(x.lba, l.lba)) - l.lba); head > 0 {
+			out = append(out, extent{l.lba, head})
+		}
+		if from := max(l.lba, min(l.end(), x.end())); from < l.end() {
+			out = append(out, extent{from, int64(l.end() - from)})
+		}
+	}
+	s.long = out
+}
+
 // seal restores the invariant of long.
 func (s *BlockSet) seal() {
 	if !s.dirty {

@@ -432,14 +432,16 @@ func TestImageCarriesAllGenerations(t *testing.T) {
 		require.NoError(t, writeNumbered(src.v, uint32(10+gen), 5, 3))
 		st := src.v.State()
 		st.Generation = gen + 1
+		st.Snapshots = append(st.Snapshots, Snapshot{uint64(gen), gen})
 		require.NoError(t, src.v.NewBatch().Commit(st))
 		require.NoError(t, writeNumbered(c.target.v, uint32(90+gen), trivet.LBA(4+gen), 2))
 		st = c.target.v.State()
 		st.Generation = 2 * (gen + 1)
 		require.NoError(t, c.target.v.NewBatch().Commit(st))
 	}
+	require.NoError(t, writeNumbered(src.v, 14, 0, 1)) // or the live state would have nothing new
 	want := src.newest(t, false)
-	require.Len(t, want, 12)
+	require.Len(t, want, 13)
 	img, err := src.v.Image(nil)
 	require.NoError(t, err)
 	require.NoError(t, c.target.v.Restore(img))

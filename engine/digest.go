@@ -15,10 +15,11 @@ import (
 // digestLabel begins what is hashed; it changes with the rules.
 const digestLabel = "trivet volume digest 1\n"
 
-// Digest is SHA-256 over the State and over LBA and checksum of each block that reads as other than
-// never written, as of one moment. Replicas of a volume have the same digest at the same applied index
-// (I4), however their blocks got there. It reads and verifies every block, so it is a scrub as well:
-// ErrCorrupt, and no digest, when one is damaged. ErrUnavailable: Restoring. ErrNotFound: dropped.
+// Digest is SHA-256 over the State and over what the volume and each of its snapshots show: LBA and checksum of each
+// block that reads as other than never written, as of one moment. Replicas of a volume have the same digest at the same
+// applied index (I4), however their blocks got there, and whatever each has swept or flattened. It reads and verifies
+// every block that is shown, so it is a scrub as well: ErrCorrupt, and no digest, when one is damaged. ErrUnavailable:
+// Restoring. ErrNotFound: dropped.
 func (v *Volume) Digest() ([32]byte, error) {
 	d, err := v.digest()
 	if err != nil {
@@ -36,38 +37,15 @@ func (v *Volume) digest() (d [32]byte, err error) {
 	defer v.e.live.end(hold)
 	snap := v.e.db.NewSnapshot()
 	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
-	it, r, err := v.pinned(snap)
+	w, r, err := v.pinnedWalk(snap)
 	if err != nil {
 		return d, err
 	}
-	defer func() { err = closeIter(it, err) }()
+	defer func() { err = w.close(err) }()
 	h := sha256.New()
 	hashState(h, &r.state)
-	blocks := blockReader{e: v.e}
-	next := trivet.LBA(0)
-	for ok := it.First(); ok; ok = it.Next() {
-		bk, err := decodeBlockKey(it.Key())
-		if err != nil {
-			return d, err
-		}
-		data, sum, err := blocks.at(it, bk)
-		if err != nil {
-			return d, err
-		}
-		if bk.lba < next {
-			continue // an older generation; verified all the same
-		}
-		next = bk.lba + 1
-		if data == nil {
-			continue // as good as never written
-		}
-		var e [12]byte
-		binary.BigEndian.PutUint64(e[:], uint64(bk.lba))
-		binary.BigEndian.PutUint32(e[8:], sum)
-		h.Write(e[:]) //nolint:errcheck // a hash never fails
-	}
-	if err := it.Error(); err != nil {
-		return d, toErr(err)
+	if err := hashBlocks(h, w, &blockReader{e: v.e}, r.state.shownGenerations()); err != nil {
+		return d, err
 	}
 	return [32]byte(h.Sum(nil)), nil
 }

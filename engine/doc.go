@@ -16,6 +16,9 @@
 //     that reads back from this disk otherwise than the source had it.
 //   - An image made for a volume's Want turns that volume into its source's, from any source that is not
 //     behind, and carries no more than what changed as far as the source's journal reaches back.
+//   - A snapshot shows what the volume did when it was taken, until State leaves it out; so does a clone until it is
+//     dropped, whatever becomes of the snapshot. Freeze, clone and rollback cost the same whatever the volume holds.
+//     What nobody shows any more is removed in the background, and never anything else.
 //   - A dropped volume's bytes never show again, in no later volume.
 //   - Damage is told, once for each table or volume (Config.OnCorruption), and costs neither the good blocks nor
 //     a core: compactions that meet it are tried again later and later (compactions.go, H22, H38).

@@ -36,6 +36,9 @@ type Config struct {
 	// CleanTarget is the share of the segments' space that live blocks should take; below it the emptiest segments
 	// are cleaned. 0 = 0.7; negative: only Clean does it. At most 0.95. It needs a log with a data lane.
 	CleanTarget float64
+	// SweepRate bounds the versions of blocks that the background looks at in a second, where snapshots were deleted,
+	// and clones are to be flattened. 0 = 200 000; negative: only Sweep does it.
+	SweepRate int
 
 	// Fatal is called once, on the first I/O error in the background, or with a *DamageError when damage keeps
 	// the disk from taking more writes. From then on nothing that changes or flushes succeeds. It runs on a
@@ -80,7 +83,11 @@ type Engine struct {
 	log    *segment.Log // nil: blocks are values
 	live   *live        // nil when log is
 	clean  *cleaner     // nil when log has no data lane
-	owns   *segment.Log // that Close closes, too; tests only
+
+	sweeper *sweeper
+	bases   bases
+
+	owns *segment.Log // that Close closes, too; tests only
 
 	journalBytes    int64 // bound per volume
 	imageRangeBytes int
@@ -115,6 +122,9 @@ func Open(cfg Config) (*Engine, error) {
 	}
 	if cfg.MemTableBytes == 0 {
 		cfg.MemTableBytes = memTableBytesDefault
+	}
+	if cfg.SweepRate == 0 {
+		cfg.SweepRate = sweepRateDefault
 	}
 	if cfg.JournalBytes == 0 {
 		cfg.JournalBytes = journalBytesDefault
@@ -160,6 +170,7 @@ func open(cfg Config) (*Engine, error) {
 		journalBytes:    cfg.JournalBytes,
 		imageRangeBytes: cfg.imageRangeBytes,
 	}
+	e.sweeper, e.bases.n = newSweeper(e, cfg.SweepRate), map[Base]int{}
 	e.space = newSpace(cfg.FS, cfg.Dir, func() uint64 { return db.Metrics().MemTable.Size })
 	if err := e.checkFormat(); err != nil {
 		return nil, errors.Join(err, e.Close())
@@ -167,6 +178,10 @@ func open(cfg Config) (*Engine, error) {
 	if err := e.openLog(&cfg); err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
+	if err := e.openBases(); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	e.sweeper.start()
 	return e, nil
 }
 
@@ -406,6 +421,7 @@ func (e *Engine) Close() error {
 	if e.clean != nil {
 		e.clean.stop()
 	}
+	e.sweeper.stop()
 	e.life.Lock()
 	defer e.life.Unlock()
 	if e.closed {

@@ -1,9 +1,12 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
@@ -145,3 +148,52 @@ func CheckLive(e *Engine) error {
 
 // LogOf returns the log of an engine.
 func LogOf(e *Engine) *segment.Log { return e.log }
+
+// SweepNow does all background work on generations.
+func SweepNow(e *Engine) error { return e.Sweep(context.Background()) }
+
+// Versions counts the versions that the store has of all blocks of a volume, DataVersions those that are no tombstones.
+func Versions(v *Volume) (n int, err error) {
+	return countVersions(v, func(*pebble.Iterator) bool { return true })
+}
+
+// DataVersions: see Versions.
+func DataVersions(v *Volume) (n int, err error) {
+	return countVersions(v, func(it *pebble.Iterator) bool { return it.Value()[0] != kindTombstone })
+}
+
+func countVersions(v *Volume, which func(*pebble.Iterator) bool) (n int, err error) {
+	lower, upper := volumeBlocks(v.id)
+	it, err := v.e.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return 0, err
+	}
+	for ok := it.First(); ok; ok = it.Next() {
+		if which(it) {
+			n++
+		}
+	}
+	return n, it.Close()
+}
+
+// SweepOwed reports whether the volume's record says that a sweep is owed.
+func SweepOwed(v *Volume) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.rec.sweep
+}
+
+// SweepStep does one step of the background work on a volume.
+func SweepStep(v *Volume) error {
+	_, _, err := v.sweepSome()
+	return err
+}
+
+// Dependants are the generations of a volume that lie beneath others.
+func Dependants(e *Engine, id trivet.VolumeID) []trivet.Generation { return e.bases.of(nil, id) }
+
+// Written is what was put into the store since it was opened: batches, and their bytes.
+func Written(e *Engine) (batches, bytes int64) { return int64(e.committed.Load()), e.space.total() }
+
+// StopSweeper ends the background work on generations; SweepNow does what it left.
+func StopSweeper(e *Engine) { e.sweeper.stop() }

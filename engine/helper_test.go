@@ -30,9 +30,12 @@ func seeds(t testing.TB, seed uint64) *rand.Rand {
 }
 
 // config has a small memtable, so that tests meet flushes and compactions.
-// It refers to a small log on the same disk, which ends with the engine, and is cleaned by commit alone.
+// It refers to a small log on the same disk, which ends with the engine, and is cleaned by commit alone, and swept
+// when a test says so.
 func config(fs vfs.FS) engine.Config {
-	cfg := engine.Config{FS: fs, Dir: "disk", CacheBytes: 1 << 20, MemTableBytes: 256 << 10, CleanTarget: -1}
+	cfg := engine.Config{
+		FS: fs, Dir: "disk", CacheBytes: 1 << 20, MemTableBytes: 256 << 10, CleanTarget: -1, SweepRate: -1,
+	}
 	if err := engine.WithLog(&cfg, raftgroup.LogDir(fs, "disk.log")); err != nil {
 		panic(err) // whatever a test has done, a log can be opened
 	}

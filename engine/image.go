@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -15,9 +16,9 @@ import (
 )
 
 // Image is a pinned, consistent image of a volume as a stream, for Restore elsewhere (image_format.go).
-// It carries the State of its own moment (H7), all generations of the blocks that are wanted, and
-// checksums of everything. A damaged block ends it with ErrCorrupt, so that damage never spreads (H21). It
-// holds disk space that the volume gives up meanwhile, so Close it soon. Read and Close may be called
+// It carries the State of its own moment (H7), what the volume and its snapshots show of the blocks
+// that are wanted, and checksums of everything. A damaged block ends it with ErrCorrupt, so that damage never spreads
+// (H21). It holds disk space that the volume gives up meanwhile, so Close it soon. Read and Close may be called
 // concurrently.
 type Image struct {
 	e      *Engine
@@ -28,15 +29,19 @@ type Image struct {
 	mu   sync.Mutex
 	snap *pebble.Snapshot // nil after Close
 	hold *hold            // of what it refers to
-	it   *pebble.Iterator // at the first key not sent, when run is not empty
+	w    *walker          // at the first block of which nothing was sent, when run is not empty
 	out  partWriter
 	buf  []byte // produced, not read yet
 	end  error  // what Read returns after buf
 
 	needed *blockCursor
-	run    extent // what is left of the run that is being sent; its first block may be sent in part
-	inside bool   // a version of run's first block is sent, another follows
-	sent   bool   // all blocks are
+	run    extent              // what is left of the run that is being sent; its first block may be sent in part
+	inside bool                // a version of run's first block is sent, another follows
+	gens   []trivet.Generation // that the volume shows, newest first
+	shown  []content           // of them
+	all    []version           // of the walker's block that are to be sent, newest first
+	items  []version           // what of all is not sent; none: it has nothing to send
+	sent   bool                // all blocks are
 
 	blocks    blockReader
 	sum       *versionHash // of the versions since the last digest
@@ -69,16 +74,16 @@ func (v *Volume) image(wanted []byte) (_ *Image, err error) {
 		}
 	}()
 	snap := v.e.db.NewSnapshot()
-	it, r, err := v.pinned(snap)
+	w, r, err := v.pinnedWalk(snap)
 	if err != nil {
 		return nil, errors.Join(err, toErr(snap.Close()))
 	}
 	i := &Image{
-		e: v.e, volume: v.id, state: r.state, snap: snap, hold: hold, it: it, sum: newVersionHash(),
-		blocks: blockReader{e: v.e},
+		e: v.e, volume: v.id, state: r.state, snap: snap, hold: hold, w: w, sum: newVersionHash(),
+		blocks: blockReader{e: v.e}, gens: r.state.shownGenerations(),
 	}
 	if err := i.begin(v, &r, wanted); err != nil {
-		return nil, errors.Join(closeIter(it, err), toErr(snap.Close()))
+		return nil, errors.Join(w.close(err), toErr(snap.Close()))
 	}
 	v.e.imagesMu.Lock()
 	v.e.images[i] = struct{}{}
@@ -258,7 +263,9 @@ func (i *Image) produceBlocks() error {
 				break
 			}
 			i.run = next
-			i.it.SeekGE(appendBlockPrefix(i.out.key[:0], i.volume, next.lba))
+			if err := i.goTo(next.lba); err != nil {
+				return err
+			}
 		}
 		if err := i.produceItem(); err != nil {
 			return err
@@ -269,50 +276,86 @@ func (i *Image) produceBlocks() error {
 	return nil
 }
 
-// produceItem appends the next version of a block of the run, or the blocks up to it that have none.
-func (i *Image) produceItem() error {
-	next := i.run.end()
-	if i.it.Valid() {
-		bk, err := decodeBlockKey(i.it.Key())
+// goTo has the walker at the first block at or after one, of which something is to be sent.
+func (i *Image) goTo(lba trivet.LBA) error {
+	if err := i.w.seek(lba); err != nil {
+		return err
+	}
+	return i.advance()
+}
+
+// advance goes to the next block of which something is to be sent.
+func (i *Image) advance() error {
+	for {
+		ok, err := i.w.next() // at lbaMax without items, when there is none
 		if err != nil {
 			return err
 		}
-		next = min(next, bk.lba)
-		if next == i.run.lba {
-			return i.produceVersion(bk)
+		if i.gather(); !ok || len(i.items) > 0 {
+			return nil
 		}
-	} else if err := i.it.Error(); err != nil {
-		return toErr(err)
+	}
+}
+
+// gather lists what is to be sent of the walker's block: what the volume and its snapshots show and no more, as
+// versions that need no layers. A version keeps its generation where that says which of them show it.
+func (i *Image) gather() {
+	i.all, i.shown = i.all[:0], i.w.contents(i.shown[:0], i.gens)
+	if k := len(i.shown); k > 0 && i.shown[k-1].x == nil { // nothing is what is shown without any version
+		i.shown = i.shown[:k-1]
+	}
+	for k := range i.shown {
+		c := &i.shown[k]
+		older, first := trivet.Generation(0), k == len(i.shown)-1 && c.oldest == i.gens[len(i.gens)-1]
+		if !first { // the newest generation that must not show it
+			older = i.gens[slices.Index(i.gens, c.oldest)+1]
+		}
+		x := version{gen: min(c.oldest, i.state.Generation)}
+		if c.x != nil {
+			x.val = c.x.val
+			if c.x != i.w.below && c.x.gen <= c.oldest && (first || c.x.gen > older) {
+				x.gen = c.x.gen
+			}
+		}
+		i.all = append(i.all, x)
+	}
+	i.items = i.all
+}
+
+// produceItem appends the next version of a block of the run, or the blocks up to it that have none.
+func (i *Image) produceItem() error {
+	next := i.run.end()
+	if len(i.items) > 0 {
+		if next = min(next, i.w.lba); next == i.run.lba {
+			return i.produceVersion()
+		}
 	}
 	i.out.absent(i.run.lba, int64(next-i.run.lba))
 	i.run = extent{next, int64(i.run.end() - next)}
 	return nil
 }
 
-func (i *Image) produceVersion(bk blockKey) error {
-	data, sum, err := i.blocks.at(i.it, bk)
-	if err != nil {
-		return err
+func (i *Image) produceVersion() error {
+	x := &i.items[0]
+	var data []byte
+	var err error
+	sum := BlockSum(i.volume, i.w.lba, nil) // of nothing
+	if x.val != nil {
+		if data, sum, err = i.w.read(&i.blocks, x); err != nil {
+			return err
+		}
 	}
+	bk := blockKey{i.volume, i.w.lba, x.gen}
 	i.out.version(bk, sum, data)
 	i.sum.add(bk, data == nil, sum)
 	i.versionN++
-	i.it.Next()
-	i.inside = false
-	if i.it.Valid() {
-		next, err := decodeBlockKey(i.it.Key())
-		if err != nil {
-			return err
-		}
-		i.inside = next.lba == bk.lba
-	} else if err := i.it.Error(); err != nil {
-		return toErr(err) // or an older version might be left out
+	i.items = i.items[1:]
+	if i.inside = len(i.items) > 0; i.inside {
+		return nil
 	}
-	if !i.inside {
-		i.run.lba++
-		i.run.n--
-	}
-	return nil
+	i.run.lba++
+	i.run.n--
+	return i.advance()
 }
 
 // versionHash is the digest of versions of blocks: of each LBA (8), generation (4), 1 for a tombstone, else 0,
@@ -355,9 +398,9 @@ func (i *Image) unpin() error {
 	if i.snap == nil {
 		return nil
 	}
-	_ = i.it.Close() // repeats what Read has told
+	_ = i.w.close(nil) // repeats what Read has told
 	err := toErr(i.snap.Close())
 	i.e.live.end(i.hold)
-	i.snap, i.it, i.buf, i.end = nil, nil, nil, trivet.ErrClosed
+	i.snap, i.w, i.buf, i.end = nil, nil, nil, trivet.ErrClosed
 	return err
 }

@@ -88,7 +88,6 @@ type partWriter struct {
 	buf   []byte
 	sum   uint32
 	partN uint64
-	key   [blockKeyBytes]byte // scratch of the Image
 }
 
 // beginStream makes the first bytes and the first part.

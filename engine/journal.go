@@ -116,6 +116,9 @@ func decodeJournalValue(v, key []byte, add func(extent)) error {
 // REQUIRES: entered; old is the volume's record.
 func (b *Batch) journalNext(old *record, index uint64) (journal, error) {
 	j := old.journal
+	if b.back != nil { // anything may have changed
+		return b.v.journalAnew(b.b, max(index, old.state.AppliedIndex+1))
+	}
 	if len(b.touched) == 0 {
 		return j, nil
 	}

@@ -12,14 +12,14 @@ import (
 // CreateVolume makes an empty volume of sizeBytes for a replica; it is durable when it returns. The
 // same replica again: nil, whatever the size has become. Another replica: ErrExists; drop that one first.
 func (e *Engine) CreateVolume(id trivet.VolumeID, replica trivet.ReplicaID, sizeBytes int64) error {
-	if err := e.createVolume(id, replica, sizeBytes); err != nil {
+	if err := e.createVolume(id, replica, sizeBytes, nil); err != nil {
 		return fmt.Errorf("create %s for replica %s: %w", id, replica, err)
 	}
 	return nil
 }
 
-func (e *Engine) createVolume(id trivet.VolumeID, replica trivet.ReplicaID, sizeBytes int64) error {
-	r := record{replica: replica, state: State{SizeBytes: sizeBytes}}
+func (e *Engine) createVolume(id trivet.VolumeID, replica trivet.ReplicaID, sizeBytes int64, layers []layer) error {
+	r := record{replica: replica, state: State{SizeBytes: sizeBytes}, layers: layers}
 	if err := r.state.check(); err != nil {
 		return err
 	}
@@ -41,20 +41,39 @@ func (e *Engine) createVolume(id trivet.VolumeID, replica trivet.ReplicaID, size
 	default:
 		return e.flush() // an earlier call may have failed before its flush
 	}
+	if err := e.createLocked(id, &r); err != nil {
+		return err
+	}
+	return e.flush()
+}
+
+// createLocked is createVolume of what is not there, but for the flush. REQUIRES: entered; mu.
+func (e *Engine) createLocked(id trivet.VolumeID, r *record) error {
+	for _, l := range r.layers {
+		unlock, err := e.lockBase(id, l.base)
+		if err != nil {
+			return err
+		}
+		defer unlock() // what deletes the snapshot from then on finds it in use, and is on disk no earlier than this
+	}
 	b := e.db.NewBatch()
 	defer func() { _ = b.Close() }() // memory only
 	// Nothing should be there. If anything is, it is another volume's past, not this one's content.
 	if err := deleteContent(b, id); err != nil {
 		return err
 	}
-	if err := setRecord(b, id, &r); err != nil {
+	if err := setRecord(b, id, r); err != nil {
 		return err
 	}
 	if err := e.apply(b); err != nil {
 		return err
 	}
 	e.live.create(id)
-	return e.flush()
+	e.bases.add(id, r.layers, 1)
+	if len(r.layers) > 0 {
+		e.sweeper.owed(id)
+	}
+	return nil
 }
 
 // OpenVolume returns the handle of a volume, one and the same for all callers. ErrNotFound: never
@@ -66,6 +85,11 @@ func (e *Engine) OpenVolume(id trivet.VolumeID) (*Volume, error) {
 	defer e.exit()
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	return e.openVolumeLocked(id)
+}
+
+// openVolumeLocked is OpenVolume. REQUIRES: entered; mu.
+func (e *Engine) openVolumeLocked(id trivet.VolumeID) (*Volume, error) {
 	if v := e.open[id]; v != nil {
 		return v, nil
 	}
@@ -80,7 +104,7 @@ func (e *Engine) OpenVolume(id trivet.VolumeID) (*Volume, error) {
 
 // DropVolume removes a volume with all its blocks, durably. Its handle returns ErrNotFound from then
 // on; images taken before go on. A volume that is not there is dropped already: nil. Space comes back
-// in the background.
+// in the background. ErrInUse: a clone on this disk still needs it; Flatten that, or wait until it is.
 func (e *Engine) DropVolume(id trivet.VolumeID) error {
 	if err := e.enterWrite(); err != nil {
 		return fmt.Errorf("drop %s: %w", id, err)
@@ -95,6 +119,14 @@ func (e *Engine) DropVolume(id trivet.VolumeID) error {
 }
 
 func (e *Engine) dropLocked(id trivet.VolumeID) error {
+	if gens := e.bases.of(nil, id); len(gens) > 0 {
+		return fmt.Errorf("clones need its generations %v: %w", gens, trivet.ErrInUse)
+	}
+	// A record that cannot be read says nothing of what lies beneath: that stays until the engine is opened again.
+	r, err := readRecord(e.db, nil, id)
+	if err != nil && !errIsGone(err) && !errors.Is(err, trivet.ErrInvalid) {
+		return err
+	}
 	b := e.db.NewBatch()
 	defer func() { _ = b.Close() }() // memory only
 	if err := deleteContent(b, id); err != nil {
@@ -117,6 +149,7 @@ func (e *Engine) dropLocked(id trivet.VolumeID) error {
 	if e.live != nil {
 		e.live.drop(id, gone)
 	}
+	e.release(id, r.layers)
 	return e.flush()
 }
 

@@ -225,14 +225,18 @@ type change struct {
 }
 
 // commit counts the changes of a batch of a volume, in their order, after the store has taken it. next is the volume's
-// generation from now on. The caller holds the volume's applyMu, so counts and store go together.
-func (l *live) commit(id trivet.VolumeID, changes []change, next trivet.Generation) {
+// generation from now on. The caller holds the volume's applyMu, so counts and store go together. fresh, when set, is
+// told of the blocks that had no block of this generation in the log before.
+func (l *live) commit(id trivet.VolumeID, changes []change, next trivet.Generation, fresh func(extent)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v := l.volLocked(id)
 	for _, c := range changes {
 		if c.seg == nil {
 			l.clearLocked(v, c.extent)
+			if fresh != nil {
+				fresh(c.extent)
+			}
 			continue
 		}
 		for lba := c.lba; lba < c.end(); lba++ {
@@ -240,6 +244,8 @@ func (l *live) commit(id trivet.VolumeID, changes []change, next trivet.Generati
 			l.countLocked(v, c.seg, 1)
 			if old != 0 {
 				l.countLocked(v, l.byOrd[old], -1)
+			} else if fresh != nil {
+				fresh(extent{lba, 1})
 			}
 		}
 	}

@@ -71,14 +71,19 @@ func (r *blockReader) at(it *pebble.Iterator, bk blockKey) (data []byte, sum uin
 	if err != nil {
 		return nil, 0, toErr(err)
 	}
+	return r.value(val, it.Key(), bk)
+}
+
+// value is at, of a key and a value that were read.
+func (r *blockReader) value(val, key []byte, bk blockKey) (data []byte, sum uint32, err error) {
 	if !isRef(val) {
-		return decodeValue(val, it.Key(), bk)
+		return decodeValue(val, key, bk)
 	}
 	at, sum, err := decodeRef(val, bk)
 	if err != nil {
 		return nil, 0, err
 	}
-	data, err = r.fetch(at, sum, bk, place(it.Key()))
+	data, err = r.fetch(at, sum, bk, place(key))
 	return data, sum, err
 }
 

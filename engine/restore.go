@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +29,7 @@ import (
 // ErrInvalid: the image builds on what the volume does not have, is older than it, by applied index or epoch, or,
 // unless it is of everything, than what an interrupted Restore was moving to, or is of another format; ErrInUse: a
 // batch is open.
-// These two change nothing.
+// These two change nothing; so does ErrInUse because a clone on this disk needs the volume's generations.
 func (v *Volume) Restore(r io.Reader) error {
 	if err := v.restore(r); err != nil {
 		return fmt.Errorf("restore %s: %w", v.id, err)
@@ -47,6 +48,11 @@ func (v *Volume) restore(r io.Reader) error {
 	}
 	if err := v.mayRestore(&ir.begin); err != nil {
 		return err
+	}
+	if ir.begin.base.ceiling() > 0 { // what does not come must be here in a form that needs no layers
+		if err := v.Flatten(context.Background()); err != nil { //nolint:forbidigo // it is short, and needs no data
+			return err
+		}
 	}
 	if err := v.beginRestore(&ir.begin); err != nil {
 		return err
@@ -99,11 +105,20 @@ func (v *Volume) beginRestore(img *imageBegin) error {
 		return err
 	}
 	defer v.e.exit()
+	v.applyMu.Lock()
+	defer v.applyMu.Unlock()
+	if gens := v.e.bases.of(nil, v.id); len(gens) > 0 {
+		return fmt.Errorf("clones need its generations %v as they are: %w", gens, trivet.ErrInUse)
+	}
 	v.mu.Lock()
+	layers := v.rec.layers
 	next := record{replica: v.replica, restoring: true, state: v.rec.state.clone(), have: v.rec.covers()}
 	v.usable.Store(v.usable.Load() | 1)
 	if img.startsOver(v.rec.restoring) && img.record.state.AppliedIndex < next.state.AppliedIndex {
 		next.have = wholly(0) // what is claimed may be newer than the image
+	}
+	if len(layers) > 0 { // the image replaces everything
+		next.have = wholly(0)
 	}
 	v.mu.Unlock()
 	next.state.AppliedIndex, next.state.Epoch = img.record.state.AppliedIndex, img.record.state.Epoch
@@ -113,8 +128,13 @@ func (v *Volume) beginRestore(img *imageBegin) error {
 	if next.journal, err = v.journalAnew(b, next.state.AppliedIndex); err != nil {
 		return err
 	}
-	if err := v.apply(b, &next, func() { v.e.live.forgetPages(v.id) }); err != nil {
+	if err := v.applyLocked(b, &next, func() { v.e.live.forgetPages(v.id) }); err != nil {
 		return err
+	}
+	if len(layers) > 0 {
+		v.layout.Add(1)
+		v.flatAt = 0
+		v.e.release(v.id, layers)
 	}
 	return v.e.flush()
 }
@@ -127,6 +147,7 @@ func (v *Volume) finishRestore(img *imageBegin) error {
 	defer v.e.exit()
 	next := &record{replica: v.replica, state: img.record.state}
 	next.journal.floor = next.state.AppliedIndex
+	next.sweep = next.state.Generation > 0 // what did not come again may have versions of snapshots that are gone since
 	b := v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
 	if err := setRecord(b, v.id, next); err != nil {
@@ -143,10 +164,11 @@ func (v *Volume) finishRestore(img *imageBegin) error {
 	}
 	v.setRecord(next)
 	v.mu.Lock()
-	defer v.mu.Unlock()
 	if !v.dropped {
 		v.usable.Store(v.usable.Load() + 1)
 	}
+	v.mu.Unlock()
+	v.owe(next.sweep, nil)
 	return nil
 }
 

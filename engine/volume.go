@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -23,9 +24,14 @@ type Volume struct {
 	usable atomic.Uint64
 	size   atomic.Int64 // bytes, as in rec
 
+	// layout is odd while there are layers, and never the same again after they were there: then a read has to look
+	// at the record too, at one moment with the blocks.
+	layout atomic.Uint64
+
 	// applyMu is held over each of the volume's commits, so that none slips behind a drop. It is
 	// held while Pebble takes the batch, which may stall on the disk; no reader needs it.
 	applyMu sync.Mutex
+	flatAt  trivet.LBA // under applyMu: where flattening the lowest layer goes on
 
 	mu      sync.Mutex
 	rec     record
@@ -33,6 +39,7 @@ type Volume struct {
 	dropped bool
 	touched []extent // buffer of the one Batch
 	changes []change // and another
+	debt    sweepDebt
 }
 
 func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
@@ -40,6 +47,12 @@ func newVolume(e *Engine, id trivet.VolumeID, r record) *Volume {
 	v.size.Store(r.state.SizeBytes)
 	if r.restoring {
 		v.usable.Store(1)
+	}
+	if r.sweep {
+		v.debt.owesAll()
+	}
+	if len(r.layers) > 0 {
+		v.layout.Store(1)
 	}
 	return v
 }
@@ -143,7 +156,7 @@ func (v *Volume) ReadAtGeneration(p []byte, lba trivet.LBA, gen trivet.Generatio
 	if err := v.readAt(p, lba, gen); err != nil {
 		v.e.health.corruptBlock(err)
 		if gen != Live {
-			return fmt.Errorf("read %d blocks at %d of %s, generation %d: %w", len(p)/trivet.BlockSize, lba, v.id, gen, err)
+			err = fmt.Errorf("generation %d: %w", gen, err)
 		}
 		return fmt.Errorf("read %d blocks at %d of %s: %w", len(p)/trivet.BlockSize, lba, v.id, err)
 	}
@@ -183,6 +196,10 @@ func (v *Volume) readAt(p []byte, lba trivet.LBA, gen trivet.Generation) error {
 // lookUp fills p with what the store has itself, and notes what stands in the log.
 func (v *Volume) lookUp(p []byte, lba trivet.LBA, gen trivet.Generation, sc *readScratch) error {
 	sc.wanted = sc.wanted[:0]
+	layout := v.layout.Load()
+	if layout%2 != 0 {
+		return v.lookThrough(p, lba, gen, sc)
+	}
 	n := trivet.LBA(len(p) / trivet.BlockSize)
 	sc.opts = pebble.IterOptions{
 		LowerBound:   appendBlockKey(sc.lower[:0], v.id, lba, gen),
@@ -193,7 +210,16 @@ func (v *Volume) lookUp(p []byte, lba trivet.LBA, gen trivet.Generation, sc *rea
 	if err != nil {
 		return err
 	}
-	if err := v.mayLookAt(gen); err != nil { // after the iterator: what is held now was not swept before
+	if v.layout.Load() != layout {
+		if err := closeIter(it, nil); err != nil {
+			return err
+		}
+		return v.lookThrough(p, lba, gen, sc)
+	}
+	v.mu.Lock()
+	err = v.rec.state.mayLookAt(gen) // after the iterator was made: what is kept now was not swept before
+	v.mu.Unlock()
+	if err != nil {
 		return closeIter(it, err)
 	}
 	if n == 1 {
@@ -204,17 +230,39 @@ func (v *Volume) lookUp(p []byte, lba trivet.LBA, gen trivet.Generation, sc *rea
 	return closeIter(it, sc.fill(p, it, lba, gen))
 }
 
-// mayLookAt returns ErrNotFound for a generation that is not kept.
-func (v *Volume) mayLookAt(gen trivet.Generation) error {
-	if gen == Live {
-		return nil
+// lookThrough is lookUp of a volume that has layers.
+func (v *Volume) lookThrough(p []byte, lba trivet.LBA, gen trivet.Generation, sc *readScratch) (err error) {
+	snap := v.e.db.NewSnapshot()
+	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
+	w, err := v.walkAt(snap, lba, lba+trivet.LBA(len(p)/trivet.BlockSize), gen)
+	if err != nil {
+		return err
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if _, ok := v.rec.state.snapshotAt(gen); !ok {
-		return fmt.Errorf("no snapshot holds generation %d: %w", gen, trivet.ErrNotFound)
+	defer func() { err = w.close(err) }()
+	rest := p // not filled yet; its first block is lba
+	for {
+		ok, err := w.next()
+		if err != nil {
+			return err
+		}
+		if !ok {
+			clear(rest)
+			return nil
+		}
+		x := w.content(gen)
+		if x == nil {
+			continue
+		}
+		gap := int(w.lba-lba) * trivet.BlockSize
+		clear(rest[:gap])
+		rest = rest[gap:]
+		key := appendBlockKey(sc.seek[:0], v.id, w.lba, x.gen)
+		i := (len(p) - len(rest)) / trivet.BlockSize
+		if err := sc.block(rest[:trivet.BlockSize], i, x.val, key, blockKey{v.id, w.lba, x.gen}); err != nil {
+			return err
+		}
+		rest, lba = rest[trivet.BlockSize:], w.lba+1
 	}
-	return nil
 }
 
 // fetch reads what stands in the log into p, runs in one piece. On an error it says which block failed.
@@ -297,7 +345,12 @@ func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA, gen t
 		gap := int(bk.lba-lba) * trivet.BlockSize
 		clear(rest[:gap])
 		rest = rest[gap:]
-		if err := sc.block(rest[:trivet.BlockSize], (len(p)-len(rest))/trivet.BlockSize, it, bk); err != nil {
+		val, err := it.ValueAndErr()
+		if err != nil {
+			return toErr(err)
+		}
+		err = sc.block(rest[:trivet.BlockSize], (len(p)-len(rest))/trivet.BlockSize, val, it.Key(), bk)
+		if err != nil {
 			return err
 		}
 		if rest, lba = rest[trivet.BlockSize:], bk.lba+1; len(rest) == 0 {
@@ -309,12 +362,9 @@ func (sc *readScratch) fill(p []byte, it *pebble.Iterator, lba trivet.LBA, gen t
 	return toErr(it.Error())
 }
 
-// block copies the block under the iterator, whose key is bk and which is the i-th of the read, or notes where it is.
-func (sc *readScratch) block(p []byte, i int, it *pebble.Iterator, bk blockKey) error {
-	val, err := it.ValueAndErr()
-	if err != nil {
-		return toErr(err)
-	}
+// block copies the block that key and value are of, key decoded is bk, which is the i-th of the read, or notes where it
+// is.
+func (sc *readScratch) block(p []byte, i int, val, key []byte, bk blockKey) error {
 	if isRef(val) {
 		at, sum, err := decodeRef(val, bk)
 		if err == nil {
@@ -322,7 +372,7 @@ func (sc *readScratch) block(p []byte, i int, it *pebble.Iterator, bk blockKey) 
 		}
 		return err
 	}
-	data, _, err := decodeValue(val, it.Key(), bk)
+	data, _, err := decodeValue(val, key, bk)
 	if err != nil {
 		return err
 	}
@@ -369,6 +419,11 @@ func (v *Volume) endApplier(touched []extent, changes []change) {
 func (v *Volume) apply(b *pebble.Batch, next *record, then func()) error {
 	v.applyMu.Lock()
 	defer v.applyMu.Unlock()
+	return v.applyLocked(b, next, then)
+}
+
+// applyLocked is apply. REQUIRES: entered; applyMu.
+func (v *Volume) applyLocked(b *pebble.Batch, next *record, then func()) error {
 	v.mu.Lock()
 	dropped := v.dropped
 	v.mu.Unlock()
@@ -396,18 +451,21 @@ func (v *Volume) apply(b *pebble.Batch, next *record, then func()) error {
 func (v *Volume) setRecord(next *record) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	session, config := v.rec.state.Session[:0], v.rec.state.Config[:0]
-	snapshots := v.rec.state.Snapshots[:0]
-	if next != &v.rec {
-		v.rec = *next
-		//nolint:gocritic // the buffers of the old state are used again
-		v.rec.state.Session = append(session, next.state.Session...)
-		//nolint:gocritic // as above
-		v.rec.state.Config = append(config, next.state.Config...)
-		//nolint:gocritic // as above
-		v.rec.state.Snapshots = append(snapshots, next.state.Snapshots...)
-	}
+	old := v.rec.state
+	v.rec = *next
+	v.rec.state.Session = takeOver(old.Session, next.state.Session)
+	v.rec.state.Config = takeOver(old.Config, next.state.Config)
+	v.rec.state.Snapshots = takeOver(old.Snapshots, next.state.Snapshots)
 	v.size.Store(v.rec.state.SizeBytes)
+}
+
+// takeOver copies next into the memory of old, unless it is there: the background changes a record but for its state,
+// which a batch may be reading.
+func takeOver[T any](old, next []T) []T {
+	if len(old) > 0 && len(old) == len(next) && &old[0] == &next[0] {
+		return old
+	}
+	return append(old[:0], next...)
 }
 
 func (v *Volume) markDropped() {
