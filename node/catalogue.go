@@ -93,6 +93,7 @@ type runningReplica interface {
 	Remove(ctx context.Context, id trivet.ReplicaID) error
 	Freeze(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) (replication.Frozen, error)
 	DropSnapshot(ctx context.Context, id trivet.SnapshotID) error
+	Rollback(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) error
 }
 
 // realHost is the Host of package replication behind replicaHost.

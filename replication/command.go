@@ -30,10 +30,10 @@ import (
 // The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
-// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize,
-// the ID of a snapshot for freeze and drop, and zero otherwise. seq and low are zero for all but the first three: these
-// need no session, because a late copy of one has no effect (DESIGN.md). A freeze or drop is the only request of its
-// entry: the generation of blocks changes between entries, never within one.
+// arg is the number of blocks of a write, discard or write-zeroes, the new size in bytes of a resize, the ID of a
+// snapshot for freeze, drop and roll back, and zero otherwise. seq and low are zero for all but the first three: these
+// need no session, because a late copy of one has no effect (DESIGN.md). Freeze, drop and roll back are the only
+// request of their entry: the generation of blocks changes between entries, never within one.
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16
@@ -61,6 +61,7 @@ const (
 	opWipe        opCode = 6
 	opFreeze      opCode = 7
 	opDrop        opCode = 8
+	opRollback    opCode = 9
 )
 
 func (o opCode) String() string {
@@ -81,6 +82,8 @@ func (o opCode) String() string {
 		return "freeze"
 	case opDrop:
 		return "drop snapshot"
+	case opRollback:
+		return "roll back"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -89,7 +92,7 @@ func (o opCode) String() string {
 func (o opCode) sessioned() bool { return o == opWrite || o == opDiscard || o == opWriteZeroes }
 
 // alone reports whether a request of this kind is the only one of its entry, and of an engine's batch.
-func (o opCode) alone() bool { return o == opFreeze || o == opDrop }
+func (o opCode) alone() bool { return o == opFreeze || o == opDrop || o == opRollback }
 
 // request is one effect on a volume. Its crc belongs to one volume and never changes once seal set it.
 type request struct {
@@ -159,6 +162,10 @@ func (r *request) check() error {
 	case opDrop:
 		if r.arg == 0 || r.epoch != 0 {
 			return fmt.Errorf("drop of snapshot %x at epoch %d: %w", r.arg, r.epoch, trivet.ErrInvalid)
+		}
+	case opRollback:
+		if r.arg == 0 || r.epoch == 0 {
+			return fmt.Errorf("roll back to snapshot %x at epoch %d: %w", r.arg, r.epoch, trivet.ErrInvalid)
 		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)

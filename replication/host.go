@@ -48,6 +48,8 @@ type HostConfig struct {
 	// or whose members all changed while it was away. nil: one that joins takes its log from any sender, and
 	// one whose configuration is older than all members takes it from none.
 	IsMember func(volume trivet.VolumeID, replica trivet.ReplicaID, node trivet.NodeID) bool
+	// Disks are those of the node. Snapshots are read from them, whether the volume's group runs or not; none: from none.
+	Disks []Disk
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
@@ -133,6 +135,9 @@ type ReplicaSpec struct {
 	// Members is the initial configuration: every replica, this one included. Empty for a replica
 	// that joins a group that exists.
 	Members []raftgroup.Member
+	// Base is the snapshot of another volume on the same disk that the volume begins with; nil = empty. A replica that
+	// joins has none: it is given everything.
+	Base *engine.Base
 }
 
 // Host runs this node's replicas and answers volume I/O for those that lead. It is safe for
@@ -173,6 +178,8 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeStatus, h.handleStatus)
 	cfg.Network.Handle(transport.KindVolumeStages, h.handleStages)
 	cfg.Network.Handle(transport.KindVolumeFreeze, h.handleFreeze)
+	cfg.Network.Handle(transport.KindVolumeSnapRead, h.handleSnapshot)
+	cfg.Network.Handle(transport.KindVolumeDelta, h.handleSnapshot)
 	return h, nil
 }
 

@@ -15,8 +15,9 @@ import (
 )
 
 // machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch,
-// which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes or drops
-// a snapshot is a batch of its own. Blocks are not copied: the engine refers to them where they stand in the log.
+// which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes or
+// drops a snapshot, or rolls back to one, is a batch of its own. Blocks are not copied: the engine refers to them where
+// they stand in the log.
 //
 // Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
 type machine struct {
@@ -149,6 +150,8 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) ([]result,
 			err = batch.Refer(ch.lba, reqs[i].data, stored, at)
 		case effectZero:
 			err = batch.Zero(ch.lba, ch.blockN)
+		case effectBack:
+			err = batch.Rollback(ch.generation)
 		case effectNone:
 		}
 		if err != nil {
