@@ -3791,6 +3791,314 @@ func (x *RecoverVolumeResponse) GetWarning() string {
 	return ""
 }
 
+type RestoreSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                                                               // name or ID
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`                                                                                       // of the new volume; empty with in_place
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`                                                           // 0 = the snapshot's
+	Parameters    map[string]string      `protobuf:"bytes,4,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // empty = those of the snapshot's volume
+	InPlace       bool                   `protobuf:"varint,5,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSnapshotRequest) Reset() {
+	*x = RestoreSnapshotRequest{}
+	mi := &file_admin_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSnapshotRequest) ProtoMessage() {}
+
+func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *RestoreSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *RestoreSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestoreSnapshotRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *RestoreSnapshotRequest) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetInPlace() bool {
+	if x != nil {
+		return x.InPlace
+	}
+	return false
+}
+
+type CloneVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`                                                                                   // name or ID
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`                                                                                       // of the new volume
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`                                                           // 0 = the source's
+	Parameters    map[string]string      `protobuf:"bytes,4,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // empty = those of the source
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneVolumeRequest) Reset() {
+	*x = CloneVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneVolumeRequest) ProtoMessage() {}
+
+func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneVolumeRequest.ProtoReflect.Descriptor instead.
+func (*CloneVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *CloneVolumeRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *CloneVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CloneVolumeRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *CloneVolumeRequest) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+type DiffSnapshotsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"` // name or ID; empty = nothing: all that "to" holds is listed
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	Offset        int64                  `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"` // in bytes: begin there; that of the last page's next_offset goes on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffSnapshotsRequest) Reset() {
+	*x = DiffSnapshotsRequest{}
+	mi := &file_admin_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffSnapshotsRequest) ProtoMessage() {}
+
+func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*DiffSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *DiffSnapshotsRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *DiffSnapshotsRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *DiffSnapshotsRequest) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+type DiffPage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Extents       []*Extent              `protobuf:"bytes,1,rep,name=extents,proto3" json:"extents,omitempty"`
+	NextOffset    int64                  `protobuf:"varint,2,opt,name=next_offset,json=nextOffset,proto3" json:"next_offset,omitempty"` // everything before is listed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffPage) Reset() {
+	*x = DiffPage{}
+	mi := &file_admin_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffPage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffPage) ProtoMessage() {}
+
+func (x *DiffPage) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffPage.ProtoReflect.Descriptor instead.
+func (*DiffPage) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *DiffPage) GetExtents() []*Extent {
+	if x != nil {
+		return x.Extents
+	}
+	return nil
+}
+
+func (x *DiffPage) GetNextOffset() int64 {
+	if x != nil {
+		return x.NextOffset
+	}
+	return 0
+}
+
+type Extent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Offset        int64                  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"` // in bytes
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Extent) Reset() {
+	*x = Extent{}
+	mi := &file_admin_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Extent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Extent) ProtoMessage() {}
+
+func (x *Extent) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Extent.ProtoReflect.Descriptor instead.
+func (*Extent) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *Extent) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *Extent) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -4134,7 +4442,42 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"last_heard\x18\x06 \x01(\tR\tlastHeard\x12\x12\n" +
 	"\x04lost\x18\a \x03(\tR\x04lost\x12\x18\n" +
-	"\awarning\x18\b \x01(\tR\awarning2\xfc\x12\n" +
+	"\awarning\x18\b \x01(\tR\awarning\"\x98\x02\n" +
+	"\x16RestoreSnapshotRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12U\n" +
+	"\n" +
+	"parameters\x18\x04 \x03(\v25.trivet.api.v1.RestoreSnapshotRequest.ParametersEntryR\n" +
+	"parameters\x12\x19\n" +
+	"\bin_place\x18\x05 \x01(\bR\ainPlace\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf1\x01\n" +
+	"\x12CloneVolumeRequest\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12Q\n" +
+	"\n" +
+	"parameters\x18\x04 \x03(\v21.trivet.api.v1.CloneVolumeRequest.ParametersEntryR\n" +
+	"parameters\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"R\n" +
+	"\x14DiffSnapshotsRequest\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x03R\x06offset\"\\\n" +
+	"\bDiffPage\x12/\n" +
+	"\aextents\x18\x01 \x03(\v2\x15.trivet.api.v1.ExtentR\aextents\x12\x1f\n" +
+	"\vnext_offset\x18\x02 \x01(\x03R\n" +
+	"nextOffset\"?\n" +
+	"\x06Extent\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes2\xe7\x14\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -4169,7 +4512,10 @@ const file_admin_proto_rawDesc = "" +
 	"\fExpandVolume\x12\".trivet.api.v1.ExpandVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12E\n" +
 	"\tListAudit\x12\x1f.trivet.api.v1.ListAuditRequest\x1a\x17.trivet.api.v1.AuditLog\x12N\n" +
 	"\tShowDisks\x12\x1f.trivet.api.v1.ShowDisksRequest\x1a .trivet.api.v1.ShowDisksResponse\x12Z\n" +
-	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponse\x12O\n" +
+	"\x0fRestoreSnapshot\x12%.trivet.api.v1.RestoreSnapshotRequest\x1a\x15.trivet.api.v1.Volume\x12O\n" +
+	"\rDiffSnapshots\x12#.trivet.api.v1.DiffSnapshotsRequest\x1a\x17.trivet.api.v1.DiffPage0\x01\x12G\n" +
+	"\vCloneVolume\x12!.trivet.api.v1.CloneVolumeRequest\x1a\x15.trivet.api.v1.VolumeB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -4183,7 +4529,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),       // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),   // 1: trivet.api.v1.ExplainVolumeRequest
@@ -4239,24 +4585,31 @@ var file_admin_proto_goTypes = []any{
 	(*DiskUse)(nil),                // 51: trivet.api.v1.DiskUse
 	(*RecoverVolumeRequest)(nil),   // 52: trivet.api.v1.RecoverVolumeRequest
 	(*RecoverVolumeResponse)(nil),  // 53: trivet.api.v1.RecoverVolumeResponse
-	nil,                            // 54: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                            // 55: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                            // 56: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                            // 57: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 58: trivet.api.v1.Volume.ParametersEntry
+	(*RestoreSnapshotRequest)(nil), // 54: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),     // 55: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),   // 56: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),               // 57: trivet.api.v1.DiffPage
+	(*Extent)(nil),                 // 58: trivet.api.v1.Extent
+	nil,                            // 59: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                            // 60: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                            // 61: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                            // 62: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                            // 63: trivet.api.v1.Volume.ParametersEntry
+	nil,                            // 64: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                            // 65: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	54, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	59, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	55, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	60, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	56, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	61, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	57, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	62, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	58, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	63, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
@@ -4267,73 +4620,82 @@ var file_admin_proto_depIdxs = []int32{
 	48, // 18: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
 	51, // 19: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
 	19, // 20: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	4,  // 21: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 22: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 23: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 24: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 25: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 26: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 27: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 28: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 29: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 30: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 31: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 32: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 33: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 34: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 35: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 36: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 37: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 38: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 39: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 40: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	34, // 41: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	35, // 42: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	37, // 43: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	37, // 44: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 45: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	43, // 46: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	15, // 47: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	45, // 48: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
-	46, // 49: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
-	49, // 50: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	52, // 51: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	5,  // 52: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 53: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 54: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 55: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 56: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 57: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 58: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 59: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 60: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 61: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 62: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 63: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 64: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 65: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 66: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 67: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 68: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 69: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 70: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 71: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 72: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 73: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 74: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 75: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 76: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 77: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 78: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	19, // 79: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	47, // 80: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	50, // 81: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	53, // 82: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	52, // [52:83] is the sub-list for method output_type
-	21, // [21:52] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	64, // 21: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	65, // 22: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	58, // 23: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	4,  // 24: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 25: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 26: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 27: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 28: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 29: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 30: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 31: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 32: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 33: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 34: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 35: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 36: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 37: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 38: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 39: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 40: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 41: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 42: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 43: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	34, // 44: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	35, // 45: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	37, // 46: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	37, // 47: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 48: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	43, // 49: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	15, // 50: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	45, // 51: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	46, // 52: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	49, // 53: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	52, // 54: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	54, // 55: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	56, // 56: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	55, // 57: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	5,  // 58: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 59: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 60: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 61: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 62: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 63: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 64: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 65: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 66: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 67: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 68: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 69: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 70: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 71: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 72: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 73: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 74: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 75: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 76: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 77: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 78: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 79: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 80: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 81: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 82: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 83: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 84: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	19, // 85: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	47, // 86: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	50, // 87: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	53, // 88: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	19, // 89: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	57, // 90: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	19, // 91: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	58, // [58:92] is the sub-list for method output_type
+	24, // [24:58] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -4347,7 +4709,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   66,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,37 +22,40 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_InitCluster_FullMethodName    = "/trivet.api.v1.Admin/InitCluster"
-	Admin_Join_FullMethodName           = "/trivet.api.v1.Admin/Join"
-	Admin_ClusterStatus_FullMethodName  = "/trivet.api.v1.Admin/ClusterStatus"
-	Admin_ListNodes_FullMethodName      = "/trivet.api.v1.Admin/ListNodes"
-	Admin_CreateVolume_FullMethodName   = "/trivet.api.v1.Admin/CreateVolume"
-	Admin_ListVolumes_FullMethodName    = "/trivet.api.v1.Admin/ListVolumes"
-	Admin_GetVolume_FullMethodName      = "/trivet.api.v1.Admin/GetVolume"
-	Admin_DeleteVolume_FullMethodName   = "/trivet.api.v1.Admin/DeleteVolume"
-	Admin_ReleaseVolume_FullMethodName  = "/trivet.api.v1.Admin/ReleaseVolume"
-	Admin_ReclaimVolume_FullMethodName  = "/trivet.api.v1.Admin/ReclaimVolume"
-	Admin_MoveLeader_FullMethodName     = "/trivet.api.v1.Admin/MoveLeader"
-	Admin_SetReplicas_FullMethodName    = "/trivet.api.v1.Admin/SetReplicas"
-	Admin_MoveReplica_FullMethodName    = "/trivet.api.v1.Admin/MoveReplica"
-	Admin_CordonNode_FullMethodName     = "/trivet.api.v1.Admin/CordonNode"
-	Admin_GetNode_FullMethodName        = "/trivet.api.v1.Admin/GetNode"
-	Admin_AttachVolume_FullMethodName   = "/trivet.api.v1.Admin/AttachVolume"
-	Admin_DetachVolume_FullMethodName   = "/trivet.api.v1.Admin/DetachVolume"
-	Admin_ServeVolume_FullMethodName    = "/trivet.api.v1.Admin/ServeVolume"
-	Admin_SetVolume_FullMethodName      = "/trivet.api.v1.Admin/SetVolume"
-	Admin_ExplainVolume_FullMethodName  = "/trivet.api.v1.Admin/ExplainVolume"
-	Admin_CreateSnapshot_FullMethodName = "/trivet.api.v1.Admin/CreateSnapshot"
-	Admin_ListSnapshots_FullMethodName  = "/trivet.api.v1.Admin/ListSnapshots"
-	Admin_GetSnapshot_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshot"
-	Admin_DeleteSnapshot_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshot"
-	Admin_ForgetNode_FullMethodName     = "/trivet.api.v1.Admin/ForgetNode"
-	Admin_ScrubVolume_FullMethodName    = "/trivet.api.v1.Admin/ScrubVolume"
-	Admin_GetScrub_FullMethodName       = "/trivet.api.v1.Admin/GetScrub"
-	Admin_ExpandVolume_FullMethodName   = "/trivet.api.v1.Admin/ExpandVolume"
-	Admin_ListAudit_FullMethodName      = "/trivet.api.v1.Admin/ListAudit"
-	Admin_ShowDisks_FullMethodName      = "/trivet.api.v1.Admin/ShowDisks"
-	Admin_RecoverVolume_FullMethodName  = "/trivet.api.v1.Admin/RecoverVolume"
+	Admin_InitCluster_FullMethodName     = "/trivet.api.v1.Admin/InitCluster"
+	Admin_Join_FullMethodName            = "/trivet.api.v1.Admin/Join"
+	Admin_ClusterStatus_FullMethodName   = "/trivet.api.v1.Admin/ClusterStatus"
+	Admin_ListNodes_FullMethodName       = "/trivet.api.v1.Admin/ListNodes"
+	Admin_CreateVolume_FullMethodName    = "/trivet.api.v1.Admin/CreateVolume"
+	Admin_ListVolumes_FullMethodName     = "/trivet.api.v1.Admin/ListVolumes"
+	Admin_GetVolume_FullMethodName       = "/trivet.api.v1.Admin/GetVolume"
+	Admin_DeleteVolume_FullMethodName    = "/trivet.api.v1.Admin/DeleteVolume"
+	Admin_ReleaseVolume_FullMethodName   = "/trivet.api.v1.Admin/ReleaseVolume"
+	Admin_ReclaimVolume_FullMethodName   = "/trivet.api.v1.Admin/ReclaimVolume"
+	Admin_MoveLeader_FullMethodName      = "/trivet.api.v1.Admin/MoveLeader"
+	Admin_SetReplicas_FullMethodName     = "/trivet.api.v1.Admin/SetReplicas"
+	Admin_MoveReplica_FullMethodName     = "/trivet.api.v1.Admin/MoveReplica"
+	Admin_CordonNode_FullMethodName      = "/trivet.api.v1.Admin/CordonNode"
+	Admin_GetNode_FullMethodName         = "/trivet.api.v1.Admin/GetNode"
+	Admin_AttachVolume_FullMethodName    = "/trivet.api.v1.Admin/AttachVolume"
+	Admin_DetachVolume_FullMethodName    = "/trivet.api.v1.Admin/DetachVolume"
+	Admin_ServeVolume_FullMethodName     = "/trivet.api.v1.Admin/ServeVolume"
+	Admin_SetVolume_FullMethodName       = "/trivet.api.v1.Admin/SetVolume"
+	Admin_ExplainVolume_FullMethodName   = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_CreateSnapshot_FullMethodName  = "/trivet.api.v1.Admin/CreateSnapshot"
+	Admin_ListSnapshots_FullMethodName   = "/trivet.api.v1.Admin/ListSnapshots"
+	Admin_GetSnapshot_FullMethodName     = "/trivet.api.v1.Admin/GetSnapshot"
+	Admin_DeleteSnapshot_FullMethodName  = "/trivet.api.v1.Admin/DeleteSnapshot"
+	Admin_ForgetNode_FullMethodName      = "/trivet.api.v1.Admin/ForgetNode"
+	Admin_ScrubVolume_FullMethodName     = "/trivet.api.v1.Admin/ScrubVolume"
+	Admin_GetScrub_FullMethodName        = "/trivet.api.v1.Admin/GetScrub"
+	Admin_ExpandVolume_FullMethodName    = "/trivet.api.v1.Admin/ExpandVolume"
+	Admin_ListAudit_FullMethodName       = "/trivet.api.v1.Admin/ListAudit"
+	Admin_ShowDisks_FullMethodName       = "/trivet.api.v1.Admin/ShowDisks"
+	Admin_RecoverVolume_FullMethodName   = "/trivet.api.v1.Admin/RecoverVolume"
+	Admin_RestoreSnapshot_FullMethodName = "/trivet.api.v1.Admin/RestoreSnapshot"
+	Admin_DiffSnapshots_FullMethodName   = "/trivet.api.v1.Admin/DiffSnapshots"
+	Admin_CloneVolume_FullMethodName     = "/trivet.api.v1.Admin/CloneVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -130,6 +133,13 @@ type AdminClient interface {
 	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
 	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
 	RecoverVolume(ctx context.Context, in *RecoverVolumeRequest, opts ...grpc.CallOption) (*RecoverVolumeResponse, error)
+	// RestoreSnapshot makes a volume that begins with what a snapshot shows or, in place, brings the snapshot's own
+	// volume back to it.
+	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*Volume, error)
+	// DiffSnapshots lists, in order, what a snapshot shows differently from an earlier one of its volume.
+	DiffSnapshots(ctx context.Context, in *DiffSnapshotsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffPage], error)
+	// CloneVolume makes a volume that begins as a copy of another, as that is now.
+	CloneVolume(ctx context.Context, in *CloneVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
 }
 
 type adminClient struct {
@@ -468,6 +478,45 @@ func (c *adminClient) RecoverVolume(ctx context.Context, in *RecoverVolumeReques
 	return out, nil
 }
 
+func (c *adminClient) RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_RestoreSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) DiffSnapshots(ctx context.Context, in *DiffSnapshotsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffPage], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[2], Admin_DiffSnapshots_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DiffSnapshotsRequest, DiffPage]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_DiffSnapshotsClient = grpc.ServerStreamingClient[DiffPage]
+
+func (c *adminClient) CloneVolume(ctx context.Context, in *CloneVolumeRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_CloneVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -543,6 +592,13 @@ type AdminServer interface {
 	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
 	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
 	RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error)
+	// RestoreSnapshot makes a volume that begins with what a snapshot shows or, in place, brings the snapshot's own
+	// volume back to it.
+	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*Volume, error)
+	// DiffSnapshots lists, in order, what a snapshot shows differently from an earlier one of its volume.
+	DiffSnapshots(*DiffSnapshotsRequest, grpc.ServerStreamingServer[DiffPage]) error
+	// CloneVolume makes a volume that begins as a copy of another, as that is now.
+	CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -645,6 +701,15 @@ func (UnimplementedAdminServer) ShowDisks(context.Context, *ShowDisksRequest) (*
 }
 func (UnimplementedAdminServer) RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RecoverVolume not implemented")
+}
+func (UnimplementedAdminServer) RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreSnapshot not implemented")
+}
+func (UnimplementedAdminServer) DiffSnapshots(*DiffSnapshotsRequest, grpc.ServerStreamingServer[DiffPage]) error {
+	return status.Error(codes.Unimplemented, "method DiffSnapshots not implemented")
+}
+func (UnimplementedAdminServer) CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method CloneVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1211,6 +1276,53 @@ func _Admin_RecoverVolume_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_RestoreSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RestoreSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RestoreSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RestoreSnapshot(ctx, req.(*RestoreSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_DiffSnapshots_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DiffSnapshotsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).DiffSnapshots(m, &grpc.GenericServerStream[DiffSnapshotsRequest, DiffPage]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_DiffSnapshotsServer = grpc.ServerStreamingServer[DiffPage]
+
+func _Admin_CloneVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CloneVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CloneVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CloneVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CloneVolume(ctx, req.(*CloneVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1334,6 +1446,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "RecoverVolume",
 			Handler:    _Admin_RecoverVolume_Handler,
 		},
+		{
+			MethodName: "RestoreSnapshot",
+			Handler:    _Admin_RestoreSnapshot_Handler,
+		},
+		{
+			MethodName: "CloneVolume",
+			Handler:    _Admin_CloneVolume_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -1344,6 +1464,11 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "ExplainVolume",
 			Handler:       _Admin_ExplainVolume_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "DiffSnapshots",
+			Handler:       _Admin_DiffSnapshots_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -94,7 +94,8 @@ func hosts(s *meta.State, volume trivet.VolumeID, node trivet.NodeID) bool {
 	return !ok || v.ReplicaOn(node) != nil
 }
 
-// maySnapshot reports whether the node has a replica of the snapshot's volume or holds it, or there is no such snapshot.
+// maySnapshot reports whether the node has a replica of the snapshot's volume or holds it, or there is no such
+// snapshot.
 func maySnapshot(s *meta.State, id trivet.SnapshotID, node trivet.NodeID) bool {
 	snap, ok := s.Snapshot(id)
 	if !ok {

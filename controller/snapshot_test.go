@@ -122,7 +122,7 @@ func TestRestoreToAVolume(t *testing.T) {
 			require.ErrorIs(t, err, trivet.ErrOutOfRange, name)
 			require.ErrorContains(t, err, "2147483648", name)
 		}
-		_, err = b.ctrl.CreateVolume(t.Context(), controller.CreateRequest{Name: "x", Source: controller.CopyOf{Snapshot: 99}})
+		_, err = b.ctrl.CreateVolume(t.Context(), ofSnapshot("x", 99))
 		require.ErrorIs(t, err, trivet.ErrNotFound)
 	})
 }
@@ -140,12 +140,12 @@ func TestRestoreWithoutANode(t *testing.T) {
 			b.store.must(t, meta.Command{RegisterNode: &meta.RegisterNode{Node: node}})
 		}
 		down(0)
-		r, err := b.ctrl.CreateVolume(t.Context(), controller.CreateRequest{Name: "r", Source: controller.CopyOf{Snapshot: s.ID}})
+		r, err := b.ctrl.CreateVolume(t.Context(), ofSnapshot("r", s.ID))
 		require.NoError(t, err)
 		require.Len(t, r.Replicas, 2)
 		require.Equal(t, 3, r.Want())
 		down(1)
-		_, err = b.ctrl.CreateVolume(t.Context(), controller.CreateRequest{Name: "q", Source: controller.CopyOf{Snapshot: s.ID}})
+		_, err = b.ctrl.CreateVolume(t.Context(), ofSnapshot("q", s.ID))
 		require.ErrorIs(t, err, trivet.ErrUnavailable)
 		require.ErrorContains(t, err, "1 of the 3")
 	})
@@ -211,5 +211,23 @@ func TestRestoreInPlace(t *testing.T) {
 		require.Equal(t, meta.PhaseBound, v.Phase)
 		_, err = b.ctrl.RestoreInPlace(t.Context(), 99)
 		require.ErrorIs(t, err, trivet.ErrNotFound)
+
+		// Without a quorum of its group it stays so, and is in nobody's hands.
+		b.agents.set(t, func() { b.agents.noFence = true })
+		_, err = b.ctrl.RestoreInPlace(soon(t), s.ID)
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		_, err = b.ctrl.Attach(soon(t), b.v.ID, "n1", meta.SingleNodeMultiWriter, false)
+		require.ErrorIs(t, err, trivet.ErrPending)
+		require.ErrorIs(t, b.ctrl.DeleteVolume(soon(t), b.v.ID), trivet.ErrPending)
+		_, err = b.ctrl.CreateSnapshot(soon(t), b.v.ID, "t")
+		require.ErrorIs(t, err, trivet.ErrPending)
+		b.agents.set(t, func() { b.agents.noFence = false })
+		v, err = b.ctrl.RestoreInPlace(t.Context(), s.ID)
+		require.NoError(t, err)
+		require.Equal(t, meta.PhaseBound, v.Phase)
 	})
+}
+
+func ofSnapshot(name string, id trivet.SnapshotID) controller.CreateRequest {
+	return controller.CreateRequest{Name: name, Source: controller.CopyOf{Snapshot: id}}
 }

@@ -50,7 +50,7 @@ func (c *Controller) end(ctx context.Context, verb string, r meta.Release, wait 
 		}
 		r.IfRevision = v.Revision
 		res, err := c.store.Propose(ctx, meta.Command{Release: &r})
-		if errors.Is(err, trivet.ErrPending) {
+		if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseRestoring {
 			continue // it has changed since it was read
 		}
 		if err != nil {
@@ -127,7 +127,7 @@ func (c *Controller) Attach(ctx context.Context, id trivet.VolumeID, node trivet
 			a.IfRevision = v.Revision
 		}
 		res, err := c.store.Propose(ctx, meta.Command{Attach: &a})
-		if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseCreating {
+		if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseCreating && v.Phase != meta.PhaseRestoring {
 			continue // another epoch was reserved since it was read
 		}
 		if err != nil {

@@ -96,6 +96,7 @@ type runningReplica interface {
 	Freeze(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) (replication.Frozen, error)
 	DropSnapshot(ctx context.Context, id trivet.SnapshotID) error
 	ScrubRange(ctx context.Context, o replication.ScrubOptions) (replication.ScrubRange, error)
+	Rollback(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) error
 }
 
 // realHost is the Host of package replication behind replicaHost.

@@ -280,6 +280,7 @@ type fakeReplica struct {
 
 	freezes   []trivet.Epoch // of each freeze
 	freezeErr error
+	back      []trivet.Epoch // of each rollback
 
 	scrubs   []replication.ScrubOptions
 	scrubErr error
@@ -436,6 +437,14 @@ func (r *fakeReplica) Freeze(_ context.Context, epoch trivet.Epoch, id trivet.Sn
 	n := trivet.Generation(len(r.freezes))
 	r.status.Snapshots = append(slices.Clone(r.status.Snapshots), engine.Snapshot{ID: uint64(id), Generation: n})
 	return replication.Frozen{Generation: n, SizeBytes: 64 << 20}, nil
+}
+
+// Rollback remembers the epoch.
+func (r *fakeReplica) Rollback(_ context.Context, epoch trivet.Epoch, _ trivet.SnapshotID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.back = append(r.back, epoch)
+	return nil
 }
 
 func (r *fakeReplica) DropSnapshot(_ context.Context, id trivet.SnapshotID) error {

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -147,7 +148,9 @@ func TestUnknownSnapshotIsDropped(t *testing.T) {
 // A group that sleeps is woken for a snapshot and sleeps again; that of a kept volume too.
 func TestSnapshotsWakeAParkedGroup(t *testing.T) {
 	t.Parallel()
-	v := meta.Volume{ID: vol, Phase: meta.PhaseKept, Replicas: []meta.Replica{{ID: "r1", Node: "n1", Disk: "d1", State: meta.ReplicaReady}}}
+	v := meta.Volume{ID: vol, Phase: meta.PhaseKept, Replicas: []meta.Replica{
+		{ID: "r1", Node: "n1", Disk: "d1", State: meta.ReplicaReady},
+	}}
 	l := local{disks: map[trivet.DiskID]bool{"d1": true}, onDisk: []placed{{"d1", "r1"}}}
 	assert.Empty(t, plan("n1", &v, l))
 	l.awake = true
@@ -312,4 +315,66 @@ func TestOthersDoNotFreeze(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, done)
 	require.Equal(t, meta.SnapshotCreating, b.cat.snapshotState())
+}
+
+// The leader's node brings a volume back at the epoch that was reserved for it, after the fence.
+func TestLeaderRollsBack(t *testing.T) {
+	t.Parallel()
+	bench(t, 3, func(t *testing.T, b *agentBench) {
+		r := b.ready(t, 3)
+		b.cat.wantSnapshot()
+		settle()
+		b.cat.must(meta.Command{Restore: &meta.Restore{Snapshot: snap, IfRevision: b.cat.volume(vol).Revision}})
+		settle()
+		fenced, _ := r.epochs()
+		require.Equal(t, []trivet.Epoch{1}, fenced)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		require.Equal(t, []trivet.Epoch{1}, r.back)
+		require.Equal(t, meta.PhaseAvailable, b.cat.volume(vol).Phase)
+	})
+}
+
+// A copy is flattened when no other volume lies beneath it; the report ends its need for the snapshot.
+func TestFlattenedIsReported(t *testing.T) {
+	t.Parallel()
+	e, err := engine.Open(engine.Config{FS: vfs.NewMem(), Dir: "e", Fatal: func(err error) { t.Error(err) }})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, e.Close()) }()
+	require.NoError(t, e.CreateVolume(vol, "r1", 1<<20))
+	v, err := e.OpenVolume(vol)
+	require.NoError(t, err)
+	require.ErrorIs(t, e.CreateClone(9, "r9", 1<<20, engine.Base{Volume: vol}), trivet.ErrUnavailable, "no freeze yet")
+	batch := v.NewBatch()
+	require.NoError(t, batch.Write(0, make([]byte, trivet.BlockSize)))
+	st := v.State()
+	st.AppliedIndex, st.AppliedTerm, st.Generation = 1, 1, 1
+	st.Snapshots = []engine.Snapshot{{ID: uint64(snap), Generation: 0}}
+	require.NoError(t, batch.Commit(st))
+	require.NoError(t, e.CreateClone(9, "r9", 1<<20, engine.Base{Volume: vol}))
+
+	disk := replication.Disk{ID: testDisk(1), Engine: e}
+	clone, err := e.OpenVolume(9)
+	require.NoError(t, err)
+	require.NoError(t, clone.Flatten(t.Context()))
+	flat, err := flattened(disk, 9, "r9")
+	require.NoError(t, err)
+	require.True(t, flat)
+	flat, err = flattened(disk, 9, "another")
+	require.NoError(t, err)
+	require.False(t, flat, "the disk has another replica")
+	flat, err = flattened(disk, 10, "r9")
+	require.ErrorIs(t, err, trivet.ErrNotFound)
+	require.False(t, flat)
+
+	r := &meta.Replica{ID: "r9", Node: "n1", Disk: "d1", State: meta.ReplicaReady}
+	cv := meta.Volume{
+		ID: 9, Phase: meta.PhaseBound, Source: &meta.Source{Snapshot: snap, Volume: vol}, Replicas: []meta.Replica{*r},
+	}
+	l := local{disks: map[trivet.DiskID]bool{"d1": true}, onDisk: []placed{{"d1", "r9"}}}
+	l.copies.flat = map[trivet.ReplicaID]bool{"r9": true}
+	require.Equal(t, []action{{verb: doFlat, disk: "d1", id: "r9"}}, plan("n1", &cv, l))
+	require.Equal(t, &engine.Base{Volume: vol}, baseOf(&cv))
+	cv.Source.Flattened = true
+	require.Nil(t, baseOf(&cv))
 }

@@ -199,8 +199,8 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 		Network: cfg.Network, Mux: cfg.Mux, Timing: cfg.Timing, Authorize: Authorizer(cfg.Catalogue),
 		OverlapFlush: cfg.OverlapFlush, CatchUpBytesPerSecond: cfg.CatchUpBytesPerSecond,
 		IsMember: memberChecker(cfg.Catalogue), Stages: cfg.Stages, RoomElsewhere: roomElsewhere(cfg.Catalogue),
-		ScrubTurn: n.scrubTurn,
-		Logger:    cfg.Logger, Fatal: cfg.Fatal,
+		ScrubTurn: n.scrubTurn, Disks: n.disks(),
+		Logger: cfg.Logger, Fatal: cfg.Fatal,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.unlock())
@@ -282,6 +282,14 @@ func (n *Node) agentConfig() (agentConfig, error) {
 		}
 	}
 	return c, nil
+}
+
+func (n *Node) disks() []replication.Disk {
+	out := make([]replication.Disk, len(n.cfg.Disks))
+	for i, d := range n.cfg.Disks {
+		out[i] = d.Replication()
+	}
+	return out
 }
 
 func (n *Node) usage() ([]meta.Disk, error) {

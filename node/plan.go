@@ -37,6 +37,8 @@ const (
 
 	doFreeze verb = "freeze"        // make snapshot in the group, then report it Ready
 	doDrop   verb = "drop-snapshot" // have the group forget snapshot, then report it Removed
+	doBack   verb = "roll-back"     // have the group show snapshot again, then report it
+	doFlat   verb = "flattened"     // report that it needs no blocks of another volume any more
 
 	doRecover verb = "recover" // make it the only voter of its group, then report it
 
@@ -130,6 +132,9 @@ func planStrays(l local, known map[trivet.ReplicaID]bool) []action {
 // before it is Faulted, or on its way out, and has its successor in it (meta.Volume.ReplicaOn).
 func planOwn(v *meta.Volume, r *meta.Replica, l local) []action {
 	latest := v.ReplicaOn(r.Node).ID == r.ID
+	if l.copies.flat[r.ID] {
+		return []action{{verb: doFlat, disk: r.Disk, id: r.ID}}
+	}
 	switch other := l.status.Replica; {
 	case !latest && v.Phase != meta.PhaseDeleting:
 		return nil
@@ -212,6 +217,9 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 		acts = append(acts, action{verb: doWipe, disk: r.Disk, id: r.ID, epoch: v.Epoch})
 	}
 	acts = append(acts, planSize(v, r, l)...)
+	if v.Phase == meta.PhaseRestoring {
+		acts = append(acts, action{verb: doBack, disk: r.Disk, id: r.ID, epoch: v.Epoch, snapshot: v.Rollback.Snapshot})
+	}
 	if st.Term >= v.LeaderTerm && (v.Leader != r.ID || v.WantLeader == r.ID) {
 		acts = append(acts, action{verb: doLead, disk: r.Disk, id: r.ID, term: st.Term})
 	}

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/engine"
+	"github.com/trivet-csi/trivet/replication"
 )
 
 // copies is what the catalogue says of a volume's snapshots and of the volumes that are copies of them.
@@ -17,8 +20,9 @@ type copies struct {
 	// leader says that the leader's node makes snapshots: nobody has the volume attached who might have
 	// acknowledged writes that the group has not seen, or who has cannot be reached.
 	leader bool
-	busy   bool // the group has something to do about them
-	waits  bool // for the holder to make a snapshot, or for its lease to run out
+	flat   map[trivet.ReplicaID]bool // own replicas that are flattened, and not reported so
+	busy   bool                      // the group has something to do about them
+	waits  bool                      // for the holder to make a snapshot, or for its lease to run out
 }
 
 func copiesOf(st *meta.State, v *meta.Volume, now time.Time) copies {
@@ -39,6 +43,51 @@ func copiesOf(st *meta.State, v *meta.Volume, now time.Time) copies {
 		}
 	}
 	return c
+}
+
+// baseOf returns what a new replica of v begins with.
+func baseOf(v *meta.Volume) *engine.Base {
+	if v.Source == nil || v.Source.Flattened {
+		return nil
+	}
+	return &engine.Base{Volume: v.Source.Volume, Generation: v.Source.Generation}
+}
+
+// flatten notes which replicas of v here are flattened without the catalogue's knowledge, and reports whether there
+// are others, which are being flattened by their disk's engine: nobody tells when that is done.
+func (w *worker) flatten(v *meta.Volume, l *local) (waits bool) {
+	if v.Source == nil || v.Source.Flattened || v.Phase == meta.PhaseDeleting {
+		return false
+	}
+	l.copies.flat = map[trivet.ReplicaID]bool{}
+	for _, r := range v.Replicas {
+		disk, here := w.agent.cfg.Disks[r.Disk]
+		if r.Node != w.agent.cfg.ID || !here || r.State == meta.ReplicaCreating || slices.Contains(v.Source.Flat, r.ID) {
+			continue
+		}
+		flat, err := flattened(disk, v.ID, r.ID)
+		if err != nil {
+			w.log.Debug("a copy may not be flattened", "replica", r.ID, "err", err)
+		}
+		if flat {
+			l.copies.flat[r.ID] = true
+		} else {
+			waits = true
+		}
+	}
+	return waits
+}
+
+// flattened reports whether a replica on a disk needs no blocks of another volume.
+func flattened(disk replication.Disk, id trivet.VolumeID, replica trivet.ReplicaID) (bool, error) {
+	if disk.Engine == nil {
+		return false, fmt.Errorf("disk %s has no engine: %w", disk.ID, trivet.ErrUnavailable)
+	}
+	v, err := disk.Engine.OpenVolume(id)
+	if err != nil || v.Replica() != replica || v.Restoring() {
+		return false, err
+	}
+	return len(v.Bases()) == 0, nil
 }
 
 // leaderFreezes reports whether the node of the volume's leader makes its snapshots, rather than the node that has it
@@ -116,7 +165,7 @@ func (w *worker) snapshot(ctx context.Context, a action) error {
 		return err
 	}
 	if !known {
-		w.log.Warn("dropped a snapshot that the catalogue does not know", "snapshot", a.snapshot)
+		w.log.Info("dropped a snapshot that the catalogue does not know", "snapshot", a.snapshot)
 		return nil
 	}
 	return reportSnapshot(ctx, w.agent.cat, &meta.ReportSnapshot{Snapshot: a.snapshot, State: meta.SnapshotRemoved})

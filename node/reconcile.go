@@ -135,7 +135,7 @@ func (w *worker) plan() ([]action, bool) {
 	l.damage = a.damageOf(&v)
 	l.copies = copiesOf(st, &v, time.Now())
 	l.awake = l.awake || l.copies.busy
-	w.watching = l.copies.waits
+	w.watching = w.flatten(&v, &l) || l.copies.waits
 	return plan(a.cfg.ID, &v, l), concerns(a.cfg.ID, a.diskSet, &v) || len(w.onDisk) > 0
 }
 
@@ -192,6 +192,11 @@ func (w *worker) do(ctx context.Context, a action) error {
 		return w.change(ctx, a)
 	case doFreeze, doDrop:
 		return w.snapshot(ctx, a)
+	case doFlat:
+		_, err := propose(ctx, w.agent.cat, meta.Command{ReportFlattened: &meta.ReportFlattened{
+			Volume: w.volume, Replica: a.id,
+		}})
+		return err
 	default:
 		return w.lead(ctx, a)
 	}
@@ -213,17 +218,15 @@ func (w *worker) create(ctx context.Context, a action) error {
 	if r == nil || r.Node != w.agent.cfg.ID || r.State != meta.ReplicaCreating || v.Phase != meta.PhaseCreating {
 		return nil
 	}
-	if v.Source != nil {
-		return fmt.Errorf("create replica %s of %s: it is a copy of %s, and copies are not made yet: %w", a.id, w.volume,
-			v.Source.Volume, trivet.ErrUnavailable)
-	}
 	s := w.spec(a)
-	s.SizeBytes, s.Members = v.Start(), membersOf(&v)
+	s.SizeBytes, s.Members, s.Base = v.Start(), membersOf(&v), baseOf(&v)
 	err = w.agent.host.CreateReplica(ctx, s)
 	switch {
 	case err == nil:
 		w.remember(a)
 		return w.report(ctx, a, meta.ReplicaReady, "")
+	case s.Base != nil && errors.Is(err, trivet.ErrUnavailable): // the source's replica here has not the freeze yet
+		return fmt.Errorf("%v: %w", err, trivet.ErrPending)
 	case isLoss(err):
 		w.log.Error("replica cannot be made", "replica", a.id, "disk", a.disk, "err", err)
 		return w.report(ctx, a, meta.ReplicaFaulted, err.Error())
@@ -306,6 +309,11 @@ func (w *worker) lead(ctx context.Context, a action) error {
 			return err
 		}
 		c.ReportWiped = &meta.ReportWiped{Volume: w.volume, Epoch: a.epoch}
+	case doBack:
+		if err := r.Rollback(ctx, a.epoch, a.snapshot); err != nil {
+			return err
+		}
+		c.ReportRolledBack = &meta.ReportRolledBack{Volume: w.volume, Epoch: a.epoch}
 	case doLead:
 		c.ReportLeader = &meta.ReportLeader{Volume: w.volume, Replica: a.id, Term: a.term}
 	case doMove:

@@ -1,6 +1,9 @@
 package node
 
 import (
+	"context"
+	"fmt"
+
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/replication"
@@ -36,4 +39,21 @@ func (n *Node) ReplicaStatus(id trivet.VolumeID) (replication.ReplicaStatus, boo
 		return replication.ReplicaStatus{}, false
 	}
 	return r.Status(), true
+}
+
+// Snapshots returns what reads the snapshots of a volume, from any node. ErrNotFound: the volume is unknown.
+func (n *Node) Snapshots(ctx context.Context, id trivet.VolumeID) (*replication.SnapshotReader, error) {
+	st, err := n.cfg.Catalogue.Read(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("snapshots of %s: %w", id, err)
+	}
+	v, ok := st.Volume(id)
+	if !ok {
+		return nil, fmt.Errorf("snapshots of %s: %w", id, trivet.ErrNotFound)
+	}
+	r := &replication.SnapshotReader{Volume: id, Network: n.cfg.Network, Host: n.host}
+	for _, m := range mayLead(&v) {
+		r.Nodes = append(r.Nodes, m.Node)
+	}
+	return r, nil
 }

@@ -31,9 +31,9 @@ import (
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
 // arg is the number of blocks of a write, discard, write-zeroes or scrub, the new size in bytes of a resize, the name of
-// a mark, the ID of a snapshot for freeze and drop, and zero otherwise. seq and low are zero for all but the first
-// three: these need no session, because a late copy of one has no effect (DESIGN.md). A freeze or drop is the only
-// request of its entry: the generation of blocks changes between entries, never within one.
+// a mark, the ID of a snapshot for freeze, drop and roll back, and zero otherwise. seq and low are zero for all but the
+// first three: these need no session, because a late copy of one has no effect (DESIGN.md). Freeze, drop and roll back
+// are the only request of their entry: the generation of blocks changes between entries, never within one.
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16
@@ -61,6 +61,7 @@ const (
 	opWipe        opCode = 6
 	opFreeze      opCode = 7
 	opDrop        opCode = 8
+	opRollback    opCode = 9
 	opMark        opCode = 16 // a place in the log at which replicas compare what they have (marks.go)
 	opScrub       opCode = 20 // a marker: every replica takes a view here (scrub.go)
 )
@@ -87,6 +88,8 @@ func (o opCode) String() string {
 		return "mark"
 	case opScrub:
 		return "scrub"
+	case opRollback:
+		return "roll back"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -95,7 +98,7 @@ func (o opCode) String() string {
 func (o opCode) sessioned() bool { return o == opWrite || o == opDiscard || o == opWriteZeroes }
 
 // alone reports whether a request of this kind is the only one of its entry, and of an engine's batch.
-func (o opCode) alone() bool { return o == opFreeze || o == opDrop }
+func (o opCode) alone() bool { return o == opFreeze || o == opDrop || o == opRollback }
 
 // request is one effect on a volume. Its crc belongs to one volume and never changes once seal set it.
 type request struct {
@@ -173,6 +176,10 @@ func (r *request) check() error {
 	case opScrub:
 		if r.lba >= lbaMax || r.arg == 0 || r.arg > lbaMax-uint64(r.lba) || r.epoch != 0 {
 			return fmt.Errorf("scrub of %d blocks from %d at epoch %d: %w", r.arg, r.lba, r.epoch, trivet.ErrInvalid)
+		}
+	case opRollback:
+		if r.arg == 0 || r.epoch == 0 {
+			return fmt.Errorf("roll back to snapshot %x at epoch %d: %w", r.arg, r.epoch, trivet.ErrInvalid)
 		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)

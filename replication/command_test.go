@@ -135,6 +135,8 @@ func TestRequestCheck(t *testing.T) {
 		{"freeze of nothing", request{op: opFreeze, epoch: 1}},
 		{"freeze with a sequence", request{op: opFreeze, epoch: 1, arg: 7, seq: 1, low: 1}},
 		{"freeze of blocks", request{op: opFreeze, epoch: 1, arg: 7, lba: 1}},
+		{"rollback at no epoch", request{op: opRollback, arg: 7}},
+		{"rollback to nothing", request{op: opRollback, epoch: 1}},
 		{"drop of nothing", request{op: opDrop}},
 		{"drop at an epoch", request{op: opDrop, epoch: 1, arg: 7}},
 		{"resize to half a block", request{op: opResize, arg: 2048}},

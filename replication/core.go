@@ -20,6 +20,7 @@ const (
 	outRange                    // outside the volume
 	outShrink                   // resize to less than the volume has
 	outFull                     // as many snapshots as a volume may have
+	outUnknown                  // no such snapshot
 )
 
 // result is what the leader learns of one request: the outcome, and the state that explains it.
@@ -53,6 +54,8 @@ func (r result) err(req *request) error {
 			req.arg, r.sizeBytes, trivet.ErrOutOfRange)
 	case outFull:
 		return fmt.Errorf("volume has %d snapshots, the most there may be: %w", engine.SnapshotsMax, trivet.ErrNoSpace)
+	case outUnknown:
+		return fmt.Errorf("volume has no snapshot %s: %w", trivet.SnapshotID(req.arg), trivet.ErrNotFound)
 	}
 	panic(fmt.Sprintf("outcome %d is unknown", r.out))
 }
@@ -65,6 +68,7 @@ const (
 	effectWrite
 	effectZero // lba and blockN of the change
 	effectMark // a view of these blocks is taken; nothing changes
+	effectBack // to the generation of the change
 )
 
 // change is an effect and the blocks it touches.
@@ -72,6 +76,8 @@ type change struct {
 	effect effect
 	lba    trivet.LBA
 	blockN int64
+
+	generation trivet.Generation
 }
 
 // core decides what requests may do: the fence, the session window and the size, without any block.
@@ -115,6 +121,8 @@ func (c *core) decide(req *request) (outcome, change) {
 		return outApplied, change{}
 	case opScrub:
 		return outApplied, change{effect: effectMark, lba: req.lba, blockN: int64(req.arg)}
+	case opRollback:
+		return c.rollback(req)
 	}
 	return c.data(req)
 }
@@ -137,9 +145,23 @@ func (c *core) freeze(req *request) outcome {
 	if len(c.snapshots) >= engine.SnapshotsMax {
 		return outFull
 	}
-	c.snapshots = append(slices.Clip(c.snapshots), engine.Snapshot{ID: req.arg, Generation: c.generation})
+	c.snapshots = append(c.snapshots, engine.Snapshot{ID: req.arg, Generation: c.generation})
 	c.generation++
 	return outApplied
+}
+
+// rollback has the volume show a snapshot, in a generation of its own. A copy at the same epoch does it once more: the
+// epoch was reserved for it, so nobody has written in between.
+func (c *core) rollback(req *request) (outcome, change) {
+	if out := c.checkEpoch(req.epoch); out != outApplied {
+		return out, change{}
+	}
+	i := c.snapshot(req.arg)
+	if i < 0 {
+		return outUnknown, change{}
+	}
+	c.generation++
+	return outApplied, change{effect: effectBack, generation: c.snapshots[i].Generation}
 }
 
 // drop forgets a snapshot. It needs no epoch: no holder reads or writes by one.

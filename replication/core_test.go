@@ -16,7 +16,7 @@ import (
 //
 //	new size=<blocks>
 //	fence|wipe epoch=  ·  resize blocks=
-//	freeze epoch= id=  ·  drop id=
+//	freeze epoch= id=  ·  drop id=  ·  rollback epoch= id=
 //	write|discard|zeroes epoch= seq= low= lba= [n=] [data=]
 //	reload      store the state as the engine would and load it again
 //	show        epoch, size, mark and the blocks that are not zero
@@ -69,6 +69,8 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 		req.op, req.arg = opFreeze, num("id", 0)
 	case "drop":
 		req.op, req.arg = opDrop, num("id", 0)
+	case "rollback":
+		req.op, req.arg = opRollback, num("id", 0)
 	case "discard":
 		req.op, req.arg = opDiscard, num("n", 1)
 	case "zeroes":
@@ -95,7 +97,7 @@ func (s *script) step(req *request, data string) string {
 			s.blocks[ch.lba+i] = data
 		case effectZero:
 			delete(s.blocks, ch.lba+i)
-		case effectNone:
+		case effectNone, effectBack:
 		}
 	}
 	err := res.err(req)
@@ -134,7 +136,7 @@ func TestResultErrors(t *testing.T) {
 	want := map[outcome]error{
 		outApplied: nil, outDuplicate: nil, outFenced: trivet.ErrFenced, outNotYet: trivet.ErrInvalid,
 		outStale: trivet.ErrInvalid, outRange: trivet.ErrOutOfRange, outShrink: trivet.ErrOutOfRange,
-		outFull: trivet.ErrNoSpace,
+		outFull: trivet.ErrNoSpace, outUnknown: trivet.ErrNotFound,
 	}
 	for out, sentinel := range want {
 		if err := (result{out: out}).err(req); !errors.Is(err, sentinel) {

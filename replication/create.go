@@ -16,7 +16,8 @@ import (
 // configuration. It does not start it. It may be called again with the same spec, also after a crash
 // at any point. It never makes a second, empty life for a replica that had data: when one half is
 // there and the other half, which must have been, is not, it returns ErrCorrupt, and the replica must
-// be replaced by one with a new ID (H4, H10). ErrExists: the disk holds another replica of the volume.
+// be replaced by one with a new ID (H4, H10). ErrExists: the disk holds another replica of the volume. ErrUnavailable:
+// the volume of Base is not on the disk, or has not applied the freeze of the snapshot there yet; try again.
 func (h *Host) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 	if err := s.Validate(); err != nil {
 		return err
@@ -41,7 +42,7 @@ func (h *Host) createReplica(s *ReplicaSpec) error {
 		return fmt.Errorf("its group is in %s, its blocks are gone from the engine of disk %s; "+
 			"replace it by a replica with a new ID: %w", cfg.Dir, s.Disk.ID, trivet.ErrCorrupt)
 	case notFound(err):
-		if err := s.Disk.Engine.CreateVolume(s.Volume, s.Replica, s.SizeBytes); err != nil {
+		if err := s.createBlocks(); err != nil {
 			return err
 		}
 	case err != nil:
@@ -61,6 +62,13 @@ func (h *Host) createReplica(s *ReplicaSpec) error {
 		return err
 	}
 	return raftgroup.Create(cfg, s.Members)
+}
+
+func (s *ReplicaSpec) createBlocks() error {
+	if s.Base != nil {
+		return s.Disk.Engine.CreateClone(s.Volume, s.Replica, s.SizeBytes, *s.Base)
+	}
+	return s.Disk.Engine.CreateVolume(s.Volume, s.Replica, s.SizeBytes)
 }
 
 // syncDir makes the entry of the groups directory durable.

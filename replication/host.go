@@ -52,6 +52,8 @@ type HostConfig struct {
 	// RoomElsewhere, when set, is asked by a leader before each write whether the other replicas of the volume have
 	// room; ErrNoSpace is the answer to the client. It must be fast, and decide by what this node knows.
 	RoomElsewhere func(volume trivet.VolumeID) error
+	// Disks are those of the node. Snapshots are read from them, whether the volume's group runs or not; none: from none.
+	Disks []Disk
 	// WrapMachine, when set, stands between each group and its state machine. It is a seam for
 	// fault injection in tests; leave it nil.
 	WrapMachine func(raftgroup.StateMachine) raftgroup.StateMachine
@@ -165,6 +167,9 @@ type ReplicaSpec struct {
 	// Members is the initial configuration: every replica, this one included. Empty for a replica
 	// that joins a group that exists.
 	Members []raftgroup.Member
+	// Base is the snapshot of another volume on the same disk that the volume begins with; nil = empty. A replica that
+	// joins has none: it is given everything.
+	Base *engine.Base
 }
 
 // Host runs this node's replicas and answers volume I/O for those that lead. It is safe for
@@ -207,6 +212,8 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeFreeze, h.handleFreeze)
 	cfg.Network.Handle(transport.KindVolumeMark, h.handleMark)
 	cfg.Network.Handle(transport.KindVolumeScrub, h.handleScrub)
+	cfg.Network.Handle(transport.KindVolumeSnapRead, h.handleSnapshot)
+	cfg.Network.Handle(transport.KindVolumeDelta, h.handleSnapshot)
 	return h, nil
 }
 

@@ -16,8 +16,8 @@ import (
 
 // machine applies the log of a group to one engine.Volume. Each call of Apply is one engine batch, or one up to each
 // mark, which holds blocks, applied index, epoch, size, session window and members together (H2); an entry that makes
-// or drops a snapshot is a batch of its own. Blocks are not copied: the engine refers to them where they stand in the
-// log.
+// or drops a snapshot, or rolls back to one, is a batch of its own. Blocks are not copied: the engine refers to them
+// where they stand in the log.
 //
 // Apply, Restore and Image are called by one goroutine of the group; the rest may be called by anyone.
 type machine struct {
@@ -179,6 +179,8 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []resul
 			err = batch.Zero(ch.lba, ch.blockN)
 		case effectMark:
 			pin.scrub, out[i].index = ch, e.Index
+		case effectBack:
+			err = batch.Rollback(ch.generation)
 		case effectNone:
 		}
 		if err != nil {

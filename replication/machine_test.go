@@ -112,6 +112,8 @@ func randomLog(rnd *rand.Rand, n int) []raftgroup.Entry {
 				reqs = []request{freezeReq(epoch, 1+rnd.Uint64N(12))}
 			case 1:
 				reqs = []request{sealed(request{op: opDrop, arg: 1 + rnd.Uint64N(12)})}
+			case 2:
+				reqs = []request{sealed(request{op: opRollback, epoch: epoch, arg: 1 + rnd.Uint64N(12)})}
 			}
 			e.Data = appendEntry(nil, testVolume, reqs)
 		}

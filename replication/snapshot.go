@@ -57,6 +57,16 @@ func (r *Replica) DropSnapshot(ctx context.Context, id trivet.SnapshotID) error 
 	return nil
 }
 
+// Rollback makes the volume show a snapshot from now on; all snapshots stay. epoch must be the volume's, and reserved
+// for this: a late copy must not undo what was written since. Idempotent. ErrNotFound: no such snapshot; ErrFenced: an
+// attachment came; ErrNotLeader: ask the leader; ErrUnavailable: outcome unknown, ask again.
+func (r *Replica) Rollback(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) error {
+	if err := r.command(ctx, &request{op: opRollback, epoch: epoch, arg: uint64(id)}); err != nil {
+		return fmt.Errorf("roll %s back to %s at epoch %d: %w", r.spec.Volume, id, epoch, err)
+	}
+	return nil
+}
+
 // Freeze makes a snapshot of the volume for its holder: what this Volume has acknowledged is in it, and so is what
 // others know of. Whoever keeps writes back, as a cache does, has to write them before. Errors as of WriteAt, and
 // those of Replica.Freeze; the same snapshot may be asked for again.

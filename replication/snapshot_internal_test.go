@@ -103,3 +103,30 @@ func TestFreezeBesideOthersIsDamage(t *testing.T) {
 	_, err := decodeEntry(nil, testVolume, appendEntry(nil, testVolume, []request{freezeReq(1, 7)}))
 	require.NoError(t, err)
 }
+
+// A rollback divides the log as a freeze does.
+func TestRollbackDividesTheLog(t *testing.T) {
+	t.Parallel()
+	all := []raftgroup.Entry{
+		entryOf(1, sealed(request{op: opFence, epoch: 1})),
+		entryOf(2, writeReq(1, 1, 1, 5, block(1, 1))),
+		entryOf(3, freezeReq(1, 70)),
+		entryOf(4, writeReq(1, 2, 1, 5, block(1, 2))),
+		entryOf(5, sealed(request{op: opRollback, epoch: 1, arg: 70})),
+		entryOf(6, writeReq(1, 3, 1, 6, block(1, 3))),
+	}
+	whole := newTestMachine(t)
+	_, err := whole.Apply(all)
+	require.NoError(t, err)
+	for cut := 1; cut < len(all); cut++ {
+		m := newTestMachine(t)
+		for _, part := range [][]raftgroup.Entry{all[:cut], all[cut:]} {
+			_, err := m.Apply(part)
+			require.NoError(t, err)
+		}
+		p := make([]byte, 2*trivet.BlockSize)
+		require.NoError(t, m.vol.ReadAt(p, 5))
+		require.Equal(t, append(block(1, 1), block(1, 3)...), p)
+		require.Equal(t, whole.digest(t), m.digest(t), "cut at %d", cut)
+	}
+}

@@ -82,3 +82,32 @@ func TestClusterFreezeIsFenced(t *testing.T) {
 		requireEqualReplicas(t, c)
 	})
 }
+
+// A rollback needs an epoch of its own: one that comes late, after the next attachment, undoes nothing.
+func TestClusterRollback(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		require.NoError(t, v.WriteAt(ctx, fill(40, 1), 0))
+		_, err := v.Freeze(ctx, 70)
+		require.NoError(t, err)
+		require.NoError(t, v.WriteAt(ctx, fill(80, 2), 20*trivet.BlockSize))
+		_, err = v.Freeze(ctx, 71)
+		require.NoError(t, err)
+		require.NoError(t, c.Fence(ctx, 2))
+		_, r := mustLeader(t, c)
+		require.ErrorIs(t, r.Rollback(ctx, 1, 70), trivet.ErrFenced)
+		require.ErrorIs(t, r.Rollback(ctx, 2, 99), trivet.ErrNotFound)
+		require.NoError(t, r.Rollback(ctx, 2, 70))
+		require.NoError(t, r.Rollback(ctx, 2, 70), "a copy")
+		require.NoError(t, c.Fence(ctx, 3))
+		next := mustOpen(t, c, sim.ClientNode, 3)
+		defer func() { require.NoError(t, next.Close()) }()
+		assert.Equal(t, append(fill(40, 1), fill(60, 0)...), mustRead(t, next, 0, 100))
+		require.NoError(t, next.WriteAt(ctx, fill(1, 5), 0))
+		require.ErrorIs(t, r.Rollback(ctx, 2, 70), trivet.ErrFenced)
+		assert.Equal(t, fill(1, 5), mustRead(t, next, 0, 1))
+		requireEqualReplicas(t, c)
+		requireSnapshot(t, c, 0, 0, fill(40, 1))
+		requireSnapshot(t, c, 1, 20, fill(80, 2))
+	})
+}

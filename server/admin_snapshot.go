@@ -8,6 +8,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/controller"
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
@@ -114,4 +115,43 @@ func (a *admin) DeleteSnapshot(ctx context.Context, r *api.SnapshotRequest) (*ap
 		return nil, err
 	}
 	return &api.DeleteSnapshotResponse{}, nil
+}
+
+// RestoreSnapshot implements api.AdminServer.
+func (a *admin) RestoreSnapshot(ctx context.Context, r *api.RestoreSnapshotRequest) (*api.Volume, error) {
+	s, err := a.findSnapshot(ctx, r.GetSnapshot())
+	if err != nil {
+		return nil, err
+	}
+	if r.GetInPlace() {
+		v, err := a.s.controller.RestoreInPlace(ctx, s.ID)
+		if err != nil {
+			return nil, err
+		}
+		return a.volume(ctx, v, true), nil
+	}
+	v, err := a.s.controller.CreateVolume(ctx, controller.CreateRequest{
+		Name: r.GetName(), RequiredBytes: r.GetSizeBytes(), Params: r.GetParameters(),
+		Source: controller.CopyOf{Snapshot: s.ID},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return a.volume(ctx, v, true), nil
+}
+
+// CloneVolume implements api.AdminServer.
+func (a *admin) CloneVolume(ctx context.Context, r *api.CloneVolumeRequest) (*api.Volume, error) {
+	v, err := a.find(ctx, r.GetSource())
+	if err != nil {
+		return nil, err
+	}
+	out, err := a.s.controller.CloneVolume(ctx, controller.CreateRequest{
+		Name: r.GetName(), RequiredBytes: r.GetSizeBytes(), Params: r.GetParameters(),
+		Source: controller.CopyOf{Volume: v.ID},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return a.volume(ctx, out, true), nil
 }

@@ -1,7 +1,9 @@
 package server_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"testing"
 	"time"
 
@@ -9,9 +11,11 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/internal/testutil"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/server"
 )
 
@@ -19,7 +23,7 @@ import (
 func snapshotCluster(t *testing.T) *testutil.Cluster {
 	t.Helper()
 	return testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) {
-		cfg.ParkAfter = 200 * time.Millisecond
+		cfg.ParkAfter, cfg.Timing = 200*time.Millisecond, raftgroup.Timing{Heartbeat: 400 * time.Millisecond}
 		if cache.CheckDir("/dev/shm") == nil {
 			cfg.CacheDir = "/dev/shm"
 		}
@@ -48,9 +52,14 @@ func TestSnapshots(t *testing.T) {
 	first := snapshot(t, c, 1, "v", "first")
 	require.Positive(t, first.GetHeldSeconds())
 	require.EqualValues(t, 64<<20, first.GetSizeBytes())
+	require.NoError(t, client.write(pattern('c'), 3*trivet.BlockSize))
+	_, err = c.Admin(2).CloneVolume(ctx, &api.CloneVolumeRequest{Source: "v", Name: "clone"})
+	require.NoError(t, err)
 	mustWrite(t, client, 0, 'b')
 	stop()
 	second := snapshot(t, c, 2, "v", "second")
+	require.Equal(t, []int64{0, trivet.BlockSize, 3 * trivet.BlockSize, trivet.BlockSize}, diffOf(t, c, "first", "second"))
+	require.Equal(t, []int64{0, trivet.BlockSize}, diffOf(t, c, "", "first"))
 	require.Zero(t, second.GetHeldSeconds())
 	require.Equal(t, first.GetId(), snapshot(t, c, 2, "v", "first").GetId(), "the same again")
 	create(t, c, "w")
@@ -58,12 +67,25 @@ func TestSnapshots(t *testing.T) {
 	require.Equal(t, codes.AlreadyExists, status.Code(err))
 	require.ErrorContains(t, err, `"v"`)
 
-	_, err = c.Admin(0).DeleteVolume(ctx, &api.VolumeRequest{Name: "v"})
+	back, err := c.Admin(0).RestoreSnapshot(ctx, &api.RestoreSnapshotRequest{Snapshot: "first", InPlace: true})
 	require.NoError(t, err)
+	require.Equal(t, "Bound", back.GetPhase())
+	requireVolume(t, c, "v", map[int64]byte{0: 'a', 3: 0})
+
+	require.Eventually(t, func() bool { // aborted for as long as the detach holds the volume's lock
+		_, err = c.Admin(0).DeleteVolume(ctx, &api.VolumeRequest{Name: "v"})
+		return err == nil
+	}, eventuallyTimeout, 20*time.Millisecond)
 	create(t, c, "v") // the name is free
+	r, err := c.Admin(0).RestoreSnapshot(ctx, &api.RestoreSnapshotRequest{
+		Snapshot: "second", Name: "restored", SizeBytes: 128 << 20,
+	})
+	require.NoError(t, err)
+	require.EqualValues(t, 128<<20, r.GetSizeBytes())
+	requireVolume(t, c, "restored", map[int64]byte{0: 'b', 3: 'c', 20000: 0})
 	list, err := c.Admin(0).ListSnapshots(ctx, &api.ListSnapshotsRequest{Volume: first.GetVolume()})
 	require.NoError(t, err)
-	require.Len(t, list.GetSnapshots(), 2)
+	require.Len(t, list.GetSnapshots(), 2, "that of the clone is hidden")
 	_, err = c.Admin(0).AttachVolume(ctx, &api.VolumeRequest{Name: first.GetVolume()})
 	require.Equal(t, codes.InvalidArgument, status.Code(err))
 	require.ErrorContains(t, err, "Kept")
@@ -78,4 +100,32 @@ func TestSnapshots(t *testing.T) {
 	}, eventuallyTimeout, 20*time.Millisecond, "the volume goes with its last snapshot")
 	_, err = c.Admin(1).GetSnapshot(ctx, &api.SnapshotRequest{Name: "first"})
 	require.Equal(t, codes.NotFound, status.Code(err), fmt.Sprint(err))
+	requireVolume(t, c, "clone", map[int64]byte{0: 'a', 3: 'c'}) // with nothing beneath it any more
+}
+
+// requireVolume serves a volume and compares blocks.
+func requireVolume(t *testing.T, c *testutil.Cluster, name string, want map[int64]byte) {
+	t.Helper()
+	client, stop := serveNBD(t, c, 2, name)
+	defer stop()
+	for lba, b := range want {
+		requireBlock(t, client, lba, b)
+	}
+}
+
+// diffOf returns offsets and sizes.
+func diffOf(t *testing.T, c *testutil.Cluster, from, to string) (all []int64) {
+	t.Helper()
+	stream, err := c.Admin(1).DiffSnapshots(t.Context(), &api.DiffSnapshotsRequest{From: from, To: to})
+	require.NoError(t, err)
+	for {
+		page, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		require.NoError(t, err)
+		for _, x := range page.GetExtents() {
+			all = append(all, x.GetOffset(), x.GetSizeBytes())
+		}
+	}
 }

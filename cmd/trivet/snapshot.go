@@ -3,7 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -14,8 +16,9 @@ import (
 )
 
 func newSnapshot(o *options) *cobra.Command {
-	return group("snapshot", "Make and remove snapshots of volumes",
-		newSnapshotCreate(o), newSnapshotList(o), newSnapshotShow(o), newSnapshotDelete(o))
+	return group("snapshot", "Make, restore and remove snapshots of volumes",
+		newSnapshotCreate(o), newSnapshotList(o), newSnapshotShow(o), newSnapshotDelete(o), newSnapshotRestore(o),
+		newSnapshotDiff(o))
 }
 
 // snapshotView is what `-o json` prints.
@@ -150,4 +153,154 @@ func newSnapshotDelete(o *options) *cobra.Command {
 			})
 		},
 	}
+}
+
+func newSnapshotRestore(o *options) *cobra.Command {
+	var (
+		size         string
+		params       []string
+		inPlace, yes bool
+	)
+	cmd := &cobra.Command{
+		Use:   "restore SNAPSHOT NEWVOLUME | restore --in-place --yes SNAPSHOT",
+		Short: "Make a volume that begins with what a snapshot shows, or bring its own volume back to it",
+		Long: "Make a volume that begins with what a snapshot shows; the same command again is success. With --in-place\n" +
+			"the snapshot's own volume is brought back to it: what was written since is gone, unless a later snapshot\n" +
+			"has it. That volume must not be attached.",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if inPlace {
+				return exactArgs("SNAPSHOT")(cmd, args)
+			}
+			return exactArgs("SNAPSHOT", "NEWVOLUME")(cmd, args)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			sizeBytes, parameters, err := copyFlags(size, params)
+			if err != nil {
+				return err
+			}
+			switch {
+			case inPlace && (size != "" || len(params) > 0):
+				return usageError{errors.New("--size and --param are for a new volume, not for --in-place")}
+			case inPlace && !yes:
+				return usageError{fmt.Errorf("what was written to the volume since %q is lost; say --yes if you mean it, and make "+
+					"a snapshot of it first if you are not sure", args[0])}
+			}
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				r := &api.RestoreSnapshotRequest{
+					Snapshot: args[0], SizeBytes: sizeBytes, Parameters: parameters, InPlace: inPlace,
+				}
+				if !inPlace {
+					r.Name = args[1]
+				}
+				v, err := c.RestoreSnapshot(ctx, r)
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+	addCopyFlags(cmd, &size, &params)
+	cmd.Flags().BoolVar(&inPlace, "in-place", false, "bring the snapshot's own volume back to it")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask: what was written since is lost")
+	return cmd
+}
+
+func addCopyFlags(cmd *cobra.Command, size *string, params *[]string) {
+	cmd.Flags().StringVar(size, "size", "", "size of the new volume, as 10Gi; at least that of the source (default)")
+	cmd.Flags().StringArrayVar(params, "param", nil,
+		"StorageClass parameter KEY=VALUE; with any given, none is taken from the source")
+}
+
+// copyFlags reads what addCopyFlags has added.
+func copyFlags(size string, params []string) (sizeBytes int64, parameters map[string]string, err error) {
+	if size != "" {
+		if sizeBytes, err = parseSize(size); err != nil {
+			return 0, nil, err
+		}
+	}
+	parameters, err = parsePairs("--param", params)
+	return sizeBytes, parameters, err
+}
+
+func newVolumeClone(o *options) *cobra.Command {
+	var (
+		size   string
+		params []string
+	)
+	cmd := &cobra.Command{
+		Use:   "clone SOURCE NEW",
+		Short: "Make a volume that begins as a copy of another, in use or not; the same command again is success",
+		Args:  exactArgs("SOURCE", "NEW"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			sizeBytes, parameters, err := copyFlags(size, params)
+			if err != nil {
+				return err
+			}
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				v, err := c.CloneVolume(ctx, &api.CloneVolumeRequest{
+					Source: args[0], Name: args[1], SizeBytes: sizeBytes, Parameters: parameters,
+				})
+				if err != nil {
+					return err
+				}
+				return o.showVolume(cmd, v)
+			})
+		},
+	}
+	addCopyFlags(cmd, &size, &params)
+	return cmd
+}
+
+// extentView is a run of bytes.
+type extentView struct {
+	Offset    int64 `json:"offset"`
+	SizeBytes int64 `json:"sizeBytes"`
+}
+
+func newSnapshotDiff(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "diff FROM TO",
+		Short: "List what a snapshot shows differently from an earlier one, in bytes",
+		Long: "List the ranges, in bytes and in order, in which snapshot TO may show something else than the earlier\n" +
+			"snapshot FROM of the same volume. With - for FROM, the ranges in which TO holds data. Nothing that differs\n" +
+			"is left out.",
+		Args: exactArgs("FROM", "TO"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			from := strings.TrimPrefix(args[0], "-")
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				stream, err := c.DiffSnapshots(ctx, &api.DiffSnapshotsRequest{From: from, To: args[1]})
+				if err != nil {
+					return err
+				}
+				all := []extentView{}
+				for {
+					page, err := stream.Recv()
+					if errors.Is(err, io.EOF) {
+						break
+					}
+					if err != nil {
+						return err
+					}
+					for _, x := range page.GetExtents() {
+						all = appendRun(all, extentView{x.GetOffset(), x.GetSizeBytes()})
+					}
+				}
+				t := table{header: []string{"OFFSET", "SIZE"}}
+				for _, x := range all {
+					t.rows = append(t.rows, []string{itoa(x.Offset), itoa(x.SizeBytes)})
+				}
+				return o.show(cmd.OutOrStdout(), all, t)
+			})
+		},
+	}
+}
+
+// appendRun appends a range, or makes the last one longer that it follows.
+func appendRun(all []extentView, x extentView) []extentView {
+	if n := len(all); n > 0 && all[n-1].Offset+all[n-1].SizeBytes == x.Offset {
+		all[n-1].SizeBytes += x.SizeBytes
+		return all
+	}
+	return append(all, x)
 }

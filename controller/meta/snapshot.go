@@ -137,7 +137,8 @@ func (s *State) SnapshotsOf(id trivet.VolumeID) []Snapshot {
 	return out
 }
 
-// CreatingSnapshots returns the snapshots that are still to be made, sorted by ID. It costs nothing when there are none.
+// CreatingSnapshots returns the snapshots that are still to be made, sorted by ID. It costs nothing when there are
+// none.
 func (s *State) CreatingSnapshots() []Snapshot {
 	var out []Snapshot
 	for _, id := range s.creating {

@@ -39,11 +39,13 @@ const (
 	KindImageRead  Kind = 13 // a piece of it
 	KindImageClose Kind = 14 // let it go
 
-	KindVolumeWrite  Kind = 16 // replication: write, discard, write-zeroes proposals
-	KindVolumeRead   Kind = 17
-	KindVolumeStatus Kind = 18
-	KindVolumeStages Kind = 24 // watch a volume for a while
-	KindVolumeFreeze Kind = 27 // the holder of a volume has its group make a snapshot
+	KindVolumeWrite    Kind = 16 // replication: write, discard, write-zeroes proposals
+	KindVolumeRead     Kind = 17
+	KindVolumeStatus   Kind = 18
+	KindVolumeStages   Kind = 24 // watch a volume for a while
+	KindVolumeFreeze   Kind = 27 // the holder of a volume has its group make a snapshot
+	KindVolumeSnapRead Kind = 28 // read what a snapshot shows
+	KindVolumeDelta    Kind = 29 // list what two snapshots show differently
 
 	KindVolumeMark  Kind = 30 // pin a volume at a mark in its log, and tell its digest there
 	KindVolumeScrub Kind = 28 // compare and repair the blocks of replicas
