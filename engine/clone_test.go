@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"bytes"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -217,4 +218,57 @@ func TestRollback(t *testing.T) {
 	require.True(t, v.Flattened())
 	check()
 	require.NoError(t, engine.CheckLive(e))
+}
+
+// A generation that only a rollback looks at keeps what lies beneath it, whatever becomes of its snapshot.
+func TestRollbackOfAClone(t *testing.T) {
+	e := mustOpen(t, vfs.NewMem())
+	v := mustVolume(t, e, vol1, 16)
+	require.NoError(t, freeze(v, 1, op{0, 8, 1}))
+	c := mustClone(t, e, 16)
+	require.NoError(t, freeze(c, 2, op{0, 1, 2}))
+	mustCommit(t, c, op{0, 16, 3})
+	st := c.State()
+	st.AppliedIndex++
+	st.Generation++
+	st.Snapshots = nil // the rollback and the deletion of its snapshot in one commit
+	b := c.NewBatch()
+	require.NoError(t, b.Rollback(0))
+	require.NoError(t, b.Commit(st))
+	want := make([]uint32, 16)
+	copy(want, []uint32{2, 1, 1, 1, 1, 1, 1, 1})
+	require.NoError(t, checkStamps(c, want))
+	require.NoError(t, engine.SweepNow(e))
+	require.True(t, c.Flattened())
+	require.NoError(t, checkStamps(c, want))
+	require.NoError(t, e.DropVolume(vol1))
+	require.NoError(t, checkStamps(c, want))
+	require.NoError(t, engine.CheckLive(e))
+}
+
+// A restore of everything takes the layers away before the first block changes, and with them the claim to have any
+// block: what an interrupted one leaves is made whole by the next.
+func TestRestoreOverLayers(t *testing.T) {
+	var clones [2]*engine.Volume
+	for i := range clones {
+		e := mustOpen(t, vfs.NewMem())
+		require.NoError(t, freeze(mustVolume(t, e, vol1, 64), 1, op{0, 64, 1}))
+		clones[i] = mustClone(t, e, 64)
+		mustCommit(t, clones[i], op{0, 4, 2})
+	}
+	source, target := clones[0], clones[1]
+	mustCommit(t, source, op{2, 4, 3})
+	image := readAll(t, source)
+	require.ErrorIs(t, target.Restore(bytes.NewReader(image[:len(image)/8])), trivet.ErrCorrupt, "cut off")
+	require.True(t, target.Restoring())
+	require.True(t, target.Flattened())
+	i, err := source.Image(target.Want())
+	require.NoError(t, err)
+	require.NoError(t, target.Restore(i))
+	require.NoError(t, i.Close())
+	want, err := source.Digest()
+	require.NoError(t, err)
+	got, err := target.Digest()
+	require.NoError(t, err)
+	require.Equal(t, want, got)
 }

@@ -152,6 +152,12 @@ func LogOf(e *Engine) *segment.Log { return e.log }
 // SweepNow does all background work on generations.
 func SweepNow(e *Engine) error { return e.Sweep(context.Background()) }
 
+// SweepWhole sweeps all of a volume, whether it is owed or not.
+func SweepWhole(v *Volume) error {
+	v.owe(true, nil)
+	return v.e.Sweep(context.Background())
+}
+
 // Versions counts the versions that the store has of all blocks of a volume, DataVersions those that are no tombstones.
 func Versions(v *Volume) (n int, err error) {
 	return countVersions(v, func(*pebble.Iterator) bool { return true })

@@ -243,6 +243,7 @@ func TestFreezeDrainsTheCache(t *testing.T) {
 		select {
 		case err := <-wrote:
 			assert.Fail(t, "a write was acknowledged while the snapshot was made", "%v", err)
+			wrote <- err
 		default:
 		}
 		return nil

@@ -130,3 +130,12 @@ func TestRollbackDividesTheLog(t *testing.T) {
 		require.Equal(t, whole.digest(t), m.digest(t), "cut at %d", cut)
 	}
 }
+
+// A node asks for a freeze on its holder's behalf, and gets nothing else that way: a wipe least of all.
+func TestFreezeOverTheWireIsAFreeze(t *testing.T) {
+	t.Parallel()
+	for _, op := range []opCode{opWrite, opFence, opWipe, opDrop, opRollback} {
+		_, err := new(Host).freeze(t.Context(), "n1", testVolume, &request{op: op, epoch: 1, arg: 7})
+		require.ErrorIs(t, err, trivet.ErrInvalid, "%s", op)
+	}
+}
