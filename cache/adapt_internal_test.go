@@ -70,12 +70,12 @@ func TestAdaptiveFindsTheDepth(t *testing.T) {
 		require.True(t, d.Stats().Adaptive)
 		ctx := t.Context()
 		p := make([]byte, 1<<20)
-		write := func(seconds time.Duration) {
-			for end, i := d.now()+seconds*time.Second, int64(0); d.now() < end; i++ {
+		write := func(lasting time.Duration) {
+			for end, i := d.now()+lasting, int64(0); d.now() < end; i++ {
 				require.NoError(t, d.WriteAt(ctx, p, i%64<<20))
 			}
 		}
-		write(15)
+		write(15 * time.Second)
 		d.mu.Lock()
 		require.Equal(t, [2]int{len(sizeSteps) - 1, len(depthSteps) - 1}, d.tune.at)
 		d.mu.Unlock()
@@ -90,7 +90,7 @@ func TestAdaptiveFindsTheDepth(t *testing.T) {
 		require.EqualValues(t, trivet.AtomicWriteBytes, s.FlushBytes)
 		require.NoError(t, d.Flush(ctx))
 		disk.forget()
-		write(2)
+		write(2 * time.Second)
 		require.NoError(t, d.Flush(ctx))
 		require.Equal(t, depthDefault, disk.most)
 		require.Equal(t, trivet.AtomicWriteBytes, disk.longest)

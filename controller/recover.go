@@ -32,8 +32,8 @@ type Recovery struct {
 	Since    time.Time      // when the first node of those that are down was last known to live; zero = none is down
 }
 
-// liveReplicas returns the replicas of a volume that cannot be counted on at now, and those that can: Ready, or on their way
-// out, on a living node that has their disk.
+// liveReplicas returns the replicas of a volume that cannot be counted on at now, and those that can: Ready, or on
+// their way out, on a living node that has their disk.
 func liveReplicas(s *meta.State, v *meta.Volume, now time.Time) (live, lost []meta.Replica, since time.Time) {
 	for _, r := range v.Replicas {
 		n, ok := s.Node(r.Node)
@@ -164,6 +164,6 @@ func (r *Recovery) Warning() string {
 	if r.Since.IsZero() {
 		return text + "; none of their nodes is down, so nobody knows how old the survivor's data is"
 	}
-	return text + ": the group cannot have acknowledged anything without one of them, and the first of their nodes was last " +
-		"known to live at " + r.Since.UTC().Format(time.RFC3339)
+	return text + ": the group cannot have acknowledged anything without one of them, and the first of their nodes was " +
+		"last known to live at " + r.Since.UTC().Format(time.RFC3339)
 }

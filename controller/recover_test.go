@@ -85,9 +85,10 @@ func TestRecoverRefuses(t *testing.T) {
 	ask := logsAt([2]uint64{1, 1}, [2]uint64{1, 1})
 	_, err := c.RecoverVolume(t.Context(), 4711, true, ask)
 	require.ErrorIs(t, err, trivet.ErrNotFound)
-	_, err = c.RecoverVolume(t.Context(), id, true, func(context.Context, trivet.NodeID, trivet.VolumeID) (uint64, uint64, error) {
+	deaf := func(context.Context, trivet.NodeID, trivet.VolumeID) (uint64, uint64, error) {
 		return 0, 0, trivet.ErrUnavailable
-	})
+	}
+	_, err = c.RecoverVolume(t.Context(), id, true, deaf)
 	require.ErrorIs(t, err, trivet.ErrUnavailable, "one that lives and is not heard may have the newest log")
 
 	back := testNode(3, time.Now())

@@ -96,7 +96,8 @@ func requireOwn(t testing.TB, v *Volume, tenant uint32, written map[trivet.LBA]b
 		case bytes.Equal(got, zero):
 		case written[lba] && bytes.Equal(got, own):
 		default:
-			require.Fail(t, "somebody else's data", "block %d of tenant %d, written %t: % x", lba, tenant, written[lba], got[:16])
+			require.Fail(t, "somebody else's data", "block %d of tenant %d, written %t: % x",
+				lba, tenant, written[lba], got[:16])
 		}
 	}
 }

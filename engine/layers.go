@@ -67,8 +67,8 @@ type Base struct {
 	Generation trivet.Generation // of that volume
 }
 
-// layer is a run of generations of a volume, from one up to the next layer, with what lies beneath: a block that none of
-// these generations has is shown as the base shows it. Beneath the first generation nothing lies without a layer.
+// layer is a run of generations of a volume, from one up to the next layer, with what lies beneath: a block that none
+// of these generations has is shown as the base shows it. Beneath the first generation nothing lies without a layer.
 // Layers are a matter of one replica: flattening takes them away, on each disk at its own pace.
 type layer struct {
 	from   trivet.Generation

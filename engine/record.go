@@ -83,11 +83,11 @@ type record struct {
 //	| crc (4)    |
 //	+------------+
 //
-// flags: bit 0 = restoring; a coverage (coverage.go) has spans then, and only then; bit 1 = a sweep is owed. Reserved and
-// unknown bits are zero. floor and bytes are those of the change journal (journal.go). A record that has no snapshots and
-// layers and owes no sweep is of version 2, which ends with the coverage, so that older programs go on reading volumes that
-// never had a snapshot. Version 1 had neither floor and bytes nor a coverage: its journal begins at its index, and of an
-// interrupted Restore nothing is known.
+// flags: bit 0 = restoring; a coverage (coverage.go) has spans then, and only then; bit 1 = a sweep is owed. Reserved
+// and unknown bits are zero. floor and bytes are those of the change journal (journal.go). A record that has no
+// snapshots and layers and owes no sweep is of version 2, which ends with the coverage, so that older programs go on
+// reading volumes that never had a snapshot. Version 1 had neither floor and bytes nor a coverage: its journal begins
+// at its index, and of an interrupted Restore nothing is known.
 const (
 	recordVersion      byte = 3
 	flagRestoring      byte = 1
@@ -204,7 +204,8 @@ func decodeRecord(id trivet.VolumeID, b []byte) (record, error) {
 		r.state.Snapshots, rest, ok5 = cutItems(rest, snapshotBytes, SnapshotsMax, decodeSnapshot)
 		r.layers, rest, ok6 = cutItems(rest, layerBytes, layersMax, decodeLayer)
 	}
-	if !ok1 || !ok2 || !ok3 || !ok4 || !ok5 || !ok6 || len(rest) != 0 || len(replica) == 0 || len(replica) > replicaBytesMax {
+	if !ok1 || !ok2 || !ok3 || !ok4 || !ok5 || !ok6 || len(rest) != 0 ||
+		len(replica) == 0 || len(replica) > replicaBytesMax {
 		return bad("lengths do not add up")
 	}
 	r.replica = trivet.ReplicaID(replica)

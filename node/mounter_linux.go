@@ -282,8 +282,8 @@ func (m *linuxMounter) DeviceNumber(device string) (uint64, error) {
 	return st.Rdev, nil
 }
 
-// GrowFilesystem grows online: resize2fs by EXT4_IOC_RESIZE_FS, xfs_growfs by XFS_IOC_FSGROWFSDATA. Both do nothing to a
-// filesystem that fills its device.
+// GrowFilesystem grows online: resize2fs by EXT4_IOC_RESIZE_FS, xfs_growfs by XFS_IOC_FSGROWFSDATA. Both do nothing to
+// a filesystem that fills its device.
 func (m *linuxMounter) GrowFilesystem(ctx context.Context, device, target, fsType string) error {
 	tool := []string{"resize2fs", device}
 	if fsType == "xfs" {
@@ -302,7 +302,8 @@ func (m *linuxMounter) GrowFilesystem(ctx context.Context, device, target, fsTyp
 	out, err := runTool(tool[0], tool[1])
 	if err != nil && strings.Contains(out, "Permission denied to resize") {
 		// ext4_resize_begin (fs/ext4/resize.c) asks for it.
-		return fmt.Errorf("grow filesystem on %s at %s: the server's process has no CAP_SYS_RESOURCE, which ext4 wants: %w: %s",
+		return fmt.Errorf(
+			"grow filesystem on %s at %s: the server's process has no CAP_SYS_RESOURCE, which ext4 wants: %w: %s",
 			device, target, ErrUnsupported, out)
 	}
 	if err != nil {

@@ -19,8 +19,9 @@ func recoverFrom(b *groupBench, i int) {
 	b.cat.must(meta.Command{RecoverVolume: &meta.RecoverVolume{Volume: vol, Replica: ours(i), IfRevision: v.Revision}})
 }
 
-// Two of three machines are gone for good. The operator gives them up: the third goes on alone with all that it had, the
-// holder is fenced, replicas are added again, and what the lost machines have never comes back, though they do (H34, H10).
+// Two of three machines are gone for good. The operator gives them up: the third goes on alone with all that it had,
+// the holder is fenced, replicas are added again, and what the lost machines have never comes back, though they do
+// (H34, H10).
 func TestGroupRecovers(t *testing.T) {
 	for _, parkAfter := range []time.Duration{-1, 5 * time.Second} {
 		t.Run(fmt.Sprint(parkAfter), func(t *testing.T) {
@@ -106,7 +107,8 @@ func TestGroupRecoversAfterCrash(t *testing.T) {
 	}
 }
 
-// A copy of the catalogue that lags says that the volume is to be recovered; it was long ago, and has its members again.
+// A copy of the catalogue that lags says that the volume is to be recovered; it was long ago, and has its members
+// again.
 func TestAgentRecoversByLinearizableRead(t *testing.T) {
 	t.Parallel()
 	v := meta.Volume{ID: vol, Phase: meta.PhaseBound, Recover: ours(1), Replicas: []meta.Replica{

@@ -18,8 +18,8 @@ type fullDisks struct {
 
 // roomElsewhere returns what a leader asks before each write, beside its own disk: whether a replica of the volume on
 // another node has room. A follower cannot refuse what the leader proposes; when its disk is at its end it stops, and
-// so do the others on that disk (H26). Nodes tell the catalogue with every renewal of their lease, seconds before, which
-// the reserve has room for. While no disk of the cluster is full it costs the comparison of two pointers.
+// so do the others on that disk (H26). Nodes tell the catalogue with every renewal of their lease, seconds before,
+// which the reserve has room for. While no disk of the cluster is full it costs the comparison of two pointers.
 func roomElsewhere(cat Catalogue) func(trivet.VolumeID) error {
 	var cached atomic.Pointer[fullDisks]
 	return func(id trivet.VolumeID) error {

@@ -30,10 +30,10 @@ import (
 // The data are whole blocks, and stand behind all headers: the log writes them at a multiple of the block size
 // (payloadAt, docs/decisions/0021), so that a block can be read in place.
 //
-// arg is the number of blocks of a write, discard, write-zeroes or scrub, the new size in bytes of a resize, the name of
-// a mark, the ID of a snapshot for freeze, drop and roll back, and zero otherwise. seq and low are zero for all but the
-// first three: these need no session, because a late copy of one has no effect (DESIGN.md). Freeze, drop and roll back
-// are the only request of their entry: the generation of blocks changes between entries, never within one.
+// arg is the number of blocks of a write, discard, write-zeroes or scrub, the new size in bytes of a resize, the name
+// of a mark, the ID of a snapshot for freeze, drop and roll back, and zero otherwise. seq and low are zero for all but
+// the first three: these need no session, because a late copy of one has no effect (DESIGN.md). Freeze, drop and roll
+// back are the only request of their entry: the generation of blocks changes between entries, never within one.
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16

@@ -57,7 +57,8 @@ func auditTable(a meta.Audit) table {
 			at = r.Time.Format(time.RFC3339)
 		}
 		t.rows = append(t.rows, []string{
-			utoa(r.Seq), at, string(r.Kind), volume, r.Name, string(r.Node), string(r.By), r.Detail, r.Hash[:min(12, len(r.Hash))],
+			utoa(r.Seq), at, string(r.Kind), volume, r.Name, string(r.Node), string(r.By), r.Detail,
+			r.Hash[:min(12, len(r.Hash))],
 		})
 	}
 	return t

@@ -91,7 +91,9 @@ func TestRecoveryIsConfirmed(t *testing.T) {
 		Volume: &api.Volume{Name: "db", Id: "vol-1"}, Replica: "r", Node: "n1", LastIndex: 7, LastTerm: 3,
 		Lost: []string{"q on n2 (Ready)"}, Warning: "it is lost",
 	})
-	for _, want := range []string{"db (vol-1)", "n1", "entry 7 of term 3", "given up for ever: q on n2", "WARNING: it is lost"} {
+	for _, want := range []string{
+		"db (vol-1)", "n1", "entry 7 of term 3", "given up for ever: q on n2", "WARNING: it is lost",
+	} {
 		assert.Contains(t, text, want)
 	}
 }

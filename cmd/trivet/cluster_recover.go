@@ -17,8 +17,10 @@ func newClusterRecover(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recover VOLUME",
 		Short: "Give up the lost majority of a volume's replicas; what the survivor did not have is lost",
-		Long: "Make the surviving replica with the newest log the only one of a volume, when a majority of its replicas is lost\n" +
-			"for good. What was acknowledged and had not reached the survivor is LOST. The lost replicas never come back, even\n" +
+		Long: "Make the surviving replica with the newest log the only one of a volume, when a majority of its replicas is " +
+			"lost\n" +
+			"for good. What was acknowledged and had not reached the survivor is LOST. The lost replicas never come back, " +
+			"even\n" +
 			"if their nodes do; whoever has the volume attached is fenced; replicas are added again from the survivor. First\n" +
 			"shows what it would do, then asks for the name of the volume. Refused while a majority lives.",
 		Example: "  trivet cluster recover db\n  trivet cluster recover db --yes-i-accept-data-loss",

@@ -33,9 +33,11 @@ func newDiskShow(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show [NODE]",
 		Short: "Show where the bytes of the disks of a node are, or of all nodes that are up",
-		Long: "Show where the bytes of the disks of a node are, or of all nodes that are up. LIVE to FREE-FILES are the files of\n" +
+		Long: "Show where the bytes of the disks of a node are, or of all nodes that are up. LIVE to FREE-FILES are the " +
+			"files of\n" +
 			"the disk's log: blocks of volumes, blocks that only snapshots need, entries that the log keeps for itself, what\n" +
-			"was overwritten or deleted and is not cleaned yet, and files that wait to be used again. ROOM is what volumes may\n" +
+			"was overwritten or deleted and is not cleaned yet, and files that wait to be used again. ROOM is what volumes " +
+			"may\n" +
 			"still write: AVAILABLE in the filesystem and files ready to be used again, without the RESERVE.",
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -83,7 +85,8 @@ func (o *options) disksOf(ctx context.Context, address string) ([]diskUseView, e
 		views = append(views, diskUseView{
 			Node: resp.GetNode(), ID: d.GetId(), Path: d.GetPath(), Size: d.GetSizeBytes(), Available: d.GetAvailableBytes(),
 			Reserve: d.GetReserveBytes(), Room: d.GetRoomBytes(), Live: d.GetLiveBytes(), Snapshot: d.GetSnapshotBytes(),
-			Retained: d.GetRetainedBytes(), Garbage: d.GetGarbageBytes(), FreeFile: d.GetFreeFileBytes(), Segments: d.GetSegments(),
+			Retained: d.GetRetainedBytes(), Garbage: d.GetGarbageBytes(), FreeFile: d.GetFreeFileBytes(),
+			Segments: d.GetSegments(),
 		})
 	}
 	return views, nil
@@ -91,7 +94,8 @@ func (o *options) disksOf(ctx context.Context, address string) ([]diskUseView, e
 
 func diskUseTable(views []diskUseView) table {
 	t := table{header: []string{
-		"NODE", "PATH", "SIZE", "AVAILABLE", "RESERVE", "ROOM", "LIVE", "SNAPSHOT", "RETAINED", "GARBAGE", "FREE-FILES", "SEGMENTS",
+		"NODE", "PATH", "SIZE", "AVAILABLE", "RESERVE", "ROOM", "LIVE", "SNAPSHOT", "RETAINED", "GARBAGE", "FREE-FILES",
+		"SEGMENTS",
 	}}
 	for _, v := range views {
 		row := []string{v.Node, v.Path}

@@ -12,7 +12,8 @@ func newVolumeResize(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "resize NAME SIZE",
 		Short: "Make a volume larger, in use or not; volumes never shrink",
-		Long: "Make a volume SIZE large, rounded up to whole MiB, and return once its replicas have agreed on it. The size\n" +
+		Long: "Make a volume SIZE large, rounded up to whole MiB, and return once its replicas have agreed on it. The " +
+			"size\n" +
 			"that it has is success, a smaller one is refused. The block device of a node that has it attached follows at\n" +
 			"once; a filesystem on it is grown afterwards, by resize2fs or xfs_growfs, which Kubernetes does by itself.",
 		Example: "  trivet volume resize db 20Gi",

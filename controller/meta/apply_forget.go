@@ -47,8 +47,7 @@ func (f *ForgetNode) apply(d *draft) error {
 	}
 	d.forgotten = slices.Insert(slices.Clone(d.forgotten), at, f.Node)
 	d.removeNode(f.Node)
-	d.strike(f.Node)
-	return nil
+	return d.strike(f.Node)
 }
 
 // needs returns ErrInUse when a volume needs a node: it is attached or being detached there, or has a replica
@@ -69,7 +68,7 @@ func (d *draft) needs(node trivet.NodeID) error {
 
 // strike takes what waits for a node that is gone off the record: its retired replicas, and those of volumes that are
 // being deleted. REQUIRES: the node is removed.
-func (d *draft) strike(node trivet.NodeID) {
+func (d *draft) strike(node trivet.NodeID) error {
 	for _, v := range d.Volumes() {
 		kept := slices.DeleteFunc(slices.Clone(v.Retired), func(r Replica) bool { return r.Node == node })
 		changed := len(kept) != len(v.Retired)
@@ -82,9 +81,12 @@ func (d *draft) strike(node trivet.NodeID) {
 			}
 		}
 		if changed {
-			d.putOrForget(&v)
+			if err := d.putOrForget(&v); err != nil {
+				return err
+			}
 		}
 	}
+	return nil
 }
 
 // removeNode takes a node off the record.

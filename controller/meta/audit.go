@@ -23,7 +23,7 @@ const (
 	AuditDelete        AuditKind = "delete"         // it was decided to delete a volume
 	AuditDeleted       AuditKind = "deleted"        // its last replica is removed; the record of the volume is gone
 	AuditRecycle       AuditKind = "recycle"        // it was decided to wipe a volume, to be used again
-	AuditWipe          AuditKind = "wipe"           // a volume was wiped: a majority of its replicas has nothing but zeroes
+	AuditWipe          AuditKind = "wipe"           // a volume was wiped: a majority of its replicas has only zeroes
 	AuditForcedDetach  AuditKind = "forced-detach"  // a volume was taken from a node that did not let go of it
 	AuditRecover       AuditKind = "recover"        // the majority of a group was given up
 	AuditNodeForgotten AuditKind = "node-forgotten" // a node was taken off the catalogue

@@ -312,8 +312,9 @@ type ReportSize struct {
 
 // RecoverVolume makes one replica the only one of a volume, and gives up all others, for an operator who knows that
 // a majority is lost for good (H34). An attachment ends, and another epoch is reserved. ErrPending when the volume has
-// changed since IfRevision; ErrNotFound without such a replica; ErrInvalid when that is not Ready or Leaving, when it is
-// the only one, or while the volume is Creating or Deleting. The same replica again, until it is reported: no effect.
+// changed since IfRevision; ErrNotFound without such a replica; ErrInvalid when that is not Ready or Leaving, when it
+// is the only one, or while the volume is Creating or Deleting. The same replica again, until it is reported: no
+// effect.
 type RecoverVolume struct {
 	Volume     trivet.VolumeID  `json:"volume"`
 	Replica    trivet.ReplicaID `json:"replica"`

@@ -98,41 +98,64 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		func() meta.Command {
 			return meta.Command{ReportSize: &meta.ReportSize{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
 		},
-		func() meta.Command { return meta.Command{ForgetNode: randomForget(r, n)} },
-		func() meta.Command { return meta.Command{SetParams: randomParams(r, vid, v.Revision)} },
-		func() meta.Command { return randomScrub(r, &v, vid) },
-		func() meta.Command {
-			if len(v.Replicas) == 0 || r.Intn(4) > 0 {
-				return meta.Command{ReportRecovered: &meta.ReportRecovered{Volume: vid, Replica: max(v.Recover, replicaID(1))}}
-			}
-			return meta.Command{Time: when, RecoverVolume: &meta.RecoverVolume{
-				Volume: vid, Replica: v.Replicas[r.Intn(len(v.Replicas))].ID, IfRevision: max(v.Revision, 1),
-			}}
-		},
-		func() meta.Command { return meta.Command{ReportFence: &meta.ReportFence{Volume: vid, Epoch: epoch}} },
-		func() meta.Command { return meta.Command{ReportWiped: &meta.ReportWiped{Volume: vid, Epoch: epoch}} },
-		func() meta.Command {
-			return meta.Command{Time: when, By: nodeID(n), Release: &meta.Release{
-				Volume: vid, Discard: r.Intn(4) == 0, SkipWipe: r.Intn(8) == 0,
-			}}
-		},
-		func() meta.Command { return meta.Command{Reclaim: &meta.Reclaim{Volume: vid, Policy: policy}} },
-		func() meta.Command { return meta.Command{Fail: &meta.Fail{Volume: vid, Reason: "seed"}} },
-		func() meta.Command {
-			return meta.Command{WantLeader: &meta.WantLeader{Volume: vid, Replica: replicaID(id*10 + n)}}
-		},
-		func() meta.Command {
-			return meta.Command{ReportLeader: &meta.ReportLeader{
-				Volume: vid, Replica: replicaID(id*10 + n), Term: uint64(r.Intn(5)),
-			}}
-		},
 	}
+	d := drawn{id: id, n: n, volume: vid, v: v, epoch: epoch, policy: policy, when: when}
+	commands = append(commands, randomMore(r, d)...)
 	commands = append(commands, randomSnapshotCommands(r, m, v)...)
 	c := commands[r.Intn(len(commands))]()
 	if c.Attach != nil || c.ReportReplica != nil || c.CreateVolume != nil || c.AddReplica != nil || r.Intn(3) > 0 {
 		return c
 	}
 	return commands[3]()
+}
+
+// drawn is what randomCommand drew for whichever command it will be.
+type drawn struct {
+	id, n  int
+	volume trivet.VolumeID
+	v      meta.Volume // nothing without such a volume
+	epoch  trivet.Epoch
+	policy meta.ReclaimPolicy
+	when   time.Time
+}
+
+func randomMore(r *rand.Rand, d drawn) []func() meta.Command {
+	return []func() meta.Command{
+		func() meta.Command { return meta.Command{ForgetNode: randomForget(r, d.n)} },
+		func() meta.Command { return meta.Command{SetParams: randomParams(r, d.volume, d.v.Revision)} },
+		func() meta.Command { return randomScrub(r, &d.v, d.volume) },
+		func() meta.Command {
+			if len(d.v.Replicas) == 0 || r.Intn(4) > 0 {
+				return meta.Command{ReportRecovered: &meta.ReportRecovered{
+					Volume: d.volume, Replica: max(d.v.Recover, replicaID(1)),
+				}}
+			}
+			return meta.Command{Time: d.when, RecoverVolume: &meta.RecoverVolume{
+				Volume: d.volume, Replica: d.v.Replicas[r.Intn(len(d.v.Replicas))].ID, IfRevision: max(d.v.Revision, 1),
+			}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportFence: &meta.ReportFence{Volume: d.volume, Epoch: d.epoch}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportWiped: &meta.ReportWiped{Volume: d.volume, Epoch: d.epoch}}
+		},
+		func() meta.Command {
+			return meta.Command{Time: d.when, By: nodeID(d.n), Release: &meta.Release{
+				Volume: d.volume, Discard: r.Intn(4) == 0, SkipWipe: r.Intn(8) == 0,
+			}}
+		},
+		func() meta.Command { return meta.Command{Reclaim: &meta.Reclaim{Volume: d.volume, Policy: d.policy}} },
+		func() meta.Command { return meta.Command{Fail: &meta.Fail{Volume: d.volume, Reason: "seed"}} },
+		func() meta.Command {
+			return meta.Command{WantLeader: &meta.WantLeader{Volume: d.volume, Replica: replicaID(d.id*10 + d.n)}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportLeader: &meta.ReportLeader{
+				Volume: d.volume, Replica: replicaID(d.id*10 + d.n), Term: uint64(r.Intn(5)),
+			}}
+		},
+	}
 }
 
 func randomForget(r *rand.Rand, n int) *meta.ForgetNode {
@@ -152,7 +175,7 @@ func TestDeterminism(t *testing.T) {
 		live, logged := cluster(t), cluster(t)
 		effects := 0
 		epochs, used := map[trivet.VolumeID]trivet.Epoch{}, map[trivet.VolumeID]bool{}
-		for step := range 500 {
+		for step := range 1000 {
 			c := randomCommand(r, live)
 			if c.Validate() != nil {
 				continue

@@ -46,7 +46,8 @@ func (v volumeView) leader() string {
 func (d *demo) story(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
 		d.startCluster, d.createVolume, d.attachToWriter, d.writeSmallFiles, d.killLeaderDuringCopy, d.restartDead,
-		d.limitLive, d.killWriterDuringCopy, d.moveToAnotherNode, d.deleteVolume,
+		d.limitLive, d.killWriterDuringCopy, d.flipBit, d.loseFiles, d.restoreInPlace, d.moveToAnotherNode,
+		d.deleteVolume,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -213,10 +214,7 @@ func (d *demo) restartDead(ctx context.Context) error {
 }
 
 func (d *demo) moveToAnotherNode(ctx context.Context) error {
-	d.say("move the volume from node-c to node-b")
-	if err := d.unpublish(ctx, d.server("node-c")); err != nil {
-		return err
-	}
+	d.say("bring the volume to node-b")
 	if err := d.publish(ctx, d.server("node-b")); err != nil {
 		return err
 	}
@@ -229,8 +227,11 @@ func (d *demo) moveToAnotherNode(ctx context.Context) error {
 }
 
 func (d *demo) deleteVolume(ctx context.Context) error {
-	d.say("unpublish and delete the volume")
+	d.say("unpublish; delete the snapshot and the volume")
 	if err := d.unpublish(ctx, d.server("node-b")); err != nil {
+		return err
+	}
+	if err := d.dropSnapshot(ctx); err != nil {
 		return err
 	}
 	_, err := csi.NewControllerClient(d.servers[1].conn).DeleteVolume(ctx,

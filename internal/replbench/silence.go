@@ -49,7 +49,8 @@ func (l *lab) silence(out io.Writer) error {
 		}
 		all = append(all, float64(r.Micros)/1e6/electionTimeout.Seconds())
 	}
-	fmt.Fprintf(out, "silent leader: a client elsewhere waits %.2f election timeouts (p50, at most 1.5), at most %.2f of %d\n",
+	fmt.Fprintf(out, "silent leader: "+
+		"a client elsewhere waits %.2f election timeouts (p50, at most 1.5), at most %.2f of %d\n",
 		median(all), slices.Max(all), len(all))
 	return l.awaitLeader()
 }

@@ -94,7 +94,7 @@ func TestMutants(t *testing.T) {
 				}
 				found := failedSeeds(out)
 				require.NotEmpty(t, found, "no seed failed, but the run did: %s", out)
-				require.True(t, strings.Contains(out, m.reports), "seeds %v fail for another reason than %q", found, m.reports)
+				require.Contains(t, out, m.reports, "seeds %v fail for another reason than %q", found, m.reports)
 				t.Logf("%s, %s: found by seeds %v of %d to %d", m.name, m.what, found, first, first+mutantBatch-1)
 				out, err = m.play(t, os.Args[0], first)
 				require.NoError(t, err, "the product itself fails: %s", out)

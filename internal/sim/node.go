@@ -161,7 +161,8 @@ func (n *Node) Spec() replication.ReplicaSpec {
 	}
 	n.mu.Unlock()
 	if l := n.current(); l != nil {
-		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log, Share: n.share()}
+		s.Disk = replication.Disk{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log}
+		s.Disk.Share = n.share()
 	}
 	return s
 }

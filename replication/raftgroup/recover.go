@@ -36,7 +36,8 @@ func (g *Group) recoverAlone(owing bool) error {
 	if err := g.store.StoreLogs([]*raft.Log{entry}); err != nil {
 		return fmt.Errorf("recover %s as the only voter: %w", self.Replica, err)
 	}
-	g.log.Error("a majority of the group was given up: this replica is its only voter now, and what it did not have is lost",
+	g.log.Error(
+		"a majority of the group was given up: this replica is its only voter now, and what it did not have is lost",
 		"index", index, "term", term)
 	return nil
 }

@@ -27,7 +27,8 @@ import (
 // (flow). The writer is whoever has queued something, when nobody else is and as long as the kernel takes it at once,
 // else a goroutine of the connection (stream.writeNow): to hand a small message over costs more than to write it.
 // Several TLS records go in one system call, either way (wire). A connection over which nothing moves for
-// Limits.DeadAfter, pings included, is ended; its calls fail at once, and the node is dialled again. A malformed frame ends its connection, no other.
+// Limits.DeadAfter, pings included, is ended; its calls fail at once, and the node is dialled again. A malformed frame
+// ends its connection, no other.
 //
 // Peers is a Watcher: what its connections show of the other nodes' processes is judged by liveness.
 //

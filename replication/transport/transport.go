@@ -48,7 +48,7 @@ const (
 	KindVolumeDelta    Kind = 29 // list what two snapshots show differently
 
 	KindVolumeMark  Kind = 30 // pin a volume at a mark in its log, and tell its digest there
-	KindVolumeScrub Kind = 28 // compare and repair the blocks of replicas
+	KindVolumeScrub Kind = 31 // compare and repair the blocks of replicas
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33
