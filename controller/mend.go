@@ -14,6 +14,9 @@ import (
 const (
 	// DefaultReplaceAfter is how long a node may be dead, or a disk away, before its replicas are replaced.
 	DefaultReplaceAfter = 10 * time.Minute
+	// fillPatience is how long a fill may stand still at least, however short replaceAfter is: nodes tell how far it
+	// is when they renew their leases, every 2 s, and a step may wait for its turn on a busy disk.
+	fillPatience = 30 * time.Second
 
 	// fillsPerNode and fillsPerCluster bound the replicas that are being filled at a time: those that a node
 	// sends or receives, and all. Filling competes with the users' I/O for disks and network.
@@ -247,11 +250,11 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 	return out
 }
 
-// stuck reports whether a replica that joins or is filled came no step further for replaceAfter, and the others are
-// not to blame: a majority of them is well, so that there is a leader to fill it.
+// stuck reports whether a replica that joins or is filled came no step further for replaceAfter, or fillPatience when
+// that is longer, and the others are not to blame: a majority of them is well, so that there is a leader to fill it.
 func (m *mendPass) stuck(v *meta.Volume, r *meta.Replica) bool {
 	step, ok := m.h.fills[r.ID]
-	if !ok || m.now.Sub(step.since) < m.set.replaceAfter {
+	if !ok || m.now.Sub(step.since) < max(m.set.replaceAfter, fillPatience) {
 		return false
 	}
 	well, voters := 0, 0

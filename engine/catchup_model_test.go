@@ -309,7 +309,7 @@ func (c *catchup) restored(applied uint64) {
 // requireKnown: the target claims all that it may, unless there is too much to tell.
 func (c *catchup) requireKnown() {
 	c.t.Helper()
-	have := c.target.v.rec.covers()
+	have := covered(c.target.v)
 	if len(have) >= coverageSpansMax-1 {
 		return
 	}
@@ -318,17 +318,24 @@ func (c *catchup) requireKnown() {
 	}
 }
 
+// covered is what a volume claims to have; the sweeper may be at work on it.
+func covered(v *Volume) coverage {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.rec.covers()
+}
+
 // crash loses what was not synced of the target. When it breaks into a Restore, what was verified and flushed stays
 // claimed.
 func (c *catchup) crash(before []uint64, applied uint64, digested trivet.LBA) {
 	c.crashes++
 	r := c.target
-	old := r.v.rec.covers()
+	old := covered(r.v)
 	r.cfg.FS = r.fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: c.rng.IntN(101), RNG: c.rng})
 	require.NoError(c.t, r.e.Close())
 	r.fs = r.cfg.FS.(*vfs.MemFS) //nolint:forcetypeassert // of CrashClone
 	r.e, r.v = mustStore(c.t, r.cfg, catchupBlocks)
-	have := r.v.rec.covers()
+	have := covered(r.v)
 	require.True(c.t, old.covers(have), "%v after %v", have, old)
 	for lba := range c.known {
 		now := have.lowest(trivet.LBA(lba), trivet.LBA(lba)+1)

@@ -261,6 +261,7 @@ func (o *oracle) check(c *nbdClient) error {
 // while a writer writes and flushes. Nothing that a flush covered may be missing, and the writer
 // gets no error unless the process that serves it died.
 func TestSIGKILL(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("kills processes for a minute or two; not with -short")
 	}

@@ -38,6 +38,7 @@ func smallDisk(t *testing.T, n int64) string {
 // "no space" before any disk is full, what was flushed stays readable, no server dies, and deleting
 // the volume makes room again without a restart (H26).
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("fills a gigabyte; not with -short")
 	}

@@ -21,6 +21,7 @@ import (
 // disk, a move, a drain, fewer and more replicas, a node that dies for good. Real servers, TLS, disks; a client
 // writes before each step and reads everything after it.
 func TestReplicasComeAndGo(t *testing.T) {
+	t.Parallel()
 	c := testutil.StartCluster(t, 4, func(_ int, cfg *server.Config) { cfg.ReplaceAfter = time.Second })
 	ctx := t.Context()
 	create(t, c, "v")

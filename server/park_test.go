@@ -14,6 +14,7 @@ import (
 // TestParking: a detached volume runs no Raft on any node, and attaching it, also after a restart of
 // every server, brings back what was written.
 func TestParking(t *testing.T) {
+	t.Parallel()
 	c := testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) { cfg.ParkAfter = 200 * time.Millisecond })
 	create(t, c, "v")
 	parked := func() bool {

@@ -24,6 +24,7 @@ import (
 // TestReadOnlyMany: what one node has written, three read at the same time, through kernel devices; nobody can write
 // meanwhile, and when the last reader is gone somebody can again.
 func TestReadOnlyMany(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("runs a cluster")
 	}

@@ -17,6 +17,7 @@ import (
 // Two of the three nodes with a volume are gone for good, and an operator gives them up; the volume, which had grown
 // before, goes on from the third, gets replicas again, and all that cannot be undone is in the audit (H34, H20).
 func TestRecoverVolume(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("five servers, and leases that run out")
 	}

@@ -41,6 +41,7 @@ func flipOne(t *testing.T, dir string, b byte) {
 // TestScrubAndVerify: a bit that has flipped on one disk of three is found by a verify, repaired by a scrub, and
 // gone; the volume may be parked, and rests again afterwards.
 func TestScrubAndVerify(t *testing.T) {
+	t.Parallel()
 	c := testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) { cfg.ParkAfter = 2 * time.Second })
 	create(t, c, "v")
 	client, stop := serveNBD(t, c, 0, "v")

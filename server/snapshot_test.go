@@ -41,6 +41,7 @@ func snapshot(t *testing.T, c *testutil.Cluster, i int, volume, name string) *ap
 // TestSnapshots is the life of snapshots on three real servers: of a volume in use, whose cache holds what it
 // acknowledged, and of one that sleeps; what they show is compared; they outlive their volume, and leave nothing.
 func TestSnapshots(t *testing.T) {
+	t.Parallel()
 	c := snapshotCluster(t)
 	ctx := t.Context()
 	_, err := c.Admin(0).CreateVolume(ctx, &api.CreateVolumeRequest{

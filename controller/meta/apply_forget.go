@@ -47,7 +47,7 @@ func (f *ForgetNode) apply(d *draft) error {
 	}
 	d.forgotten = slices.Insert(slices.Clone(d.forgotten), at, f.Node)
 	d.removeNode(f.Node)
-	return d.strike(f.Node)
+	return firstError(d.record(AuditNodeForgotten, nil, f.Node, ""), d.strike(f.Node))
 }
 
 // needs returns ErrInUse when a volume needs a node: it is attached or being detached there, or has a replica

@@ -162,6 +162,8 @@ func (c *Command) Audited() bool {
 		return c.ReportReplica.State == ReplicaRemoved
 	case c.Detach != nil:
 		return c.Detach.Forced
+	case c.ForgetNode != nil:
+		return !c.ForgetNode.Allow
 	}
 	return false
 }

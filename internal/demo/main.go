@@ -1,8 +1,8 @@
 // Command demo shows, on one machine, what Trivet is for: three servers keep a volume by Raft, the
-// leader is killed in the middle of a copy, and nothing that was flushed is lost; a flipped bit is repaired, and removed
-// files come back from a snapshot. It speaks CSI as
-// Kubernetes would and uses the trivet command as an operator would. It needs root, /dev/fuse and
-// loop devices, works in a temporary folder and leaves nothing behind. Its last line is `demo: ok`.
+// leader is killed in the middle of a copy, and nothing that was flushed is lost; a flipped bit is
+// repaired, and removed files come back from a snapshot. It speaks CSI as Kubernetes would and uses the
+// trivet command as an operator would. It needs root, /dev/fuse and loop devices, works in a temporary
+// folder and leaves nothing behind. Its last line is `demo: ok`.
 package main
 
 import (

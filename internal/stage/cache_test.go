@@ -27,10 +27,14 @@ func TestWatchSeesTheCache(t *testing.T) {
 			Mode: "writeBack", Eviction: "lru", SizeBytes: 1 << 20, DirtyBytes: 4096, Writes: 100, WriteBacks: 10,
 			ByEviction: []stage.HitCounts{{Eviction: "lru", Hits: 30, Misses: 10}},
 		}
-		v.SetCache(func() stage.CacheCounts { return counts })
-		time.AfterFunc(500*time.Millisecond, func() {
-			counts.DirtyBytes, counts.Writes, counts.WriteBacks, counts.Stalled = 8192, 150, 14, 1
-			counts.ByEviction = []stage.HitCounts{{"lru", 33, 10}, {"fifo", 4, 5}}
+		start := time.Now()
+		v.SetCache(func() stage.CacheCounts {
+			c := counts
+			if time.Since(start) > 500*time.Millisecond {
+				c.DirtyBytes, c.Writes, c.WriteBacks, c.Stalled = 8192, 150, 14, 1
+				c.ByEviction = []stage.HitCounts{{"lru", 33, 10}, {"fifo", 4, 5}}
+			}
+			return c
 		})
 		w, err = r.Watch(t.Context(), vol, time.Second)
 		require.NoError(t, err)
