@@ -94,6 +94,17 @@ func TestMendGivesUpPatiently(t *testing.T) {
 	assert.Equal(t, "v1 -n5; ", b.says())
 }
 
+// However short replaceAfter is, nodes are given the time to tell that it moves.
+func TestMendGivesFillsTime(t *testing.T) {
+	t.Parallel()
+	b, _ := filling(t, meta.ReplicaFilling)
+	b.set.replaceAfter = time.Second
+	b.later(fillPatience - time.Second)
+	assert.Empty(t, b.says())
+	b.later(time.Second)
+	assert.Equal(t, "v1 -n5; ", b.says())
+}
+
 // It is not to blame while the group cannot fill it: two of three voters are down.
 func TestMendBlamesNobodyWithoutAQuorum(t *testing.T) {
 	t.Parallel()
