@@ -134,7 +134,7 @@ func (v *Volume) Damaged(lba trivet.LBA, blockN int64) (bad []BadBlock, err erro
 		if !isData {
 			continue
 		}
-		if _, _, err := blocks.at(it, bk); errors.Is(err, trivet.ErrCorrupt) {
+		if _, _, err := blocks.value(val, it.Key(), bk); errors.Is(err, trivet.ErrCorrupt) {
 			bad = append(bad, newBadBlock(bk, sum, val))
 		} else if err != nil {
 			return nil, err
@@ -196,7 +196,7 @@ func (v *Volume) ReadVersion(p []byte, want BlockVersion) (err error) {
 			want.Generation, sum, want.Sum, trivet.ErrNotFound)
 	}
 	r := blockReader{e: v.e}
-	data, _, err := r.at(it, bk)
+	data, _, err := r.value(val, it.Key(), bk)
 	if err != nil {
 		return err
 	}

@@ -283,7 +283,7 @@ func (c *checker) version(it *pebble.Iterator) error {
 	}
 	if isData {
 		c.out.BlockN++
-		_, _, err := c.blocks.at(it, bk)
+		_, _, err := c.blocks.value(val, it.Key(), bk)
 		switch {
 		case err == nil:
 		case errors.Is(err, trivet.ErrCorrupt):

@@ -2,10 +2,11 @@ package segment
 
 // LaneStats describes one lane. Bytes and counts without another word are since Open.
 type LaneStats struct {
-	Segments int // that hold something, the current one included
-	Free     int // files that wait to be used again
-	Pinned   int // segments with a pin
-	Groups   int // with entries or a Stable
+	Segments int  // that hold something, the current one included
+	Free     int  // files that wait to be used again
+	Pinned   int  // segments with a pin
+	Groups   int  // with entries or a Stable
+	Making   bool // a file for a later segment is being made, now
 	Entries  int64
 
 	LiveBytes   int64 // of entries in segments, now
@@ -29,7 +30,7 @@ func (l *Log) Stats() []LaneStats {
 		lane.mu.Lock()
 		s := lane.stats
 		s.Segments, s.Free, s.Entries = len(lane.segments), len(lane.free), lane.entriesN
-		s.CacheBytes, s.QueuedBytes = lane.cacheBytes, lane.queueBytes
+		s.CacheBytes, s.QueuedBytes, s.Making = lane.cacheBytes, lane.queueBytes, lane.preparing
 		for _, seg := range lane.segments {
 			s.LiveBytes += seg.liveBytes
 			if seg.pins > 0 {
