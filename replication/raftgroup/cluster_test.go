@@ -34,6 +34,8 @@ type cluster struct {
 	segmentBytes int64
 	// wrap stands around the network of every node.
 	wrap func(*node) transport.Network
+	// patience of eventually, in the bubble's time.
+	patience time.Duration
 }
 
 // node is one machine. A restart makes a new process on the same disk, a crash on what the disk kept.
@@ -77,7 +79,10 @@ func newCluster(t *testing.T, names ...string) *cluster {
 // newClusterOn is newCluster with something around the network of every node.
 func newClusterOn(t *testing.T, wrap func(*node) transport.Network, names ...string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, net: transport.NewMemory(1), nodes: map[string]*node{}, wrap: wrap, segmentBytes: 64 << 10}
+	c := &cluster{
+		t: t, net: transport.NewMemory(1), nodes: map[string]*node{}, wrap: wrap, segmentBytes: 64 << 10,
+		patience: time.Minute,
+	}
 	c.net.SetDefaultFaults(transport.Faults{Delay: transport.Uniform(time.Millisecond, 5*time.Millisecond)})
 	for _, name := range names {
 		n := &node{c: c, name: name, fs: vfs.NewCrashableMem()}
@@ -214,7 +219,7 @@ func (c *cluster) eventually(what string, cond func() bool) {
 	c.t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.Now().Add(time.Minute); !cond(); <-tick.C {
+	for end := time.Now().Add(c.patience); !cond(); <-tick.C {
 		require.True(c.t, time.Now().Before(end), "never came true: %s", what)
 	}
 }
