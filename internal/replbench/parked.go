@@ -20,7 +20,8 @@ import (
 
 const (
 	parkedN     = 1000
-	parkedBatch = 50 // that run at the same time before they are parked
+	parkedFirst = 1000 // before them, so that everything of a fixed size is full: 64 MiB of entries of the log
+	parkedBatch = 50   // that run at the same time before they are parked
 	parkedFrom  = trivet.VolumeID(10_000)
 	// parkedEntryBytes and parkedEntries are what each volume has in its log when it is parked.
 	parkedEntryBytes = 64 << 10
@@ -29,26 +30,21 @@ const (
 
 // parked: what volumes cost that nobody uses and that were written to before.
 func (l *lab) parked(out io.Writer) error {
+	idle, err := l.restingCPU()
+	if err != nil {
+		return err
+	}
+	if err := l.park(0, parkedFirst); err != nil {
+		return err
+	}
 	before, err := l.memory()
 	if err != nil {
 		return err
 	}
-	for n := parkedBatch; n <= parkedN; n += parkedBatch {
-		for _, do := range []string{"unpark", "touch", "park"} {
-			for _, c := range l.nodes {
-				if _, err := c.call(ask{Do: do, N: n}); err != nil {
-					return err
-				}
-			}
-		}
-	}
-	time.Sleep(5 * time.Second)
-	from, err := l.usage()
-	if err != nil {
+	if err := l.park(parkedFirst, parkedFirst+parkedN); err != nil {
 		return err
 	}
-	time.Sleep(time.Duration(l.o.idleSeconds) * time.Second)
-	to, err := l.usage()
+	cpu, err := l.restingCPU()
 	if err != nil {
 		return err
 	}
@@ -60,10 +56,35 @@ func (l *lab) parked(out io.Writer) error {
 	for i := range after {
 		more = append(more, float64(after[i]-before[i])/(1<<20))
 	}
-	cpu := float64(to.minus(from).CPUMicros) / float64(l.o.idleSeconds) / 1e6 * 100
-	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; CPU %.2f %% "+
-		"of a core in three processes, that of two running groups included\n", parkedN, median(more), slices.Max(more), cpu)
+	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; CPU of three processes "+
+		"%.2f %% of a core, without them %.2f %%, that of two running groups included\n", parkedN, median(more), slices.Max(more), cpu, idle)
 	return nil
+}
+
+// park makes volumes, writes to each, and parks them.
+func (l *lab) park(from, to int) error {
+	for n := from + parkedBatch; n <= to; n += parkedBatch {
+		for _, do := range []string{"unpark", "touch", "park"} {
+			for _, c := range l.nodes {
+				if _, err := c.call(ask{Do: do, N: n}); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// restingCPU returns what the nodes use with nothing to do, in % of a core.
+func (l *lab) restingCPU() (float64, error) {
+	time.Sleep(5 * time.Second) // until what was begun before is done
+	from, err := l.usage()
+	if err != nil {
+		return 0, err
+	}
+	time.Sleep(time.Duration(l.o.idleSeconds) * time.Second)
+	to, err := l.usage()
+	return float64(to.minus(from).CPUMicros) / float64(l.o.idleSeconds) / 1e6 * 100, err
 }
 
 // memory returns the resident set of each node, without what its runtime can do without.

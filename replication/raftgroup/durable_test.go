@@ -123,8 +123,12 @@ func TestGate4(t *testing.T) {
 		resume := disks[f.name].stall()
 		defer resume()
 		require.NoError(t, l.set("x", "1"), "with the other follower")
+		_, last := raftgroup.LogBounds(l.group)
+		c.eventually("it has the entry, in its queue", func() bool {
+			_, have := raftgroup.LogBounds(f.group)
+			return have == last
+		})
 		applied, _ := f.machine.Applied()
-		_, last := raftgroup.LogBounds(f.group)
 		require.Less(t, applied, last)
 		// The leader's next request, which would tell of the commit, waits for the answer to this one. Its timeout, or
 		// another leader, can bring the news all the same.

@@ -161,6 +161,7 @@ func (p pulse) answered(sent instant, a beatAnswer) {
 		g.log.Debug("heartbeat failed", "peer", string(p.to), "term", p.term, "err", err)
 		return
 	}
+	p.i.t.silence.beat(p.to)
 	g.lease.setStamp(p.to, r.stamp)
 	switch {
 	case r.success && r.term == p.term:

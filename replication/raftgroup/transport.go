@@ -36,6 +36,7 @@ type peerTransport struct {
 	proofTerm atomic.Uint64  // in which this replica stands because the leader's process is gone
 	resigned  atomic.Uint64  // in which this replica leads and has to give up (pace.go)
 	rests     resting        // calls that have nothing to tell
+	silence   silence        // followers that do not answer
 }
 
 var (
@@ -144,7 +145,7 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 			return nil
 		}
 	}
-	b, sent, err := t.sendAppend(id, to, req, timeout)
+	b, sent, err := t.send(id, to, req, timeout)
 	if err != nil {
 		return err
 	}
@@ -164,6 +165,24 @@ func (t *peerTransport) AppendEntries(id raft.ServerID, to raft.ServerAddress, r
 		Term:      r.term, LastLog: r.lastLog, Success: r.success, NoRetryBackoff: r.noRetryBackoff,
 	}
 	return nil
+}
+
+// send sends a request, and notes which followers can be reached.
+func (t *peerTransport) send(id raft.ServerID, to raft.ServerAddress, req *raft.AppendEntriesRequest,
+	timeout time.Duration,
+) ([]byte, instant, error) {
+	b, sent, err := t.sendAppend(id, to, req, timeout)
+	replica := trivet.ReplicaID(id)
+	if isHeartbeat(req) { // of the library's own, which asks whether it still leads
+		return b, sent, err
+	}
+	if err != nil && unreachable(err) && t.silence.failed(replica) > silentAfter {
+		b, sent, err = t.outwait(id, to, req, timeout)
+	}
+	if err == nil {
+		t.silence.answered(replica)
+	}
+	return b, sent, err
 }
 
 // matched is told that a follower has everything up to the end of a request. It is gate 2 (durable.go): the answer
@@ -351,7 +370,7 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 		if silent := time.Since(heard); silent > fetchSilent*t.g.cfg.Timing.Heartbeat {
 			return fmt.Errorf("%s pulls the state, no use of it for %v: %w", to, silent, errors.Join(err, trivet.ErrUnavailable))
 		}
-		if err := t.await(req.Term, id, every); err != nil {
+		if err := t.await(req.Term, id, every, nil); err != nil {
 			return err
 		}
 	}
@@ -365,13 +384,14 @@ func (t *peerTransport) askFetch(id raft.ServerID, to raft.ServerAddress, body [
 	return decodeFetchReply(b)
 }
 
-// await waits, and returns an error when there is nothing to wait for any more. A call of the library
-// is not told when its leader steps down.
-func (t *peerTransport) await(term uint64, id raft.ServerID, d time.Duration) error {
+// await waits, for d or until woken is closed, and returns an error when there is nothing to wait for any more. A call
+// of the library is not told when its leader steps down.
+func (t *peerTransport) await(term uint64, id raft.ServerID, d time.Duration, woken <-chan struct{}) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+	case <-woken:
 	case <-t.ctx.Done():
 		return context.Cause(t.ctx)
 	}
