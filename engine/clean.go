@@ -53,6 +53,7 @@ type cleaner struct {
 	pressure   atomic.Bool // the disk is nearly full: clean whatever gives space
 
 	turn   sync.Mutex // one round at a time
+	mover  mover      // under turn
 	life   context.Context
 	cancel context.CancelFunc
 	loop   sync.WaitGroup
@@ -66,7 +67,7 @@ func newCleaner(e *Engine, target float64) *cleaner {
 	if target <= 0 {
 		target = cleanTargetDefault
 	}
-	c := &cleaner{e: e, target: target, wake: make(chan struct{}, 1)}
+	c := &cleaner{e: e, target: target, wake: make(chan struct{}, 1), mover: mover{e: e}}
 	c.life, c.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the engine's life, ended by stop
 	return c
 }
@@ -227,7 +228,8 @@ type victimBlock struct {
 	gen trivet.Generation
 }
 
-// empty copies what is live in the victims, volume by volume and in the order of blocks.
+// empty copies what is live in the victims, volume by volume: read in the order in which it stands there, as whole
+// stretches, and stored in the order of LBAs, a few MiB at a time.
 func (c *cleaner) empty(ctx context.Context, victims map[uint32]*segLive, paced bool, stats *CleanStats) error {
 	l := c.e.live
 	l.mu.Lock()
@@ -235,17 +237,15 @@ func (c *cleaner) empty(ctx context.Context, victims map[uint32]*segLive, paced 
 	l.mu.Unlock()
 	for _, id := range ids {
 		blocks, err := c.blocksOf(id, victims)
+		if err == nil {
+			blocks, err = c.e.inPlace(id, blocks, victims)
+		}
 		if err != nil {
 			return err
 		}
-		most := int(min(storeChunkBytes, c.e.log.StoreBytesMax()) / trivet.BlockSize)
-		for chunk := range slices.Chunk(blocks, most) {
-			done, err := c.turnOf(ctx, len(chunk)*trivet.BlockSize, paced)
-			if err != nil {
-				return err
-			}
-			n, err := c.e.relocate(id, chunk, victims)
-			done()
+		for chunk := range slices.Chunk(blocks, moveBlocks) {
+			c.mover.turn = func(n int) (func(), error) { return c.turnOf(ctx, n, paced) }
+			n, err := c.mover.relocate(id, chunk, victims)
 			stats.CopiedBytes += n
 			c.copied.Add(n)
 			if err != nil {

@@ -2,7 +2,9 @@ package engine
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -16,87 +18,230 @@ type moving struct {
 	bk       blockKey
 	sum      uint32
 	old, new ref
+	damaged  bool
+}
+
+const (
+	// moveBlocks is how many blocks are read before they are stored, in the order of their LBAs: 8 MiB.
+	moveBlocks = 2048
+	// moveReadBlocks bounds one read of them, and moveGapBlocks is what is read for nothing between two of them: a
+	// read of its own costs more than 32 KiB do.
+	moveReadBlocks = storeChunkBytes / trivet.BlockSize
+	moveGapBlocks  = 8
+)
+
+// mover copies blocks from segments that are to be emptied. It belongs to one goroutine.
+type mover struct {
+	e    *Engine
+	turn func(bytes int) (done func(), err error) // waits until so many may be read or written
+
+	read    []byte // aligned, as payload, and made when first used
+	payload []byte
 }
 
 // relocate copies blocks of a volume that stand in victims to a data segment. The copy is durable before the map is
 // changed, and the map is changed only where it still says what was copied. It returns how many bytes were copied.
-func (e *Engine) relocate(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) (int64, error) {
-	v, err := e.OpenVolume(id)
+// REQUIRES: at most moveBlocks, which are sorted anew.
+func (m *mover) relocate(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) (int64, error) {
+	v, err := m.e.OpenVolume(id)
 	if err != nil { // dropped meanwhile, or its record is damaged
 		if errIsGone(err) {
 			return 0, nil
 		}
 		return 0, err
 	}
-	if err := e.enterWrite(); err != nil {
+	if err := m.e.enterWrite(); err != nil {
 		return 0, err
 	}
-	defer e.exit()
-	in := map[segment.ID]*segLive{}
-	for _, s := range victims {
-		in[s.id] = s
+	defer m.e.exit()
+	moves, payload, err := m.gather(id, blocks, bySegment(victims))
+	copied := int64(0)
+	for chunk := range slices.Chunk(moves, moveReadBlocks) {
+		n := len(chunk) * trivet.BlockSize
+		if err == nil {
+			err = m.store(v, chunk, payload[copied:copied+int64(n)])
+		}
+		if err != nil {
+			return copied, err
+		}
+		copied += int64(n)
 	}
-	moves, payload, err := e.gather(id, blocks, in)
-	if err != nil || len(moves) == 0 {
-		return 0, err
+	return copied, err
+}
+
+// store puts blocks into data segments and has the map refer to them there.
+func (m *mover) store(v *Volume, moves []moving, payload []byte) error {
+	done, err := m.turn(len(payload))
+	if err != nil {
+		return err
 	}
+	defer done()
 	infos := make([]segment.BlockInfo, len(moves))
-	for i, m := range moves {
-		infos[i] = segment.BlockInfo{LBA: m.bk.lba, CRC: m.sum}
+	for i, mv := range moves {
+		infos[i] = segment.BlockInfo{LBA: mv.bk.lba, CRC: mv.sum}
 	}
-	err = e.storeBlocks(id, infos, payload, func(first int, at segment.Place) error {
-		s, err := e.live.claim(at.Segment)
+	return m.e.storeBlocks(v.id, infos, payload, func(first int, at segment.Place) error {
+		s, err := m.e.live.claim(at.Segment)
 		if err != nil {
 			return err
 		}
-		defer e.live.unclaim([]*segLive{s})
+		defer m.e.live.unclaim([]*segLive{s})
 		part := moves[first : first+int(at.Bytes/trivet.BlockSize)]
 		for i := range part {
 			part[i].new = refAt(at, 0).then(i)
 		}
 		return v.redirect(part, s)
 	})
-	return int64(len(payload)), err
 }
 
-// gather reads those of blocks that the map still says are in victims. What is damaged is left where it is: copying it
-// would spread nothing, but give its only trace away.
-func (e *Engine) gather(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
-	moves []moving, payload []byte, err error,
-) {
-	hold := e.live.hold()
-	defer e.live.end(hold)
+func bySegment(victims map[uint32]*segLive) map[segment.ID]*segLive {
+	in := make(map[segment.ID]*segLive, len(victims))
+	for _, s := range victims {
+		in[s.id] = s
+	}
+	return in
+}
+
+// inPlace returns those of blocks, which are in order, that the map says are in victims, in the order in which they
+// stand there.
+func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) ([]victimBlock, error) {
+	if err := e.enter(); err != nil {
+		return nil, err
+	}
+	defer e.exit()
+	moves, err := e.lookUp(id, blocks, bySegment(victims))
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(moves, func(a, b moving) int { return a.old.compare(b.old) })
+	out := make([]victimBlock, len(moves))
+	for i, m := range moves {
+		out[i] = victimBlock{m.bk.lba, m.bk.gen}
+	}
+	return out, nil
+}
+
+// lookUp finds the places of blocks, which are in order, and drops those that are not in victims. REQUIRES: entered.
+func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (moves []moving, err error) {
+	if len(blocks) == 0 {
+		return nil, nil
+	}
 	it, err := e.db.NewIter(&pebble.IterOptions{
 		LowerBound: appendBlockPrefix(nil, id, blocks[0].lba),
 		UpperBound: appendBlockPrefix(nil, id, blocks[len(blocks)-1].lba+1),
 	})
 	if err != nil {
-		return nil, nil, toErr(err)
+		return nil, toErr(err)
 	}
 	defer func() { err = closeIter(it, err) }()
-	r := blockReader{e: e}
+	moves = make([]moving, 0, len(blocks))
+	keys := make([]byte, 0, len(blocks)*blockKeyBytes)
 	for _, b := range blocks {
-		key := appendBlockKey(nil, id, b.lba, b.gen)
+		from := len(keys)
+		keys = appendBlockKey(keys, id, b.lba, b.gen)
+		key := keys[from:len(keys):len(keys)]
 		if !it.SeekGE(key) || !bytes.Equal(it.Key(), key) {
 			continue // gone meanwhile
 		}
-		at, err := referredAt(it)
-		if err != nil || in[at.seg] == nil {
-			continue
+		val, err := it.ValueAndErr()
+		if err != nil {
+			return nil, toErr(err)
 		}
 		bk := blockKey{id, b.lba, b.gen}
-		data, sum, err := r.at(it, bk)
-		if errors.Is(err, trivet.ErrCorrupt) {
-			e.health.log.Error("cleaning found a damaged block", "volume", id, "lba", b.lba, "err", err)
+		if !isRef(val) {
 			continue
 		}
-		if err != nil {
+		if at, sum, err := decodeRef(val, bk); err == nil && in[at.seg] != nil { // damage of the map is the scrub's
+			moves = append(moves, moving{key: key, bk: bk, sum: sum, old: at})
+		}
+	}
+	return moves, toErr(it.Error())
+}
+
+// gather reads those of blocks that the map still says are in victims, into one payload in the order of LBAs. What is
+// damaged is left where it is: copying it would spread nothing, but give its only trace away. REQUIRES: entered.
+func (m *mover) gather(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
+	moves []moving, payload []byte, err error,
+) {
+	hold := m.e.live.hold()
+	defer m.e.live.end(hold)
+	slices.SortFunc(blocks, func(a, b victimBlock) int {
+		return cmp.Or(cmp.Compare(a.lba, b.lba), cmp.Compare(b.gen, a.gen)) // as the map has them
+	})
+	if moves, err = m.e.lookUp(id, blocks, in); err != nil || len(moves) == 0 {
+		return nil, nil, err
+	}
+	if m.payload == nil {
+		m.payload, m.read = segment.Buffer(moveBlocks*trivet.BlockSize), segment.Buffer(moveReadBlocks*trivet.BlockSize)
+	}
+	order := make([]int, len(moves))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int { return moves[a].old.compare(moves[b].old) })
+	for len(order) > 0 {
+		n := together(moves, order)
+		if err := m.fetch(moves, order[:n]); err != nil {
 			return nil, nil, err
 		}
-		moves = append(moves, moving{key: key, bk: bk, sum: sum, old: at})
-		payload = append(payload, data...)
+		order = order[n:]
 	}
-	return moves, payload, toErr(it.Error())
+	kept := moves[:0]
+	for i, mv := range moves {
+		if mv.damaged {
+			continue
+		}
+		if len(kept) < i {
+			copy(m.block(len(kept)), m.block(i))
+		}
+		kept = append(kept, mv)
+	}
+	return kept, m.payload[:len(kept)*trivet.BlockSize], nil
+}
+
+func (m *mover) block(i int) []byte { return m.payload[i*trivet.BlockSize:][:trivet.BlockSize] }
+
+// together returns how many of the first moves in order, which are in the order of their places, one read will get.
+func together(moves []moving, order []int) int {
+	first := moves[order[0]].old
+	last := first
+	for n, i := range order[1:] {
+		at := moves[i].old
+		if at.seg != first.seg || at.page-last.page > moveGapBlocks || at.page-first.page >= moveReadBlocks {
+			return n + 1
+		}
+		last = at
+	}
+	return len(order)
+}
+
+// fetch reads blocks that stand near each other into their places in the payload.
+func (m *mover) fetch(moves []moving, order []int) error {
+	first, last := moves[order[0]].old, moves[order[len(order)-1]].old
+	b := m.read[:int(last.page-first.page+1)*trivet.BlockSize]
+	done, err := m.turn(len(b))
+	if err != nil {
+		return err
+	}
+	defer done()
+	failed := m.e.log.ReadAt(first.seg, b, first.off())
+	alone := blockReader{e: m.e}
+	for _, i := range order {
+		mv := &moves[i]
+		data := b[int(mv.old.page-first.page)*trivet.BlockSize:][:trivet.BlockSize]
+		if failed != nil || sumAt(data, place(mv.key)) != mv.sum { // of this block, or of any of them
+			data, err = alone.fetch(mv.old, mv.sum, mv.bk, place(mv.key))
+			if mv.damaged = errors.Is(err, trivet.ErrCorrupt); mv.damaged {
+				m.e.health.log.Error("cleaning found a damaged block", "volume", mv.bk.volume, "lba", mv.bk.lba, "err", err)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+		}
+		copy(m.block(i), data)
+	}
+	return nil
 }
 
 // redirect makes the map refer to the copies of blocks, all in segment s, in one batch. Only where it still refers to
