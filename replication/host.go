@@ -214,6 +214,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeScrub, h.handleScrub)
 	cfg.Network.Handle(transport.KindVolumeSnapRead, h.handleSnapshot)
 	cfg.Network.Handle(transport.KindVolumeDelta, h.handleSnapshot)
+	cfg.Network.Handle(transport.KindVolumeAllocated, h.handleAllocated)
 	return h, nil
 }
 

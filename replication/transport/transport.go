@@ -54,6 +54,7 @@ const (
 	KindMetaRead    Kind = 33
 
 	KindSnapshotBarrier Kind = 38 // node: a step of making a group of snapshots at one point
+	KindVolumeAllocated Kind = 39 // replication: list the blocks that hold data
 )
 
 // MessageBytesMax bounds a whole message, header included. The largest is an AppendEntries of
