@@ -11,7 +11,7 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
-// SnapshotGroup is a group of snapshots, with its snapshots in the order of its members; those that are gone, of a group
+// SnapshotGroup is a group of snapshots, with its snapshots in the order of its members; those that are gone, of one
 // that is Failed or Deleting, are left out.
 type SnapshotGroup struct {
 	meta.SnapshotGroup
@@ -74,11 +74,13 @@ func groupIn(s *meta.State, g meta.SnapshotGroup) SnapshotGroup {
 // that, for milliseconds. The same name and volumes again return the same.
 //
 // ErrNotFound, ErrInvalid, ErrNoSpace: as of CreateSnapshot, of any of the volumes. ErrExists: the name is that of a
-// group of other volumes. ErrPending: a volume is being created, or on its way to a node or from one, for as long as ctx
-// lasts. ErrUnavailable with a group that is Failed: its reason is in the error, none of its snapshots is left, and it has to
-// be deleted before the name can be used for another attempt. ErrUnavailable without: not in time; the same call
-// waits for it.
-func (c *Controller) CreateSnapshotGroup(ctx context.Context, name string, volumes []trivet.VolumeID) (SnapshotGroup, error) {
+// group of other volumes. ErrPending: a volume is being created, or on its way to a node or from one, for as long as
+// ctx lasts. ErrUnavailable with a group that is Failed: its reason is in the error, none of its snapshots is left, and
+// it has to be deleted before the name can be used for another attempt. ErrUnavailable without: not in time; the same
+// call waits for it.
+func (c *Controller) CreateSnapshotGroup(ctx context.Context, name string, volumes []trivet.VolumeID) (
+	SnapshotGroup, error,
+) {
 	g, err := c.createSnapshotGroup(ctx, name, volumes)
 	if err != nil {
 		err = fmt.Errorf("create snapshot group %q: %w", name, err)
@@ -86,7 +88,9 @@ func (c *Controller) CreateSnapshotGroup(ctx context.Context, name string, volum
 	return g, err
 }
 
-func (c *Controller) createSnapshotGroup(ctx context.Context, name string, volumes []trivet.VolumeID) (SnapshotGroup, error) {
+func (c *Controller) createSnapshotGroup(ctx context.Context, name string, volumes []trivet.VolumeID) (
+	SnapshotGroup, error,
+) {
 	unlock, err := c.busy.lock("snapshot group " + name)
 	if err != nil {
 		return SnapshotGroup{}, err
@@ -160,8 +164,8 @@ func (c *Controller) awaitSnapshotGroup(ctx context.Context, id trivet.SnapshotG
 }
 
 // DeleteSnapshotGroup deletes a group with all its snapshots, and returns once the volumes' groups have dropped them.
-// Those that a clone still needs are dropped once that is flattened: they are not waited for. Unknown: nil. ErrPending while
-// a volume is brought back to one of them.
+// Those that a clone still needs are dropped once that is flattened: they are not waited for. Unknown: nil. ErrPending
+// while a volume is brought back to one of them.
 func (c *Controller) DeleteSnapshotGroup(ctx context.Context, id trivet.SnapshotGroupID) error {
 	res, err := c.store.Propose(ctx, meta.Command{DeleteSnapshotGroup: &meta.DeleteSnapshotGroup{Group: id}})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -62,6 +63,10 @@ func (m *mounts) makeGroups(ctx context.Context) {
 			}
 			running.Go(func() {
 				m.makeGroup(ctx, id)
+				select { // or a mistake of ours would spin
+				case <-ctx.Done():
+				case <-time.After(freezeRetryMin):
+				}
 				busy.remove(id)
 			})
 		}
@@ -111,8 +116,8 @@ func (s *groupSet) remove(id trivet.SnapshotGroupID) {
 	}
 }
 
-// coordinatorOf returns the node that makes a group: of those that hold a member for writing, and then of all, the first
-// that is alive. Two nodes may differ on that for a moment; BeginSnapshotGroup lets one of them go on. "" = none.
+// coordinatorOf returns the node that makes a group: of those that hold a member for writing, and then of all, the
+// first that is alive. Two nodes may differ on that for a moment; BeginSnapshotGroup lets one of them go on. "" = none.
 func coordinatorOf(st *meta.State, g *meta.SnapshotGroup, now time.Time) trivet.NodeID {
 	if ownerLives(st, g, now) {
 		return g.Owner
@@ -164,7 +169,8 @@ func (m *mounts) makeGroup(ctx context.Context, id trivet.SnapshotGroupID) {
 	}
 }
 
-// tryGroup makes a group and returns what is to be reported; nil: nothing, it is not for this node to make, or ctx is over.
+// tryGroup makes a group and returns what is to be reported; nil: nothing, it is not for this node to make, or life is
+// over.
 func (m *mounts) tryGroup(life context.Context, id trivet.SnapshotGroupID) *meta.ReportSnapshotGroup {
 	ctx, cancel := context.WithTimeout(life, groupMakeMax)
 	defer cancel()
@@ -178,7 +184,8 @@ func (m *mounts) tryGroup(life context.Context, id trivet.SnapshotGroupID) *meta
 		return nil
 	case err != nil:
 		text := err.Error()
-		report.State, report.Frozen, report.Reason = meta.GroupFailed, nil, text[:min(len(text), groupReasonMax)]
+		report.State, report.Frozen = meta.GroupFailed, nil
+		report.Reason = strings.ToValidUTF8(text[:min(len(text), groupReasonMax)], "") // it may be cut within a rune
 	}
 	return report
 }

@@ -77,7 +77,8 @@ func (g *groupHolds) add(h *groupHold, limit time.Duration, over func()) error {
 		return fmt.Errorf("hold writes: node closes: %w", trivet.ErrClosed)
 	case before != nil && before.owner == h.owner && before.attempt >= h.attempt:
 		g.mu.Unlock()
-		return fmt.Errorf("hold writes, attempt %d: attempt %d is under way: %w", h.attempt, before.attempt, trivet.ErrInvalid)
+		return fmt.Errorf("hold writes, attempt %d: attempt %d is under way: %w", h.attempt, before.attempt,
+			trivet.ErrInvalid)
 	}
 	if g.held == nil {
 		g.held = map[trivet.SnapshotGroupID]*groupHold{}
@@ -174,8 +175,8 @@ func (m *mounts) membersHere(st *meta.State, g *meta.SnapshotGroup) ([]meta.Grou
 	return out, nil
 }
 
-// prepareGroup writes back what the caches of a group's volumes here hold, while writes go on, once the local copy of the
-// catalogue has the revision: so a hold, which follows, has to ask nobody.
+// prepareGroup writes back what the caches of a group's volumes here hold, while writes go on, once the local copy of
+// the catalogue has the revision: so a hold, which follows, has to ask nobody.
 func (m *mounts) prepareGroup(ctx context.Context, msg groupMessage) error {
 	cat := m.attacher.cat
 	for {

@@ -296,6 +296,23 @@ func TestGroupOfALateHolder(t *testing.T) {
 	})
 }
 
+// When one holder cannot be told to hold, the others let go at once.
+func TestGroupLetsGo(t *testing.T) {
+	t.Parallel()
+	inBarrierBench(t, func(t *testing.T, b *barrierBench) {
+		one := b.open(t, "n1", 1)
+		b.open(t, "n2", 2)
+		b.net.SetLossTimeout(100 * time.Millisecond)
+		b.net.Lose(ofStep(stepHold))
+		b.ask(snapGroup, 1, 2)
+		g := b.settled(snapGroup)
+		require.Equal(t, meta.GroupFailed, g.State)
+		began := time.Now()
+		require.NoError(t, one.WriteAt(t.Context(), numbered(1), 0))
+		require.Less(t, time.Since(began), time.Second)
+	})
+}
+
 // A member that is not frozen fails the group; what was frozen is deleted.
 func TestGroupOfAFailedFreeze(t *testing.T) {
 	t.Parallel()
@@ -418,8 +435,12 @@ func TestGroupOfAnUnopenedVolume(t *testing.T) {
 	inBarrierBench(t, func(t *testing.T, b *barrierBench) {
 		ctx, m := t.Context(), b.nodes["n2"]
 		b.began(snapGroup)
-		err := m.holdGroup(ctx, "n1", groupMessage{group: snapGroup, attempt: 1})
-		require.NoError(t, err)
+		gone, cancel := context.WithCancel(ctx)
+		cancel()
+		err := m.holdGroup(gone, "n1", groupMessage{group: snapGroup, attempt: 1})
+		require.ErrorIs(t, err, context.Canceled)
+		err = m.holdGroup(ctx, "n1", groupMessage{group: snapGroup, attempt: 1})
+		require.NoError(t, err, "nothing is left of the attempt of one that has given up")
 		_, _, _, err = m.openNBD(ctx, 2)
 		require.ErrorIs(t, err, trivet.ErrPending)
 		frozen, err := m.freezeGroup(ctx, "n1", groupMessage{group: snapGroup, attempt: 1})

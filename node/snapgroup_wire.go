@@ -58,12 +58,14 @@ func (g groupMessage) encode() []byte {
 
 // decodeGroupMessage returns ErrInvalid for what encode does not write.
 func decodeGroupMessage(b []byte) (groupMessage, error) {
-	if len(b) != groupMessageBytes || b[0] != groupWireVersion || b[1] == 0 || b[1] >= byte(stepEnd) || b[2] != 0 || b[3] != 0 {
+	if len(b) != groupMessageBytes || b[0] != groupWireVersion || b[1] == 0 || b[1] >= byte(stepEnd) ||
+		b[2] != 0 || b[3] != 0 {
 		return groupMessage{}, fmt.Errorf("message of %d bytes about a group of snapshots: want %d, version %d: %w", len(b),
 			groupMessageBytes, groupWireVersion, trivet.ErrInvalid)
 	}
 	return groupMessage{
-		step: barrierStep(b[1]), attempt: binary.BigEndian.Uint32(b[4:]), group: trivet.SnapshotGroupID(binary.BigEndian.Uint64(b[8:])),
+		step: barrierStep(b[1]), attempt: binary.BigEndian.Uint32(b[4:]),
+		group:    trivet.SnapshotGroupID(binary.BigEndian.Uint64(b[8:])),
 		revision: meta.Revision(binary.BigEndian.Uint64(b[16:])),
 	}, nil
 }
@@ -91,7 +93,8 @@ func decodeFrozen(b []byte) ([]meta.FrozenMember, error) {
 	}
 	var out []meta.FrozenMember
 	for b = b[frozenHeadBytes:]; len(b) > 0; b = b[frozenBytes:] {
-		generation, size, held := binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint64(b[16:]), binary.BigEndian.Uint64(b[24:])
+		be := binary.BigEndian
+		generation, size, held := be.Uint64(b[8:]), be.Uint64(b[16:]), be.Uint64(b[24:])
 		if generation>>32 != 0 || size>>63 != 0 || held>>63 != 0 {
 			return nil, fmt.Errorf("member of generation %d, size %d, held %d: %w", generation, size, held, trivet.ErrCorrupt)
 		}

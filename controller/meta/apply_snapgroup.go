@@ -2,6 +2,7 @@ package meta
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -14,7 +15,7 @@ import (
 //	                           └──Failed, or a volume changed hands──►─────────────────────►┘
 //
 // Its snapshots are Creating with it. Those of volumes that nobody may write become Ready one by one, at any time: the
-// epoch vouches that nothing was written since. Those of the others become Ready with the group, in one command. A group
+// epoch vouches that nothing was written since. Those of the others become Ready with the group, in one command. One
 // that fails takes all of them with it, and one that is deleted too; its record goes with the last of theirs.
 
 func (d *draft) putGroup(g *SnapshotGroup) {
@@ -209,7 +210,7 @@ func (d *draft) mayBeAlone(s *Snapshot) error {
 func (d *draft) memberFailed(s *Snapshot) {
 	if g, ok := d.SnapshotGroup(s.Group); ok && !g.Settled() {
 		reason := fmt.Sprintf("snapshot of %s: %s", s.Volume, s.Reason)
-		d.failGroup(&g, reason[:min(len(reason), reasonBytesMax)])
+		d.failGroup(&g, strings.ToValidUTF8(reason[:min(len(reason), reasonBytesMax)], ""))
 	}
 }
 

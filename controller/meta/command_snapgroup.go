@@ -23,8 +23,8 @@ type NewMember struct {
 
 // CreateSnapshotGroup adds a group of snapshots in state Creating, and a snapshot in that state for each member, named
 // by MemberName. The same name and volumes again returns the existing one, whatever its state; other volumes give
-// ErrExists. For each volume errors are those of CreateSnapshot, and ErrPending while it is on its way to a node or from
-// one: its epoch has to be fenced. All members come to be, or none.
+// ErrExists. For each volume errors are those of CreateSnapshot, and ErrPending while it is on its way to a node or
+// from one: its epoch has to be fenced. All members come to be, or none.
 type CreateSnapshotGroup struct {
 	ID      trivet.SnapshotGroupID `json:"id"`
 	Name    string                 `json:"name"`

@@ -65,8 +65,8 @@ func groupState(m *meta.Machine, id trivet.SnapshotGroupID) meta.SnapshotGroupSt
 	return g.State
 }
 
-// withGroup is a cluster with volumes 1, which node n1 writes, and 2, which nobody has, and their group 7, "g", of snapshots
-// 70 and 71.
+// withGroup is a cluster with volumes 1, which node n1 writes, and 2, which nobody has, and their group 7, "g", of
+// snapshots 70 and 71.
 func withGroup(t *testing.T) *meta.Machine {
 	t.Helper()
 	m := cluster(t)
@@ -115,7 +115,7 @@ func TestGroupIsMadeOnce(t *testing.T) {
 func TestGroupBecomesReady(t *testing.T) {
 	t.Parallel()
 	m := withGroup(t)
-	require.ErrorIs(t, m.Apply(frozen(70)).Err, trivet.ErrInvalid, "somebody writes it: alone it is no point of the group's")
+	require.ErrorIs(t, m.Apply(frozen(70)).Err, trivet.ErrInvalid, "somebody writes it: alone it is no point")
 	mustApply(t, m, frozen(71))
 	require.Equal(t, meta.SnapshotReady, stateOf(m, 71))
 	require.ErrorIs(t, m.Apply(groupReady(7, 1, 70)).Err, trivet.ErrInvalid, "nobody has begun")
@@ -250,15 +250,16 @@ func TestGroupCommandsRefused(t *testing.T) {
 			Group: 7, Node: "n1", Incarnation: incarnation(1), State: meta.GroupDeleting,
 		}},
 		"no size": {ReportSnapshotGroup: &meta.ReportSnapshotGroup{
-			Group: 7, Node: "n1", Incarnation: incarnation(1), State: meta.GroupReady, Frozen: []meta.FrozenMember{{Snapshot: 70}},
+			Group: 7, Node: "n1", Incarnation: incarnation(1), State: meta.GroupReady,
+			Frozen: []meta.FrozenMember{{Snapshot: 70}},
 		}},
 	} {
 		require.ErrorIs(t, c.Validate(), trivet.ErrInvalid, name)
 	}
 }
 
-// TestImageOfGroups: groups are in the image, which has no section for them without, and one around groups that cannot be
-// opens nothing.
+// TestImageOfGroups: groups are in the image, which has no section for them without, and one around groups that cannot
+// be opens nothing.
 func TestImageOfGroups(t *testing.T) {
 	t.Parallel()
 	require.NotContains(t, string(mustImage(t, withSnapshot(t).State())), "snapshotGroups")
