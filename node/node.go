@@ -220,6 +220,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	n.group.Go(func() error { n.mounts.freezeHeld(life); return nil })
 	n.group.Go(func() error { n.mounts.makeGroups(life); return nil })
 	n.group.Go(func() error { n.mounts.growKernels(life); return nil })
+	n.group.Go(func() error { n.watchUsage(life); return nil })
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
 	}

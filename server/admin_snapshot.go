@@ -99,7 +99,16 @@ func (a *admin) GetSnapshot(ctx context.Context, r *api.SnapshotRequest) (*api.S
 	if err != nil {
 		return nil, err
 	}
-	return a.snapshot(&s), nil
+	out := a.snapshot(&s)
+	out.AloneBytes = -1
+	if v, ok := a.s.catalogue.Local().Volume(s.Volume); ok && s.State == meta.SnapshotReady {
+		if u := a.usage(ctx, &v, 0); u != nil {
+			if n, ok := u.Alone[s.ID]; ok {
+				out.AloneBytes = n
+			}
+		}
+	}
+	return out, nil
 }
 
 // DeleteSnapshot implements api.AdminServer.

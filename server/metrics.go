@@ -131,6 +131,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)
 		}
+		if u, ok := n.Usage(v.ID()); ok {
+			usageMetrics(out, name, &u)
+		}
 		if st, ok := n.Integrity(v.ID()); ok {
 			integrityMetrics(out, name, st)
 		}

@@ -95,6 +95,9 @@ func TestSnapshotGroup(t *testing.T) {
 	slices.Sort(held)
 	t.Logf("writes were held: median %v, p99 %v, longest %v, for %d groups; %d writes to each volume", held[len(held)/2],
 		held[len(held)*99/100], held[len(held)-1], groups, count.Load())
+	for i := range 2 {
+		require.Equal(t, groups, int(scrape(t, c, i)[`trivet_snapshot_hold_seconds_count{kind="group"}`]))
+	}
 	require.NoError(t, stop())
 	stopFirst()
 	stopSecond()

@@ -36,6 +36,7 @@ type snapshotView struct {
 	Clones      []string `json:"clones,omitempty"`
 	Group       string   `json:"group,omitempty"` // ID of the group that it was made with
 	GroupName   string   `json:"groupName,omitempty"`
+	AloneBytes  int64    `json:"aloneBytes,omitempty"` // what comes back when it alone is deleted; -1: nobody could say
 }
 
 func snapshotOf(s *api.Snapshot) snapshotView {
@@ -43,6 +44,7 @@ func snapshotOf(s *api.Snapshot) snapshotView {
 		ID: s.GetId(), Name: s.GetName(), Volume: s.GetVolume(), VolumeName: s.GetVolumeName(), State: s.GetState(),
 		Reason: s.GetReason(), SizeBytes: s.GetSizeBytes(), Generation: s.GetGeneration(), Created: s.GetCreated(),
 		HeldSeconds: s.GetHeldSeconds(), Clones: s.GetClones(), Group: s.GetGroup(), GroupName: s.GetGroupName(),
+		AloneBytes: s.GetAloneBytes(),
 	}
 }
 
@@ -155,7 +157,12 @@ func newSnapshotShow(o *options) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return o.showSnapshot(cmd, s)
+				if err := o.showSnapshot(cmd, s); err != nil || o.output == outputJSON || s.GetAloneBytes() < 0 {
+					return err
+				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "bytes that come back when it alone is deleted: %s\n",
+					sizeText(s.GetAloneBytes()))
+				return err
 			})
 		},
 	}

@@ -55,6 +55,7 @@ const (
 
 	KindSnapshotBarrier Kind = 38 // node: a step of making a group of snapshots at one point
 	KindVolumeAllocated Kind = 39 // replication: list the blocks that hold data
+	KindVolumeUsage     Kind = 40 // what a replica's blocks are there for
 )
 
 // MessageBytesMax bounds a whole message, header included. The largest is an AppendEntries of
