@@ -21,14 +21,23 @@ type VolumeUsage struct {
 // Usage counts now, exactly, as of one moment. It reads the map of the volume, half a microsecond for each version of a
 // block, and no data. Errors as of Digest, and that of ctx.
 func (v *Volume) Usage(ctx context.Context) (VolumeUsage, error) {
-	u, err := v.usage(ctx)
-	if err != nil {
-		return VolumeUsage{}, fmt.Errorf("usage of %s: %w", v.id, err)
-	}
-	return u, nil
+	u, _, err := v.UsageOfSnapshots(ctx)
+	return u, err
 }
 
-func (v *Volume) usage(ctx context.Context) (u VolumeUsage, err error) {
+// UsageOfSnapshots is Usage and, for each generation that a snapshot holds, the bytes that nothing else shows, neither
+// another snapshot nor the live state: what comes back when that snapshot alone is deleted. Several that show the same
+// old blocks have none of them to themselves; SnapshotBytes counts them once.
+func (v *Volume) UsageOfSnapshots(ctx context.Context) (VolumeUsage, map[trivet.Generation]int64, error) {
+	alone := map[trivet.Generation]int64{}
+	u, err := v.usage(ctx, alone)
+	if err != nil {
+		return VolumeUsage{}, nil, fmt.Errorf("usage of %s: %w", v.id, err)
+	}
+	return u, alone, nil
+}
+
+func (v *Volume) usage(ctx context.Context, alone map[trivet.Generation]int64) (u VolumeUsage, err error) {
 	if err := v.e.enter(); err != nil {
 		return u, err
 	}
@@ -41,6 +50,9 @@ func (v *Volume) usage(ctx context.Context) (u VolumeUsage, err error) {
 	}
 	defer func() { err = w.close(err) }()
 	gens := r.state.shownGenerations()
+	for _, gen := range gens[1:] {
+		alone[gen] = 0
+	}
 	var shown []content
 	for i := 0; ; i++ {
 		if i%sweepChunkN == 0 && ctx.Err() != nil {
@@ -52,6 +64,24 @@ func (v *Volume) usage(ctx context.Context) (u VolumeUsage, err error) {
 		}
 		shown = w.contents(shown[:0], gens)
 		u.add(w, shown)
+		addAlone(alone, w, shown)
+	}
+}
+
+// addAlone counts one block for the snapshots that alone show what they show of it.
+func addAlone(alone map[trivet.Generation]int64, w *walker, shown []content) {
+	for k := range shown {
+		c := &shown[k]
+		if c.newest != c.oldest || c.newest == Live || c.x == nil || c.x == w.below {
+			continue
+		}
+		again := false // after a rollback
+		for i := range shown {
+			again = again || i != k && shown[i].x == c.x
+		}
+		if !again {
+			alone[c.newest] += trivet.BlockSize
+		}
 	}
 }
 

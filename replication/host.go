@@ -178,6 +178,7 @@ type Host struct {
 	cfg     HostConfig
 	log     *slog.Logger
 	catchUp *rate.Limiter
+	usages  *usages
 
 	mu       sync.Mutex
 	closed   bool
@@ -204,6 +205,7 @@ func NewHost(cfg HostConfig) (*Host, error) {
 		busy:     make(map[trivet.VolumeID]chan struct{}),
 		rested:   make(map[trivet.ReplicaID]time.Time),
 		began:    time.Now(),
+		usages:   newUsages(),
 	}
 	cfg.Network.Handle(transport.KindVolumeWrite, h.handleWrite)
 	cfg.Network.Handle(transport.KindVolumeRead, h.handleRead)
@@ -214,6 +216,8 @@ func NewHost(cfg HostConfig) (*Host, error) {
 	cfg.Network.Handle(transport.KindVolumeScrub, h.handleScrub)
 	cfg.Network.Handle(transport.KindVolumeSnapRead, h.handleSnapshot)
 	cfg.Network.Handle(transport.KindVolumeDelta, h.handleSnapshot)
+	cfg.Network.Handle(transport.KindVolumeAllocated, h.handleAllocated)
+	cfg.Network.Handle(transport.KindVolumeUsage, h.handleUsage)
 	return h, nil
 }
 

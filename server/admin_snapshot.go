@@ -35,6 +35,10 @@ func (a *admin) snapshot(s *meta.Snapshot) *api.Snapshot {
 		Reason: s.Reason, SizeBytes: s.SizeBytes, Generation: uint32(s.Generation),
 		Created: s.Created.Format(time.RFC3339), HeldSeconds: s.Held.Seconds(),
 	}
+	if s.Group != 0 {
+		g, _ := a.s.catalogue.Local().SnapshotGroup(s.Group)
+		out.Group, out.GroupName = s.Group.String(), g.Name
+	}
 	for _, id := range a.s.catalogue.Local().ClonesOf(s.ID) {
 		out.Clones = append(out.Clones, id.String())
 	}
@@ -95,7 +99,16 @@ func (a *admin) GetSnapshot(ctx context.Context, r *api.SnapshotRequest) (*api.S
 	if err != nil {
 		return nil, err
 	}
-	return a.snapshot(&s), nil
+	out := a.snapshot(&s)
+	out.AloneBytes = -1
+	if v, ok := a.s.catalogue.Local().Volume(s.Volume); ok && s.State == meta.SnapshotReady {
+		if u := a.usage(ctx, &v, 0); u != nil {
+			if n, ok := u.Alone[s.ID]; ok {
+				out.AloneBytes = n
+			}
+		}
+	}
+	return out, nil
 }
 
 // DeleteSnapshot implements api.AdminServer.

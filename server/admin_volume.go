@@ -126,7 +126,7 @@ func (a *admin) CreateVolume(ctx context.Context, r *api.CreateVolumeRequest) (*
 }
 
 // ListVolumes implements api.AdminServer.
-func (a *admin) ListVolumes(ctx context.Context, _ *api.ListVolumesRequest) (*api.ListVolumesResponse, error) {
+func (a *admin) ListVolumes(ctx context.Context, r *api.ListVolumesRequest) (*api.ListVolumesResponse, error) {
 	volumes, err := a.s.controller.Volumes(ctx)
 	if err != nil {
 		return nil, err
@@ -134,6 +134,9 @@ func (a *admin) ListVolumes(ctx context.Context, _ *api.ListVolumesRequest) (*ap
 	resp := &api.ListVolumesResponse{}
 	for _, v := range volumes {
 		resp.Volumes = append(resp.Volumes, a.volume(ctx, v, false))
+	}
+	if r.GetUsage() {
+		a.addUsages(ctx, volumes, resp.Volumes)
 	}
 	return resp, nil
 }
@@ -144,7 +147,9 @@ func (a *admin) GetVolume(ctx context.Context, r *api.VolumeRequest) (*api.Volum
 	if err != nil {
 		return nil, err
 	}
-	return a.volume(ctx, v, true), nil
+	out := a.volume(ctx, v, true)
+	out.Usage = usageOf(a.usage(ctx, &v, 0))
+	return out, nil
 }
 
 // DeleteVolume implements api.AdminServer. An operator's delete removes the data whatever the

@@ -116,6 +116,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		return // no member of a cluster yet
 	}
 	schedulerMetrics(out, n.Scheduler())
+	holdMetrics(out, n.HoldTimes())
 	for disk, st := range n.DiskSchedulers() {
 		diskSchedulerMetrics(out, string(disk), st)
 	}
@@ -129,6 +130,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		}
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)
+		}
+		if u, ok := n.Usage(v.ID()); ok {
+			usageMetrics(out, name, &u)
 		}
 		if st, ok := n.Integrity(v.ID()); ok {
 			integrityMetrics(out, name, st)

@@ -59,6 +59,7 @@ func TestServeOnTheNetwork(t *testing.T) {
 		got, err := os.ReadFile(back)
 		require.NoError(t, err)
 		require.Equal(t, data, got)
+		requireSparse(t, u.String(), back)
 		options := "driver=nbd,host=" + u.Hostname() + ",port=" + u.Port() + ",export=db,tls-creds=tls0"
 		run(t, "qemu-img", "compare", "--object", "tls-creds-x509,id=tls0,endpoint=client,dir="+operators,
 			"--image-opts", options, "driver=raw,file.filename="+image)

@@ -24,6 +24,7 @@ func snapshotCluster(t *testing.T) *testutil.Cluster {
 	t.Helper()
 	return testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) {
 		cfg.ParkAfter, cfg.Timing = 200*time.Millisecond, raftgroup.Timing{Heartbeat: 400 * time.Millisecond}
+		cfg.MetricsAddr = "127.0.0.1:0"
 		if cache.CheckDir("/dev/shm") == nil {
 			cfg.CacheDir = "/dev/shm"
 		}
@@ -62,6 +63,9 @@ func TestSnapshots(t *testing.T) {
 	require.Equal(t, []int64{0, trivet.BlockSize, 3 * trivet.BlockSize, trivet.BlockSize}, diffOf(t, c, "first", "second"))
 	require.Equal(t, []int64{0, trivet.BlockSize}, diffOf(t, c, "", "first"))
 	require.Zero(t, second.GetHeldSeconds())
+	holds := scrape(t, c, 0)[`trivet_snapshot_hold_seconds_count{kind="single"}`]
+	require.Equal(t, 2, int(holds), "for the first, and for the clone")
+	requireUsage(t, c)
 	require.Equal(t, first.GetId(), snapshot(t, c, 2, "v", "first").GetId(), "the same again")
 	create(t, c, "w")
 	_, err = c.Admin(0).CreateSnapshot(ctx, &api.CreateSnapshotRequest{Volume: "w", Name: "first"})
@@ -102,6 +106,31 @@ func TestSnapshots(t *testing.T) {
 	_, err = c.Admin(1).GetSnapshot(ctx, &api.SnapshotRequest{Name: "first"})
 	require.Equal(t, codes.NotFound, status.Code(err), fmt.Sprint(err))
 	requireVolume(t, c, "clone", map[int64]byte{0: 'a', 3: 'c'}) // with nothing beneath it any more
+}
+
+// requireUsage waits until nothing but block 0 of "first" is there for a snapshot alone: the clone has to be flattened.
+func requireUsage(t *testing.T, c *testutil.Cluster) {
+	t.Helper()
+	ctx := t.Context()
+	require.Eventually(t, func() bool {
+		s, err := c.Admin(2).GetSnapshot(ctx, &api.SnapshotRequest{Name: "first"})
+		require.NoError(t, err)
+		return s.GetAloneBytes() == trivet.BlockSize
+	}, eventuallyTimeout, 20*time.Millisecond)
+	s, err := c.Admin(0).GetSnapshot(ctx, &api.SnapshotRequest{Name: "second"})
+	require.NoError(t, err)
+	require.Zero(t, s.GetAloneBytes(), "the volume shows the same")
+	v, err := c.Admin(1).GetVolume(ctx, &api.VolumeRequest{Name: "v"})
+	require.NoError(t, err)
+	u := v.GetUsage()
+	require.EqualValues(t, 2*trivet.BlockSize, u.GetUsedBytes())
+	require.EqualValues(t, trivet.BlockSize, u.GetSnapshotBytes())
+	require.Equal(t, u.GetUniqueBytes()+u.GetSharedBytes(), u.GetUsedBytes()+u.GetSnapshotBytes()+u.GetOtherBytes())
+	list, err := c.Admin(1).ListVolumes(ctx, &api.ListVolumesRequest{Usage: true})
+	require.NoError(t, err)
+	for _, v := range list.GetVolumes() {
+		require.NotNil(t, v.GetUsage(), v.GetName())
+	}
 }
 
 // requireVolume serves a volume and compares blocks.

@@ -29,6 +29,7 @@ type volumeView struct {
 	AttachedTo []string          `json:"attachedNodes,omitempty"` // more than one only to read
 	ReadOnly   bool              `json:"attachedReadOnly,omitempty"`
 	Device     string            `json:"device,omitempty"`
+	Usage      *usageView        `json:"usage,omitempty"` // absent: nobody was asked, or could say
 	Created    string            `json:"created"`
 }
 
@@ -72,6 +73,7 @@ func volumeOf(v *api.Volume) volumeView {
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
 		Want: v.GetWantReplicas(), Pending: v.GetPending(), AttachedTo: v.GetAttachedNodes(),
 		ReadOnly: v.GetAttachedReadOnly(), WantSize: v.GetWantSizeBytes(), Used: v.GetUsedBytes(),
+		Usage: usageOf(v.GetUsage()),
 	}
 	for _, r := range v.GetReplicas() {
 		view.Replicas = append(view.Replicas, replicaOf(r))

@@ -42,6 +42,7 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	if len(view.Parameters) > 0 {
 		fmt.Fprintf(out, "parameters: %s\n", pairsText(view.Parameters))
 	}
+	view.Usage.print(out)
 	if view.WantSize > 0 {
 		fmt.Fprintf(out, "growing to: %s\n", sizeText(view.WantSize))
 	}
@@ -113,13 +114,14 @@ func newVolumeCreate(o *options) *cobra.Command {
 }
 
 func newVolumeList(o *options) *cobra.Command {
-	return &cobra.Command{
+	var wide bool
+	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the volumes",
 		Args:  exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				resp, err := c.ListVolumes(ctx, &api.ListVolumesRequest{})
+				resp, err := c.ListVolumes(ctx, &api.ListVolumesRequest{Usage: wide})
 				if err != nil {
 					return err
 				}
@@ -127,10 +129,15 @@ func newVolumeList(o *options) *cobra.Command {
 				for _, v := range resp.GetVolumes() {
 					volumes = append(volumes, volumeOf(v))
 				}
+				if wide {
+					return o.show(cmd.OutOrStdout(), volumes, usageTable(volumes))
+				}
 				return o.show(cmd.OutOrStdout(), volumes, volumeTable(volumes))
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&wide, "wide", false, "with what their blocks are there for, counted in the last minute")
+	return cmd
 }
 
 func newVolumeShow(o *options) *cobra.Command {

@@ -1,0 +1,37 @@
+package server
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/trivet-csi/trivet/internal/stage"
+	"github.com/trivet-csi/trivet/node"
+	"github.com/trivet-csi/trivet/replication"
+)
+
+var (
+	descHold = desc("trivet_snapshot_hold_seconds",
+		"Time for which writes to a volume attached here were held for a snapshot, single or in a group.", "kind")
+	descUsage = desc("trivet_volume_usage_bytes",
+		"What the blocks of a volume that leads here are there for; used + snapshot + other = unique + shared.",
+		"volume", "what")
+)
+
+func usageMetrics(out chan<- prometheus.Metric, name string, u *replication.VolumeUsage) {
+	gauge(out, descUsage, float64(u.LiveBytes), name, "used")
+	gauge(out, descUsage, float64(u.SnapshotBytes), name, "snapshot")
+	gauge(out, descUsage, float64(u.OtherBytes), name, "other")
+	gauge(out, descUsage, float64(u.SharedBytes), name, "shared")
+	gauge(out, descUsage, float64(u.UniqueBytes()), name, "unique")
+}
+
+func holdMetrics(out chan<- prometheus.Metric, h *node.HoldTimes) {
+	for kind, m := range map[string]*stage.Meter{"single": &h.Single, "group": &h.Group} {
+		t := m.Totals()
+		below, all := t.Cumulative()
+		buckets := make(map[float64]uint64, len(below))
+		for i, bound := range stage.Bounds {
+			buckets[bound.Seconds()] = below[i]
+		}
+		out <- prometheus.MustNewConstHistogram(descHold, all, t.Sum.Seconds(), buckets, kind)
+	}
+}
