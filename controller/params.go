@@ -28,6 +28,7 @@ const (
 	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
 	ParamAdaptive      = "adaptive"                  // off (default) or on
 	ParamReclaimWipe   = meta.ParamReclaimWipe       // none (default) or zero: wiped before it is deleted
+	ParamDataLocality  = "dataLocality"              // none (default) or preferred: a replica follows the attachment
 )
 
 // Spread says what two replicas of a volume must not share.
@@ -53,9 +54,16 @@ type Params struct {
 	Eviction  string // "" = lru
 	Adaptive  bool   // write-back and read-ahead follow what is measured
 	Wipe      string // "" = none
+	Locality  string // "" = none
 }
 
-const paramOn = "on"
+const (
+	paramOn   = "on"
+	paramNone = "none"
+
+	// LocalityPreferred is the value of ParamDataLocality by which a replica follows the attachment.
+	LocalityPreferred = "preferred"
+)
 
 // sizeByDefault stands for a size that was not given: zero is one that may be asked for.
 const sizeByDefault = -1
@@ -119,9 +127,14 @@ func (p *Params) set(lower, value string) error {
 		err = oneOf(value, func(v string) { p.Reads = trivet.ReadConsistency(v) },
 			string(trivet.ReadStrong), string(trivet.ReadSession), string(trivet.ReadEventual))
 	case strings.ToLower(ParamReclaimWipe):
-		err = oneOf(value, func(v string) { p.Wipe = v }, "none", "zero")
-		if p.Wipe == "none" {
+		err = oneOf(value, func(v string) { p.Wipe = v }, paramNone, "zero")
+		if p.Wipe == paramNone {
 			p.Wipe = ""
+		}
+	case strings.ToLower(ParamDataLocality):
+		err = oneOf(value, func(v string) { p.Locality = v }, paramNone, LocalityPreferred)
+		if p.Locality == paramNone {
+			p.Locality = ""
 		}
 	case ParamSpread:
 		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
@@ -255,6 +268,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.Eviction != "" {
 		m[ParamEviction] = p.Eviction
+	}
+	if p.Locality != "" {
+		m[ParamDataLocality] = p.Locality
 	}
 	return m
 }
