@@ -74,6 +74,9 @@ type Controller interface {
 	// Capacity returns the bytes available to, and the size in bytes of the largest, new volume
 	// with these parameters; an empty segment means the whole cluster.
 	Capacity(ctx context.Context, params, segment map[string]string) (available, largest int64, err error)
+
+	Modifier
+	Examiner
 }
 
 // Node is what the driver needs of this machine. node.Node documents the methods.
@@ -84,6 +87,8 @@ type Node interface {
 	Publish(ctx context.Context, r node.PublishRequest) error
 	Unpublish(ctx context.Context, id trivet.VolumeID, targetPath string) error
 	Stats(ctx context.Context, id trivet.VolumeID, path string) (node.VolumeStats, error)
+
+	NodeExaminer
 }
 
 var (

@@ -55,14 +55,14 @@ func TestCapabilities(t *testing.T) {
 	for _, c := range cc.GetCapabilities() {
 		ctrl = append(ctrl, int32(c.GetRpc().GetType()))
 	}
-	assert.Equal(t, []int32{1, 2, 3, 4, 8, 10, 12, 13}, ctrl)
+	assert.Equal(t, []int32{1, 2, 3, 4, 8, 10, 12, 13, 14, 16, 17}, ctrl)
 	nc, err := h.NodeGetCapabilities(t.Context(), &csi.NodeGetCapabilitiesRequest{})
 	require.NoError(t, err)
 	nodes := make([]int32, 0, len(nc.GetCapabilities()))
 	for _, c := range nc.GetCapabilities() {
 		nodes = append(nodes, int32(c.GetRpc().GetType()))
 	}
-	assert.Equal(t, []int32{1, 2, 5}, nodes)
+	assert.Equal(t, []int32{1, 2, 5, 7, 8}, nodes)
 }
 
 func TestNodeInfo(t *testing.T) {

@@ -57,7 +57,7 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 	cfg.Logger = orDiscard(cfg.Logger)
 	g := grpc.NewServer(grpc.UnaryInterceptor(Intercept(cfg.Logger)), grpc.MaxConcurrentStreams(streamsMax))
 	RegisterController(g, cfg.Controller, cfg.Ready, cfg.Version, cfg.Node.Info().MaxVolumes)
-	csi.RegisterNodeServer(g, newNodeServer(cfg.Node))
+	csi.RegisterNodeServer(g, newNodeServer(cfg.Node, cfg.Controller))
 	s := &Server{log: cfg.Logger}
 	err := makeFolder(&cfg)
 	if err != nil {

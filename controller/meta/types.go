@@ -130,6 +130,10 @@ const (
 // its node. It is the one fault that heals by itself: when the disk is back, so is the replica.
 const ReasonDiskAbsent = "disk is not on the node: "
 
+// ReasonDiskDamaged begins the reason of a replica that is Faulted for damage on its disk. It runs on and votes
+// until it is replaced: most of it is good, and what is bad is never served.
+const ReasonDiskDamaged = "disk is damaged: "
+
 // Changing reports whether a replica in that state is on its way into the group or out of it.
 func (s ReplicaState) Changing() bool {
 	return s == ReplicaJoining || s == ReplicaFilling || s == ReplicaLeaving
