@@ -105,6 +105,9 @@ type Config struct {
 	Controller Controller
 	Node       Node
 
+	// Changes tells what snapshots hold. Required.
+	Changes Changes
+
 	// Ready reports whether the catalogue is joined, so that requests can be served. Called by
 	// every Probe; must not block. Required.
 	Ready func() bool
@@ -132,6 +135,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("config: Controller is nil: %w", trivet.ErrInvalid)
 	case c.Node == nil:
 		return fmt.Errorf("config: Node is nil: %w", trivet.ErrInvalid)
+	case c.Changes == nil:
+		return fmt.Errorf("config: Changes is nil: %w", trivet.ErrInvalid)
 	case c.Ready == nil:
 		return fmt.Errorf("config: Ready is nil: %w", trivet.ErrInvalid)
 	case c.Version == "":

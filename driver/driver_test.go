@@ -35,7 +35,9 @@ func TestIdentity(t *testing.T) {
 	for _, c := range caps.GetCapabilities() {
 		got = append(got, c.GetService().GetType().String())
 	}
-	assert.Equal(t, []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS"}, got)
+	assert.Equal(t, []string{
+		"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE",
+	}, got)
 
 	for _, ready := range []bool{false, true} {
 		h.ready = ready

@@ -183,7 +183,7 @@ func (s *Server) openPort(ctx context.Context) error {
 	}
 	s.grpc = grpc.NewServer(grpc.Creds(shaken{}), grpc.MaxConcurrentStreams(adminStreamsMax),
 		grpc.ChainUnaryInterceptor(authorizeUnary, driver.Intercept(s.log), s.membersOnly),
-		grpc.StreamInterceptor(authorizeStream),
+		grpc.ChainStreamInterceptor(authorizeStream, driver.InterceptStream(s.log)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingMin, PermitWithoutStream: true}))
 	api.RegisterAdminServer(s.grpc, &admin{s: s})
 	if s.network = s.cfg.Network; s.network == nil {
@@ -207,6 +207,7 @@ func (s *Server) openCatalogue(ctx context.Context) error {
 	}
 	s.catalogue, s.controller = cat, controller.New(cat)
 	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, 0)
+	driver.RegisterSnapshotMetadata(s.grpc, changes{s})
 	if !cat.Joined() {
 		return nil
 	}
@@ -252,7 +253,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if s.cfg.CSI != "" {
 		m.csi, err = driver.Open(ctx, driver.Config{
 			Endpoint: s.cfg.CSI, RegisterDir: s.cfg.Register, Controller: s.controller, Node: m.node,
-			Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
+			Changes: changes{s}, Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
 		})
 		if err != nil {
 			return errors.Join(err, m.close())
