@@ -20,7 +20,7 @@ const (
 	ParamReplicas      = "replicas"                  // 1, 3 or 5; default 3
 	ParamReclaimPolicy = "reclaimPolicy"             // delete (default), retain or recycle
 	ParamFSType        = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
-	ParamSpread        = "spread"                    // node (default) or zone
+	ParamSpread        = "spread"                    // node (default), rack or zone
 	ParamReads         = "readConsistency"           // strong (default), session or eventual
 	ParamCacheMode     = "cacheMode"                 // writeThrough (default), writeBack or writeAround
 	ParamCacheSize     = "cacheSize"                 // bytes, a quantity; default by the mode
@@ -34,10 +34,11 @@ const (
 // Spread says what two replicas of a volume must not share.
 type Spread string
 
-// The spreads. Under either, replicas are on different nodes and in as many zones as possible.
+// The spreads. Under each, replicas are on different nodes, in as many zones and then in as many racks as possible.
 const (
 	SpreadNode Spread = "node" // a node
 	SpreadZone Spread = "zone" // a zone; refused when there are fewer zones than replicas
+	SpreadRack Spread = "rack" // a rack of a zone; refused when there are fewer racks than replicas
 )
 
 // Params are the parsed parameters of a volume.
@@ -137,7 +138,8 @@ func (p *Params) set(lower, value string) error {
 			p.Locality = ""
 		}
 	case ParamSpread:
-		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
+		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone),
+			string(SpreadRack))
 	default:
 		known := false
 		if known, err = p.QoS.set(lower, value); !known {

@@ -111,9 +111,10 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 // xfsBytesMin is the smallest filesystem that mkfs.xfs makes (xfsprogs 5.19 and later: 300 MB).
 const xfsBytesMin = 300 << 20
 
+func isXFS(c *csi.VolumeCapability) bool { return c.GetMount().GetFsType() == "xfs" }
+
 // raiseForXFS raises the required size to what xfs needs; ErrOutOfRange when the limit is below.
 func raiseForXFS(r *controller.CreateRequest, caps []*csi.VolumeCapability) error {
-	isXFS := func(c *csi.VolumeCapability) bool { return c.GetMount().GetFsType() == "xfs" }
 	if r.RequiredBytes >= xfsBytesMin || !slices.ContainsFunc(caps, isXFS) {
 		return nil
 	}
@@ -258,5 +259,5 @@ func (s *controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacity
 	if err != nil {
 		return nil, err
 	}
-	return capacityResponse(available, largest), nil
+	return capacityResponse(available, largest, req.GetVolumeCapabilities()), nil
 }

@@ -20,7 +20,7 @@
 //
 // # Topology
 //
-// A node reports topology.csi.trivet.dev/node and, when it has one, topology.csi.trivet.dev/zone.
+// A node reports topology.csi.trivet.dev/node and, when it has them, topology.csi.trivet.dev/zone and /rack.
 // Requirements of CreateVolume steer the placement of replicas. The answer names no accessible
 // topology: a volume can be attached at every node, because a node without a replica reaches it
 // over the network. Naming all nodes of today instead would freeze them into the
@@ -168,6 +168,10 @@ func validateInfo(i node.Info) error {
 	if i.Zone != "" && !validSegmentValue(i.Zone) {
 		return fmt.Errorf("config: zone %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
 			i.Zone, segmentMax, trivet.ErrInvalid)
+	}
+	if i.Rack != "" && !validSegmentValue(i.Rack) {
+		return fmt.Errorf("config: rack %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
+			i.Rack, segmentMax, trivet.ErrInvalid)
 	}
 	if i.MaxVolumes < 0 {
 		return fmt.Errorf("config: MaxVolumes %d is negative: %w", i.MaxVolumes, trivet.ErrInvalid)

@@ -76,9 +76,13 @@ func publishedNodes(v *meta.Volume) []string {
 }
 
 // capacityResponse never answers less than zero, which the specification forbids.
-func capacityResponse(available, largest int64) *csi.GetCapacityResponse {
-	return &csi.GetCapacityResponse{
+func capacityResponse(available, largest int64, caps []*csi.VolumeCapability) *csi.GetCapacityResponse {
+	resp := &csi.GetCapacityResponse{
 		AvailableCapacity: max(available, 0),
 		MaximumVolumeSize: wrapperspb.Int64(max(largest, 0)),
 	}
+	if slices.ContainsFunc(caps, isXFS) {
+		resp.MinimumVolumeSize = wrapperspb.Int64(xfsBytesMin)
+	}
+	return resp
 }

@@ -206,7 +206,7 @@ func (s *Server) openCatalogue(ctx context.Context) error {
 		return err
 	}
 	s.catalogue, s.controller = cat, controller.New(cat)
-	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, 0)
+	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, s.cfg.MaxVolumes)
 	driver.RegisterSnapshotMetadata(s.grpc, changes{s})
 	if !cat.Joined() {
 		return nil
@@ -221,6 +221,7 @@ func (s *Server) ready() bool { return s.started() && s.catalogue.Leader() != ""
 func (s *Server) becomeMember(ctx context.Context) error {
 	cfg := node.DefaultConfig()
 	cfg.ID, cfg.Address, cfg.Zone, cfg.Incarnation = s.cfg.Node, s.cfg.Advertise, s.cfg.Zone, trivet.NewUUID()
+	cfg.Rack, cfg.MaxVolumes = s.cfg.Rack, s.cfg.MaxVolumes
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
 	cfg.OverlapFlush, cfg.Stages = s.cfg.OverlapFlush, s.stages

@@ -70,6 +70,7 @@ type Node struct {
 	ID          trivet.NodeID    `json:"id"`
 	Address     string           `json:"address"` // host:port of its server
 	Zone        string           `json:"zone,omitempty"`
+	Rack        string           `json:"rack,omitempty"`        // within its zone
 	MetaReplica trivet.ReplicaID `json:"metaReplica,omitempty"` // its member of the meta group
 	Incarnation string           `json:"incarnation"`           // UUID drawn at each process start
 	LeaseUntil  time.Time        `json:"leaseUntil"`            // node lease; expired = considered down
