@@ -30,7 +30,7 @@ type CreateRequest struct {
 
 	Params map[string]string // ParseParams
 
-	// Requisite and Preferred are segments of TopologyNode and TopologyZone; see PlaceRequest.
+	// Requisite and Preferred are segments of TopologyNode, TopologyRack and TopologyZone; see PlaceRequest.
 	Requisite, Preferred []map[string]string
 
 	// Source is what the volume begins as a copy of; zero = nothing. Without Params it has the source's, without a size
@@ -270,17 +270,10 @@ func capacity(nodes []meta.Node, p Params, segment map[string]string, now time.T
 	if len(segment) > 0 {
 		req.Requisite = []map[string]string{segment}
 	}
+	able := slices.DeleteFunc(slices.Clone(nodes), func(n meta.Node) bool { return !n.Alive(now) || n.Cordoned })
 	var sizes []int64
-	for _, n := range nodes {
-		if !n.Alive(now) || n.Cordoned {
-			continue
-		}
+	for _, n := range able {
 		sizes = append(sizes, freeBytes(&n))
-		if inSegment(&n, segment) {
-			for _, d := range n.Disks {
-				available += d.FreeBytes
-			}
-		}
 	}
 	// The largest size that can be placed is what some node has free.
 	slices.Sort(sizes)
@@ -297,8 +290,6 @@ func capacity(nodes []meta.Node, p Params, segment map[string]string, now time.T
 	if largest == 0 {
 		return 0, 0
 	}
-	if len(segment) == 0 {
-		available /= int64(p.Replicas) // every replica counts; in a segment at least one does
-	}
+	available = fitting(able, req, now)
 	return max(available, largest), largest
 }

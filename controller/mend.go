@@ -51,6 +51,7 @@ const (
 	death                 // a replica on a dead node
 	drain                 // a replica on a draining node
 	lack                  // fewer replicas than wanted
+	stray                 // no replica where it is attached
 )
 
 // need is a change that a volume needs.
@@ -74,7 +75,9 @@ type need struct {
 //     replaceAfter to come back;
 //  3. a replica on a node that is dead for replaceAfter is replaced elsewhere;
 //  4. a replica on a draining node is replaced elsewhere;
-//  5. fewer replicas than wanted: one is added.
+//  5. fewer replicas than wanted: one is added;
+//  6. nothing else is to be done, and the volume is to have a replica where it is attached: one follows
+//     (mend_local.go).
 //
 // None of this happens unless a majority of the volume's replicas is Ready on living nodes, and a removal
 // leaves such a majority: automation never takes a group below its quorum. (Adding does not either: a
@@ -90,6 +93,8 @@ func mend(s *meta.State, h *history, set mendSettings, now time.Time) mending {
 		v := &volumes[i]
 		m.countFill(v)
 		if c, ok := m.moveLeader(v); ok {
+			m.out.commands = append(m.out.commands, c)
+		} else if c, ok := m.leadLocally(v); ok {
 			m.out.commands = append(m.out.commands, c)
 		} else {
 			needs = append(needs, m.needsOf(v)...)
@@ -246,6 +251,9 @@ func (m *mendPass) needsOf(v *meta.Volume) []need {
 	if len(v.Replicas) < v.Want() {
 		out = append(out, need{lack, v, nil})
 	}
+	if len(out) == 0 && m.isStray(v) {
+		out = append(out, need{stray, v, nil})
+	}
 	slices.SortStableFunc(out, func(a, b need) int { return cmp.Compare(a.urgency, b.urgency) })
 	return out
 }
@@ -294,6 +302,8 @@ func (m *mendPass) meet(n need) (meta.Command, error) {
 		return removal(n.volume, m.leastUse(n.volume)), nil
 	case lack:
 		return m.add(n.volume, nil)
+	case stray:
+		return m.follow(n.volume)
 	case giveUp, fault, death, drain:
 	}
 	return m.add(n.volume, n.replica)
@@ -349,6 +359,11 @@ func (m *mendPass) add(v *meta.Volume, old *meta.Replica) (meta.Command, error) 
 	if err != nil {
 		return meta.Command{}, err
 	}
+	return m.addAt(v, old, where)
+}
+
+// addAt is add at a place that was chosen, if it is the volume's turn.
+func (m *mendPass) addAt(v *meta.Volume, old *meta.Replica, where meta.Replica) (meta.Command, error) {
 	source := m.source(v)
 	switch {
 	case m.all >= m.set.perCluster:
@@ -373,16 +388,8 @@ func (m *mendPass) add(v *meta.Volume, old *meta.Replica) (meta.Command, error) 
 // last attempt failed, are passed over for others that are as good, but they are no reason to fall back:
 // then it waits.
 func (m *mendPass) place(v *meta.Volume, old *meta.Replica) (meta.Replica, error) {
-	req := PlaceRequest{SizeBytes: v.SizeBytes, Replicas: 1, Load: m.load}
-	if params, err := ParseParams(v.Params); err == nil { // which CreateVolume had checked
-		req.Spread = params.Spread
-	}
+	req := m.placeRequest(v, old)
 	elsewhere, own := m.nodes, trivet.NodeID("")
-	for _, r := range v.Replicas {
-		if old == nil || r.ID != old.ID {
-			req.Beside = append(req.Beside, r)
-		}
-	}
 	if old != nil {
 		own = old.Node
 		elsewhere = slices.DeleteFunc(slices.Clone(m.nodes), func(n meta.Node) bool { return n.ID == own })
@@ -399,6 +406,20 @@ func (m *mendPass) place(v *meta.Volume, old *meta.Replica) (meta.Replica, error
 		return meta.Replica{}, fmt.Errorf("%v; nor on its own node: %w", err, ownErr)
 	}
 	return back, nil
+}
+
+// placeRequest asks for a place for one more replica of v, in place of old unless that is nil.
+func (m *mendPass) placeRequest(v *meta.Volume, old *meta.Replica) PlaceRequest {
+	req := PlaceRequest{SizeBytes: v.SizeBytes, Replicas: 1, Load: m.load}
+	if params, err := ParseParams(v.Params); err == nil { // which CreateVolume had checked
+		req.Spread = params.Spread
+	}
+	for _, r := range v.Replicas {
+		if old == nil || r.ID != old.ID {
+			req.Beside = append(req.Beside, r)
+		}
+	}
+	return req
 }
 
 // placeAmong places one replica on one of the nodes that are neither busy nor tried lately.

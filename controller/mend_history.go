@@ -14,6 +14,7 @@ type history struct {
 	faulted map[trivet.ReplicaID]time.Time // when each faulted replica was first seen so
 	fills   map[trivet.ReplicaID]fillStep  // how far each replica is that joins or is filled
 	tried   map[attempt]time.Time          // when a replica was last added there
+	held    map[trivet.VolumeID]heldSince  // by whom volumes are held that a replica is to follow
 }
 
 // fillStep is what a replica that joins or is filled last did that got it further, and when that was seen.
@@ -31,14 +32,14 @@ type attempt struct {
 func newHistory(since time.Time) *history {
 	return &history{
 		since: since, faulted: map[trivet.ReplicaID]time.Time{}, fills: map[trivet.ReplicaID]fillStep{},
-		tried: map[attempt]time.Time{},
+		tried: map[attempt]time.Time{}, held: map[trivet.VolumeID]heldSince{},
 	}
 }
 
 // observe notes which replicas are faulted and how far fills are, and forgets what is over.
 func (h *history) observe(s *meta.State, now time.Time) {
 	faulted, fills := map[trivet.ReplicaID]time.Time{}, map[trivet.ReplicaID]fillStep{}
-	told := map[trivet.ReplicaID]uint64{}
+	told, held := map[trivet.ReplicaID]uint64{}, map[trivet.VolumeID]heldSince{}
 	for _, n := range s.Nodes() {
 		for _, f := range n.Fills {
 			told[f.Replica] = f.Progress
@@ -52,6 +53,7 @@ func (h *history) observe(s *meta.State, now time.Time) {
 			}
 			fills[r.ID] = step
 		}
+		h.observeHolder(&v, held, now)
 		for _, r := range v.Replicas {
 			if r.State != meta.ReplicaFaulted {
 				continue
@@ -62,7 +64,7 @@ func (h *history) observe(s *meta.State, now time.Time) {
 			}
 		}
 	}
-	h.faulted, h.fills = faulted, fills
+	h.faulted, h.fills, h.held = faulted, fills, held
 	for a, t := range h.tried {
 		if now.Sub(t) >= retryAfter {
 			delete(h.tried, a)

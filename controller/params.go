@@ -20,7 +20,7 @@ const (
 	ParamReplicas      = "replicas"                  // 1, 3 or 5; default 3
 	ParamReclaimPolicy = "reclaimPolicy"             // delete (default), retain or recycle
 	ParamFSType        = "csi.storage.k8s.io/fstype" // ext4 or xfs; absent = the node's default
-	ParamSpread        = "spread"                    // node (default) or zone
+	ParamSpread        = "spread"                    // node (default), rack or zone
 	ParamReads         = "readConsistency"           // strong (default), session or eventual
 	ParamCacheMode     = "cacheMode"                 // writeThrough (default), writeBack or writeAround
 	ParamCacheSize     = "cacheSize"                 // bytes, a quantity; default by the mode
@@ -28,15 +28,17 @@ const (
 	ParamEviction      = "eviction"                  // lru (default), lfu, fifo or random
 	ParamAdaptive      = "adaptive"                  // off (default) or on
 	ParamReclaimWipe   = meta.ParamReclaimWipe       // none (default) or zero: wiped before it is deleted
+	ParamDataLocality  = "dataLocality"              // none (default) or preferred: a replica follows the attachment
 )
 
 // Spread says what two replicas of a volume must not share.
 type Spread string
 
-// The spreads. Under either, replicas are on different nodes and in as many zones as possible.
+// The spreads. Under each, replicas are on different nodes, in as many zones and then in as many racks as possible.
 const (
 	SpreadNode Spread = "node" // a node
 	SpreadZone Spread = "zone" // a zone; refused when there are fewer zones than replicas
+	SpreadRack Spread = "rack" // a rack of a zone; refused when there are fewer racks than replicas
 )
 
 // Params are the parsed parameters of a volume.
@@ -53,9 +55,16 @@ type Params struct {
 	Eviction  string // "" = lru
 	Adaptive  bool   // write-back and read-ahead follow what is measured
 	Wipe      string // "" = none
+	Locality  string // "" = none
 }
 
-const paramOn = "on"
+const (
+	paramOn   = "on"
+	paramNone = "none"
+
+	// LocalityPreferred is the value of ParamDataLocality by which a replica follows the attachment.
+	LocalityPreferred = "preferred"
+)
 
 // sizeByDefault stands for a size that was not given: zero is one that may be asked for.
 const sizeByDefault = -1
@@ -119,12 +128,18 @@ func (p *Params) set(lower, value string) error {
 		err = oneOf(value, func(v string) { p.Reads = trivet.ReadConsistency(v) },
 			string(trivet.ReadStrong), string(trivet.ReadSession), string(trivet.ReadEventual))
 	case strings.ToLower(ParamReclaimWipe):
-		err = oneOf(value, func(v string) { p.Wipe = v }, "none", "zero")
-		if p.Wipe == "none" {
+		err = oneOf(value, func(v string) { p.Wipe = v }, paramNone, "zero")
+		if p.Wipe == paramNone {
 			p.Wipe = ""
 		}
+	case strings.ToLower(ParamDataLocality):
+		err = oneOf(value, func(v string) { p.Locality = v }, paramNone, LocalityPreferred)
+		if p.Locality == paramNone {
+			p.Locality = ""
+		}
 	case ParamSpread:
-		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone))
+		err = oneOf(value, func(v string) { p.Spread = Spread(v) }, string(SpreadNode), string(SpreadZone),
+			string(SpreadRack))
 	default:
 		known := false
 		if known, err = p.QoS.set(lower, value); !known {
@@ -255,6 +270,9 @@ func (p Params) Map() map[string]string {
 	}
 	if p.Eviction != "" {
 		m[ParamEviction] = p.Eviction
+	}
+	if p.Locality != "" {
+		m[ParamDataLocality] = p.Locality
 	}
 	return m
 }

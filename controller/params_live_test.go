@@ -99,7 +99,8 @@ func TestSetParams(t *testing.T) {
 			says  string
 		}{
 			{map[string]string{"iopsLimit": "7", "colour": "red"}, `"colour"`},
-			{map[string]string{"iopsLimit": "7", "replicas": "1"}, `"replicas" cannot be changed, only adaptive, bandwidth`},
+			{map[string]string{"iopsLimit": "7", "spread": "zone"}, `"spread" cannot be changed, only adaptive, bandwidth`},
+			{map[string]string{"iopsLimit": "7", "replicas": "2"}, `"2"`},
 			{map[string]string{"iopsLimit": "7", "csi.storage.k8s.io/pvc/name": "x"}, "cannot be changed"},
 			{map[string]string{"iopsLimit": "7", "burst": "soon"}, `"soon"`},
 			{map[string]string{"iopsLimit": "7", "IopsLimit": "8"}, "are the same"},
@@ -148,5 +149,45 @@ func TestSetParamsAgainstOthers(t *testing.T) {
 		got, err := b.SetParams(soon(t), v.ID, map[string]string{"iopsReservation": "700"})
 		require.NoError(t, err)
 		assert.Equal(t, "800", got.Params["iopsLimit"])
+	})
+}
+
+// TestSetReplicasAmongParams: the number of replicas is one parameter of several, and all hold from one command on,
+// also when an operator has said another number in between.
+func TestSetReplicasAmongParams(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		b := newBench(t, 5)
+		v := b.create(t, "v", nil)
+		var proposed []meta.Command
+		b.store.before = func(c meta.Command) bool {
+			if c.SetParams != nil {
+				proposed = append(proposed, c)
+			}
+			return true
+		}
+		got, err := b.SetParams(soon(t), v.ID, map[string]string{
+			"Replicas": "5", "priority": "70", "dataLocality": "preferred",
+		})
+		require.NoError(t, err)
+		require.Len(t, proposed, 1)
+		assert.Equal(t, 5, got.Want())
+		assert.Equal(t, []string{"5", "70", "preferred"}, []string{
+			got.Params["replicas"], got.Params["priority"], got.Params["dataLocality"],
+		})
+		_, err = b.SetReplicas(soon(t), v.ID, 1)
+		require.NoError(t, err)
+		got, err = b.SetParams(soon(t), v.ID, map[string]string{"priority": "71"})
+		require.NoError(t, err)
+		assert.Equal(t, 1, got.Want(), "what is not given does not change")
+		got, err = b.SetParams(soon(t), v.ID, map[string]string{"replicas": "5"})
+		require.NoError(t, err)
+		assert.Equal(t, 5, got.Want())
+
+		_, err = b.SetParams(soon(t), v.ID, map[string]string{"replicas": "3", "priority": "101"})
+		require.ErrorIs(t, err, trivet.ErrInvalid)
+		now, err := b.Volume(soon(t), v.ID)
+		require.NoError(t, err)
+		assert.Equal(t, 5, now.Want())
+		assert.Equal(t, "71", now.Params["priority"])
 	})
 }

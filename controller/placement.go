@@ -16,6 +16,7 @@ import (
 const (
 	TopologyNode = "topology." + trivet.DriverName + "/node"
 	TopologyZone = "topology." + trivet.DriverName + "/zone"
+	TopologyRack = "topology." + trivet.DriverName + "/rack"
 )
 
 // PlaceRequest says what is to be placed.
@@ -70,10 +71,28 @@ func addLoad(load map[trivet.DiskID]Load, disk trivet.DiskID, sizeBytes int64) {
 	load[disk] = l
 }
 
+// domainOf names what two replicas must not share on n, under a spread: its rack within its zone, its zone, or else the
+// node itself.
+func domainOf(n *meta.Node, s Spread) string {
+	switch s {
+	case SpreadZone:
+		return n.Zone
+	case SpreadRack:
+		return rackOf(n)
+	case SpreadNode:
+	}
+	return string(n.ID)
+}
+
+// rackOf tells racks of different zones apart, whatever they are called.
+func rackOf(n *meta.Node) string { return n.Zone + "\x00" + n.Rack }
+
 // candidate is a node that can take a replica, with the best of its disks.
 type candidate struct {
 	node     trivet.NodeID
 	zone     string
+	rack     string // rackOf
+	domain   string // domainOf
 	disk     trivet.DiskID
 	spare    int64 // bytes left when every volume on the disk is full; may be negative
 	replicas int   // already on that disk
@@ -85,11 +104,10 @@ type candidate struct {
 // pure: the same arguments, in whatever order the nodes come, give the same answer. The replicas
 // have no ID yet.
 //
-// A node qualifies when its lease is live at now, it is not cordoned, has no replica of the volume yet
-// (Beside) and one of its disks has SizeBytes free. Among those, replicas go to as many zones as
-// possible, then to the disks with most room once every volume there has grown to its full size, then
-// to those with fewest replicas. ErrNoSpace, naming how many nodes qualify and why others do not, when
-// there are too few.
+// A node qualifies when its lease is live at now, it is not cordoned, has no replica of the volume yet (Beside) and
+// one of its disks has SizeBytes free. Among those, replicas go to as many zones as possible, then to as many racks,
+// then to the disks with most room once every volume there has grown to its full size, then to those with fewest
+// replicas. ErrNoSpace, naming how many nodes qualify and why others do not, when there are too few.
 func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, error) {
 	candidates, refused := qualify(nodes, req, now)
 	if len(candidates) < req.Replicas {
@@ -105,37 +123,42 @@ func Place(nodes []meta.Node, req PlaceRequest, now time.Time) ([]meta.Replica, 
 		return nil, fmt.Errorf("place %d replicas of %d bytes: none of %d qualifying nodes is in the required topology%s: %w",
 			req.Replicas, req.SizeBytes, len(candidates), refused, trivet.ErrNoSpace)
 	}
-	taken := zonesOf(nodes, req.Beside)
-	if req.Spread == SpreadZone { // the volume must not get two replicas in one zone
-		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return taken[c.zone] > 0 })
-	}
-	if required >= req.Replicas && (req.Spread != SpreadZone || zonesN(candidates, true) >= req.Replicas) {
+	taken := countBeside(nodes, req.Beside, func(n *meta.Node) string { return domainOf(n, req.Spread) })
+	// The volume must not get two replicas in one zone, or rack.
+	candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return taken[c.domain] > 0 })
+	if required >= req.Replicas && domainsN(candidates, true) >= req.Replicas {
 		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return !c.required })
 	}
-	if n := zonesN(candidates, false); req.Spread == SpreadZone && n < req.Replicas {
-		return nil, fmt.Errorf("place %d replicas of %d bytes in a zone each: %d zones have a qualifying node%s: %w",
-			req.Replicas, req.SizeBytes, n, refused, trivet.ErrNoSpace)
+	if n := domainsN(candidates, false); n < req.Replicas {
+		return nil, fmt.Errorf("place %d replicas of %d bytes in a %s each: %d of them have a qualifying node%s: %w",
+			req.Replicas, req.SizeBytes, req.Spread, n, refused, trivet.ErrNoSpace)
 	}
-	return choose(candidates, req.Replicas, taken), nil
+	return choose(candidates, req, zonesOf(nodes, req.Beside), countBeside(nodes, req.Beside, rackOf)), nil
 }
 
 // zonesOf counts replicas by the zones of their nodes.
 func zonesOf(nodes []meta.Node, replicas []meta.Replica) map[string]int {
-	zones := map[string]int{}
+	return countBeside(nodes, replicas, func(n *meta.Node) string { return n.Zone })
+}
+
+// countBeside counts replicas by what of says of their nodes.
+func countBeside(nodes []meta.Node, replicas []meta.Replica, of func(*meta.Node) string) map[string]int {
+	out := map[string]int{}
 	for _, r := range replicas {
 		for i := range nodes {
 			if nodes[i].ID == r.Node {
-				zones[nodes[i].Zone]++
+				out[of(&nodes[i])]++
 			}
 		}
 	}
-	return zones
+	return out
 }
 
-// choose picks one by one; each pick prefers a zone that has fewest replicas so far, and is counted there.
-func choose(candidates []candidate, n int, zones map[string]int) []meta.Replica {
-	out := make([]meta.Replica, 0, n)
-	for len(out) < n {
+// choose picks one by one; each pick prefers a zone that has fewest replicas so far, then such a rack, and is counted
+// there. Under a spread of zones or racks the pick ends those of its domain.
+func choose(candidates []candidate, req PlaceRequest, zones, racks map[string]int) []meta.Replica {
+	out := make([]meta.Replica, 0, req.Replicas)
+	for len(out) < req.Replicas {
 		first := len(out) == 0
 		best := slices.MinFunc(candidates, func(a, b candidate) int {
 			if first {
@@ -145,14 +168,16 @@ func choose(candidates []candidate, n int, zones map[string]int) []meta.Replica 
 			}
 			return cmp.Or(
 				cmp.Compare(zones[a.zone], zones[b.zone]),
+				cmp.Compare(racks[a.rack], racks[b.rack]),
 				cmp.Compare(b.spare, a.spare),
 				cmp.Compare(a.replicas, b.replicas),
 				cmp.Compare(a.node, b.node),
 			)
 		})
 		zones[best.zone]++
+		racks[best.rack]++
 		out = append(out, meta.Replica{Node: best.node, Disk: best.disk, State: meta.ReplicaCreating})
-		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return c.node == best.node })
+		candidates = slices.DeleteFunc(candidates, func(c candidate) bool { return c.domain == best.domain })
 	}
 	return out
 }
@@ -168,14 +193,14 @@ func compareBool(a, b bool) int {
 	}
 }
 
-func zonesN(candidates []candidate, required bool) int {
-	zones := map[string]bool{}
+func domainsN(candidates []candidate, required bool) int {
+	domains := map[string]bool{}
 	for _, c := range candidates {
 		if c.required || !required {
-			zones[c.zone] = true
+			domains[c.domain] = true
 		}
 	}
-	return len(zones)
+	return len(domains)
 }
 
 // reasons say why nodes do not qualify; they print as the middle of an error.
@@ -256,7 +281,7 @@ func bestDisk(n *meta.Node, req PlaceRequest) (candidate, bool) {
 		}
 		load := req.Load[d.ID]
 		c := candidate{
-			node: n.ID, zone: n.Zone, disk: d.ID,
+			node: n.ID, zone: n.Zone, rack: rackOf(n), domain: domainOf(n, req.Spread), disk: d.ID,
 			spare: min(d.FreeBytes, d.SizeBytes-load.ProvisionedBytes), replicas: load.Replicas,
 		}
 		better := cmp.Or(cmp.Compare(c.spare, best.spare), cmp.Compare(best.replicas, c.replicas),
@@ -296,6 +321,10 @@ func inSegment(n *meta.Node, segment map[string]string) bool {
 			}
 		case TopologyZone:
 			if n.Zone != v {
+				return false
+			}
+		case TopologyRack:
+			if n.Rack != v {
 				return false
 			}
 		default:

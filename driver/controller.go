@@ -24,6 +24,9 @@ var controllerCapabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_LIST_VOLUMES_PUBLISHED_NODES, // the reads are linearizable
 	csi.ControllerServiceCapability_RPC_GET_VOLUME,
 	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
+	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
+	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
 }
 
 // controllerServer serves csi.v1.Controller.
@@ -82,13 +85,13 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
 		return r, err
 	}
-	switch {
-	case req.GetVolumeContentSource() != nil:
+	if req.GetVolumeContentSource() != nil {
 		return r, fmt.Errorf("volume_content_source: not supported yet: %w", trivet.ErrInvalid)
-	case len(req.GetMutableParameters()) > 0:
-		return r, fmt.Errorf("mutable_parameters: not supported yet: %w", trivet.ErrInvalid)
 	}
 	var err error
+	if r.Params, err = controller.WithMutable(r.Params, req.GetMutableParameters()); err != nil {
+		return r, fmt.Errorf("mutable_parameters: %w", err)
+	}
 	if r.RequiredBytes, r.LimitBytes, err = capacityRange(req.GetCapacityRange()); err != nil {
 		return r, err
 	}
@@ -108,9 +111,10 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 // xfsBytesMin is the smallest filesystem that mkfs.xfs makes (xfsprogs 5.19 and later: 300 MB).
 const xfsBytesMin = 300 << 20
 
+func isXFS(c *csi.VolumeCapability) bool { return c.GetMount().GetFsType() == "xfs" }
+
 // raiseForXFS raises the required size to what xfs needs; ErrOutOfRange when the limit is below.
 func raiseForXFS(r *controller.CreateRequest, caps []*csi.VolumeCapability) error {
-	isXFS := func(c *csi.VolumeCapability) bool { return c.GetMount().GetFsType() == "xfs" }
 	if r.RequiredBytes >= xfsBytesMin || !slices.ContainsFunc(caps, isXFS) {
 		return nil
 	}
@@ -156,7 +160,7 @@ func (s *controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolu
 		return nil, err
 	}
 	defer done()
-	if err := s.ctrl.DeleteVolume(ctx, id); err != nil && !errors.Is(err, trivet.ErrNotFound) {
+	if err := s.ctrl.DeleteVolume(ctx, id); err != nil && !absent(err) {
 		return nil, err
 	}
 	return resp, nil
@@ -177,8 +181,8 @@ func (s *controllerServer) ValidateVolumeCapabilities(ctx context.Context,
 	if err != nil {
 		return nil, err
 	}
-	if refusal == "" && len(req.GetMutableParameters()) > 0 {
-		refusal = "mutable_parameters: not supported yet"
+	if _, err := controller.WithMutable(nil, req.GetMutableParameters()); err != nil && refusal == "" {
+		refusal = "mutable_parameters: " + err.Error()
 	}
 	if _, err := s.volume(ctx, req.GetVolumeId()); err != nil {
 		return nil, err
@@ -189,6 +193,7 @@ func (s *controllerServer) ValidateVolumeCapabilities(ctx context.Context,
 	return &csi.ValidateVolumeCapabilitiesResponse{
 		Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 			VolumeCapabilities: req.GetVolumeCapabilities(),
+			MutableParameters:  req.GetMutableParameters(),
 		},
 	}, nil
 }
@@ -254,5 +259,5 @@ func (s *controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacity
 	if err != nil {
 		return nil, err
 	}
-	return capacityResponse(available, largest), nil
+	return capacityResponse(available, largest, req.GetVolumeCapabilities()), nil
 }

@@ -20,7 +20,7 @@
 //
 // # Topology
 //
-// A node reports topology.csi.trivet.dev/node and, when it has one, topology.csi.trivet.dev/zone.
+// A node reports topology.csi.trivet.dev/node and, when it has them, topology.csi.trivet.dev/zone and /rack.
 // Requirements of CreateVolume steer the placement of replicas. The answer names no accessible
 // topology: a volume can be attached at every node, because a node without a replica reaches it
 // over the network. Naming all nodes of today instead would freeze them into the
@@ -74,6 +74,9 @@ type Controller interface {
 	// Capacity returns the bytes available to, and the size in bytes of the largest, new volume
 	// with these parameters; an empty segment means the whole cluster.
 	Capacity(ctx context.Context, params, segment map[string]string) (available, largest int64, err error)
+
+	Modifier
+	Examiner
 }
 
 // Node is what the driver needs of this machine. node.Node documents the methods.
@@ -84,6 +87,8 @@ type Node interface {
 	Publish(ctx context.Context, r node.PublishRequest) error
 	Unpublish(ctx context.Context, id trivet.VolumeID, targetPath string) error
 	Stats(ctx context.Context, id trivet.VolumeID, path string) (node.VolumeStats, error)
+
+	NodeExaminer
 }
 
 var (
@@ -99,6 +104,9 @@ type Config struct {
 	// Controller and Node do the work. Required.
 	Controller Controller
 	Node       Node
+
+	// Changes tells what snapshots hold. Required.
+	Changes Changes
 
 	// Ready reports whether the catalogue is joined, so that requests can be served. Called by
 	// every Probe; must not block. Required.
@@ -127,6 +135,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("config: Controller is nil: %w", trivet.ErrInvalid)
 	case c.Node == nil:
 		return fmt.Errorf("config: Node is nil: %w", trivet.ErrInvalid)
+	case c.Changes == nil:
+		return fmt.Errorf("config: Changes is nil: %w", trivet.ErrInvalid)
 	case c.Ready == nil:
 		return fmt.Errorf("config: Ready is nil: %w", trivet.ErrInvalid)
 	case c.Version == "":
@@ -158,6 +168,10 @@ func validateInfo(i node.Info) error {
 	if i.Zone != "" && !validSegmentValue(i.Zone) {
 		return fmt.Errorf("config: zone %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
 			i.Zone, segmentMax, trivet.ErrInvalid)
+	}
+	if i.Rack != "" && !validSegmentValue(i.Rack) {
+		return fmt.Errorf("config: rack %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
+			i.Rack, segmentMax, trivet.ErrInvalid)
 	}
 	if i.MaxVolumes < 0 {
 		return fmt.Errorf("config: MaxVolumes %d is negative: %w", i.MaxVolumes, trivet.ErrInvalid)

@@ -47,6 +47,10 @@ var codeOf = []struct {
 	{trivet.ErrOutOfRange, codes.OutOfRange},
 }
 
+// absent reports whether err says that the thing is not there, and that for certain: with an error whose outcome is
+// open it does not.
+func absent(err error) bool { return err != nil && status.Code(ToStatus(err)) == codes.NotFound }
+
 // ToStatus is the only place where an error becomes a gRPC status; the administration API uses it
 // too. The first match in codeOf wins; wrapped errors match too. What is a status already passes
 // through, such as "unimplemented" of the generated code. The details are empty, as the CSI

@@ -54,6 +54,7 @@ type fakeController struct {
 
 	mu      sync.Mutex
 	volumes map[trivet.VolumeID]*meta.Volume
+	ill     map[trivet.VolumeID][]trivet.Condition
 }
 
 func newFakeController() *fakeController {
@@ -206,6 +207,7 @@ type fakeNode struct {
 	hooks
 
 	info node.Info
+	ill  fakeIllness
 
 	mu        sync.Mutex
 	staged    map[trivet.VolumeID]node.StageRequest

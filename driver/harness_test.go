@@ -21,9 +21,11 @@ type harness struct {
 	csi.IdentityClient
 	csi.ControllerClient
 	csi.NodeClient
+	csi.SnapshotMetadataClient
 
 	ctrl     *fakeController
 	node     *fakeNode
+	changes  *fakeChanges
 	ready    bool
 	endpoint string
 	dir      string
@@ -34,11 +36,13 @@ type harness struct {
 func open(t *testing.T, change func(*harness, *driver.Config)) *harness {
 	t.Helper()
 	h := &harness{ctrl: newFakeController(), node: newFakeNode(), ready: true, dir: t.TempDir()}
+	h.changes = newFakeChanges()
 	h.endpoint = "unix://" + filepath.Join(h.dir, "csi.sock")
 	cfg := driver.Config{
 		Endpoint:   h.endpoint,
 		Controller: h.ctrl,
 		Node:       h.node,
+		Changes:    h.changes,
 		Ready:      func() bool { return h.ready },
 		Version:    "1.2.3",
 		Logger:     slog.New(slog.DiscardHandler),
@@ -53,6 +57,7 @@ func open(t *testing.T, change func(*harness, *driver.Config)) *harness {
 	h.IdentityClient = csi.NewIdentityClient(h.conn)
 	h.ControllerClient = csi.NewControllerClient(h.conn)
 	h.NodeClient = csi.NewNodeClient(h.conn)
+	h.SnapshotMetadataClient = csi.NewSnapshotMetadataClient(h.conn)
 	return h
 }
 

@@ -3,13 +3,11 @@ package driver
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
@@ -21,15 +19,9 @@ const pageMax = 10_000
 // is the last ID of the page before: it stays good when volumes come and go between pages.
 func (s *controllerServer) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest,
 ) (*csi.ListVolumesResponse, error) {
-	if req.GetMaxEntries() < 0 {
-		return nil, fmt.Errorf("max_entries %d is negative: %w", req.GetMaxEntries(), trivet.ErrInvalid)
-	}
-	var after trivet.VolumeID
-	if token := req.GetStartingToken(); token != "" {
-		var err error
-		if after, err = trivet.ParseVolumeID(token); err != nil {
-			return nil, fmt.Errorf("starting_token %q was never given out: %w", token, errToken)
-		}
+	after, page, err := pageOf(req.GetMaxEntries(), pageMax, req.GetStartingToken())
+	if err != nil {
+		return nil, err
 	}
 	volumes, err := s.ctrl.Volumes(ctx)
 	if err != nil {
@@ -39,10 +31,6 @@ func (s *controllerServer) ListVolumes(ctx context.Context, req *csi.ListVolumes
 		return v.ID <= after || !visible(v.Phase)
 	})
 	slices.SortFunc(volumes, func(a, b meta.Volume) int { return cmp.Compare(a.ID, b.ID) })
-	page := pageMax
-	if n := int(req.GetMaxEntries()); n > 0 {
-		page = min(n, pageMax)
-	}
 	resp := &csi.ListVolumesResponse{}
 	if len(volumes) > page {
 		volumes = volumes[:page]
@@ -88,9 +76,13 @@ func publishedNodes(v *meta.Volume) []string {
 }
 
 // capacityResponse never answers less than zero, which the specification forbids.
-func capacityResponse(available, largest int64) *csi.GetCapacityResponse {
-	return &csi.GetCapacityResponse{
+func capacityResponse(available, largest int64, caps []*csi.VolumeCapability) *csi.GetCapacityResponse {
+	resp := &csi.GetCapacityResponse{
 		AvailableCapacity: max(available, 0),
 		MaximumVolumeSize: wrapperspb.Int64(max(largest, 0)),
 	}
+	if slices.ContainsFunc(caps, isXFS) {
+		resp.MinimumVolumeSize = wrapperspb.Int64(xfsBytesMin)
+	}
+	return resp
 }

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 
@@ -17,6 +16,8 @@ var nodeCapabilities = []csi.NodeServiceCapability_RPC_Type{
 	csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME,
 	csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 	csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH,
+	csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH,
 }
 
 // nodeServer serves csi.v1.Node.
@@ -24,10 +25,13 @@ type nodeServer struct {
 	csi.UnimplementedNodeServer
 
 	node Node
+	ctrl Examiner
 	busy *inflight
 }
 
-func newNodeServer(n Node) *nodeServer { return &nodeServer{node: n, busy: newInflight()} }
+func newNodeServer(n Node, c Examiner) *nodeServer {
+	return &nodeServer{node: n, ctrl: c, busy: newInflight()}
+}
 
 // NodeGetCapabilities lists nodeCapabilities.
 func (s *nodeServer) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest,
@@ -135,7 +139,7 @@ func (s *nodeServer) undo(ctx context.Context, handle, field, path string,
 		return err
 	}
 	defer done()
-	if err := call(ctx, id, path); err != nil && !errors.Is(err, trivet.ErrNotFound) {
+	if err := call(ctx, id, path); err != nil && !absent(err) {
 		return err
 	}
 	return nil

@@ -2,7 +2,9 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"time"
@@ -74,7 +76,7 @@ func (c *ProxyConfig) Validate() error {
 	return nil
 }
 
-// Proxy offers the Identity and Controller services to the sidecars of a pod that is no node of the
+// Proxy offers the Identity, Controller and SnapshotMetadata services to the sidecars of a pod that is no node of the
 // cluster. It keeps no state and decides nothing: a controller call goes to a server as it is, and
 // its answer comes back as it is. It passes on what the server implements, so a newer server needs
 // no newer Proxy. The Node service is not offered.
@@ -89,9 +91,11 @@ func OpenProxy(ctx context.Context, cfg ProxyConfig) (*Proxy, error) {
 	cfg.Logger = orDiscard(cfg.Logger)
 	up := upstream{conn: cfg.Upstream}
 	g := grpc.NewServer(grpc.ChainUnaryInterceptor(Intercept(cfg.Logger), up.forward),
+		grpc.ChainStreamInterceptor(InterceptStream(cfg.Logger), up.forwardStream),
 		grpc.MaxConcurrentStreams(streamsMax))
 	csi.RegisterIdentityServer(g, &identityServer{version: cfg.Version, ready: up.ready})
 	csi.RegisterControllerServer(g, csi.UnimplementedControllerServer{}) // forward stands before it
+	csi.RegisterSnapshotMetadataServer(g, csi.UnimplementedSnapshotMetadataServer{})
 	main, err := serveSocket(ctx, g, cfg.Endpoint, cfg.StopTimeout, cfg.Logger)
 	if err != nil {
 		return nil, fmt.Errorf("open csi proxy: %w", err)
@@ -125,6 +129,50 @@ func (u upstream) forward(ctx context.Context, req any, info *grpc.UnaryServerIn
 	return reply, nil
 }
 
+// forwardStream is forward for calls whose answer is a stream. It ends without an error only when the server's does:
+// who reads it must know that all is there.
+func (u upstream) forwardStream(srv any, down grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler,
+) error {
+	if !strings.HasPrefix(info.FullMethod, MetadataPrefix) {
+		return next(srv, down)
+	}
+	req, err := newMessage(info.FullMethod, protoreflect.MethodDescriptor.Input)
+	if err != nil {
+		return err
+	}
+	if err := down.RecvMsg(req); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(down.Context()) // ends the server's stream whatever ends ours
+	defer cancel()
+	up, err := u.conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, info.FullMethod)
+	if err != nil {
+		return notFinal(err)
+	}
+	// io.EOF: it has ended already, and RecvMsg says how.
+	if err := up.SendMsg(req); err != nil && !errors.Is(err, io.EOF) {
+		return notFinal(err)
+	}
+	if err := up.CloseSend(); err != nil {
+		return notFinal(err)
+	}
+	for {
+		reply, err := newReply(info.FullMethod)
+		if err != nil {
+			return err
+		}
+		switch err := up.RecvMsg(reply); {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return notFinal(err)
+		}
+		if err := down.SendMsg(reply); err != nil {
+			return err
+		}
+	}
+}
+
 // notFinal replaces the codes by which gRPC itself, not a server's handler, says that the call did
 // not get through: the orchestrator must take them for "may still be running".
 func notFinal(err error) error {
@@ -140,6 +188,12 @@ func notFinal(err error) error {
 // newReply returns an empty message of the type that a method, such as /csi.v1.Controller/CreateVolume,
 // answers with.
 func newReply(method string) (proto.Message, error) {
+	return newMessage(method, protoreflect.MethodDescriptor.Output)
+}
+
+// newMessage returns an empty message of a type that which names of a method.
+func newMessage(method string, which func(protoreflect.MethodDescriptor) protoreflect.MessageDescriptor,
+) (proto.Message, error) {
 	name := strings.Replace(strings.TrimPrefix(method, "/"), "/", ".", 1)
 	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(name))
 	if err != nil {
@@ -149,9 +203,9 @@ func newReply(method string) (proto.Message, error) {
 	if !ok {
 		return nil, fmt.Errorf("%s is no method: %w", method, trivet.ErrInvalid)
 	}
-	t, err := protoregistry.GlobalTypes.FindMessageByName(m.Output().FullName())
+	t, err := protoregistry.GlobalTypes.FindMessageByName(which(m).FullName())
 	if err != nil {
-		return nil, fmt.Errorf("answer of %s: %w", method, err)
+		return nil, fmt.Errorf("message of %s: %w", method, err)
 	}
 	return t.New().Interface(), nil
 }

@@ -27,6 +27,8 @@ type upstream struct {
 	conn *grpc.ClientConn
 	grpc *grpc.Server
 
+	changes *fakeChanges
+
 	mu    sync.Mutex
 	deny  error // what every call gets instead of an answer
 	calls []string
@@ -46,9 +48,11 @@ func (u *upstream) intercept(ctx context.Context, req any, info *grpc.UnaryServe
 
 func newUpstream(t *testing.T) *upstream {
 	t.Helper()
-	u := &upstream{ctrl: newFakeController()}
-	u.grpc = grpc.NewServer(grpc.ChainUnaryInterceptor(u.intercept, driver.Intercept(nil)))
+	u := &upstream{ctrl: newFakeController(), changes: newFakeChanges()}
+	u.grpc = grpc.NewServer(grpc.ChainUnaryInterceptor(u.intercept, driver.Intercept(nil)),
+		grpc.StreamInterceptor(driver.InterceptStream(nil)))
 	driver.RegisterController(u.grpc, u.ctrl, func() bool { return true }, "9", 0)
+	driver.RegisterSnapshotMetadata(u.grpc, u.changes)
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	served := make(chan error, 1)

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -107,7 +106,7 @@ func (s *controllerServer) ControllerUnpublishVolume(ctx context.Context, req *c
 		return nil, err
 	}
 	defer done()
-	if err := s.ctrl.Detach(ctx, id, node); err != nil && !errors.Is(err, trivet.ErrNotFound) {
+	if err := s.ctrl.Detach(ctx, id, node); err != nil && !absent(err) {
 		return nil, err
 	}
 	return resp, nil

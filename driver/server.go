@@ -55,9 +55,11 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("open csi server: %w", err)
 	}
 	cfg.Logger = orDiscard(cfg.Logger)
-	g := grpc.NewServer(grpc.UnaryInterceptor(Intercept(cfg.Logger)), grpc.MaxConcurrentStreams(streamsMax))
+	g := grpc.NewServer(grpc.UnaryInterceptor(Intercept(cfg.Logger)), grpc.StreamInterceptor(InterceptStream(cfg.Logger)),
+		grpc.MaxConcurrentStreams(streamsMax))
 	RegisterController(g, cfg.Controller, cfg.Ready, cfg.Version, cfg.Node.Info().MaxVolumes)
-	csi.RegisterNodeServer(g, newNodeServer(cfg.Node))
+	RegisterSnapshotMetadata(g, cfg.Changes)
+	csi.RegisterNodeServer(g, newNodeServer(cfg.Node, cfg.Controller))
 	s := &Server{log: cfg.Logger}
 	err := makeFolder(&cfg)
 	if err != nil {

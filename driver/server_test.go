@@ -33,6 +33,7 @@ func config(t *testing.T) driver.Config {
 		Endpoint:   "unix://" + filepath.Join(t.TempDir(), "csi.sock"),
 		Controller: newFakeController(),
 		Node:       newFakeNode(),
+		Changes:    newFakeChanges(),
 		Ready:      func() bool { return true },
 		Version:    "1",
 	}
@@ -46,6 +47,7 @@ func TestConfigValidate(t *testing.T) {
 	for name, change := range map[string]func(*driver.Config){
 		"Controller":                 func(c *driver.Config) { c.Controller = nil },
 		"Node":                       func(c *driver.Config) { c.Node = nil },
+		"Changes":                    func(c *driver.Config) { c.Changes = nil },
 		"Ready":                      func(c *driver.Config) { c.Ready = nil },
 		"Version":                    func(c *driver.Config) { c.Version = "" },
 		"StopTimeout":                func(c *driver.Config) { c.StopTimeout = -1 },

@@ -147,7 +147,7 @@ func TestCreateVolumeCodes(t *testing.T) {
 		}), codes.InvalidArgument, "not supported yet"},
 		{"mutable parameters", create(func(r *csi.CreateVolumeRequest) {
 			r.MutableParameters = map[string]string{"iopsLimit": "5"}
-		}), codes.InvalidArgument, "not supported yet"},
+		}), codes.OK, ""},
 		{"parameters too large", create(func(r *csi.CreateVolumeRequest) {
 			r.Parameters["x"] = strings.Repeat("x", 4096)
 		}), codes.InvalidArgument, "parameters has"},

@@ -18,6 +18,9 @@ func nodeTopology(i node.Info) *csi.Topology {
 	if i.Zone != "" {
 		s[controller.TopologyZone] = i.Zone
 	}
+	if i.Rack != "" {
+		s[controller.TopologyRack] = i.Rack
+	}
 	return &csi.Topology{Segments: s}
 }
 
@@ -43,7 +46,7 @@ func segmentOf(field string, t *csi.Topology) (map[string]string, error) {
 	out := make(map[string]string, len(t.GetSegments()))
 	for k, v := range t.GetSegments() {
 		key := strings.ToLower(k)
-		if key != controller.TopologyNode && key != controller.TopologyZone {
+		if key != controller.TopologyNode && key != controller.TopologyZone && key != controller.TopologyRack {
 			return nil, fmt.Errorf("%s: unknown topology key %q: %w", field, k, trivet.ErrInvalid)
 		}
 		if _, twice := out[key]; twice {

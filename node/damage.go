@@ -53,7 +53,7 @@ func (d *damages) since(n int) []*engine.DamageError {
 }
 
 // damageReason begins the reason of a replica that is Faulted for damage on its disk.
-const damageReason = "disk is damaged: "
+const damageReason = meta.ReasonDiskDamaged
 
 // noteDamage looks at what the disks have met since it was called last, and wakes the workers of the replicas that
 // are touched. A replica that is made there later is another one, and is not. It waits until the local copy of the

@@ -66,6 +66,7 @@ type Config struct {
 	ID          trivet.NodeID
 	Address     string           // host:port at which other nodes reach this one
 	Zone        string           // may be empty
+	Rack        string           // within its zone; may be empty
 	MetaReplica trivet.ReplicaID // this node's member of the catalogue; empty = none
 	Incarnation string           // UUID drawn at this start of the process
 
@@ -98,7 +99,7 @@ type Config struct {
 	// somebody asks for it (DefaultConfig: 7 days).
 	ScrubEvery time.Duration
 
-	MaxVolumes       int64 // volumes attached here at a time, as told to Kubernetes; 0 = no limit
+	MaxVolumes       int64 // volumes attached here at a time, as told to Kubernetes; 0 = what the machine can (limit.go)
 	FollowAttachment bool  // Attach brings leadership to the local replica (DefaultConfig: true)
 
 	// Attach is the kind of kernel devices; zero = blockdev.KindAuto.
@@ -265,7 +266,7 @@ func (n *Node) agentConfig() (agentConfig, error) {
 		ID: n.cfg.ID, Usage: n.usage, Verify: n.verify, Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
 		ParkAfter: n.cfg.ParkAfter, ScrubEvery: max(n.cfg.ScrubEvery, 0),
 		Self: meta.Node{
-			ID: n.cfg.ID, Address: n.cfg.Address, Zone: n.cfg.Zone, MetaReplica: n.cfg.MetaReplica,
+			ID: n.cfg.ID, Address: n.cfg.Address, Zone: n.cfg.Zone, Rack: n.cfg.Rack, MetaReplica: n.cfg.MetaReplica,
 			Incarnation: n.cfg.Incarnation,
 		},
 		Disks:  make(map[trivet.DiskID]replication.Disk, len(n.cfg.Disks)),

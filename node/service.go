@@ -56,12 +56,13 @@ type VolumeStats struct {
 type Info struct {
 	Node       trivet.NodeID
 	Zone       string // empty when unknown
+	Rack       string // empty when unknown
 	MaxVolumes int64  // volumes that can be attached here at a time; 0 = no limit known
 }
 
-// Info returns the node's name, zone and limit.
+// Info returns the node's name, zone, rack and limit.
 func (n *Node) Info() Info {
-	return Info{Node: n.cfg.ID, Zone: n.cfg.Zone, MaxVolumes: n.cfg.MaxVolumes}
+	return Info{Node: n.cfg.ID, Zone: n.cfg.Zone, Rack: n.cfg.Rack, MaxVolumes: n.cfg.maxVolumes()}
 }
 
 // Stage attaches the volume, formats it when it is blank and mounts it at StagingPath. The same

@@ -54,6 +54,7 @@ func Run(t *testing.T, access string) {
 	c.TestVolumeSize = volumeBytes
 	c.TestVolumeAccessType = access
 	c.TestVolumeParameters = map[string]string{"replicas": "3"}
+	c.TestVolumeMutableParameters = map[string]string{"iopsLimit": "5k", "priority": "70"}
 	usePaths(t, &c, dir)
 
 	gomega.RegisterFailHandler(ginkgo.Fail)

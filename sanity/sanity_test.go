@@ -44,7 +44,8 @@ func TestReasonsToSkip(t *testing.T) {
 	t.Parallel()
 	for reason, want := range map[string]bool{
 		"CreateSnapshot not supported":                              true,
-		"Modify volume not supported":                               true,
+		"Modify volume not supported":                               false,
+		"NodeGetStorageHealth not supported":                        false,
 		"No MaxVolumesPerNode":                                      true,
 		"testnodevolumeattachlimit not enabled":                     true,
 		"ListVolumes not supported":                                 false,

@@ -25,6 +25,7 @@ const RunDirName = "run"
 type Config struct {
 	Node      trivet.NodeID // name of this machine; must be the one in its certificate
 	Zone      string        // failure domain, optional
+	Rack      string        // failure domain within the zone, optional
 	DataDir   string        // the server's own state: identity, catalogue, addresses
 	Disks     []string      // directories that keep replicas; default DataDir/disk
 	Listen    string        // host:port of the one TCP port; port 0 picks one (tests)
@@ -35,6 +36,9 @@ type Config struct {
 	Register  string        // kubelet's plugins_registry, to register CSI there; empty = no registration
 	Version   string        // of the binary, as CSI reports it
 	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
+
+	// MaxVolumes bounds the volumes attached to a node through CSI at a time; 0 = as many as its kernel makes devices.
+	MaxVolumes int64
 
 	// Attach is the kind of the kernel devices of volumes, as blockdev.ParseKind reads it.
 	Attach string
@@ -154,6 +158,9 @@ func (c *Config) Validate() error {
 	if c.CatchUpBytesPerSecond != 0 && c.CatchUpBytesPerSecond < replication.CatchUpBytesPerSecondMin {
 		return fmt.Errorf("catch-up bandwidth of %d bytes a second: want 0 or at least %d: %w", c.CatchUpBytesPerSecond,
 			replication.CatchUpBytesPerSecondMin, trivet.ErrInvalid)
+	}
+	if c.MaxVolumes < 0 {
+		return fmt.Errorf("max volumes %d: want zero or more: %w", c.MaxVolumes, trivet.ErrInvalid)
 	}
 	if c.ReplaceAfter < 0 {
 		return fmt.Errorf("replace after %v: want zero or more: %w", c.ReplaceAfter, trivet.ErrInvalid)

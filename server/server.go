@@ -183,7 +183,7 @@ func (s *Server) openPort(ctx context.Context) error {
 	}
 	s.grpc = grpc.NewServer(grpc.Creds(shaken{}), grpc.MaxConcurrentStreams(adminStreamsMax),
 		grpc.ChainUnaryInterceptor(authorizeUnary, driver.Intercept(s.log), s.membersOnly),
-		grpc.StreamInterceptor(authorizeStream),
+		grpc.ChainStreamInterceptor(authorizeStream, driver.InterceptStream(s.log)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingMin, PermitWithoutStream: true}))
 	api.RegisterAdminServer(s.grpc, &admin{s: s})
 	if s.network = s.cfg.Network; s.network == nil {
@@ -206,7 +206,8 @@ func (s *Server) openCatalogue(ctx context.Context) error {
 		return err
 	}
 	s.catalogue, s.controller = cat, controller.New(cat)
-	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, 0)
+	driver.RegisterController(s.grpc, s.controller, s.ready, s.cfg.Version, s.cfg.MaxVolumes)
+	driver.RegisterSnapshotMetadata(s.grpc, changes{s})
 	if !cat.Joined() {
 		return nil
 	}
@@ -220,6 +221,7 @@ func (s *Server) ready() bool { return s.started() && s.catalogue.Leader() != ""
 func (s *Server) becomeMember(ctx context.Context) error {
 	cfg := node.DefaultConfig()
 	cfg.ID, cfg.Address, cfg.Zone, cfg.Incarnation = s.cfg.Node, s.cfg.Advertise, s.cfg.Zone, trivet.NewUUID()
+	cfg.Rack, cfg.MaxVolumes = s.cfg.Rack, s.cfg.MaxVolumes
 	cfg.MetaReplica, cfg.Disks, cfg.Catalogue = s.catalogue.Replica(), s.disks, s.catalogue
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
 	cfg.OverlapFlush, cfg.Stages = s.cfg.OverlapFlush, s.stages
@@ -252,7 +254,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if s.cfg.CSI != "" {
 		m.csi, err = driver.Open(ctx, driver.Config{
 			Endpoint: s.cfg.CSI, RegisterDir: s.cfg.Register, Controller: s.controller, Node: m.node,
-			Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
+			Changes: changes{s}, Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
 		})
 		if err != nil {
 			return errors.Join(err, m.close())

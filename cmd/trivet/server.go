@@ -56,6 +56,9 @@ func newServer(o *options) *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&node, "node", envOr("TRIVET_NODE", host), "name of this node, as in its certificate (TRIVET_NODE)")
 	f.StringVar(&cfg.Zone, "zone", envOr("TRIVET_ZONE", ""), "failure domain of this node (TRIVET_ZONE)")
+	f.StringVar(&cfg.Rack, "rack", envOr("TRIVET_RACK", ""), "failure domain of this node within its zone (TRIVET_RACK)")
+	f.Int64Var(&cfg.MaxVolumes, "max-volumes", 0,
+		"volumes that CSI may attach to a node at a time, the same on all nodes (0: as many as the kernel makes devices)")
 	f.StringVar(&cfg.DataDir, "data", "/var/lib/trivet", "directory of the server's own state")
 	f.StringArrayVar(&cfg.Disks, "disk", nil, "directory that keeps replicas; several may be given (default DATA/disk)")
 	f.StringVar(&cfg.Listen, "listen", cfg.Listen, "host:port to listen on")

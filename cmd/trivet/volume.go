@@ -15,6 +15,7 @@ func newVolume(o *options) *cobra.Command {
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
 		newVolumeSet(o), newVolumeExplain(o), newVolumeScrub(o), newVolumeVerify(o), newVolumeResize(o), newVolumeClone(o),
+		newVolumePV(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})

@@ -10,11 +10,20 @@ import (
 )
 
 func (p *SetParams) op() string {
-	return fmt.Sprintf("set %s of %s", strings.Join(slices.Sorted(maps.Keys(p.Params)), ", "), p.Volume)
+	what := slices.Sorted(maps.Keys(p.Params))
+	if p.Replicas > 0 && p.Params["replicas"] == "" {
+		what = append(what, "replicas")
+	}
+	return fmt.Sprintf("set %s of %s", strings.Join(what, ", "), p.Volume)
 }
 
 func (p *SetParams) validate() error {
-	if len(p.Params) == 0 {
+	switch {
+	case p.Replicas != 0:
+		if err := validateCount(p.Replicas); err != nil {
+			return err
+		}
+	case len(p.Params) == 0:
 		return fmt.Errorf("no parameters are given: %w", trivet.ErrInvalid)
 	}
 	return firstError(validateVolume(p.Volume), validateParams(p.Params))
@@ -45,6 +54,9 @@ func (p *SetParams) apply(d *draft) error {
 			v.Params = make(map[string]string)
 		}
 		v.Params[key] = value
+	}
+	if p.Replicas != 0 && v.WantReplicas != p.Replicas {
+		v.WantReplicas, changed = p.Replicas, true
 	}
 	if !changed {
 		return nil

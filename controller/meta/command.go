@@ -284,6 +284,8 @@ type SetParams struct {
 	Volume     trivet.VolumeID   `json:"volume"`
 	Params     map[string]string `json:"params"`               // canonical; an empty value removes the key
 	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
+	// Replicas is that of SetReplicas, in the same step: 1, 3 or 5; 0 = as many as before.
+	Replicas int `json:"replicas,omitempty"`
 }
 
 // ForgetNode takes a node that does not come back off the record. Its retired replicas, and what it had of volumes

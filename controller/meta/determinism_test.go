@@ -316,5 +316,8 @@ func randomParams(r *rand.Rand, id trivet.VolumeID, now meta.Revision) *meta.Set
 	if r.Intn(2) == 0 {
 		p.IfRevision = now
 	}
+	if r.Intn(3) == 0 {
+		p.Replicas = 1 + 2*r.Intn(3)
+	}
 	return p
 }

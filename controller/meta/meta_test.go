@@ -284,6 +284,7 @@ func TestCodecRefuses(t *testing.T) {
 		}}},
 		"two replicas":           {SetReplicas: &meta.SetReplicas{Volume: 1, Count: 2}},
 		"no parameters":          {SetParams: &meta.SetParams{Volume: 1}},
+		"four replicas":          {SetParams: &meta.SetParams{Volume: 1, Replicas: 4}},
 		"a nameless parameter":   {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"": "1"}}},
 		"no text":                {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": "\xff"}}},
 		"parameters of nothing":  {SetParams: &meta.SetParams{Params: map[string]string{"a": "1"}}},

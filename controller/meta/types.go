@@ -70,6 +70,7 @@ type Node struct {
 	ID          trivet.NodeID    `json:"id"`
 	Address     string           `json:"address"` // host:port of its server
 	Zone        string           `json:"zone,omitempty"`
+	Rack        string           `json:"rack,omitempty"`        // within its zone
 	MetaReplica trivet.ReplicaID `json:"metaReplica,omitempty"` // its member of the meta group
 	Incarnation string           `json:"incarnation"`           // UUID drawn at each process start
 	LeaseUntil  time.Time        `json:"leaseUntil"`            // node lease; expired = considered down
@@ -129,6 +130,10 @@ const (
 // ReasonDiskAbsent begins the reason of a replica that is Faulted because its disk is not among those of
 // its node. It is the one fault that heals by itself: when the disk is back, so is the replica.
 const ReasonDiskAbsent = "disk is not on the node: "
+
+// ReasonDiskDamaged begins the reason of a replica that is Faulted for damage on its disk. It runs on and votes
+// until it is replaced: most of it is good, and what is bad is never served.
+const ReasonDiskDamaged = "disk is damaged: "
 
 // Changing reports whether a replica in that state is on its way into the group or out of it.
 func (s ReplicaState) Changing() bool {

@@ -124,6 +124,7 @@ func (r *RegisterNode) validate() error {
 		trivet.ValidateNodeID(string(n.ID)),
 		validateText("address", n.Address, textBytesMax),
 		validateText("zone", n.Zone, trivet.NameBytesMax),
+		validateText("rack", n.Rack, trivet.NameBytesMax),
 		validateUUID("incarnation", n.Incarnation),
 		validateTime("lease", n.LeaseUntil),
 		validateDisks(n.Disks),
