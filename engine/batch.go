@@ -201,8 +201,8 @@ func (b *Batch) Bytes() int {
 
 // Zero makes n blocks from lba on read as zeroes and gives their space back; discard and write-zeroes
 // are both this. It costs the same for any n while the volume has had one generation only, and grows
-// with the blocks stored in the range later: a batch that may come to hold too many has to be committed in between, with
-// the State that it began with. Errors as of Write.
+// with the blocks stored in the range later: a batch that may come to hold too many has to be committed in between,
+// with the State that it began with. Errors as of Write.
 func (b *Batch) Zero(lba trivet.LBA, blockN int64) error {
 	err := b.touch(lba, blockN, 0)
 	if err == nil && blockN > 0 {

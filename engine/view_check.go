@@ -225,9 +225,9 @@ func sumOf(val []byte, bk blockKey) (sum uint32, isData bool, err error) {
 	return sum, false, err
 }
 
-// RunOf returns how many blocks from lba on hold up to versionN versions of blocks, those that show through from beneath
-// included, and whether the run is the last: then it has everything there can be from lba on, and is as long. A run is
-// of one block at least.
+// RunOf returns how many blocks from lba on hold up to versionN versions of blocks, those that show through from
+// beneath included, and whether the run is the last: then it has everything there can be from lba on, and is as long. A
+// run is of one block at least.
 func (v *Volume) RunOf(lba trivet.LBA, versionN int) (blockN int64, last bool, err error) {
 	blockN, last, err = v.runOf(lba, versionN)
 	if err != nil {

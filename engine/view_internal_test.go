@@ -10,12 +10,12 @@ import (
 )
 
 // keep commits a snapshot of the volume as it is.
-func keep(t testing.TB, v *Volume, id uint64) trivet.Generation {
+func keep(t testing.TB, v *Volume) trivet.Generation {
 	t.Helper()
 	st, b := v.State(), v.NewBatch()
 	gen := st.Generation
 	st.AppliedIndex++
-	st.Snapshots = append(st.Snapshots, Snapshot{ID: id, Generation: gen})
+	st.Snapshots = append(st.Snapshots, Snapshot{ID: 7, Generation: gen})
 	st.Generation++
 	require.NoError(t, b.Commit(st))
 	return gen
@@ -61,7 +61,7 @@ func TestViewChecksSnapshots(t *testing.T) {
 	e, v := mustStore(t, logConfig(t, mem, nil), 64)
 	defer func() { require.NoError(t, e.Close()) }()
 	write(t, v, 1, 0, 40)
-	gen := keep(t, v, 7)
+	gen := keep(t, v)
 	write(t, v, 2, 10, 20)
 	settle(t, v)
 	before := mustCheck(t, mustView(t, v))
@@ -102,8 +102,9 @@ func mustValue(t testing.TB, v *Volume, lba trivet.LBA, gen trivet.Generation) [
 	return append([]byte(nil), val...)
 }
 
-// A clone that lies upon its base is checked as it shows. A block that has rotted beneath is repaired in the clone, by a
-// version of its own, and stays so when the clone is flattened; what was written to the clone since stays in any case.
+// A clone that lies upon its base is checked as it shows. A block that has rotted beneath is repaired in the clone, by
+// a version of its own, and stays so when the clone is flattened; what was written to the clone since stays in any
+// case.
 func TestViewChecksClone(t *testing.T) {
 	const cloneID = damagedID + 5
 	mem := vfs.NewCrashableMem()
@@ -111,7 +112,7 @@ func TestViewChecksClone(t *testing.T) {
 	defer func() { require.NoError(t, e.Close()) }()
 	e.sweeper.stop() // it would flatten the clone
 	write(t, v, 1, 0, 40)
-	gen := keep(t, v, 7)
+	gen := keep(t, v)
 	settle(t, v)
 	require.NoError(t, e.CreateClone(cloneID, "r", 64*trivet.BlockSize, Base{v.id, gen}))
 	c, err := e.OpenVolume(cloneID)
@@ -159,7 +160,7 @@ func TestViewRepairsCloneBeforeFlattening(t *testing.T) {
 	defer func() { require.NoError(t, e.Close()) }()
 	e.sweeper.stop()
 	write(t, v, 1, 0, 40)
-	gen := keep(t, v, 7)
+	gen := keep(t, v)
 	settle(t, v)
 	require.NoError(t, e.CreateClone(cloneID, "r", 64*trivet.BlockSize, Base{v.id, gen}))
 	c, err := e.OpenVolume(cloneID)
@@ -209,15 +210,15 @@ func requireClone(t testing.TB, c *Volume) {
 	}
 }
 
-// A volume that was set back is checked as it shows, and has the same digests before and after it is flattened. What the
-// others say a block is, it becomes, whatever lies beneath.
+// A volume that was set back is checked as it shows, and has the same digests before and after it is flattened. What
+// the others say a block is, it becomes, whatever lies beneath.
 func TestViewOfRollback(t *testing.T) {
 	mem := vfs.NewCrashableMem()
 	e, v := mustStore(t, logConfig(t, mem, nil), 64)
 	defer func() { require.NoError(t, e.Close()) }()
 	e.sweeper.stop()
 	write(t, v, 1, 0, 40)
-	gen := keep(t, v, 7)
+	gen := keep(t, v)
 	write(t, v, 2, 10, 20)
 	back(t, v, gen)
 	settle(t, v)
@@ -265,7 +266,7 @@ func TestReadVersionOfAnyGeneration(t *testing.T) {
 	defer func() { require.NoError(t, e.Close()) }()
 	e.sweeper.stop()
 	write(t, v, 1, 0, 4)
-	gen := keep(t, v, 7)
+	gen := keep(t, v)
 	write(t, v, 2, 0, 2)
 	settle(t, v)
 	p := make([]byte, trivet.BlockSize)

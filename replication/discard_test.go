@@ -1,7 +1,6 @@
 package replication
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"testing"
 
@@ -130,5 +129,5 @@ func TestMachineTwinsWithCutDiscards(t *testing.T) {
 			at = again(log, rough, rnd)
 		}
 	}
-	require.Equal(t, calm.digest(t), rough.digest(t), fmt.Sprintf("seed %d", seed))
+	require.Equal(t, calm.digest(t), rough.digest(t), "seed %d", seed)
 }

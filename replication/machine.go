@@ -173,8 +173,8 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 	return st, n, nil
 }
 
-// applyEntry adds an entry to a batch, and says what to pin after it. before is the state as it was committed last, when
-// the entry is the batch's first.
+// applyEntry adds an entry to a batch, and says what to pin after it. before is the state as it was committed last,
+// when the entry is the batch's first.
 func (m *machine) applyEntry(to **engine.Batch, e *raftgroup.Entry, before *engine.State) (
 	_ []result, pin pins, err error,
 ) {
@@ -229,8 +229,9 @@ func (m *machine) zeroes(b []byte) (n int64) {
 }
 
 // zero adds a discard to a batch, in pieces. What is too much is committed before the entry is applied to its end, with
-// the state from before the entry. After a crash in between the entry is applied once more, from its beginning, and does
-// the same; a reader may see some of its blocks before others, as of any discard that is larger than an atomic write.
+// the state from before the entry. After a crash in between the entry is applied once more, from its beginning, and
+// does the same; a reader may see some of its blocks before others, as of any discard that is larger than an atomic
+// write.
 func (m *machine) zero(to **engine.Batch, lba trivet.LBA, blockN int64, index uint64, before *engine.State) error {
 	for blockN > 0 {
 		n := min(blockN, m.zeroBlocksMax)

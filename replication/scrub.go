@@ -271,8 +271,8 @@ func (r *Replica) compareOlder(ctx context.Context, index uint64, all []*scrubbe
 }
 
 // accuse tells replicas whose digest of something is not that of the majority.
-func (r *Replica) accuse(ctx context.Context, index uint64, all []*scrubbed, digests [][32]byte, what string, verify bool,
-	out *ScrubRange,
+func (r *Replica) accuse(ctx context.Context, index uint64, all []*scrubbed, digests [][32]byte, what string,
+	verify bool, out *ScrubRange,
 ) {
 	right, ok := majority(digests, len(out.Absent))
 	if !ok && allEqual(digests) {

@@ -101,8 +101,8 @@ func TestScrubOfRollback(t *testing.T) {
 	})
 }
 
-// A replica whose snapshot shows something else than those of the others is reported as damaged, and so made anew, though
-// what the volume shows is the same everywhere.
+// A replica whose snapshot shows something else than those of the others is reported as damaged, and so made anew,
+// though what the volume shows is the same everywhere.
 func TestScrubAccusesOtherSnapshots(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
 		writeStamped(t, c, v, 16, 1)

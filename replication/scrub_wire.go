@@ -27,8 +27,8 @@ import (
 //
 // repair and more are 0 or 1, state and blocks the digests of engine.Checked. Data are a block for each item of a fetch
 // whose flag is itemHas, or the blocks of a readAt; they are verified by the checksums of the one who asked, or
-// by that of the one item. Those of a check whose blockN is scrubWithOlder are engine.Checked.Older; a program that does
-// not know that answers without.
+// by that of the one item. Those of a check whose blockN is scrubWithOlder are engine.Checked.Older; a program that
+// does not know that answers without.
 const (
 	scrubVersion      = 1
 	scrubRequestBytes = 40

@@ -51,8 +51,8 @@ func (h *Host) reopen(s ReplicaSpec) error {
 	})
 }
 
-// giveUp is for a replica that cannot be opened again. Its damage is told like any other that nobody can repair, and the
-// node has it replaced; anything else is for the process to sort out by a restart.
+// giveUp is for a replica that cannot be opened again. Its damage is told like any other that nobody can repair, and
+// the node has it replaced; anything else is for the process to sort out by a restart.
 func (h *Host) giveUp(s *ReplicaSpec, cause, err error) {
 	if errors.Is(err, trivet.ErrClosed) {
 		return

@@ -41,8 +41,9 @@ func rotInLeader(t *testing.T, c *sim.Cluster, v *replication.Volume) (
 	return leader, r, late
 }
 
-// A leader that cannot read an entry of its own log when a follower lacks it is suspect: it leads no more, and is opened
-// again with a log that begins behind that entry, as it would be after a restart. Its process, and the volume, go on.
+// A leader that cannot read an entry of its own log when a follower lacks it is suspect: it leads no more, and is
+// opened again with a log that begins behind that entry, as it would be after a restart. Its process, and the volume,
+// go on.
 func TestLeaderWithRottenEntry(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
 		ctx := t.Context()
@@ -75,8 +76,8 @@ func (m lazyFlush) Flush() (uint64, error) {
 	return index, err
 }
 
-// When the state cannot stand in for the damaged entry, it may be the only copy of an acknowledged write: the replica is
-// not opened again and reported as damaged, nothing is cut, and the others go on.
+// When the state cannot stand in for the damaged entry, it may be the only copy of an acknowledged write: the replica
+// is not opened again and reported as damaged, nothing is cut, and the others go on.
 func TestLeaderWithRottenEntryThatIsNeeded(t *testing.T) {
 	var lies atomic.Bool
 	cfg := sim.ClusterConfig{WrapMachine: func(m raftgroup.StateMachine) raftgroup.StateMachine {

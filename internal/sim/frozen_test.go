@@ -9,8 +9,8 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// A snapshot may show what was there at one moment between the ask and the answer, and then the same for ever. A rollback
-// is a change to what it shows.
+// A snapshot may show what was there at one moment between the ask and the answer, and then the same for ever. A
+// rollback is a change to what it shows.
 func TestAlbum(t *testing.T) {
 	t.Parallel()
 	block := func(v version) []byte {

@@ -81,7 +81,7 @@ func theMutants() []mutant {
 			"replication/command.go", "\treturn len(b) > entryHeaderBytes && binary.BigEndian.Uint16(b[2:]) == 1 &&",
 			"\treturn len(b) < 0 &&",
 		}},
-		faults: "snapshot,crash,takeOver", reports: "snapshot",
+		faults: "snapshot,crash,takeOver", reports: "holds version",
 	}, {
 		name: "H6", what: "a sweep forgets what clones need",
 		edits: []edit{{
