@@ -317,10 +317,10 @@ func (n *nemesis) rollback(ctx context.Context) (made bool, err error) {
 }
 
 func ignoreTimeout(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return fmt.Errorf("roll back: %w", err)
 	}
-	return fmt.Errorf("roll back: %w", err)
+	return nil
 }
 
 // reserve takes the next epoch for something else than an attachment.

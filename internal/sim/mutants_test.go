@@ -83,12 +83,6 @@ func theMutants() []mutant {
 		}},
 		faults: "snapshot,crash,takeOver", reports: "holds version",
 	}, {
-		name: "H6", what: "a sweep forgets what clones need",
-		edits: []edit{{
-			"engine/sweep.go", "\tgens = v.e.bases.of(gens, v.id)\n\tslices.Sort(gens)", "\tslices.Sort(gens)",
-		}},
-		faults: "snapshot,clean,crash", reports: "clone vol-",
-	}, {
 		name: "H22", what: "a scrub gives the majority what the minority has",
 		edits: []edit{{
 			"replication/scrub.go", "if n > (len(values)+absentN)/2 {", "if n <= (len(values)+absentN)/2 {",
