@@ -12,8 +12,7 @@ import (
 )
 
 const (
-	// batchBytesMax bounds a Batch; Pebble's own limit is 4 GiB, and a panic.
-	batchBytesMax = 256 << 20
+	batchBytesMax = 256 << 20 // see Config.BatchBytesMax
 
 	batchBytesInitial  = 64 << 10
 	batchBytesRetained = 4 << 20 // larger buffers are not kept for the next batch
@@ -66,7 +65,7 @@ func (e *Engine) newBatch() *pebble.Batch {
 
 // Write puts whole blocks from lba on. p may be reused after the return; its checksums are taken here.
 // Blocks of zeroes are stored as Zero would. ErrInvalid: no whole blocks, or the batch grows beyond
-// 256 MiB. ErrOutOfRange: beyond the largest volume; the volume's size is checked by Commit, because
+// BatchBytesMax. ErrOutOfRange: beyond the largest volume; the volume's size is checked by Commit, because
 // an entry of the same batch may have raised it.
 func (b *Batch) Write(lba trivet.LBA, p []byte) error {
 	if err := b.write(lba, p, nil, ref{}); err != nil {
@@ -189,9 +188,21 @@ func leadingZeroBlocks(p []byte) (n int64) {
 	return n
 }
 
+// BatchBytesMax is Config's.
+func (e *Engine) BatchBytesMax() int { return e.batchBytes }
+
+// Bytes is how large the batch is; at most BatchBytesMax.
+func (b *Batch) Bytes() int {
+	if b.b == nil {
+		return 0
+	}
+	return b.b.Len()
+}
+
 // Zero makes n blocks from lba on read as zeroes and gives their space back; discard and write-zeroes
 // are both this. It costs the same for any n while the volume has had one generation only, and grows
-// with the blocks stored in the range later. Errors as of Write.
+// with the blocks stored in the range later: a batch that may come to hold too many has to be committed in between,
+// with the State that it began with. Errors as of Write.
 func (b *Batch) Zero(lba trivet.LBA, blockN int64) error {
 	err := b.touch(lba, blockN, 0)
 	if err == nil && blockN > 0 {
@@ -216,8 +227,8 @@ func (b *Batch) touch(lba trivet.LBA, n int64, dataBytes int) error {
 		return trivet.ErrInvalid
 	case lba > lbaMax || n > lbaMax-int64(lba):
 		return trivet.ErrOutOfRange
-	case b.b.Len()+dataBytes > batchBytesMax:
-		return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
+	case b.b.Len()+dataBytes > b.v.e.batchBytes:
+		return fmt.Errorf("batch exceeds %d bytes: %w", b.v.e.batchBytes, trivet.ErrInvalid)
 	}
 	b.end = max(b.end, lba+trivet.LBA(n))
 	switch k := len(b.touched); {
@@ -280,8 +291,8 @@ func (b *Batch) zeroOverOlder(lba trivet.LBA, n int64) (err error) {
 		if err != nil || !ok {
 			return err
 		}
-		if b.b.Len() > batchBytesMax {
-			return fmt.Errorf("batch exceeds %d bytes: %w", batchBytesMax, trivet.ErrInvalid)
+		if b.b.Len() > b.v.e.batchBytes {
+			return fmt.Errorf("batch exceeds %d bytes: %w", b.v.e.batchBytes, trivet.ErrInvalid)
 		}
 		if err := b.putTombstone(w.lba); err != nil {
 			return err

@@ -28,7 +28,9 @@ type Config struct {
 	// JournalBytes bounds the change journal of each volume; 0 = 16 MiB, enough for the last 600 000 batches
 	// of one extent. A replica that was away for longer than the journal reaches back gets everything anew.
 	JournalBytes int64
-	Logger       *slog.Logger // nil: none
+	// BatchBytesMax bounds a Batch; 0 = 256 MiB, and more is not allowed: Pebble's own limit is 4 GiB, and a panic.
+	BatchBytesMax int
+	Logger        *slog.Logger // nil: none
 
 	// Log is the disk's log, which the engine refers to instead of storing blocks again (Batch.Refer), in which it
 	// pins what it refers to, and of which it cleans the segments. It must be open until Close has returned, with
@@ -76,6 +78,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("engine config: CleanTarget is %g: %w", c.CleanTarget, trivet.ErrInvalid)
 	case c.JournalBytes < 0:
 		return fmt.Errorf("engine config: JournalBytes is %d: %w", c.JournalBytes, trivet.ErrInvalid)
+	case c.BatchBytesMax < 0 || c.BatchBytesMax > batchBytesMax:
+		return fmt.Errorf("engine config: BatchBytesMax is %d: %w", c.BatchBytesMax, trivet.ErrInvalid)
 	}
 	return nil
 }
@@ -95,6 +99,7 @@ type Engine struct {
 
 	owns *segment.Log // that Close closes, too; tests only
 
+	batchBytes      int   // bound of a batch
 	journalBytes    int64 // bound per volume
 	imageRangeBytes int
 
@@ -132,6 +137,9 @@ func Open(cfg Config) (*Engine, error) {
 	}
 	if cfg.SweepRate == 0 {
 		cfg.SweepRate = sweepRateDefault
+	}
+	if cfg.BatchBytesMax == 0 {
+		cfg.BatchBytesMax = batchBytesMax
 	}
 	if cfg.JournalBytes == 0 {
 		cfg.JournalBytes = journalBytesDefault
@@ -174,6 +182,7 @@ func open(cfg Config) (*Engine, error) {
 		open:   make(map[trivet.VolumeID]*Volume),
 		images: make(map[*Image]struct{}),
 
+		batchBytes:      cfg.BatchBytesMax,
 		journalBytes:    cfg.JournalBytes,
 		imageRangeBytes: cfg.imageRangeBytes,
 	}

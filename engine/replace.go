@@ -15,11 +15,12 @@ import (
 // BadBlock is a version of a block whose data are not what the map says: damaged, misplaced or gone.
 type BadBlock struct {
 	BlockVersion
-	value []byte // of the map, so that nothing newer is replaced
+	value []byte // of the map, so that nothing newer is replaced; nil: it has none, and the block shows through
+	view  *View  // of one that shows through: it must not have been written since
 }
 
 func newBadBlock(bk blockKey, sum uint32, val []byte) BadBlock {
-	return BadBlock{BlockVersion{bk.lba, bk.gen, sum}, slices.Clone(val)}
+	return BadBlock{BlockVersion: BlockVersion{bk.lba, bk.gen, sum}, value: slices.Clone(val)}
 }
 
 // Repair is what Replace puts into the map.
@@ -28,7 +29,9 @@ type Repair struct {
 	gen  trivet.Generation
 	was  []byte // value that the map must still have; nil: none
 	data []byte // nil: the block reads as zeroes
-	view *View  // nil, or in which the block must not have been written since
+	// hides: something older, or beneath, may show through where the map has nothing.
+	hides bool
+	view  *View // nil, or in which the block must not have been written since
 }
 
 // With returns the repair that gives a damaged block its data back. ErrCorrupt: they are not its data. data must not
@@ -41,12 +44,12 @@ func (b *BadBlock) With(id trivet.VolumeID, data []byte) (Repair, error) {
 		return Repair{}, fmt.Errorf("repair block %d of %s: %w", b.LBA, id,
 			&BlockError{Volume: id, LBA: b.LBA, Stored: b.Sum, Actual: got})
 	}
-	return Repair{lba: b.LBA, gen: b.Generation, was: b.value, data: data}, nil
+	return Repair{lba: b.LBA, gen: b.Generation, was: b.value, data: data, view: b.view}, nil
 }
 
 // Repair returns what makes a block of the view what the other replicas say it is: data with the checksum that they
-// have, or nil when it reads as zeroes there. It is of no effect once the block has been written. ErrExists: this
-// replica has a version that is newer than theirs, which no repair undoes. ErrCorrupt: these are not those data.
+// have, or nil when it reads as zeroes there. It is as if that had been written in the newest generation, whatever
+// generation theirs is of, and of no effect once the block has been written. ErrCorrupt: these are not those data.
 func (w *View) Repair(want BlockVersion, data []byte) (Repair, error) {
 	id := w.v.id
 	if want.LBA < w.run.lba || want.LBA >= w.run.end() || data != nil && len(data) != trivet.BlockSize {
@@ -56,91 +59,83 @@ func (w *View) Repair(want BlockVersion, data []byte) (Repair, error) {
 		return Repair{}, fmt.Errorf("repair block %d of %s: %w", want.LBA, id,
 			&BlockError{Volume: id, LBA: want.LBA, Stored: want.Sum, Actual: BlockSum(id, want.LBA, data)})
 	}
-	newest, was, found, err := w.newest(want.LBA)
+	was, err := w.newest(want.LBA)
 	if err != nil {
 		return Repair{}, fmt.Errorf("repair block %d of %s: %w", want.LBA, id, err)
 	}
-	r := Repair{lba: want.LBA, gen: want.Generation, data: data, view: w}
-	switch {
-	case found && data == nil:
-		r.gen, r.was = newest, was
-	case found && newest > want.Generation:
-		return Repair{}, fmt.Errorf("repair block %d of %s: has generation %d, want %d: %w", want.LBA, id, newest,
-			want.Generation, trivet.ErrExists)
-	case found && newest == want.Generation:
-		r.was = was
-	}
-	return r, nil
+	hides := w.state.Generation > 0 || len(w.layers) > 0
+	return Repair{lba: want.LBA, gen: w.state.Generation, was: was, data: data, hides: hides, view: w}, nil
 }
 
-// newest returns the newest version of a block in the view.
-func (w *View) newest(lba trivet.LBA) (gen trivet.Generation, val []byte, found bool, err error) {
+// newest returns the value that the view has of a block in the newest generation; nil: none.
+func (w *View) newest(lba trivet.LBA) (val []byte, err error) {
 	if err := w.v.e.enter(); err != nil {
-		return 0, nil, false, err
+		return nil, err
 	}
 	defer w.v.e.exit()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	it, err := w.iterate(nil, lba)
+	at, err := w.walk(lba)
 	if err != nil {
-		return 0, nil, false, err
+		return nil, err
 	}
-	defer func() { err = closeIter(it, err) }()
-	if !it.First() {
-		return 0, nil, false, toErr(it.Error())
+	defer func() { err = at.close(err) }()
+	ok, err := at.next()
+	if err != nil || !ok || at.lba != lba || len(at.vs) == 0 || at.vs[0].gen != w.state.Generation {
+		return nil, err
 	}
-	bk, err := decodeBlockKey(it.Key())
-	if err != nil || bk.lba != lba {
-		return 0, nil, false, err
-	}
-	v, err := it.ValueAndErr()
-	return bk.gen, slices.Clone(v), true, toErr(err)
+	return slices.Clone(at.vs[0].val), nil
 }
 
-// Damaged finds out which of blockN blocks from lba on, as they are now, are damaged. nil: none is. ErrCorrupt: the
-// map is, and nobody can say. It may be called concurrently with everything.
-func (v *Volume) Damaged(lba trivet.LBA, blockN int64) (bad []BadBlock, err error) {
-	if err := v.e.enter(); err != nil {
-		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
-	}
-	defer v.e.exit()
-	hold := v.e.live.hold() // before the iterator
-	defer v.e.live.end(hold)
-	it, err := v.view(v.e.db, &pebble.IterOptions{
-		LowerBound: appendBlockPrefix(nil, v.id, lba), UpperBound: appendBlockPrefix(nil, v.id, lba+trivet.LBA(blockN)),
-	})
+// Damaged finds out which of blockN blocks from lba on are damaged, as the volume and its snapshots show them now; of
+// those that show through from another volume, that one's scrub does. nil: none is. ErrCorrupt: the map is, and
+// nobody can say. It may be called concurrently with everything.
+func (v *Volume) Damaged(lba trivet.LBA, blockN int64) ([]BadBlock, error) {
+	bad, err := v.damaged(lba, blockN)
 	if err != nil {
 		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
 	}
-	defer func() { err = closeIter(it, err) }()
-	blocks, next := blockReader{e: v.e}, lba
-	for ok := it.First(); ok; ok = it.Next() {
-		bk, err := decodeBlockKey(it.Key())
-		if err != nil {
-			return nil, err
+	return bad, nil
+}
+
+func (v *Volume) damaged(lba trivet.LBA, blockN int64) (bad []BadBlock, err error) {
+	if err := v.e.enter(); err != nil {
+		return nil, err
+	}
+	defer v.e.exit()
+	hold := v.e.live.hold() // before the snapshot
+	defer v.e.live.end(hold)
+	snap := v.e.db.NewSnapshot()
+	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
+	w, err := v.walkAt(snap, lba, lba+trivet.LBA(blockN))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = w.close(err) }()
+	st, blocks := v.State(), blockReader{e: v.e}
+	gens, shown := st.shownGenerations(), []content(nil)
+	for {
+		ok, err := w.next()
+		if err != nil || !ok {
+			return bad, err
 		}
-		if bk.lba < next {
-			continue // an older generation
-		}
-		next = bk.lba + 1
-		val, err := it.ValueAndErr()
-		if err != nil {
-			return nil, toErr(err)
-		}
-		sum, isData, err := sumOf(val, bk)
-		if err != nil {
-			return nil, err
-		}
-		if !isData {
-			continue
-		}
-		if _, _, err := blocks.value(val, it.Key(), bk); errors.Is(err, trivet.ErrCorrupt) {
-			bad = append(bad, newBadBlock(bk, sum, val))
-		} else if err != nil {
-			return nil, err
+		shown = w.contents(shown[:0], gens)
+		for i := range shown {
+			x := shown[i].x
+			if x == nil || x == w.below {
+				continue
+			}
+			sum, err := w.sumOf(x)
+			if err != nil {
+				return nil, err
+			}
+			if _, _, err := w.read(&blocks, x); errors.Is(err, trivet.ErrCorrupt) {
+				bad = append(bad, newBadBlock(blockKey{v.id, w.lba, x.gen}, sum, x.val))
+			} else if err != nil {
+				return nil, err
+			}
 		}
 	}
-	return bad, toErr(it.Error())
 }
 
 // StillBad returns those of damaged blocks that the map has still the same value for: the others were written or
@@ -163,46 +158,83 @@ func (v *Volume) StillBad(bad []BadBlock) ([]BadBlock, error) {
 	return still, nil
 }
 
-// ReadVersion fills p, one block, with exactly the version that is asked for. ErrNotFound: the volume has no such
-// version, or other data for it. ErrCorrupt: it has, and they are damaged here.
-func (v *Volume) ReadVersion(p []byte, want BlockVersion) (err error) {
-	if err := v.e.enter(); err != nil {
-		return fmt.Errorf("read block %d of %s: %w", want.LBA, v.id, err)
+// ReadVersion fills p, one block, with the data of a version that has the checksum that is asked for. Which generation
+// they are of does not matter, for replicas sweep and flatten each at its own pace, but the one that is asked for is
+// looked at first. ErrNotFound: nothing that the volume has of the block, or shows of another one, has that
+// checksum. ErrCorrupt: it has, and the data are damaged here.
+func (v *Volume) ReadVersion(p []byte, want BlockVersion) error {
+	if err := v.readVersion(p, want); err != nil {
+		return fmt.Errorf("read block %d of %s at generation %d, checksum %08x: %w", want.LBA, v.id, want.Generation,
+			want.Sum, err)
 	}
-	defer v.e.exit()
-	hold := v.e.live.hold() // before the iterator
-	defer v.e.live.end(hold)
-	key := appendBlockKey(nil, v.id, want.LBA, want.Generation)
-	it, err := v.view(v.e.db, &pebble.IterOptions{LowerBound: key, UpperBound: append(slices.Clone(key), 0)})
-	if err != nil {
-		return fmt.Errorf("read block %d of %s: %w", want.LBA, v.id, err)
-	}
-	defer func() { err = closeIter(it, err) }()
-	bk := blockKey{v.id, want.LBA, want.Generation}
-	if !it.First() {
-		return errors.Join(toErr(it.Error()), fmt.Errorf("block %d of %s at generation %d: %w", want.LBA, v.id,
-			want.Generation, trivet.ErrNotFound))
-	}
-	val, err := it.ValueAndErr()
-	if err != nil {
-		return toErr(err)
-	}
-	sum, isData, err := sumOf(val, bk)
-	if err != nil {
-		return err
-	}
-	if !isData || sum != want.Sum {
-		return fmt.Errorf("block %d of %s at generation %d has checksum %08x, want %08x: %w", want.LBA, v.id,
-			want.Generation, sum, want.Sum, trivet.ErrNotFound)
-	}
-	r := blockReader{e: v.e}
-	data, _, err := r.value(val, it.Key(), bk)
-	if err != nil {
-		return err
-	}
-	copy(p, data)
 	return nil
 }
+
+func (v *Volume) readVersion(p []byte, want BlockVersion) (err error) {
+	if err := v.e.enter(); err != nil {
+		return err
+	}
+	defer v.e.exit()
+	hold := v.e.live.hold() // before the snapshot
+	defer v.e.live.end(hold)
+	snap := v.e.db.NewSnapshot()
+	defer func() { err = errors.Join(err, toErr(snap.Close())) }()
+	w, found, err := v.withSum(snap, want)
+	if err != nil {
+		return err
+	}
+	defer func() { err = w.close(err) }()
+	r := blockReader{e: v.e}
+	err = trivet.ErrNotFound
+	for _, x := range found {
+		data, _, rerr := w.read(&r, x)
+		if rerr == nil {
+			copy(p, data)
+			return nil
+		}
+		if err = rerr; !errors.Is(err, trivet.ErrCorrupt) {
+			return err
+		}
+	}
+	return err
+}
+
+// withSum returns what the volume has of a block, or shows of another one, with a checksum, that of the generation that
+// is asked for first. REQUIRES: entered. The caller closes the walker.
+func (v *Volume) withSum(snap *pebble.Snapshot, want BlockVersion) (w *walker, found []*version, err error) {
+	if w, err = v.walkAt(snap, want.LBA, want.LBA+1); err != nil {
+		return nil, nil, err
+	}
+	ok, err := w.next()
+	if err != nil {
+		return nil, nil, w.close(err)
+	}
+	if !ok {
+		return w, nil, nil
+	}
+	all := make([]*version, 0, len(w.vs)+1)
+	for i := range w.vs {
+		all = append(all, &w.vs[i])
+	}
+	if w.below != nil {
+		all = append(all, w.below)
+	}
+	for _, x := range all {
+		sum, isData, err := sumOf(x.val, blockKey{v.id, want.LBA, x.gen})
+		if err != nil {
+			return nil, nil, w.close(err)
+		}
+		if isData && sum == want.Sum {
+			found = append(found, x)
+		}
+	}
+	slices.SortStableFunc(found, func(a, b *version) int {
+		return oneOf(b.gen == want.Generation) - oneOf(a.gen == want.Generation)
+	})
+	return w, found, nil
+}
+
+func oneOf(yes bool) int { return int(oneIf(yes)) }
 
 // Replace carries out repairs and returns how many took effect; of no effect are those whose block has been written
 // meanwhile, which is as good. New data go to the log's data lane, durably, before the map is changed, and the map is
@@ -277,6 +309,7 @@ func (v *Volume) exchange(repairs []Repair, s *segLive, at ref) (int, error) {
 	b := v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
 	var changes []exchanged
+	var added []extent // what older versions of these show, nobody else may
 	seen := map[blockKey]bool{}
 	for i, r := range repairs {
 		x := exchanged{bk: blockKey{v.id, r.lba, r.gen}}
@@ -304,6 +337,9 @@ func (v *Volume) exchange(repairs []Repair, s *segLive, at ref) (int, error) {
 			return 0, err
 		}
 		changes = append(changes, x)
+		if r.was == nil && r.gen > 0 {
+			added = append(added, extent{r.lba, 1})
+		}
 	}
 	if len(changes) == 0 {
 		return 0, nil
@@ -314,13 +350,14 @@ func (v *Volume) exchange(repairs []Repair, s *segLive, at ref) (int, error) {
 	if v.e.live != nil {
 		v.e.live.exchanged(v.id, changes, s)
 	}
+	v.owe(false, added)
 	return len(changes), nil
 }
 
 // putRepair adds the new value of a block to a batch.
 func putRepair(b *pebble.Batch, key []byte, r *Repair, at ref) error {
 	switch {
-	case r.data == nil && r.gen == 0:
+	case r.data == nil && !r.hides:
 		return b.Delete(key, nil)
 	case r.data == nil:
 		op := b.SetDeferred(len(key), valueHeadBytes)

@@ -277,6 +277,20 @@ func payloadAt(b []byte) int {
 	return at
 }
 
+// requestsIn returns how many requests an encoded entry has, 0 when it is none.
+func requestsIn(b []byte) int {
+	if len(b) < entryHeaderBytes || b[0] != entryVersion {
+		return 0
+	}
+	return min(int(binary.BigEndian.Uint16(b[2:])), (len(b)-entryHeaderBytes)/headerBytes)
+}
+
+// headerOf returns op and argument of a request of an encoded entry, unverified. REQUIRES: i < requestsIn(b).
+func headerOf(b []byte, i int) (op opCode, arg uint64) {
+	h := b[entryHeaderBytes+i*headerBytes:]
+	return opCode(h[0]), binary.BigEndian.Uint64(h[40:])
+}
+
 // standsAlone reports whether an encoded entry is one that needs an engine's batch of its own.
 func standsAlone(b []byte) bool {
 	return len(b) > entryHeaderBytes && binary.BigEndian.Uint16(b[2:]) == 1 && opCode(b[entryHeaderBytes]).alone()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
@@ -160,6 +159,7 @@ func (h *Host) openReplica(ctx context.Context, s *ReplicaSpec, alone bool) (*Re
 	}
 	m.markers = newMarkers(vol)
 	cfg.Machine, cfg.RestedSince = m, h.restedSince(s.Replica)
+	cfg.Damaged = func(cause error) { h.suspect(*s, cause) }
 	if h.cfg.WrapMachine != nil {
 		cfg.Machine = h.cfg.WrapMachine(m)
 	}
@@ -198,10 +198,7 @@ func (h *Host) ParkReplica(ctx context.Context, s ReplicaSpec) error {
 		if err := r.close(); err != nil {
 			return fmt.Errorf("park replica %s of %s: %w", s.Replica, s.Volume, err)
 		}
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		delete(h.replicas, s.Volume)
-		h.rested[s.Replica] = time.Now()
+		h.ended(&s)
 		return nil
 	})
 }

@@ -186,6 +186,8 @@ type Host struct {
 	busy     map[trivet.VolumeID]chan struct{} // closed when the operation on the volume ends
 	rested   map[trivet.ReplicaID]time.Time    // when a parked replica was stopped
 	began    time.Time                         // of this Host: what was never opened rests since before
+
+	reopening sync.WaitGroup // replicas that are suspect (suspect.go); nothing is added once closed
 }
 
 // NewHost registers the volume handlers on cfg.Network. The caller closes the Host before the Mux
@@ -240,6 +242,15 @@ func (h *Host) restedSince(id trivet.ReplicaID) time.Time {
 	return h.began
 }
 
+// ended takes a replica that was closed off the list. Whatever it has promised to a leader may hold for as long from
+// now on.
+func (h *Host) ended(s *ReplicaSpec) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.replicas, s.Volume)
+	h.rested[s.Replica] = time.Now()
+}
+
 // Close stops all replicas and waits for them. Idempotent; the first error is returned.
 func (h *Host) Close() error {
 	h.mu.Lock()
@@ -269,7 +280,9 @@ func (h *Host) Close() error {
 	}
 	clear(h.replicas)
 	h.mu.Unlock()
-	return all.Wait()
+	err := all.Wait()
+	h.reopening.Wait()
+	return err
 }
 
 // exclusive waits for its turn on a volume and calls f.

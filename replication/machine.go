@@ -40,13 +40,26 @@ type machine struct {
 	restored atomic.Bool
 
 	marks *marks // where this replica is to pin what it has
+
+	// A discard under a snapshot costs a tombstone of about 32 bytes for each stored block, twice if the entry has written
+	// that, and a batch of the engine is bounded: by 256 MiB, which 8 million blocks are. So an entry that discards more
+	// blocks than zeroBlocksMax stands alone, as does any wipe, and is applied in pieces of so many, with a commit between
+	// two of them once the batch has zeroBytesMax. What comes of it does not depend on where it is cut.
+	zeroBlocksMax int64
+	zeroBytesMax  int
 }
+
+const (
+	zeroBlocksShare = 256 // of the bytes of a batch: a block each
+	zeroBytesShare  = 4
+)
 
 var _ raftgroup.StateMachine = (*machine)(nil)
 
 // newMachine resumes where the volume's last committed batch left it.
 func newMachine(id trivet.VolumeID, eng *engine.Engine, vol *engine.Volume) (*machine, error) {
 	m := &machine{id: id, eng: eng, vol: vol}
+	m.zeroBlocksMax, m.zeroBytesMax = int64(eng.BatchBytesMax()/zeroBlocksShare), eng.BatchBytesMax()/zeroBytesShare
 	m.marks = newMarks(id, func() (markedImage, error) { return vol.Image(nil) })
 	if err := m.load(); err != nil {
 		return nil, err
@@ -81,7 +94,7 @@ func (m *machine) Apply(entries []raftgroup.Entry) ([]any, error) {
 	}
 	st := *m.view.Load()
 	for first < len(entries) {
-		n := together(entries[first:])
+		n := m.together(entries[first:])
 		var err error
 		if st, n, err = m.applyBatch(st, entries[first:first+n], results[first:first+n]); err != nil {
 			return nil, err
@@ -92,11 +105,13 @@ func (m *machine) Apply(entries []raftgroup.Entry) ([]any, error) {
 }
 
 // together returns how many entries go into one batch: those up to one that stands alone, or that one. The blocks of
-// a batch belong to the generation with which it began.
-func together(entries []raftgroup.Entry) int {
-	n := 0
-	for n < len(entries) && !standsAlone(entries[n].Data) {
-		n++
+// a batch belong to the generation with which it began, and there is room for zeroBlocksMax tombstones.
+func (m *machine) together(entries []raftgroup.Entry) int {
+	n, zeroN := 0, int64(0)
+	for ; n < len(entries) && !standsAlone(entries[n].Data); n++ {
+		if zeroN += m.zeroes(entries[n].Data); zeroN > m.zeroBlocksMax {
+			break
+		}
 	}
 	return max(n, 1)
 }
@@ -120,6 +135,7 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 			err = fmt.Errorf("apply to %s: %w", m.id, e)
 		}
 	}()
+	before := st
 	var pin pins
 	for ; n < len(entries) && !pin.any(); n++ {
 		e := &entries[n]
@@ -131,7 +147,11 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 			st.Config = appendMembers(nil, e.Members)
 			continue
 		}
-		if results[n], pin, err = m.applyEntry(batch, e); err != nil {
+		first := &before
+		if n > 0 {
+			first = nil
+		}
+		if results[n], pin, err = m.applyEntry(&batch, e, first); err != nil {
 			return st, n, err
 		}
 	}
@@ -153,8 +173,11 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 	return st, n, nil
 }
 
-// applyEntry adds an entry to a batch, and says what to pin after it.
-func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []result, pin pins, err error) {
+// applyEntry adds an entry to a batch, and says what to pin after it. before is the state as it was committed last,
+// when the entry is the batch's first.
+func (m *machine) applyEntry(to **engine.Batch, e *raftgroup.Entry, before *engine.State) (
+	_ []result, pin pins, err error,
+) {
 	reqs, err := decodeEntry(m.reqs[:0], m.id, e.Data)
 	if err != nil {
 		return nil, pin, fmt.Errorf("apply index %d of %s: %w", e.Index, m.id, err)
@@ -174,13 +197,13 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []resul
 		skip += int64(len(reqs[i].data))
 		switch ch.effect {
 		case effectWrite:
-			err = batch.Refer(ch.lba, reqs[i].data, stored, at)
+			err = (*to).Refer(ch.lba, reqs[i].data, stored, at)
 		case effectZero:
-			err = batch.Zero(ch.lba, ch.blockN)
+			err = m.zero(to, ch.lba, ch.blockN, e.Index, before)
 		case effectMark:
 			pin.scrub, out[i].index = ch, e.Index
 		case effectBack:
-			err = batch.Rollback(ch.generation)
+			err = (*to).Rollback(ch.generation)
 		case effectNone:
 		}
 		if err != nil {
@@ -190,6 +213,41 @@ func (m *machine) applyEntry(batch *engine.Batch, e *raftgroup.Entry) (_ []resul
 	clear(reqs) // e.Data is valid during Apply only
 	m.reqs = reqs
 	return out, pin, nil
+}
+
+// zeroes returns how many blocks an encoded entry discards, at most.
+func (m *machine) zeroes(b []byte) (n int64) {
+	for i := range requestsIn(b) {
+		switch op, blockN := headerOf(b, i); op {
+		case opDiscard, opWriteZeroes:
+			n += int64(min(blockN, lbaMax))
+		case opWipe:
+			n += m.zeroBlocksMax + 1 // how large the volume is then, the entries before say
+		}
+	}
+	return n
+}
+
+// zero adds a discard to a batch, in pieces. What is too much is committed before the entry is applied to its end, with
+// the state from before the entry. After a crash in between the entry is applied once more, from its beginning, and
+// does the same; a reader may see some of its blocks before others, as of any discard that is larger than an atomic
+// write.
+func (m *machine) zero(to **engine.Batch, lba trivet.LBA, blockN int64, index uint64, before *engine.State) error {
+	for blockN > 0 {
+		n := min(blockN, m.zeroBlocksMax)
+		if (*to).Bytes() >= m.zeroBytesMax && before != nil {
+			m.newest.Store(index)
+			if err := (*to).Commit(*before); err != nil {
+				return err
+			}
+			*to = m.vol.NewBatch()
+		}
+		if err := (*to).Zero(lba, n); err != nil {
+			return err
+		}
+		lba, blockN = lba+trivet.LBA(n), blockN-n
+	}
+	return nil
 }
 
 // Applied implements raftgroup.StateMachine.

@@ -29,9 +29,17 @@ type testMachine struct {
 
 func openTestMachine(t *testing.T, fs *vfs.MemFS) *testMachine {
 	t.Helper()
-	eng, err := engine.Open(engine.Config{FS: fs, Dir: "engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
+	return openSizedMachine(t, fs, twinBytes, 0)
+}
+
+// openSizedMachine opens one of a volume of a size, whose batches are bounded; 0: as ever.
+func openSizedMachine(t *testing.T, fs *vfs.MemFS, sizeBytes int64, batchBytesMax int) *testMachine {
+	t.Helper()
+	eng, err := engine.Open(engine.Config{
+		FS: fs, Dir: "engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, BatchBytesMax: batchBytesMax,
+	})
 	require.NoError(t, err)
-	require.NoError(t, eng.CreateVolume(testVolume, "r1", twinBytes))
+	require.NoError(t, eng.CreateVolume(testVolume, "r1", sizeBytes))
 	vol, err := eng.OpenVolume(testVolume)
 	require.NoError(t, err)
 	m, err := newMachine(testVolume, eng, vol)

@@ -62,9 +62,11 @@ type scrubbed struct {
 }
 
 // ScrubRange scrubs the next 32 MiB or so of the volume, on all replicas. A marker in the log makes each pin a view
-// of the same moment; each reads every block in it, of every generation, compares it with its own checksum, and
-// repairs what is damaged with the data of another. Then the leader compares digests of the maps. Where they differ
-// it compares block by block, and has the minority take what the majority has. Writes go on meanwhile, and win.
+// of the same moment; each reads every block in it that the volume or a snapshot shows, compares it with its own
+// checksum, and repairs what is damaged with the data of another. Then the leader compares digests of the maps. Where
+// they differ it compares block by block, and has the minority take what the majority has; whose snapshots differ, that
+// replica is lost. Writes go on meanwhile, and win. A volume that lies upon another one, or was set back, is scrubbed
+// as it shows.
 //
 // ErrNotLeader: ask the leader. ErrUnavailable: less than a majority of the voters takes part, or one left in the
 // middle; the same again later. Replicas that do not take part are named.
@@ -97,7 +99,9 @@ func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (out ScrubRang
 		return out, err
 	}
 	defer r.unmark(context.WithoutCancel(ctx), index, all)
-	r.each(ctx, all, &scrubRequest{op: scrubCheck, index: index, rate: o.RateBytes, repair: !o.Verify})
+	r.each(ctx, all, &scrubRequest{
+		op: scrubCheck, index: index, rate: o.RateBytes, repair: !o.Verify, blockN: scrubWithOlder,
+	})
 	if all, err = r.enough(all, &out); err != nil { // one may be catching up, for hours
 		return out, err
 	}
@@ -111,6 +115,7 @@ func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (out ScrubRang
 		}
 	}
 	r.compareStates(ctx, index, all, o.Verify, &out)
+	r.compareOlder(ctx, index, all, o.Verify, &out)
 	if err := r.compareBlocks(ctx, o, index, blockN, all, &out); err != nil {
 		return out, err
 	}
@@ -248,26 +253,47 @@ func (r *Replica) compareStates(ctx context.Context, index uint64, all []*scrubb
 	for i, s := range all {
 		states[i] = s.reply.state
 	}
-	right, ok := majority(states, len(out.Absent))
-	if !ok && allEqual(states) {
+	r.accuse(ctx, index, all, states, "state", verify, out)
+}
+
+// compareOlder accuses a replica whose snapshots show something else than the others'. What a snapshot shows is never
+// written again, so this is no block to be repaired but a map that was wrong when it was kept: the replica is made
+// anew. Programs that do not tell what their snapshots show are not compared.
+func (r *Replica) compareOlder(ctx context.Context, index uint64, all []*scrubbed, verify bool, out *ScrubRange) {
+	older := make([][32]byte, len(all))
+	for i, s := range all {
+		if len(s.reply.data) != len(older[i]) {
+			return
+		}
+		older[i] = [32]byte(s.reply.data)
+	}
+	r.accuse(ctx, index, all, older, "content of snapshots", verify, out)
+}
+
+// accuse tells replicas whose digest of something is not that of the majority.
+func (r *Replica) accuse(ctx context.Context, index uint64, all []*scrubbed, digests [][32]byte, what string,
+	verify bool, out *ScrubRange,
+) {
+	right, ok := majority(digests, len(out.Absent))
+	if !ok && allEqual(digests) {
 		return
 	}
 	for i, s := range all {
 		switch {
-		case ok && states[i] == right:
+		case ok && digests[i] == right:
 		case ok:
 			out.Found++
 			out.Left++
-			out.note("the state of the replica on %s is not that of the majority", s.Node)
+			out.note("the %s of the replica on %s is not that of the majority", what, s.Node)
 			if !verify {
 				if _, err := r.askScrub(ctx, r.repair.net, s.Node, &scrubRequest{op: scrubAccuse, index: index}); err != nil {
-					r.log.Error("a replica whose state differs was not told", "node", s.Node, "err", err)
+					r.log.Error("a replica that differs was not told", "what", what, "node", s.Node, "err", err)
 				}
 			}
 		case i == 0:
 			out.Found++
 			out.Left++
-			out.note("the states of the replicas differ, and no majority agrees")
+			out.note("replicas differ in %s, and no majority agrees", what)
 		}
 	}
 }
@@ -370,7 +396,7 @@ func (r *Replica) judge(lists []map[trivet.LBA]scrubItem, all []*scrubbed, out *
 	}
 	slices.Sort(lbas)
 	for _, lba := range lbas {
-		// What reads alike is alike: generations are compared only to say which key is wrong.
+		// What reads alike is alike, of whatever generation: replicas sweep and flatten each at its own pace.
 		sums := make([]scrubItem, len(lists))
 		for i, list := range lists {
 			x := list[lba] // none: reads as zeroes
@@ -388,7 +414,7 @@ func (r *Replica) judge(lists []map[trivet.LBA]scrubItem, all []*scrubbed, out *
 			continue
 		}
 		fix := right
-		for i := range lists {
+		for i := range lists { // for programs that repair the very generation
 			if sums[i] == right && right.flag == itemHas {
 				fix.Generation = lists[i][lba].Generation
 			}

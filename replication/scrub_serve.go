@@ -166,8 +166,8 @@ func (r *Replica) serveScrub(ctx context.Context, req *scrubRequest) (scrubReply
 	case scrubReadAt:
 		return r.serveReadAt(req)
 	case scrubAccuse:
-		r.log.Error("the state of this replica is not that of the others", "index", req.index)
-		r.machine.vol.ReportDamage(fmt.Sprintf("state at index %d is not that of the majority", req.index))
+		r.log.Error("the state or the snapshots of this replica are not those of the others", "index", req.index)
+		r.machine.vol.ReportDamage(fmt.Sprintf("state or snapshots at index %d are not those of the majority", req.index))
 		return scrubReply{}, nil
 	}
 	k, err := r.markers.find(ctx, req.index, func() uint64 { return r.machine.view.Load().AppliedIndex })
@@ -272,6 +272,9 @@ func (r *Replica) check(ctx context.Context, k *marker, req *scrubRequest) (scru
 	}
 	out := scrubReply{
 		index: k.index, blockN: found.BlockN, found: int64(len(found.Bad)), state: found.State, blocks: found.Blocks,
+	}
+	if req.blockN == scrubWithOlder {
+		out.data = found.Older[:]
 	}
 	r.repair.checked.Add(found.BlockN * trivet.BlockSize)
 	if len(found.Bad) == 0 {

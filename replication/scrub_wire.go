@@ -27,12 +27,16 @@ import (
 //
 // repair and more are 0 or 1, state and blocks the digests of engine.Checked. Data are a block for each item of a fetch
 // whose flag is itemHas, or the blocks of a readAt; they are verified by the checksums of the one who asked, or
-// by that of the one item.
+// by that of the one item. Those of a check whose blockN is scrubWithOlder are engine.Checked.Older; a program that
+// does not know that answers without.
 const (
 	scrubVersion      = 1
 	scrubRequestBytes = 40
 	scrubReplyBytes   = 120
 	scrubItemBytes    = 20
+
+	// scrubWithOlder is the blockN of a check, which needs none, that asks what the snapshots show as well.
+	scrubWithOlder = 1
 
 	// fetchBlocksMax is how many blocks are fetched in a message: 256 KiB.
 	fetchBlocksMax = 64

@@ -167,7 +167,10 @@ func (v *Volume) WriteAt(ctx context.Context, p []byte, off int64) error {
 
 // Discard implements trivet.Device: any range within the volume is aligned inwards (H18).
 func (v *Volume) Discard(ctx context.Context, off, n int64) error {
-	if size := v.Size(); off < 0 || n < 0 || off > size || n > size-off {
+	if off < 0 || n < 0 {
+		return fmt.Errorf("discard %d bytes at byte %d of %s: %w", n, off, v.cfg.ID, trivet.ErrInvalid)
+	}
+	if size := v.Size(); off > size || n > size-off {
 		return fmt.Errorf("discard %d bytes at byte %d of %s, which has %d: %w", n, off, v.cfg.ID, size, trivet.ErrOutOfRange)
 	}
 	lba, blockN := trivet.AlignInwards(off, n)

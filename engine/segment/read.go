@@ -23,6 +23,10 @@ type Place struct {
 	Bytes   int64
 }
 
+// ErrMemory is in the chain of an ErrCorrupt for an entry that was changed in memory: what the disk has of it was not
+// looked at.
+var ErrMemory = errors.New("changed in memory")
+
 // Read returns an entry, from memory or from the disk. The slices belong to the log and must not be changed.
 // It returns ErrNotFound for an entry that the log does not hold, and ErrCorrupt, with group, index and both
 // checksums, for one that is damaged.
@@ -45,7 +49,11 @@ func (g *Group) read(index uint64) (Entry, error) {
 	if r := at.entry; r != nil {
 		l.mu.Unlock()
 		// Shared with whoever appended it: checked again, so that a changed buffer is never served (H25).
-		return r.entry(), r.checkBody()
+		err := r.checkBody()
+		if err != nil {
+			err = fmt.Errorf("%w: %w", ErrMemory, err)
+		}
+		return r.entry(), err
 	}
 	where, seg := at.at, l.segments[at.at.number]
 	if seg == nil {

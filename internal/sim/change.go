@@ -98,6 +98,8 @@ func (n *nemesis) emptyDisk(node *Node) error {
 	node.forgetRot()
 	node.setReplica("", nil, false)
 	delete(n.rotten, node)
+	delete(n.flipped, node)
+	delete(n.clones, node)
 	delete(n.lost, node)
 	return node.format()
 }

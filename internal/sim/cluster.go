@@ -48,7 +48,10 @@ type ClusterConfig struct {
 	Authorize func(node trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error
 	// Background, when set, is every Host's.
 	Background func(ctx context.Context, bytes int) (release func(), err error)
-	Logger     *slog.Logger // may be nil
+	// SweepRate is every engine's, LogCacheBytes every log's; 0 = the default.
+	SweepRate     int
+	LogCacheBytes int64
+	Logger        *slog.Logger // may be nil
 }
 
 // Cluster is a volume on machines that can crash, and a client that has no replica. Its methods may be

@@ -64,7 +64,7 @@ func (n *nemesis) wipe(ctx context.Context, node *Node) (made bool, err error) {
 func (n *nemesis) swap(ctx context.Context) (made bool, err error) {
 	var whole []*Node
 	for _, node := range n.sim.cluster.Nodes() {
-		if !n.rotten[node] && node.hasReplica() {
+		if !n.rotten[node] && !n.flipped[node] && node.hasReplica() {
 			whole = append(whole, node)
 		}
 	}

@@ -10,6 +10,10 @@
 // The group's members change too (change.go): replicas are made on spare machines, added, promoted, removed,
 // and replaced where a disk was lost for good, one change at a time, its steps among the other faults.
 //
+// Snapshots of the volume are made, read, compared and deleted meanwhile, and the volume is set back to one; blocks
+// rot under running machines and are to be repaired by scrubs; logs are cleaned and blocks swept, among power cuts
+// (frozen.go, flip.go).
+//
 // Answers are judged twice. The oracle knows for each block which writes were issued and which
 // acknowledged, and so what a read may return. The History is judged by porcupine after the run, one
 // register for each block. Beside the workers, probes ask single machines, so that a deposed leader

@@ -69,6 +69,12 @@ func (n *nemesis) machineFault(ctx context.Context, f Fault) (made bool, err err
 		return n.move(), nil
 	case FaultReplace:
 		return n.replace(ctx)
+	case FaultSnapshot:
+		return n.snapshot(ctx), nil
+	case FaultRollback:
+		return n.rollback(ctx)
+	case FaultClean:
+		return n.clean(ctx, node)
 	}
 	return false, nil
 }
@@ -137,6 +143,8 @@ func (n *nemesis) diskFault(ctx context.Context, f Fault) (made bool, err error)
 	switch f {
 	case FaultRot:
 		return n.rot(ctx, node)
+	case FaultFlip:
+		return n.flip(ctx, node)
 	case FaultWipe:
 		return n.wipe(ctx, node)
 	case FaultSwap:

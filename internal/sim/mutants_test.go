@@ -75,6 +75,19 @@ func theMutants() []mutant {
 			"\tcase epoch > c.epoch:",
 		}},
 		faults: "takeOver,transfer,isolate", reports: "outside the session window", // it used up the holder's sequences
+	}, {
+		name: "I4", what: "a snapshot is taken among the entries that are applied with it",
+		edits: []edit{{
+			"replication/command.go", "\treturn len(b) > entryHeaderBytes && binary.BigEndian.Uint16(b[2:]) == 1 &&",
+			"\treturn len(b) < 0 &&",
+		}},
+		faults: "snapshot,crash,takeOver", reports: "holds version",
+	}, {
+		name: "H22", what: "a scrub gives the majority what the minority has",
+		edits: []edit{{
+			"replication/scrub.go", "if n > (len(values)+absentN)/2 {", "if n <= (len(values)+absentN)/2 {",
+		}},
+		faults: "flip,transfer", reports: "which was never issued",
 	}}
 }
 

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -17,13 +18,16 @@ import (
 // nemesis makes faults, one after the other, and undoes each after a while. Only its own goroutine
 // starts and stops machines.
 type nemesis struct {
-	sim    *sim
-	rnd    *rand.Rand
-	due    []task
-	down   map[*Node]bool // a start is due
-	rotten map[*Node]bool // bits of its disk were changed
-	lost   map[*Node]bool // its replica is refused, or found damaged: it stays away
-	grown  int64          // bytes that the volume has grown by
+	sim     *sim
+	rnd     *rand.Rand
+	due     []task
+	down    map[*Node]bool // a start is due
+	rotten  map[*Node]bool // bits of its disk were changed
+	lost    map[*Node]bool // its replica is refused, or found damaged: it stays away
+	flipped map[*Node]bool // blocks of it were damaged that the others have
+	clones  map[*Node]clone
+	snaps   atomic.Int32 // requests for snapshots under way
+	grown   int64        // bytes that the volume has grown by
 
 	voters electorate
 	change *change // of the members, under way
@@ -46,7 +50,8 @@ func newNemesis(s *sim) *nemesis {
 	s.cluster.Net.SetDefaultFaults(s.linkFaults())
 	n := &nemesis{
 		sim: s, rnd: newRand(s.opts.Seed, 2),
-		down: map[*Node]bool{}, rotten: map[*Node]bool{}, lost: map[*Node]bool{},
+		down: map[*Node]bool{}, rotten: map[*Node]bool{}, lost: map[*Node]bool{}, flipped: map[*Node]bool{},
+		clones: map[*Node]clone{},
 	}
 	n.voters.sure = s.cluster.Members()
 	n.past.rnd = newRand(s.opts.Seed, 3)
@@ -213,6 +218,10 @@ func (n *nemesis) start(ctx context.Context, node *Node) error {
 		return nil
 	}
 	err := node.Start(ctx)
+	if n.flipped[node] && errors.Is(err, trivet.ErrCorrupt) { // where an entry stands that its state has not
+		n.lose(node, err)
+		return nil
+	}
 	if !n.rotten[node] {
 		if err != nil && node.stoppedItself() {
 			return nil // it stopped itself again; tend starts it
@@ -246,10 +255,15 @@ func (n *nemesis) spare(node *Node) bool {
 	if !n.voters.has(raftgroup.Member{Replica: node.ReplicaID(), Node: node.ID()}) {
 		return false
 	}
-	if n.rotten[node] {
+	if n.rotten[node] || n.flipped[node] {
 		return true
 	}
 	bad := len(n.rotten)
+	for x := range n.flipped {
+		if !n.rotten[x] {
+			bad++
+		}
+	}
 	if n.wiped != nil {
 		bad++
 	}

@@ -256,7 +256,7 @@ func (n *Node) Boot() error {
 	l.disk.lie.Store(n.c.cfg.LyingDisks)
 	fatal := n.c.fatal(n, l)
 	opts := logOptions(l.disk, n.c.cfg.Seed+n.c.nextLife())
-	opts.Fatal = fatal
+	opts.Fatal, opts.CacheBytes = fatal, n.c.cfg.LogCacheBytes
 	var err error
 	if l.log, err = segment.Open(opts); err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.net.Close())
@@ -264,7 +264,7 @@ func (n *Node) Boot() error {
 	n.c.ballots.check(n, l.log)
 	l.eng, err = engine.Open(engine.Config{
 		FS: l.disk, Dir: diskDir + "/engine", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Log: l.log,
-		Fatal: fatal, OnCorruption: n.c.damage(n, l), Logger: n.c.cfg.Logger.With("node", n.id),
+		SweepRate: n.c.cfg.SweepRate, Fatal: fatal, OnCorruption: n.c.damage(n, l), Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {
 		return errors.Join(fmt.Errorf("boot %s: %w", n.id, err), l.log.Close(), l.net.Close())
@@ -274,6 +274,7 @@ func (n *Node) Boot() error {
 		Network: l.wire, Mux: l.mux, Timing: n.timing, SnapshotBytes: n.c.cfg.SnapshotBytes,
 		OverlapFlush: n.c.cfg.OverlapFlush, BootTime: n.clock.now,
 		WrapMachine: n.wrapMachine(l), Authorize: n.c.cfg.Authorize, IsMember: n.c.isMember, Fatal: fatal,
+		Disks:  []replication.Disk{{ID: trivet.DiskID(n.id), Dir: diskDir, FS: l.disk, Engine: l.eng, Log: l.log}},
 		Logger: n.c.cfg.Logger.With("node", n.id),
 	})
 	if err != nil {

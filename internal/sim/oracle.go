@@ -45,6 +45,8 @@ func stampedVersion(p []byte) version { return version(binary.BigEndian.Uint64(p
 type write struct {
 	zero  bool // discard or write-zeroes
 	epoch trivet.Epoch
+	back  bool    // roll back to a snapshot, which shows the block as
+	was   version // that version stamped it; 0: zeroes
 }
 
 // history is all that was asked of one block.
@@ -65,10 +67,29 @@ type oracle struct {
 	blocks []history
 }
 
+// shows returns what a version of the block reads as: the version that is stamped in it, 0 for zeroes.
+func (h *history) shows(v version) version {
+	if v == 0 {
+		return 0
+	}
+	switch w := h.writes[v-1]; {
+	case w.zero:
+		return 0
+	case w.back:
+		return w.was
+	}
+	return v
+}
+
 func newOracle(blockN int) *oracle { return &oracle{blocks: make([]history, blockN)} }
 
 // begin reserves [lba, lba+n) and issues the next version of each block. ok is false when one is busy.
 func (o *oracle) begin(lba trivet.LBA, n int, w write) (versions []version, ok bool) {
+	return o.beginEach(lba, n, func(int) write { return w })
+}
+
+// beginEach is begin of a change that is another one for each block.
+func (o *oracle) beginEach(lba trivet.LBA, n int, of func(i int) write) (versions []version, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for i := range n {
@@ -79,7 +100,7 @@ func (o *oracle) begin(lba trivet.LBA, n int, w write) (versions []version, ok b
 	for i := range n {
 		h := &o.blocks[int(lba)+i]
 		h.busy = true
-		h.writes = append(h.writes, w)
+		h.writes = append(h.writes, of(i))
 		versions = append(versions, version(len(h.writes)))
 	}
 	return versions, true
@@ -128,14 +149,34 @@ func (o *oracle) check(lba trivet.LBA, p []byte, floors []version) error {
 
 // find returns the version that block p is, or why it is none that may be there.
 func (h *history) find(p []byte, lba trivet.LBA, floor version) (version, error) {
-	issued := version(len(h.writes))
-	if isZero(p) {
-		for v := floor; v <= issued; v++ {
-			if v == 0 || h.writes[v-1].zero {
-				return v, nil
-			}
+	return h.findUpTo(p, lba, floor, version(len(h.writes)))
+}
+
+// findUpTo is find among versions up to one: the lowest that reads as p.
+func (h *history) findUpTo(p []byte, lba trivet.LBA, floor, issued version) (version, error) {
+	stamped, err := h.stampOf(p, lba)
+	if err != nil {
+		return 0, err
+	}
+	for v := floor; v <= issued; v++ {
+		if h.shows(v) == stamped {
+			return v, nil
 		}
+	}
+	switch {
+	case stamped == 0:
 		return 0, fmt.Errorf("block %d is zero, want version %d to %d: acknowledged data is lost", lba, floor, issued)
+	case stamped > issued:
+		return 0, fmt.Errorf("block %d holds version %d, want %d to %d: it was written later", lba, stamped, floor, issued)
+	}
+	return 0, fmt.Errorf("block %d holds version %d, want %d to %d: an acknowledged write is lost", lba, stamped, floor,
+		issued)
+}
+
+// stampOf returns the version that is stamped in block p, 0 for zeroes, or why nobody has written it.
+func (h *history) stampOf(p []byte, lba trivet.LBA) (version, error) {
+	if isZero(p) {
+		return 0, nil
 	}
 	v := stampedVersion(p)
 	epoch := trivet.Epoch(binary.BigEndian.Uint64(p[16:]))
@@ -144,10 +185,8 @@ func (h *history) find(p []byte, lba trivet.LBA, floor version) (version, error)
 		return 0, fmt.Errorf("block %d is torn or mixed up: its checksum does not match", lba)
 	case binary.BigEndian.Uint64(p[0:]) != uint64(volumeID) || binary.BigEndian.Uint64(p[8:]) != uint64(lba):
 		return 0, fmt.Errorf("block %d holds another block's data: %x", lba, p[:stampBytes])
-	case v < 1 || v > issued || h.writes[v-1].zero || h.writes[v-1].epoch != epoch:
+	case v < 1 || v > version(len(h.writes)) || h.shows(v) != v || h.writes[v-1].epoch != epoch:
 		return 0, fmt.Errorf("block %d holds version %d of epoch %d, which was never issued", lba, v, epoch)
-	case v < floor:
-		return 0, fmt.Errorf("block %d holds version %d, want %d to %d: an acknowledged write is lost", lba, v, floor, issued)
 	}
 	return v, nil
 }

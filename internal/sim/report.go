@@ -23,6 +23,13 @@ type Report struct {
 	Leaders     int    // changes of the highest term seen
 	Restores    int    // snapshots installed
 	Flushes     int    // flushes before log compaction
+	Snapshots   int    // made
+	SnapReads   int    // checked reads of snapshots and clones
+	Rollbacks   int    //
+	Clones      int    //
+	Flips       int    // blocks that were damaged under running machines
+	Scrubs      int    // passes over the whole volume
+	Repaired    int    // blocks, by these
 	LongestGap  time.Duration
 	Healed      time.Duration // from the end of the faults until the core served and agreed
 	History     *History      // to be checked outside of the bubble
@@ -37,10 +44,12 @@ func (r Report) String() string {
 	}
 	return fmt.Sprintf("calls=%d served=%d (%d%%, floor %d%%) writes=%d reads=%d probes=%d staleWrites=%d "+
 		"crashes=%d exits=%d refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
-		"longestGap=%v healed=%v violations=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
+		"longestGap=%v healed=%v violations=%d\n    snapshots=%d reads=%d rollbacks=%d clones=%d flips=%d scrubs=%d "+
+		"repaired=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
 		int(100*activityFloor), r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits, r.Refused,
 		r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
-		r.Healed.Round(time.Millisecond), r.Violations, r.Faults.Sum(), r.Faults)
+		r.Healed.Round(time.Millisecond), r.Violations, r.Snapshots, r.SnapReads, r.Rollbacks, r.Clones, r.Flips, r.Scrubs,
+		r.Repaired, r.Faults.Sum(), r.Faults)
 }
 
 // Crashes returns how often a machine lost power.
@@ -70,6 +79,13 @@ func (r *Report) Add(o Report) {
 	r.Leaders += o.Leaders
 	r.Restores += o.Restores
 	r.Flushes += o.Flushes
+	r.Snapshots += o.Snapshots
+	r.SnapReads += o.SnapReads
+	r.Rollbacks += o.Rollbacks
+	r.Clones += o.Clones
+	r.Flips += o.Flips
+	r.Scrubs += o.Scrubs
+	r.Repaired += o.Repaired
 	r.LongestGap = max(r.LongestGap, o.LongestGap)
 	r.Healed = max(r.Healed, o.Healed)
 }

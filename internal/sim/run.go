@@ -49,6 +49,7 @@ type sim struct {
 	opts    Options
 	cluster *Cluster
 	oracle  *oracle
+	album   *album
 	log     *slog.Logger
 	swarm   swarm
 
@@ -57,11 +58,13 @@ type sim struct {
 	restores, flushes   atomic.Int64
 	rotten, noisy, full atomic.Bool // such faults were made: their answers are no surprise
 	damaged             atomic.Bool // a user was told of damage since the nemesis looked
+	flipped             atomic.Bool // blocks were damaged that can be repaired
 
 	mu         sync.Mutex
 	report     Report
 	violations []error
-	seat       *seat // who holds the volume now
+	seat       *seat        // who holds the volume now
+	reserved   trivet.Epoch // the last epoch that was taken for something else
 }
 
 // Run plays one seed and returns an error for anything that must not happen: a wrong or lost block, a
@@ -84,6 +87,7 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 		opts: opts, log: opts.Logger, swarm: drawSwarm(opts.Seed),
 		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
 	}
+	s.album = &album{o: s.oracle}
 	s.swarm.session = s.swarm.session || opts.Session
 	if opts.Overlap || s.swarm.overlap {
 		s.swarm.overlapped(opts.Seed)
@@ -116,6 +120,7 @@ func (s *sim) run(ctx context.Context) (err error) {
 		Seed:            s.opts.Seed, Replicas: s.swarm.replicas, Spares: s.swarm.spares, SizeBytes: s.sizeBytes(),
 		SnapshotBytes: s.swarm.snapshotBytes, Heartbeat: heartbeat, WrapMachine: s.wrapMachine,
 		OverlapFlush: s.swarm.overlap, LyingDisks: s.opts.LyingDisks, FlushLatency: s.swarm.flush, Skew: s.swarm.skew,
+		SweepRate: s.swarm.sweepRate, LogCacheBytes: s.swarm.logCacheBytes,
 		Logger: s.log,
 	})
 	if err != nil {
@@ -198,6 +203,9 @@ func (s *sim) settle(ctx context.Context, n *nemesis) error {
 	if err := s.sweep(ctx, "after the faults", n.remaining(whole)); err != nil {
 		return err
 	}
+	if err := s.tamper(ctx, rnd, n.remaining(whole)); err != nil {
+		return err
+	}
 	for _, node := range s.cluster.Nodes() {
 		if err := node.Crash(ctx, CrashOptions{Rand: rnd}); err != nil {
 			return err
@@ -250,6 +258,11 @@ func (s *sim) sweep(ctx context.Context, when string, nodes []*Node) error {
 	if err := s.cluster.converge(live, nodes); err != nil {
 		return fmt.Errorf("replicas do not converge %s: %w", when, err)
 	}
+	if s.flipped.Load() {
+		if err := s.mend(live, when, nodes); err != nil {
+			return err
+		}
+	}
 	return s.compare(when, nodes)
 }
 
@@ -293,7 +306,7 @@ func (s *sim) inspect(when string, n *Node, vol *engine.Volume) error {
 	if err := s.oracle.check(0, p, floors); err != nil {
 		s.violate(fmt.Errorf("%s: replica on %s: %w", when, n.ID(), err))
 	}
-	return nil
+	return s.inspectFrozen(when, n, vol)
 }
 
 // holder returns who holds the volume now.

@@ -123,6 +123,37 @@ func TestSim(t *testing.T) {
 	assert.Positive(t, sum.Exits, "machines that stopped themselves")
 	assert.Positive(t, sum.Restores, "snapshots installed")
 	assert.Positive(t, sum.Changes, "changes of members")
+	assert.Positive(t, sum.Clones, "clones")
+	assert.Positive(t, sum.Repaired, "blocks repaired by scrubs")
+}
+
+// TestSimGenerations makes snapshots, goes back to them, lets blocks rot and cleans, all the time, among crashes and
+// take-overs: what a snapshot shows never changes, and what rots is repaired and never served.
+func TestSimGenerations(t *testing.T) {
+	var mu sync.Mutex
+	var sum sim.Report
+	n := uint64(max(2, *seedN))
+	t.Run("seeds", func(t *testing.T) {
+		for seed := *firstSeed; seed < *firstSeed+n; seed++ {
+			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+				t.Parallel()
+				o := options(t, seed)
+				o.Only = []sim.Fault{
+					sim.FaultSnapshot, sim.FaultRollback, sim.FaultFlip, sim.FaultClean, sim.FaultCrash, sim.FaultTransfer,
+					sim.FaultTakeOver, sim.FaultMove,
+				}
+				r, err := run(t, o)
+				mu.Lock()
+				sum.Add(r)
+				mu.Unlock()
+				require.NoError(t, err, "seed %d", seed)
+			})
+		}
+	})
+	assert.Positive(t, sum.Snapshots, "snapshots")
+	assert.Positive(t, sum.SnapReads, "reads of snapshots")
+	assert.Positive(t, sum.Scrubs, "scrubs")
+	assert.Positive(t, sum.Repaired, "blocks repaired")
 }
 
 // TestSimMembers changes the members all the time, among crashes and cuts: what is committed stays so, and

@@ -47,6 +47,10 @@ const (
 	FaultSuspend                 // a machine is suspended: a pause in which only its boot clock runs on (H29)
 	FaultClock                   // a machine's boot clock jumps forward (H29)
 	FaultCrashVote               // power cut of a machine while it votes (D5)
+	FaultSnapshot                // a snapshot is made, read, compared with another, or deleted
+	FaultRollback                // the volume is set back to a snapshot
+	FaultFlip                    // bits of a block flip under a running machine, and the volume is scrubbed (H22, H24)
+	FaultClean                   // a machine cleans its log and sweeps, with a power cut or without (H6)
 	faultN
 )
 
@@ -70,6 +74,7 @@ func classes() [faultN]class {
 		FaultResize: {"resize", 1}, FaultMove: {"move", 2}, FaultReplace: {"replace", 0.3},
 		FaultHoldBeat: {"holdBeat", 4}, FaultSuspend: {"suspend", 1.5}, FaultClock: {"clock", 2},
 		FaultCrashVote: {"crashVote", 3},
+		FaultSnapshot:  {"snapshot", 12}, FaultRollback: {"rollback", 1.5}, FaultFlip: {"flip", 2}, FaultClean: {"clean", 3},
 	}
 }
 
@@ -99,9 +104,11 @@ type swarm struct {
 	skew            []float64
 	unsyncedPercent int // -1: drawn anew at each crash
 	snapshotBytes   int64
-	overlap         bool // HostConfig.OverlapFlush
-	session         bool // the holder reads by ReadSession
-	staleWriter     bool // a holder of an old epoch that never gives up
+	overlap         bool  // HostConfig.OverlapFlush
+	session         bool  // the holder reads by ReadSession
+	staleWriter     bool  // a holder of an old epoch that never gives up
+	sweepRate       int   // engine.Config.SweepRate: a low one has volumes lie upon others for long; 0 = the default
+	logCacheBytes   int64 // little has entries read from the disk, where bits may have flipped; 0 = the default: none is
 }
 
 // ratesMax bounds the faults of all classes together, per minute.
@@ -135,7 +142,8 @@ func drawSwarm(seed uint64) swarm {
 		}
 	}
 	sum := 0.0
-	for i, c := range classes() {
+	all := classes()
+	for i, c := range all[:FaultSnapshot] {
 		if rnd.IntN(2) == 0 || Fault(i) == FaultCrash {
 			s.rates[i] = c.perMinute * (0.1 + 0.9*rnd.Float64())
 			sum += s.rates[i]
@@ -147,7 +155,27 @@ func drawSwarm(seed uint64) swarm {
 	s.session = rnd.IntN(5) == 0
 	s.overlap = rnd.IntN(2) == 0
 	s.spares = 1 + rnd.IntN(2)
+	s.drawGenerations(newRand(seed, 13))
 	return s
+}
+
+// drawGenerations draws what is done to snapshots, and to blocks that lie still. These come on top of the other classes
+// and do not thin them out: most of them are requests, and no faults.
+func (s *swarm) drawGenerations(rnd *rand.Rand) {
+	for f := FaultSnapshot; f < faultN; f++ {
+		if rnd.IntN(2) == 0 {
+			s.rates[f] = classes()[f].perMinute * (0.1 + 0.9*rnd.Float64())
+		}
+	}
+	if s.rates[FaultRollback]+s.rates[FaultClean] > 0 && s.rates[FaultSnapshot] == 0 {
+		s.rates[FaultSnapshot] = classes()[FaultSnapshot].perMinute / 2 // or there is nothing to go back to
+	}
+	if rnd.IntN(2) == 0 {
+		s.sweepRate = int(logUniform(rnd, 10, 100))
+	}
+	if rnd.IntN(2) == 0 {
+		s.logCacheBytes = int64(logUniform(rnd, 16<<10, 512<<10))
+	}
 }
 
 // logUniform draws from [least, most], small values as often as large ones.

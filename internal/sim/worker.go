@@ -33,11 +33,11 @@ func (s *seat) alive() bool { return s.life == nil || !s.life.isDead() }
 // machine that does not know yet that it was replaced (H12).
 func (s *sim) takeOver(ctx context.Context, node trivet.NodeID) error {
 	s.mu.Lock()
-	old := s.seat
+	old, reserved := s.seat, s.reserved
 	s.mu.Unlock()
 	next := &seat{epoch: 1, node: node, session: s.session()}
 	if old != nil {
-		next.epoch = old.epoch + 1
+		next.epoch = max(old.epoch, reserved) + 1
 	}
 	if err := s.cluster.Fence(ctx, next.epoch); err != nil {
 		return fmt.Errorf("fence in epoch %d: %w", next.epoch, err)

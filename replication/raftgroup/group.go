@@ -109,7 +109,7 @@ func Open(cfg Config) (*Group, error) {
 		images: newImages(cfg.Network.images),
 	}
 	g.life, g.stopLife = context.WithCancelCause(context.Background())
-	g.guard = &diskGuard{fatal: g.fatal, onStall: g.poke}
+	g.guard = &diskGuard{fatal: g.fatal, rot: g.suspect, onStall: g.poke}
 	if err := g.open(); err != nil {
 		err = errors.Join(err, g.release())
 		return nil, fmt.Errorf("open replica %s of group %s: %w", cfg.Replica, cfg.Group, err)
@@ -363,6 +363,20 @@ func (g *Group) fatal(err error) {
 		g.log.Error("replica failed", "err", err)
 		g.poke()
 		g.cfg.Fatal(err)
+	})
+}
+
+// suspect reports an entry of the log that cannot be read any more, which ends this run of the group and no more.
+func (g *Group) suspect(err error) {
+	if g.cfg.Damaged == nil {
+		g.fatal(err)
+		return
+	}
+	err = fmt.Errorf("replica %s of group %s: %w", g.cfg.Replica, g.cfg.Group, err)
+	g.failOnce.Do(func() {
+		g.log.Error("an entry of the log is damaged: the replica is suspect", "err", err)
+		g.poke()
+		g.cfg.Damaged(err)
 	})
 }
 

@@ -23,7 +23,8 @@ const (
 // elect a leader whose disk works (D8).
 type diskGuard struct {
 	fatal   func(error)
-	onStall func() // called when a write has taken stallQuiet, and when it ends after all
+	rot     func(error) // called in place of fatal for an entry that cannot be read
+	onStall func()      // called when a write has taken stallQuiet, and when it ends after all
 
 	mu     sync.Mutex
 	err    error // first failure; sticky
@@ -119,15 +120,27 @@ func (d *diskGuard) timeDead() {
 }
 
 // fail records the first failure and calls fatal with it.
-func (d *diskGuard) fail(err error) {
+func (d *diskGuard) fail(err error) { d.failWith(err, d.fatal) }
+
+// damaged is fail for an entry that was written whole and cannot be read any more: the replica is suspect, and the disk
+// takes writes as ever.
+func (d *diskGuard) damaged(err error) {
+	tell := d.rot
+	if tell == nil {
+		tell = d.fatal
+	}
+	d.failWith(err, tell)
+}
+
+func (d *diskGuard) failWith(err error, tell func(error)) {
 	d.mu.Lock()
 	first := d.err == nil && !d.closed
 	if first {
 		d.err = err
 	}
 	d.mu.Unlock()
-	if first && d.fatal != nil {
-		d.fatal(err)
+	if first && tell != nil {
+		tell(err)
 	}
 }
 

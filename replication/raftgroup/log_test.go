@@ -283,6 +283,47 @@ func TestLogStoreDamage(t *testing.T) {
 	require.Error(t, s.DeleteRange(3, 8))
 }
 
+// What is told where somebody has the group opened again: damage on the disk is, a failed write and what was changed in
+// memory stop the process.
+func TestLogStoreSuspect(t *testing.T) {
+	for name, inMemory := range map[string]bool{"disk": false, "memory": true} {
+		t.Run(name, func(t *testing.T) {
+			var fatal, rot []error
+			guard := &diskGuard{
+				fatal: func(err error) { fatal = append(fatal, err) }, rot: func(err error) { rot = append(rot, err) },
+			}
+			dir := segment.NewMemDir()
+			s := newTestStore(t, mustOpenLog(t, dir), guard)
+			first := bytes.Repeat([]byte{0xaa}, 4<<10)
+			require.NoError(t, s.StoreLog(&raft.Log{Index: 1, Term: 1, Data: first}))
+			if inMemory {
+				first[0] ^= 1
+			} else {
+				for i := range uint64(7) { // more than stays in memory
+					require.NoError(t, s.StoreLog(&raft.Log{Index: i + 2, Term: 1, Data: bytes.Repeat([]byte{0xaa}, 4<<10)}))
+				}
+				names, err := dir.List()
+				require.NoError(t, err)
+				for _, name := range names {
+					for at := int64(2 * pageBytes); at < testSegBytes; at += 256 {
+						dir.Flip(name, at)
+					}
+				}
+			}
+			var e raft.Log
+			require.NoError(t, s.GetLog(1, &e))
+			require.Empty(t, e.Data)
+			require.Error(t, s.StoreLog(&raft.Log{Index: 9, Term: 2}), "dead either way")
+			if inMemory {
+				rot, fatal = fatal, rot
+			}
+			require.Len(t, rot, 1)
+			require.Empty(t, fatal)
+			require.ErrorIs(t, rot[0], trivet.ErrCorrupt)
+		})
+	}
+}
+
 // H25: the log owns the data of an entry once it is stored. Whoever changes it afterwards is found out, and
 // the changed bytes are never served.
 func TestLogStoreOwnsItsData(t *testing.T) {

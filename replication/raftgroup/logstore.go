@@ -8,6 +8,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/internal/stage"
 )
 
@@ -97,14 +98,18 @@ func (s *logStore) LastIndex() (uint64, error) {
 }
 
 // GetLog returns exactly raft.ErrLogNotFound for an entry that is not there: the library compares
-// with == (replication.go:223). Damage is fatal, and the library never hears of it, as it panics on
+// with == (replication.go:223). Damage ends this run of the group, and the library never hears of it, as it panics on
 // any other error (raft.go:1331): it gets an empty entry in a group that is dead (diskGuard).
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	err := s.log.read(index, out)
 	if err == nil || errors.Is(err, raft.ErrLogNotFound) || errors.Is(err, trivet.ErrClosed) {
 		return err
 	}
-	s.guard.fail(err)
+	if errors.Is(err, trivet.ErrCorrupt) && !errors.Is(err, segment.ErrMemory) { // memory is the whole process's
+		s.guard.damaged(err)
+	} else {
+		s.guard.fail(err)
+	}
 	if s.guard.failed() == nil { // closed meanwhile
 		return err
 	}

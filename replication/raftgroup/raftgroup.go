@@ -148,6 +148,12 @@ type Config struct {
 	// once, with locks held: it must not call the group. If it returns, as in tests, the group answers
 	// nothing more. Must be set.
 	Fatal func(error)
+	// Damaged, when set, is told in place of Fatal that an entry of the group's own log cannot be read any more. It is
+	// called once, with locks held: it must not block nor call the group, and have it closed and opened again. Until
+	// then the group is as dead as after Fatal: nothing leaves it, so the others elect another leader. Open cuts the log
+	// behind entries that the state machine has, and refuses the replica for any other, as after a restart (rot.go).
+	// What else fails meanwhile is told by Open, or by the log's own Fatal. nil: damage is told to Fatal.
+	Damaged func(error)
 	// IsMember answers, from the catalogue, whether a replica that the group's own configuration
 	// does not know is a member on that node: a follower that lags far behind needs it to accept
 	// its leader. nil = the group's own configuration alone decides.
