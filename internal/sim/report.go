@@ -20,12 +20,14 @@ type Report struct {
 	TakeOvers   int    //
 	Changes     int    // of the members, finished
 	Elections   uint64 // highest term
-	Leaders     int    // changes of the highest term seen
-	Restores    int    // snapshots installed
-	Flushes     int    // flushes before log compaction
-	LongestGap  time.Duration
-	Healed      time.Duration // from the end of the faults until the core served and agreed
-	History     *History      // to be checked outside of the bubble
+
+	WriterChanges int // a second writer came, or one of two went
+	Leaders       int // changes of the highest term seen
+	Restores      int // snapshots installed
+	Flushes       int // flushes before log compaction
+	LongestGap    time.Duration
+	Healed        time.Duration // from the end of the faults until the core served and agreed
+	History       *History      // to be checked outside of the bubble
 }
 
 // String returns one line of figures, with the share of calls that were served and the floor below which a run says
@@ -36,10 +38,10 @@ func (r Report) String() string {
 		share = 100 * r.Succeeded / r.Calls
 	}
 	return fmt.Sprintf("calls=%d served=%d (%d%%, floor %d%%) writes=%d reads=%d probes=%d staleWrites=%d "+
-		"crashes=%d exits=%d refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
+		"crashes=%d exits=%d refused=%d takeovers=%d writers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
 		"longestGap=%v healed=%v violations=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
 		int(100*activityFloor), r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits, r.Refused,
-		r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
+		r.TakeOvers, r.WriterChanges, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
 		r.Healed.Round(time.Millisecond), r.Violations, r.Faults.Sum(), r.Faults)
 }
 
@@ -66,6 +68,7 @@ func (r *Report) Add(o Report) {
 	r.Violations += o.Violations
 	r.TakeOvers += o.TakeOvers
 	r.Changes += o.Changes
+	r.WriterChanges += o.WriterChanges
 	r.Elections = max(r.Elections, o.Elections)
 	r.Leaders += o.Leaders
 	r.Restores += o.Restores

@@ -31,6 +31,8 @@ type Options struct {
 	Overlap bool
 	// Session lets the holder read by trivet.ReadSession, whatever the seed says.
 	Session bool
+	// Writers lets two write, whatever the seed says.
+	Writers bool
 	// Only, when set, are the classes of faults to draw from, whatever the seed says.
 	Only   []Fault
 	Logger *slog.Logger
@@ -61,7 +63,8 @@ type sim struct {
 	mu         sync.Mutex
 	report     Report
 	violations []error
-	seat       *seat // who holds the volume now
+	seat       *seat // who holds the volume now; of two writers, one
+	pair       *pair // nil: nobody ever writes beside another
 }
 
 // Run plays one seed and returns an error for anything that must not happen: a wrong or lost block, a
@@ -85,6 +88,10 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 		oracle: newOracle(opts.BlockN), history: newHistory(opts.BlockN),
 	}
 	s.swarm.session = s.swarm.session || opts.Session
+	if s.swarm.writers = !opts.Session && (s.swarm.writers || opts.Writers); s.swarm.writers {
+		s.swarm.session = false
+		s.pair, s.oracle.shared = newPair(), true
+	}
 	if opts.Overlap || s.swarm.overlap {
 		s.swarm.overlapped(opts.Seed)
 	}
@@ -122,8 +129,8 @@ func (s *sim) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() {
-		if s.seat != nil {
-			err = errors.Join(err, s.seat.volume.Close())
+		for _, at := range s.seats() {
+			err = errors.Join(err, at.volume.Close())
 		}
 		err = errors.Join(err, s.cluster.Close())
 	}()

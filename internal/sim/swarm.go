@@ -102,6 +102,7 @@ type swarm struct {
 	overlap         bool // HostConfig.OverlapFlush
 	session         bool // the holder reads by ReadSession
 	staleWriter     bool // a holder of an old epoch that never gives up
+	writers         bool // a second writer comes and goes
 }
 
 // ratesMax bounds the faults of all classes together, per minute.
@@ -147,6 +148,7 @@ func drawSwarm(seed uint64) swarm {
 	s.session = rnd.IntN(5) == 0
 	s.overlap = rnd.IntN(2) == 0
 	s.spares = 1 + rnd.IntN(2)
+	s.writers = !s.session && newRand(seed, 24).IntN(4) == 0
 	return s
 }
 
