@@ -11,6 +11,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/internal/sim"
 	"github.com/trivet-csi/trivet/replication"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
@@ -172,4 +173,22 @@ func TestFenceWritersChecks(t *testing.T) {
 		_, err := c.OpenWriter(sim.ClientNode, 2, 2, nil)
 		require.ErrorIs(t, err, trivet.ErrInvalid)
 	})
+}
+
+// One that another may write beside reads from leaders only: what a session remembers is its own.
+func TestWriterConfig(t *testing.T) {
+	t.Parallel()
+	net := transport.NewMemory(1)
+	defer net.Close()
+	cfg := replication.VolumeConfig{
+		ID: 7, SizeBytes: sizeBytes, Epoch: 1, Members: []raftgroup.Member{{Replica: "r1", Node: "n1"}},
+		Network: net.Node("n1"), Renew: newGrants(1).renew, Writer: 1,
+	}
+	require.NoError(t, cfg.Validate())
+	cfg.ReadConsistency = trivet.ReadSession
+	require.ErrorIs(t, cfg.Validate(), trivet.ErrInvalid)
+	cfg.Renew = nil
+	require.NoError(t, cfg.Validate())
+	cfg.Writer = replication.WritersMax
+	require.ErrorIs(t, cfg.Validate(), trivet.ErrInvalid)
 }

@@ -198,7 +198,9 @@ func TestSimWriters(t *testing.T) {
 			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 				t.Parallel()
 				o := options(t, seed)
-				o.Writers = true
+				if o.Writers = true; *duration == 0 && *seedN == 0 {
+					o.Duration = 10 * time.Second
+				}
 				r, err := run(t, o)
 				mu.Lock()
 				sum.Add(r)
