@@ -1041,6 +1041,8 @@ type VolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                          // name or volume ID
 	SkipWipe      bool                   `protobuf:"varint,2,opt,name=skip_wipe,json=skipWipe,proto3" json:"skip_wipe,omitempty"` // of DeleteVolume: without the wipe that the parameter reclaimWipe asks for
+	Shared        bool                   `protobuf:"varint,3,opt,name=shared,proto3" json:"shared,omitempty"`                     // of AttachVolume: as one of two nodes that both write
+	With          string                 `protobuf:"bytes,4,opt,name=with,proto3" json:"with,omitempty"`                          // with shared: the only other node; empty = whichever comes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1087,6 +1089,20 @@ func (x *VolumeRequest) GetSkipWipe() bool {
 		return x.SkipWipe
 	}
 	return false
+}
+
+func (x *VolumeRequest) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *VolumeRequest) GetWith() string {
+	if x != nil {
+		return x.With
+	}
+	return ""
 }
 
 type DeleteVolumeResponse struct {
@@ -2112,6 +2128,8 @@ type ServeVolumeRequest struct {
 	TlsKey        string                 `protobuf:"bytes,5,opt,name=tls_key,json=tlsKey,proto3" json:"tls_key,omitempty"`        // none. Without them the server uses its own certificate, and clients those of
 	TlsCa         string                 `protobuf:"bytes,6,opt,name=tls_ca,json=tlsCa,proto3" json:"tls_ca,omitempty"`           // the cluster's CA with the role client or node.
 	ReadOnly      bool                   `protobuf:"varint,7,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // attach as one of any number of readers; clients are refused every write
+	Shared        bool                   `protobuf:"varint,8,opt,name=shared,proto3" json:"shared,omitempty"`                     // attach as one of two nodes that both write
+	With          string                 `protobuf:"bytes,9,opt,name=with,proto3" json:"with,omitempty"`                          // with shared: the only other node; empty = whichever comes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2193,6 +2211,20 @@ func (x *ServeVolumeRequest) GetReadOnly() bool {
 		return x.ReadOnly
 	}
 	return false
+}
+
+func (x *ServeVolumeRequest) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *ServeVolumeRequest) GetWith() string {
+	if x != nil {
+		return x.With
+	}
+	return ""
 }
 
 type ServeVolumeResponse struct {
@@ -4637,10 +4669,12 @@ const file_admin_proto_rawDesc = "" +
 	"parameters\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"l\n" +
 	"\rVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
-	"\tskip_wipe\x18\x02 \x01(\bR\bskipWipe\"\x16\n" +
+	"\tskip_wipe\x18\x02 \x01(\bR\bskipWipe\x12\x16\n" +
+	"\x06shared\x18\x03 \x01(\bR\x06shared\x12\x12\n" +
+	"\x04with\x18\x04 \x01(\tR\x04with\"\x16\n" +
 	"\x14DeleteVolumeResponse\"*\n" +
 	"\x12ListVolumesRequest\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\bR\x05usage\"F\n" +
@@ -4725,7 +4759,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x06device\x18\x02 \x01(\tR\x06device\"?\n" +
 	"\x13DetachVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\xc0\x01\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\xec\x01\n" +
 	"\x12ServeVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
@@ -4733,7 +4767,9 @@ const file_admin_proto_rawDesc = "" +
 	"\btls_cert\x18\x04 \x01(\tR\atlsCert\x12\x17\n" +
 	"\atls_key\x18\x05 \x01(\tR\x06tlsKey\x12\x15\n" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\x12\x1b\n" +
-	"\tread_only\x18\a \x01(\bR\breadOnly\"'\n" +
+	"\tread_only\x18\a \x01(\bR\breadOnly\x12\x16\n" +
+	"\x06shared\x18\b \x01(\bR\x06shared\x12\x12\n" +
+	"\x04with\x18\t \x01(\tR\x04with\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xff\x02\n" +
 	"\bSnapshot\x12\x0e\n" +

@@ -111,19 +111,23 @@ func (c *Controller) Reclaim(ctx context.Context, id trivet.VolumeID, policy met
 func (c *Controller) Attach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID, mode meta.AccessMode,
 	readOnly bool,
 ) (meta.Volume, error) {
+	return c.attach(ctx, meta.Attach{Volume: id, Node: node, Mode: mode, ReadOnly: readOnly})
+}
+
+func (c *Controller) attach(ctx context.Context, a meta.Attach) (meta.Volume, error) {
+	id, node := a.Volume, a.Node
 	unlock, err := c.busy.lock("volume " + id.String())
 	if err != nil {
 		return meta.Volume{}, err
 	}
 	defer unlock()
-	a := meta.Attach{Volume: id, Node: node, Mode: mode, ReadOnly: readOnly}
 	for {
 		v, err := c.readToAttach(ctx, id, node)
 		if err != nil {
 			return meta.Volume{}, err
 		}
 		a.Epoch = v.Epoch + 1
-		if mode == meta.MultiNodeReader {
+		if a.Mode == meta.MultiNodeReader {
 			a.IfRevision = v.Revision
 		}
 		res, err := c.store.Propose(ctx, meta.Command{Attach: &a})
@@ -151,12 +155,12 @@ func (c *Controller) readToAttach(ctx context.Context, id trivet.VolumeID, node 
 	if _, ok := s.Node(node); !ok {
 		return v, fmt.Errorf("%s: node: %w", what, trivet.ErrNotFound)
 	}
-	if v.Detaching != node || v.Attached != nil {
+	if !ends(&v, node) {
 		return v, nil
 	}
 	err = c.await(ctx, what+": fence of its earlier attachment", s.Revision(), func(s *meta.State) (bool, error) {
 		v, ok = s.Volume(id)
-		return !ok || v.Detaching != node, nil
+		return !ok || !ends(&v, node), nil
 	})
 	if err == nil && !ok {
 		err = fmt.Errorf("%s: volume: %w", what, trivet.ErrNotFound)
@@ -231,7 +235,7 @@ func (c *Controller) detach(ctx context.Context, id trivet.VolumeID, node trivet
 			if res.Volume != nil && res.Volume.GrantOf(holder) != nil {
 				continue // taken over by a new process since it was read
 			}
-			if res.Volume != nil && res.Volume.Attached != nil {
+			if res.Volume != nil && stays(res.Volume) {
 				return nil // others go on reading
 			}
 			since = res.Revision

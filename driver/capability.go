@@ -49,6 +49,10 @@ func capabilityOf(c *csi.VolumeCapability) (capability, error) {
 	if out.mode, err = modeOf(c.GetAccessMode().GetMode()); err != nil {
 		return out, err
 	}
+	if out.mode == meta.MultiNodeMultiWriter && !out.block {
+		return out, fmt.Errorf("access mode %s of a filesystem (two nodes may write a raw block volume only): %w",
+			c.GetAccessMode().GetMode(), errCapability)
+	}
 	out.readOnly = out.mode.Reads()
 	if !slices.Contains(filesystems, out.fsType) {
 		return out, fmt.Errorf("fs_type %q (ext4 and xfs are supported): %w", out.fsType, errCapability)
@@ -71,6 +75,8 @@ func modeOf(m csi.VolumeCapability_AccessMode_Mode) (meta.AccessMode, error) {
 		return meta.SingleNodeReader, nil
 	case csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY:
 		return meta.MultiNodeReader, nil
+	case csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:
+		return meta.MultiNodeMultiWriter, nil
 	default:
 		return "", fmt.Errorf("access mode %s (one node writes a volume, or several read it): %w", m, errCapability)
 	}

@@ -372,12 +372,12 @@ func TestValidateVolumeCapabilities(t *testing.T) {
 		return h.ValidateVolumeCapabilities(t.Context(),
 			&csi.ValidateVolumeCapabilitiesRequest{VolumeId: handle, VolumeCapabilities: caps})
 	}
-	resp, err := ask(mountCap(snw), blockCap(snsw), mountCap(snmw), mountCap(snro))
+	resp, err := ask(mountCap(snw), blockCap(snsw), mountCap(snmw), mountCap(snro), blockCap(mnmw))
 	require.NoError(t, err)
-	assert.Len(t, resp.GetConfirmed().GetVolumeCapabilities(), 4)
+	assert.Len(t, resp.GetConfirmed().GetVolumeCapabilities(), 5)
 	assert.Empty(t, resp.GetMessage())
 
-	resp, err = ask(mountCap(snw), blockCap(mnmw))
+	resp, err = ask(mountCap(snw), mountCap(mnmw))
 	require.NoError(t, err, "not confirmed is an answer")
 	assert.Nil(t, resp.GetConfirmed())
 	assert.Contains(t, resp.GetMessage(), "MULTI_NODE_MULTI_WRITER")

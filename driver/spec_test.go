@@ -122,7 +122,7 @@ func TestCreateVolumeCodes(t *testing.T) {
 			r.VolumeCapabilities[0].AccessMode = nil
 		}), codes.InvalidArgument, "access_mode"},
 		{"many nodes", create(func(r *csi.CreateVolumeRequest) {
-			r.VolumeCapabilities = append(r.VolumeCapabilities, blockCap(mnmw))
+			r.VolumeCapabilities = append(r.VolumeCapabilities, mountCap(mnmw))
 		}), codes.InvalidArgument, "MULTI_NODE_MULTI_WRITER"},
 		{"unknown filesystem", create(func(r *csi.CreateVolumeRequest) {
 			r.VolumeCapabilities[0].GetMount().FsType = "ntfs; rm"
@@ -265,7 +265,7 @@ func TestControllerPublishCodes(t *testing.T) {
 			r.VolumeCapability, r.VolumeId = nil, foreign
 		}), codes.InvalidArgument, "volume_capability"},
 		row{"many nodes", fresh(func(r *request) {
-			r.VolumeCapability = blockCap(mnmw)
+			r.VolumeCapability = mountCap(mnmw)
 		}), codes.InvalidArgument, "MULTI_NODE"},
 		row{"unknown volume", fresh(func(r *request) { r.VolumeId = unknown }), codes.NotFound, unknown},
 		row{"foreign volume", fresh(func(r *request) { r.VolumeId = foreign }), codes.NotFound, foreign},
@@ -397,7 +397,7 @@ func TestNodeStageCodes(t *testing.T) {
 			r.VolumeCapability.AccessMode = nil
 		}), codes.InvalidArgument, "access_mode"},
 		row{"many nodes", with(func(r *request) {
-			r.VolumeCapability = blockCap(mnmw)
+			r.VolumeCapability = mountCap(mnmw)
 		}), codes.FailedPrecondition, "MULTI_NODE"},
 		row{"unknown filesystem", with(func(r *request) {
 			r.VolumeCapability.GetMount().FsType = "ntfs"

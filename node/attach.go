@@ -79,7 +79,7 @@ type attacher struct {
 //
 // An attached never changes; a changed copy takes its place.
 type attached struct {
-	epoch  trivet.Epoch  // granted to this process
+	epoch  trivet.Epoch  // granted to this process: at which its session began (meta.Attachment.Session)
 	lock   *cache.Locked // of the mapping file, until path has it; may be nil
 	goesOn bool          // until path is open: the kernel device of an earlier process is to be resumed on it
 	group  groupDevice   // nil while waiting for the fence
@@ -157,8 +157,8 @@ func (a *attacher) holding(ctx context.Context, id trivet.VolumeID) (*meta.Volum
 	return &v, nil
 }
 
-// stale reports whether the epoch of what this process holds is not the current one (H13).
-func (at *attached) stale(v *meta.Volume) bool { return at.epoch != v.Attached.Epoch }
+// stale reports whether the session of what this process holds is not the current one (H13).
+func (at *attached) stale(v *meta.Volume) bool { return at.epoch != v.Attached.Session() }
 
 // dead returns why the kernel device is of no use any more, or nil (H31).
 func (at *attached) dead() error {
@@ -242,7 +242,7 @@ func (a *attacher) takeOver(ctx context.Context, id trivet.VolumeID, renew bool)
 	if res.Volume == nil || res.Volume.GrantOf(a.node) == nil {
 		return 0, fmt.Errorf("attach %s: take over granted no epoch: %w", id, trivet.ErrUnavailable)
 	}
-	return res.Volume.GrantOf(a.node).Epoch, nil
+	return res.Volume.GrantOf(a.node).Session(), nil
 }
 
 func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
@@ -255,7 +255,8 @@ func (a *attacher) openPath(at *attached, v *meta.Volume) (*attached, error) {
 		return mayLead(&now)
 	}
 	group, err := a.openGroup(replication.VolumeConfig{
-		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: epoch, IOTimeout: a.ioTimeout, Members: mayLead(v), FindMembers: find,
+		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: v.Attached.Epoch, Writer: v.Attached.Writer, Renew: a.renewer(v, epoch),
+		IOTimeout: a.ioTimeout, Members: mayLead(v), FindMembers: find,
 		ReadConsistency: readsOf(v), Network: a.network, Host: a.host, Logger: a.log.With("volume", v.ID),
 	})
 	if err != nil {
@@ -288,10 +289,10 @@ func (a *attacher) awaitFence(ctx context.Context, id trivet.VolumeID, epoch tri
 		changed := a.cat.Changed()
 		v, ok := a.cat.Local().Volume(id)
 		switch {
-		case ok && v.Usable(a.node, epoch):
+		case ok && holdsSession(&v, a.node, epoch) && v.FencedEpoch == v.Epoch:
 			v = v.As(a.node)
 			return &v, nil
-		case ok && v.Epoch > epoch:
+		case ok && v.Epoch > epoch && !holdsSession(&v, a.node, epoch):
 			if err := a.drop(id); err != nil {
 				return nil, err
 			}
@@ -441,7 +442,8 @@ func (a *attacher) outdated() []trivet.VolumeID {
 		// A reader may leave others behind at its epoch. Of a writer the epoch alone can tell: its group must
 		// not be opened a second time at the same one (H39).
 		left := v.Attached != nil && v.Attached.Mode == meta.MultiNodeReader && v.GrantOf(a.node) == nil
-		if (gone || left || v.Epoch > at.epoch) && at.kernel == nil && a.nbdN[id] == 0 {
+		over := v.Epoch > at.epoch && !holdsSession(&v, a.node, at.epoch)
+		if (gone || left || over) && at.kernel == nil && a.nbdN[id] == 0 {
 			ids = append(ids, id)
 		}
 	}

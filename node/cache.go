@@ -61,7 +61,7 @@ func (c *caches) path(id trivet.VolumeID) string {
 // lock locks the mapping file of a volume that this node is about to open, and decides whose blocks it holds. It
 // comes before the epoch is raised: see cache.Locked. nil: this attachment has none.
 func (c *caches) lock(v *meta.Volume) (*cache.Locked, error) {
-	if c.dir == "" || v.Attached.ReadOnly {
+	if c.dir == "" || v.Attached.ReadOnly || sharedWriter(v) {
 		return nil, nil //nolint:nilnil // none
 	}
 	if _, err := os.Lstat(c.path(v.ID)); errors.Is(err, os.ErrNotExist) &&
@@ -117,6 +117,9 @@ func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached, meters 
 
 // cacheOf returns the cache that v asks for, and its weight in the node's memory.
 func cacheOf(v *meta.Volume) (cache.Settings, int, error) {
+	if sharedWriter(v) {
+		return throughOf(), priorityDefault, nil
+	}
 	s := cache.Settings{
 		Mode: cache.Mode(v.Params[paramCacheMode]), Eviction: cache.Eviction(v.Params[paramEviction]),
 		Order: cache.Order(v.Params[paramOrder]), Adaptive: v.Params[paramAdaptive] == "on",
@@ -333,7 +336,8 @@ func (m *mounts) recoverCache(ctx context.Context, id trivet.VolumeID) error {
 		return err
 	}
 	v, err := m.attacher.holding(ctx, id)
-	if errors.Is(err, trivet.ErrInUse) || errors.Is(err, trivet.ErrNotFound) {
+	// Nodes that write beside each other keep nothing back: what is there is of an attachment before.
+	if errors.Is(err, trivet.ErrInUse) || errors.Is(err, trivet.ErrNotFound) || err == nil && sharedWriter(v) {
 		_, err := m.attacher.caches.empty(id, true)
 		return err
 	}

@@ -87,6 +87,7 @@ type runningReplica interface {
 	Status() replication.ReplicaStatus
 	Changed() <-chan struct{}
 	Fence(ctx context.Context, epoch trivet.Epoch) error
+	FenceWriters(ctx context.Context, epoch trivet.Epoch, w replication.Writers) error
 	Wipe(ctx context.Context, epoch trivet.Epoch) error
 	Resize(ctx context.Context, sizeBytes int64) error
 	TransferTo(ctx context.Context, to trivet.ReplicaID) error

@@ -272,6 +272,7 @@ type fakeReplica struct {
 	status   replication.ReplicaStatus
 	changed  chan struct{}
 	fenced   []trivet.Epoch
+	writers  []replication.Writers // of fences that named them
 	wiped    []trivet.Epoch
 	fenceErr error
 	stays    bool // leadership, whatever TransferTo wants
@@ -347,6 +348,14 @@ func (r *fakeReplica) Changed() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.changed
+}
+
+func (r *fakeReplica) FenceWriters(ctx context.Context, epoch trivet.Epoch, w replication.Writers) error {
+	err := r.Fence(ctx, epoch)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.writers = append(r.writers, w)
+	return err
 }
 
 func (r *fakeReplica) Fence(_ context.Context, epoch trivet.Epoch) error {

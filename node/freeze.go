@@ -136,7 +136,7 @@ func (m *mounts) freeze(ctx context.Context, v *meta.Volume, id trivet.SnapshotI
 		f, err = m.freezeUnopened(ctx, v, id)
 		return f, 0, err
 	}
-	if at.epoch != v.Attached.Epoch {
+	if at.stale(v) {
 		return f, 0, fmt.Errorf("freeze %s: this process has epoch %d, the volume %d: %w", v.ID, at.epoch, v.Attached.Epoch,
 			trivet.ErrPending)
 	}

@@ -52,8 +52,10 @@ type action struct {
 	id     trivet.ReplicaID
 	target trivet.ReplicaID // of doMove and of changes of the group
 	epoch  trivet.Epoch     // of doFence and doWipe
-	term   uint64           // of doLead
-	reason string           // of doFault
+
+	writers replication.Writers // of doFence; zero: one, whose session begins with epoch
+	term    uint64              // of doLead
+	reason  string              // of doFault
 
 	snapshot  trivet.SnapshotID
 	sizeBytes int64 // of doGrow
@@ -210,7 +212,7 @@ func planLeader(v *meta.Volume, r *meta.Replica, l local) []action {
 	var acts []action
 	st := l.status
 	if v.FencedEpoch < v.Epoch {
-		acts = append(acts, action{verb: doFence, disk: r.Disk, id: r.ID, epoch: v.Epoch})
+		acts = append(acts, action{verb: doFence, disk: r.Disk, id: r.ID, epoch: v.Epoch, writers: writersOf(v)})
 	}
 	acts = append(acts, planSnapshots(v, r, l)...)
 	if v.Phase == meta.PhaseRecycling {

@@ -115,7 +115,7 @@ func leaderFreezes(st *meta.State, v *meta.Volume, now time.Time) bool {
 func mayFreezeAlone(st *meta.State, v *meta.Volume, s *meta.Snapshot) bool {
 	g, _ := st.SnapshotGroup(s.Group)
 	i := slices.IndexFunc(g.Members, func(m meta.GroupMember) bool { return m.Snapshot == s.ID })
-	return i >= 0 && g.Members[i].Epoch == v.Epoch && v.FencedEpoch == v.Epoch && len(v.Writers()) == 0
+	return i >= 0 && g.Members[i].Epoch == v.Epoch && v.FencedEpoch == v.Epoch && len(v.WritingAttachments()) == 0
 }
 
 // mayMake reports whether the node of the volume's leader makes a snapshot.

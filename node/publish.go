@@ -114,9 +114,12 @@ func (m *mounts) sourceOf(id trivet.VolumeID, rec *record, stagingPath string, w
 }
 
 // checkSingle refuses a second target of a volume that is for one consumer: every mode but
-// SingleNodeMultiWriter (CSI, NodePublishVolume, "Non MULTI_NODE volume capability").
+// SingleNodeMultiWriter (CSI, NodePublishVolume, "Non MULTI_NODE volume capability"), and those by which nodes write
+// beside each other.
 func checkSingle(rec *record, want *publication) error {
-	single := func(p *publication) bool { return p.Mode != meta.SingleNodeMultiWriter }
+	single := func(p *publication) bool {
+		return p.Mode != meta.SingleNodeMultiWriter && p.Mode != meta.MultiNodeMultiWriter
+	}
 	for i := range rec.Published {
 		p := &rec.Published[i]
 		if p.Path != want.Path && !p.Lost && (single(p) || single(want)) {

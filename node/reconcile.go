@@ -300,7 +300,7 @@ func (w *worker) lead(ctx context.Context, a action) error {
 	var c meta.Command
 	switch a.verb {
 	case doFence:
-		if err := r.Fence(ctx, a.epoch); err != nil {
+		if err := fence(ctx, r, a); err != nil {
 			return err
 		}
 		c.ReportFence = &meta.ReportFence{Volume: w.volume, Epoch: a.epoch}
@@ -325,6 +325,13 @@ func (w *worker) lead(ctx context.Context, a action) error {
 	}
 	_, err := propose(ctx, w.agent.cat, c)
 	return err
+}
+
+func fence(ctx context.Context, r runningReplica, a action) error {
+	if a.writers == (replication.Writers{}) {
+		return r.Fence(ctx, a.epoch)
+	}
+	return r.FenceWriters(ctx, a.epoch, a.writers)
 }
 
 func (w *worker) report(ctx context.Context, a action, s meta.ReplicaState, reason string) error {

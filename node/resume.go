@@ -171,6 +171,10 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 		}
 		return at, nil
 	}
+	if sharedWriter(v) {
+		// The kernel sends again what was under way, as new writes: over what the other node has written since (H39).
+		return nil, fmt.Errorf("resume %s, which two nodes may write: %w", v.ID, errInterrupted)
+	}
 	rec := m.records.get(v.ID)
 	found := v.Attached.Epoch
 	if found != rec.Epoch && found != rec.Epoch+1 {

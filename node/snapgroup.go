@@ -125,7 +125,7 @@ func coordinatorOf(st *meta.State, g *meta.SnapshotGroup, now time.Time) trivet.
 	var nodes []trivet.NodeID
 	for _, m := range g.Members {
 		v, _ := st.Volume(m.Volume)
-		for _, w := range v.Writers() {
+		for _, w := range v.WritingAttachments() {
 			nodes = append(nodes, w.Node)
 		}
 	}
@@ -282,7 +282,7 @@ func (c *groupMaking) look(st *meta.State) (waits trivet.SnapshotID, err error) 
 	c.holders = nil
 	for _, m := range g.Members {
 		v, _ := st.Volume(m.Volume)
-		writers := v.Writers()
+		writers := v.WritingAttachments()
 		switch s, _ := st.Snapshot(m.Snapshot); {
 		case v.Epoch != m.Epoch:
 			return 0, finalError{fmt.Errorf("%s was attached, detached or opened anew meanwhile: %w", m.Volume,

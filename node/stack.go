@@ -156,6 +156,9 @@ func (p *path) drain(ctx context.Context) error {
 // whatever the volume allows.
 func readsOf(v *meta.Volume) trivet.ReadConsistency {
 	reads := trivet.ReadConsistency(v.Params[paramReads])
+	if sharedWriter(v) {
+		return trivet.ReadStrong // a session knows of its own writes only
+	}
 	if reads == trivet.ReadEventual && (v.Attached == nil || !v.Attached.ReadOnly) {
 		return trivet.ReadSession
 	}

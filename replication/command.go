@@ -34,6 +34,9 @@ import (
 // of a mark, the ID of a snapshot for freeze, drop and roll back, and zero otherwise. seq and low are zero for all but
 // the first three: these need no session, because a late copy of one has no effect (DESIGN.md). Freeze, drop and roll
 // back are the only request of their entry: the generation of blocks changes between entries, never within one.
+//
+// The top bit of seq and low is the number of the writer. In a fence of writers they are the sessions of the two
+// (Writers).
 const (
 	entryVersion     = 1
 	entryHeaderBytes = 16
@@ -64,6 +67,8 @@ const (
 	opRollback    opCode = 9
 	opMark        opCode = 16 // a place in the log at which replicas compare what they have (marks.go)
 	opScrub       opCode = 20 // a marker: every replica takes a view here (scrub.go)
+
+	opFenceWriters opCode = 24 // a fence that names who may write (writers.go)
 )
 
 func (o opCode) String() string {
@@ -90,6 +95,8 @@ func (o opCode) String() string {
 		return "scrub"
 	case opRollback:
 		return "roll back"
+	case opFenceWriters:
+		return "fence of writers"
 	}
 	return fmt.Sprintf("op %d", uint8(o))
 }
@@ -104,7 +111,7 @@ func (o opCode) alone() bool { return o == opFreeze || o == opDrop || o == opRol
 type request struct {
 	op    opCode
 	epoch trivet.Epoch
-	seq   uint64 // of this epoch, from 1
+	seq   uint64 // of the writer's session, from 1; its number in writerBit
 	low   uint64 // lowest sequence that its client had not yet answered; at most seq
 	lba   trivet.LBA
 	arg   uint64
@@ -181,6 +188,13 @@ func (r *request) check() error {
 		if r.arg == 0 || r.epoch == 0 {
 			return fmt.Errorf("roll back to snapshot %x at epoch %d: %w", r.arg, r.epoch, trivet.ErrInvalid)
 		}
+	case opFenceWriters:
+		if r.arg != 0 || r.epoch == 0 {
+			return fmt.Errorf("%s with argument %d at epoch %d: %w", r.op, r.arg, r.epoch, trivet.ErrInvalid)
+		}
+		if err := r.writers().check(r.epoch); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("%s is unknown: %w", r.op, trivet.ErrInvalid)
 	}
@@ -192,18 +206,21 @@ func (r *request) checkCommon() error {
 		return fmt.Errorf("%s carries %d bytes of data: %w", r.op, len(r.data), trivet.ErrInvalid)
 	}
 	if r.op.sessioned() {
-		if r.seq == 0 || r.low == 0 || r.low > r.seq || r.lba >= lbaMax {
+		if r.seq&^writerBit == 0 || r.low&^writerBit == 0 || r.low > r.seq || r.seq>>63 != r.low>>63 || r.lba >= lbaMax {
 			return fmt.Errorf("%s of block %d with sequence %d, lowest open %d: %w",
 				r.op, r.lba, r.seq, r.low, trivet.ErrInvalid)
 		}
 		return nil
 	}
-	if r.seq != 0 || r.low != 0 || r.lba != 0 && r.op != opScrub {
+	if (r.seq != 0 || r.low != 0) && r.op != opFenceWriters || r.lba != 0 && r.op != opScrub {
 		return fmt.Errorf("%s of block %d with sequence %d, lowest open %d: want none: %w",
 			r.op, r.lba, r.seq, r.low, trivet.ErrInvalid)
 	}
 	return nil
 }
+
+// writers returns what a fence of writers names.
+func (r *request) writers() Writers { return Writers{trivet.Epoch(r.seq), trivet.Epoch(r.low)} }
 
 // putHeader writes the header of r to b. REQUIRES: len(b) >= headerBytes.
 func (r *request) putHeader(b []byte) {

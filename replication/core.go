@@ -21,6 +21,7 @@ const (
 	outShrink                   // resize to less than the volume has
 	outFull                     // as many snapshots as a volume may have
 	outUnknown                  // no such snapshot
+	outStranger                 // of a writer that the fence has not named
 )
 
 // result is what the leader learns of one request: the outcome, and the state that explains it.
@@ -46,7 +47,9 @@ func (r result) err(req *request) error {
 			r.epoch, req.epoch, trivet.ErrInvalid)
 	case outStale:
 		return fmt.Errorf("sequence %d of epoch %d is outside the session window: %w",
-			req.seq, req.epoch, trivet.ErrInvalid)
+			req.seq&^writerBit, req.epoch, trivet.ErrInvalid)
+	case outStranger:
+		return fmt.Errorf("nobody is writer %d at epoch %d: %w", req.seq>>63, req.epoch, trivet.ErrInvalid)
 	case outRange:
 		return fmt.Errorf("%d blocks from %d, volume has %d bytes: %w", req.arg, req.lba, r.sizeBytes, trivet.ErrOutOfRange)
 	case outShrink:
@@ -85,7 +88,9 @@ type change struct {
 type core struct {
 	epoch     trivet.Epoch
 	sizeBytes int64
-	win       *window
+	win       *window // of writer 0; nil: nobody has that number
+	win1      *window // of writer 1
+	since     Writers // the sessions that the windows are of
 
 	generation trivet.Generation
 	snapshots  []engine.Snapshot // ascending; replaced, never changed in place: views show it
@@ -105,7 +110,9 @@ func (c *core) step(req *request) (result, change) {
 func (c *core) decide(req *request) (outcome, change) {
 	switch req.op {
 	case opFence:
-		return c.fence(req.epoch), change{}
+		return c.fenceWriters(req.epoch, Alone(req.epoch)), change{}
+	case opFenceWriters:
+		return c.fenceWriters(req.epoch, req.writers()), change{}
 	case opResize:
 		return c.resize(int64(req.arg)), change{}
 	case opWipe:
@@ -174,20 +181,6 @@ func (c *core) drop(id uint64) outcome {
 	return outApplied
 }
 
-// fence raises the epoch, never lowers it (I7). The same epoch again has no effect: in particular
-// it leaves the session alone, which the attachment may be using already.
-func (c *core) fence(epoch trivet.Epoch) outcome {
-	switch {
-	case epoch < c.epoch:
-		return outFenced
-	case epoch == c.epoch:
-		return outDuplicate
-	}
-	c.epoch = epoch
-	c.win.reset()
-	return outApplied
-}
-
 func (c *core) resize(sizeBytes int64) outcome {
 	switch {
 	case sizeBytes < c.sizeBytes:
@@ -213,8 +206,13 @@ func (c *core) data(req *request) (outcome, change) {
 	if out := c.checkEpoch(req.epoch); out != outApplied {
 		return out, change{}
 	}
-	c.win.raise(req.low)
-	st, ok := c.win.lookup(req.seq)
+	writer, seq := writerOf(req.seq)
+	win := c.windowOf(writer)
+	if win == nil {
+		return outStranger, change{}
+	}
+	win.raise(req.low &^ writerBit)
+	st, ok := win.lookup(seq)
 	switch {
 	case !ok:
 		return outStale, change{}
@@ -225,10 +223,10 @@ func (c *core) data(req *request) (outcome, change) {
 	}
 	blockN := uint64(c.sizeBytes / trivet.BlockSize)
 	if uint64(req.lba) > blockN || req.arg > blockN-uint64(req.lba) {
-		c.win.settle(req.seq, seqRefused)
+		win.settle(seq, seqRefused)
 		return outRange, change{}
 	}
-	c.win.settle(req.seq, seqApplied)
+	win.settle(seq, seqApplied)
 	ch := change{effect: effectZero, lba: req.lba, blockN: int64(req.arg)}
 	if req.op == opWrite {
 		ch.effect = effectWrite

@@ -15,9 +15,10 @@ import (
 // script runs the scripts in testdata/core against a core and a map of blocks. Commands:
 //
 //	new size=<blocks>
-//	fence|wipe epoch=  ·  resize blocks=
+//	fence epoch= [w0=] [w1=]: with the epochs at which the sessions of two writers began
+//	wipe epoch=  ·  resize blocks=
 //	freeze epoch= id=  ·  drop id=  ·  rollback epoch= id=
-//	write|discard|zeroes epoch= seq= low= lba= [n=] [data=]
+//	write|discard|zeroes epoch= seq= low= lba= [n=] [data=] [writer=]
 //	reload      store the state as the engine would and load it again
 //	show        epoch, size, mark and the blocks that are not zero
 type script struct {
@@ -47,9 +48,9 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 		s.blocks = map[trivet.LBA]string{}
 		return "ok"
 	case "reload":
-		win, err := decodeWindow(s.core.win.append(nil))
-		require.NoError(t, err)
-		s.core.win = win
+		before := s.core
+		require.NoError(t, s.core.loadSessions(before.appendSessions(nil)))
+		require.Equal(t, before, s.core)
 		return "ok"
 	case "show":
 		return s.show()
@@ -61,6 +62,9 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 	switch d.Cmd {
 	case "fence":
 		req.op = opFence
+		if d.HasArg("w0") || d.HasArg("w1") {
+			req.op, req.seq, req.low = opFenceWriters, num("w0", 0), num("w1", 0)
+		}
 	case "wipe":
 		req.op = opWipe
 	case "resize":
@@ -82,8 +86,12 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 	default:
 		d.Fatalf(t, "unknown command")
 	}
-	if req.op.sessioned() && req.low == 0 {
-		req.low = req.seq
+	if req.op.sessioned() {
+		if req.low == 0 {
+			req.low = req.seq
+		}
+		writer := num("writer", 0) << 63
+		req.seq, req.low = req.seq|writer, req.low|writer
 	}
 	require.NoError(t, req.check())
 	return s.step(&req, data)
@@ -113,7 +121,13 @@ func (s *script) step(req *request, data string) string {
 func (s *script) show() string {
 	var b strings.Builder
 	blockN := s.core.sizeBytes / trivet.BlockSize
-	fmt.Fprintf(&b, "epoch=%d blocks=%d mark=%d", s.core.epoch, blockN, s.core.win.mark)
+	fmt.Fprintf(&b, "epoch=%d blocks=%d", s.core.epoch, blockN)
+	if s.core.win != nil {
+		fmt.Fprintf(&b, " mark=%d", s.core.win.mark)
+	}
+	if s.core.win1 != nil {
+		fmt.Fprintf(&b, " mark1=%d", s.core.win1.mark)
+	}
 	if s.core.generation > 0 {
 		fmt.Fprintf(&b, " generation=%d", s.core.generation)
 	}
@@ -136,7 +150,7 @@ func TestResultErrors(t *testing.T) {
 	want := map[outcome]error{
 		outApplied: nil, outDuplicate: nil, outFenced: trivet.ErrFenced, outNotYet: trivet.ErrInvalid,
 		outStale: trivet.ErrInvalid, outRange: trivet.ErrOutOfRange, outShrink: trivet.ErrOutOfRange,
-		outFull: trivet.ErrNoSpace, outUnknown: trivet.ErrNotFound,
+		outFull: trivet.ErrNoSpace, outUnknown: trivet.ErrNotFound, outStranger: trivet.ErrInvalid,
 	}
 	for out, sentinel := range want {
 		if err := (result{out: out}).err(req); !errors.Is(err, sentinel) {

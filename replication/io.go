@@ -58,18 +58,22 @@ func (v *Volume) change(ctx context.Context, req request) error {
 		return fmt.Errorf("%s block %d of %s: %w", req.op, req.lba, v.cfg.ID, giveUp(ctx, v.cfg.IOTimeout, err))
 	}
 	defer v.session.end(seq)
-	req.epoch, req.seq, req.low = v.cfg.Epoch, seq, low
-	req.seal(v.cfg.ID)
-
-	var body []byte // encoded for the first remote attempt, the same bytes for each
-	err = v.callLeader(ctx, false, func(ctx context.Context, node trivet.NodeID) (reply, error) {
-		if v.cfg.Host != nil && node == v.cfg.Network.Local() {
-			return v.cfg.Host.write(ctx, node, v.cfg.ID, &req)
-		}
-		if body == nil {
-			body = appendWrite(make([]byte, 0, writeHeaderBytes+len(req.data)), &req)
-		}
-		return v.send(ctx, node, transport.KindVolumeWrite, body, 0)
+	writer := uint64(v.cfg.Writer) << 63
+	req.seq, req.low = seq|writer, low|writer
+	err = v.atEpoch(ctx, func(epoch trivet.Epoch) error {
+		req := req
+		req.epoch = epoch
+		req.seal(v.cfg.ID)
+		var body []byte // encoded for the first remote attempt, the same bytes for each
+		return v.callLeader(ctx, false, func(ctx context.Context, node trivet.NodeID) (reply, error) {
+			if v.cfg.Host != nil && node == v.cfg.Network.Local() {
+				return v.cfg.Host.write(ctx, node, v.cfg.ID, &req)
+			}
+			if body == nil {
+				body = appendWrite(make([]byte, 0, writeHeaderBytes+len(req.data)), &req)
+			}
+			return v.send(ctx, node, transport.KindVolumeWrite, body, 0)
+		})
 	})
 	if err == nil {
 		return nil
@@ -124,8 +128,16 @@ func (v *Volume) readPiece(ctx context.Context, p []byte, lba trivet.LBA) error 
 		return fmt.Errorf("read block %d of %s: %w", lba, v.cfg.ID, err)
 	}
 	defer func() { <-v.slots }()
+	err := v.atEpoch(ctx, func(epoch trivet.Epoch) error { return v.readAtEpoch(ctx, p, lba, epoch) })
+	if err != nil {
+		return fmt.Errorf("read block %d of %s: %w", lba, v.cfg.ID, err)
+	}
+	return nil
+}
+
+func (v *Volume) readAtEpoch(ctx context.Context, p []byte, lba trivet.LBA, epoch trivet.Epoch) error {
 	req := readRequest{
-		level: v.level, blockN: uint32(len(p) / trivet.BlockSize), epoch: v.cfg.Epoch, lba: lba, index: v.seen.Load(),
+		level: v.level, blockN: uint32(len(p) / trivet.BlockSize), epoch: epoch, lba: lba, index: v.seen.Load(),
 	}
 	attempt := func(ctx context.Context, node trivet.NodeID) (reply, error) {
 		if v.cfg.Host != nil && node == v.cfg.Network.Local() {
@@ -145,10 +157,7 @@ func (v *Volume) readPiece(ctx context.Context, p []byte, lba trivet.LBA) error 
 	if !done && err == nil {
 		err = v.callLeader(ctx, v.level == levelStrong, attempt)
 	}
-	if err != nil {
-		return fmt.Errorf("read block %d of %s: %w", lba, v.cfg.ID, err)
-	}
-	return nil
+	return err
 }
 
 func (v *Volume) send(ctx context.Context, node trivet.NodeID, kind transport.Kind, body []byte, dataN int) (

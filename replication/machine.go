@@ -69,12 +69,9 @@ func newMachine(id trivet.VolumeID, eng *engine.Engine, vol *engine.Volume) (*ma
 
 func (m *machine) load() error {
 	st := m.vol.State()
-	win, err := decodeWindow(st.Session)
-	if err != nil {
+	m.core = core{epoch: st.Epoch, sizeBytes: st.SizeBytes, generation: st.Generation, snapshots: st.Snapshots}
+	if err := m.core.loadSessions(st.Session); err != nil {
 		return fmt.Errorf("load state of %s at index %d: %w", m.id, st.AppliedIndex, err)
-	}
-	m.core = core{
-		epoch: st.Epoch, sizeBytes: st.SizeBytes, win: win, generation: st.Generation, snapshots: st.Snapshots,
 	}
 	m.newest.Store(max(m.newest.Load(), st.AppliedIndex))
 	m.view.Store(&st)
@@ -157,7 +154,7 @@ func (m *machine) applyBatch(st engine.State, entries []raftgroup.Entry, results
 	}
 	st.Epoch, st.SizeBytes = m.core.epoch, m.core.sizeBytes
 	st.Generation, st.Snapshots = m.core.generation, m.core.snapshots
-	st.Session = m.core.win.append(nil)
+	st.Session = m.core.appendSessions(nil)
 	m.newest.Store(st.AppliedIndex)
 	if err := batch.Commit(st); err != nil {
 		return st, n, fmt.Errorf("apply to %s up to index %d: %w", m.id, st.AppliedIndex, err)

@@ -198,11 +198,7 @@ func (r *Replica) read(ctx context.Context, p []byte, req *readRequest) (term ui
 	if req.level != levelStrong {
 		return r.readApplied(p, req)
 	}
-	term, err = r.group.ReadGate() // before the read: the answer is as new as the gate (I15)
-	if err != nil {
-		return 0, err
-	}
-	if err := r.checkReadEpoch(req.epoch, true); err != nil {
+	if term, err = r.readGate(ctx, req.epoch); err != nil { // before the read: the answer is as new as the gate (I15)
 		return 0, err
 	}
 	err = r.readBlocks(p, req.lba)
@@ -210,6 +206,28 @@ func (r *Replica) read(ctx context.Context, p []byte, req *readRequest) (term ui
 		err = r.repair.read(ctx, p, req.lba, err)
 	}
 	return term, err
+}
+
+// readGate returns the term in which this replica may answer a strong read at an epoch, from now on. Where two write, a
+// lease will not do: what backs it up is that a Volume has seen the term of its own last write, and here the other one
+// may have made it. So a quorum is asked, for all reads that wait.
+func (r *Replica) readGate(ctx context.Context, epoch trivet.Epoch) (term uint64, err error) {
+	many := manyWrite(r.machine.view.Load().Session)
+	if many {
+		term, err = r.group.ReadRound(ctx)
+	} else {
+		term, err = r.group.ReadGate()
+	}
+	if err != nil {
+		return 0, err
+	}
+	if err := r.checkReadEpoch(epoch, true); err != nil {
+		return 0, err
+	}
+	if !many && manyWrite(r.machine.view.Load().Session) {
+		return 0, fmt.Errorf("epoch %d of two writers has just begun: %w", epoch, trivet.ErrUnavailable)
+	}
+	return term, nil
 }
 
 // readApplied answers from what this replica has applied, whoever leads. For a session that must be all
@@ -264,8 +282,12 @@ func (r *Replica) checkReadEpoch(epoch trivet.Epoch, leading bool) error {
 // epoch again gives nil, after the same wait; a lower one ErrFenced. ErrNotLeader: ask the leader;
 // ErrUnavailable and context errors: outcome unknown, ask again.
 func (r *Replica) Fence(ctx context.Context, epoch trivet.Epoch) error {
-	if err := r.command(ctx, &request{op: opFence, epoch: epoch}); err != nil {
-		return fmt.Errorf("fence %s at epoch %d: %w", r.spec.Volume, epoch, err)
+	return r.fence(ctx, &request{op: opFence, epoch: epoch})
+}
+
+func (r *Replica) fence(ctx context.Context, req *request) error {
+	if err := r.command(ctx, req); err != nil {
+		return fmt.Errorf("fence %s at epoch %d: %w", r.spec.Volume, req.epoch, err)
 	}
 	// A quarter more than a lease, for clocks that do not run alike.
 	t := time.NewTimer(r.lease + r.lease/4)
@@ -274,7 +296,7 @@ func (r *Replica) Fence(ctx context.Context, epoch trivet.Epoch) error {
 	case <-t.C:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("fence %s at epoch %d: wait for leases: %w", r.spec.Volume, epoch, ctx.Err())
+		return fmt.Errorf("fence %s at epoch %d: wait for leases: %w", r.spec.Volume, req.epoch, ctx.Err())
 	}
 }
 

@@ -71,26 +71,34 @@ func (r *Replica) Rollback(ctx context.Context, epoch trivet.Epoch, id trivet.Sn
 // others know of. Whoever keeps writes back, as a cache does, has to write them before. Errors as of WriteAt, and
 // those of Replica.Freeze; the same snapshot may be asked for again.
 func (v *Volume) Freeze(ctx context.Context, id trivet.SnapshotID) (Frozen, error) {
-	req := request{op: opFreeze, epoch: v.cfg.Epoch, arg: uint64(id)}
-	if err := req.check(); err != nil {
-		return Frozen{}, err
-	}
-	req.seal(v.cfg.ID)
-	body := appendWrite(nil, &req)
 	var out Frozen
 	err := v.call(ctx, func(ctx context.Context) error {
-		return v.callLeader(ctx, false, func(ctx context.Context, node trivet.NodeID) (reply, error) {
-			rep, err := v.freezeAt(ctx, node, &req, body)
-			if err == nil && rep.code == codeDone {
-				out = decodeFrozen(rep.data)
-			}
-			return rep, err
+		return v.atEpoch(ctx, func(epoch trivet.Epoch) (err error) {
+			out, err = v.freezeAtEpoch(ctx, epoch, id)
+			return err
 		})
 	})
 	if err != nil {
 		return Frozen{}, fmt.Errorf("freeze %s of %s: %w", id, v.cfg.ID, err)
 	}
 	return out, nil
+}
+
+func (v *Volume) freezeAtEpoch(ctx context.Context, epoch trivet.Epoch, id trivet.SnapshotID) (out Frozen, err error) {
+	req := request{op: opFreeze, epoch: epoch, arg: uint64(id)}
+	if err := req.check(); err != nil {
+		return out, err
+	}
+	req.seal(v.cfg.ID)
+	body := appendWrite(nil, &req)
+	err = v.callLeader(ctx, false, func(ctx context.Context, node trivet.NodeID) (reply, error) {
+		rep, err := v.freezeAt(ctx, node, &req, body)
+		if err == nil && rep.code == codeDone {
+			out = decodeFrozen(rep.data)
+		}
+		return rep, err
+	})
+	return out, err
 }
 
 func (v *Volume) freezeAt(ctx context.Context, node trivet.NodeID, req *request, body []byte) (reply, error) {

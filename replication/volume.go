@@ -31,6 +31,13 @@ type VolumeConfig struct {
 	// one in each epoch, so a second Volume with the same epoch would be taken for copies of the first.
 	Epoch   trivet.Epoch
 	Members []raftgroup.Member // where replicas are
+	// Writer is the number of this writer, of those that may write at Epoch (Replica.FenceWriters).
+	Writer int
+	// Renew, when set, is asked for the epoch at which this writer's session goes on once the one before is fenced, since
+	// another writer has come or gone. It waits until that one is fenced in. ErrFenced: the session is over. It
+	// may be called concurrently. nil: the session has one epoch. Others write as well then, or may come to, so
+	// ReadConsistency must be ReadStrong.
+	Renew func(ctx context.Context, fenced trivet.Epoch) (trivet.Epoch, error)
 	// ReadConsistency says who may answer reads; "" = ReadStrong. See the constants for what each costs.
 	ReadConsistency trivet.ReadConsistency
 	// FindMembers, when set, says where they are now. It is asked after each attempt that found no leader, so
@@ -60,8 +67,14 @@ func (c *VolumeConfig) Validate() error {
 		return fmt.Errorf("volume config of %s: Network is not set: %w", c.ID, trivet.ErrInvalid)
 	case c.IOTimeout < 0:
 		return fmt.Errorf("volume config of %s: IOTimeout %v is negative: %w", c.ID, c.IOTimeout, trivet.ErrInvalid)
+	case c.Writer < 0 || c.Writer >= WritersMax:
+		return fmt.Errorf("volume config of %s: Writer %d is not 0 to %d: %w", c.ID, c.Writer, WritersMax-1, trivet.ErrInvalid)
 	}
-	_, err := levelOf(c.ReadConsistency)
+	level, err := levelOf(c.ReadConsistency)
+	if err == nil && c.Renew != nil && level != levelStrong {
+		err = fmt.Errorf("volume config of %s: ReadConsistency %s where others may write: %w", c.ID, c.ReadConsistency,
+			trivet.ErrInvalid)
+	}
 	return err
 }
 
@@ -78,6 +91,7 @@ type Volume struct {
 	slots   chan struct{} // one per request in flight
 	stats   stats
 	size    atomic.Int64
+	epoch   atomic.Uint64 // of what is sent; Renew raises it
 	level   readLevel
 	seen    atomic.Uint64 // newest entry whose effect this Volume has been told of (ReadSession)
 
@@ -110,6 +124,7 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 		slots:   make(chan struct{}, requestsInFlight),
 	}
 	v.size.Store(cfg.SizeBytes)
+	v.epoch.Store(uint64(cfg.Epoch))
 	v.level, _ = levelOf(cfg.ReadConsistency)                     // Validate has refused what is none
 	v.life, v.end = context.WithCancelCause(context.Background()) // outlives every call
 	return v, nil
@@ -231,6 +246,43 @@ func (v *Volume) Close() error {
 	return nil
 }
 
+// atEpoch calls f with the epoch of this Volume, and again with each that follows while the session goes on. What was
+// refused as fenced may have been applied by an earlier copy, so f sends the same sequence again.
+func (v *Volume) atEpoch(ctx context.Context, f func(epoch trivet.Epoch) error) error {
+	for {
+		epoch := trivet.Epoch(v.epoch.Load())
+		err := f(epoch)
+		if v.cfg.Renew == nil || !errors.Is(err, trivet.ErrFenced) || v.life.Err() != nil {
+			return err
+		}
+		if err := v.renew(ctx, epoch); err != nil {
+			return err
+		}
+	}
+}
+
+func (v *Volume) renew(ctx context.Context, fenced trivet.Epoch) error {
+	if trivet.Epoch(v.epoch.Load()) > fenced {
+		return nil // another call has been told
+	}
+	next, err := v.cfg.Renew(ctx, fenced)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return giveUp(ctx, v.cfg.IOTimeout, err)
+	case err != nil:
+		return err
+	case next <= fenced:
+		return fmt.Errorf("epoch %d follows %d, which is fenced: %w", next, fenced, trivet.ErrFenced)
+	}
+	for {
+		old := v.epoch.Load()
+		if uint64(next) <= old || v.epoch.CompareAndSwap(old, uint64(next)) {
+			v.log.Info("another writer has come or gone: going on at a new epoch", "now", uint64(next))
+			return nil
+		}
+	}
+}
+
 // call runs f with a context that ends after IOTimeout, with Close or with a fence.
 func (v *Volume) call(ctx context.Context, f func(ctx context.Context) error) error {
 	v.mu.Lock()
@@ -251,7 +303,7 @@ func (v *Volume) call(ctx context.Context, f func(ctx context.Context) error) er
 
 	err := f(ctx)
 	if errors.Is(err, trivet.ErrFenced) {
-		v.end(fmt.Errorf("%s at epoch %d: %w", v.cfg.ID, v.cfg.Epoch, trivet.ErrFenced))
+		v.end(fmt.Errorf("%s at epoch %d: %w", v.cfg.ID, v.epoch.Load(), trivet.ErrFenced))
 		v.log.Warn("volume is fenced: another attachment owns it", "err", err)
 	}
 	return err

@@ -20,7 +20,7 @@ const (
 	seqRefused seqState = 2 // answered with ErrOutOfRange: a late copy must not be applied either
 )
 
-// window remembers which sequences of the current epoch were applied, so that each is applied at
+// window remembers which sequences of a writer's session were applied, so that each is applied at
 // most once, and none after its client had its answer and went on (H39).
 //
 // Invariant: every sequence below mark is settled: it was applied, refused, or never will be.
@@ -35,9 +35,6 @@ type window struct {
 }
 
 func newWindow() *window { return &window{mark: 1, high: 1} }
-
-// reset forgets everything: a new epoch counts from one again.
-func (w *window) reset() { *w = window{mark: 1, high: 1} }
 
 // raise moves the mark up to low: the client has its answer to every sequence below.
 func (w *window) raise(low uint64) {
@@ -76,15 +73,20 @@ func (w *window) settle(seq uint64, st seqState) {
 //	| version | mark | n       | states of mark .. mark+n-1, 2 bits each,  |
 //	| 1       | 8    | 2       | lowest bits first, zero padded            |
 //	+---------+------+---------+-------------------------------------------+
+//
+// Sessions of version 2 (writers.go) have what follows the version, too.
 const (
 	windowVersion     = 1
-	windowHeaderBytes = 11
+	windowFixedBytes  = 10
+	windowHeaderBytes = 1 + windowFixedBytes
 )
 
 // append encodes w.
-func (w *window) append(dst []byte) []byte {
+func (w *window) append(dst []byte) []byte { return w.appendBody(append(dst, windowVersion)) }
+
+// appendBody encodes w without a version.
+func (w *window) appendBody(dst []byte) []byte {
 	n := w.high - w.mark
-	dst = append(dst, windowVersion)
 	dst = binary.BigEndian.AppendUint64(dst, w.mark)
 	dst = binary.BigEndian.AppendUint16(dst, uint16(n))
 	at := len(dst)
@@ -98,33 +100,44 @@ func (w *window) append(dst []byte) []byte {
 // decodeWindow is the inverse of append; empty input is a new window. Anything that append does not
 // make is ErrCorrupt.
 func decodeWindow(b []byte) (*window, error) {
-	w := newWindow()
 	if len(b) == 0 {
-		return w, nil
+		return newWindow(), nil
 	}
 	if len(b) < windowHeaderBytes || b[0] != windowVersion {
 		return nil, fmt.Errorf("session window of %d bytes, version %d: this build reads version %d: %w",
 			len(b), b[0], windowVersion, trivet.ErrCorrupt)
 	}
-	w.mark = binary.BigEndian.Uint64(b[1:])
-	n := uint64(binary.BigEndian.Uint16(b[9:]))
-	if w.mark == 0 || w.mark > w.mark+n || n > windowN || uint64(len(b)) != windowHeaderBytes+(n+3)/4 {
-		return nil, fmt.Errorf("session window of %d bytes says %d states above mark %d: %w",
+	w, rest, err := decodeWindowBody(b[1:])
+	if err == nil && len(rest) != 0 {
+		err = fmt.Errorf("session window of %d bytes is followed by %d: %w", len(b), len(rest), trivet.ErrCorrupt)
+	}
+	return w, err
+}
+
+// decodeWindowBody is the inverse of appendBody; it returns what follows the window as well.
+// REQUIRES: len(b) >= windowFixedBytes.
+func decodeWindowBody(b []byte) (w *window, rest []byte, err error) {
+	w = newWindow()
+	w.mark = binary.BigEndian.Uint64(b)
+	n := uint64(binary.BigEndian.Uint16(b[8:]))
+	size := windowFixedBytes + (n+3)/4
+	if w.mark == 0 || w.mark > w.mark+n || n > windowN || uint64(len(b)) < size {
+		return nil, nil, fmt.Errorf("session window of %d bytes says %d states above mark %d: %w",
 			len(b), n, w.mark, trivet.ErrCorrupt)
 	}
 	w.high = w.mark + n
-	var last seqState
 	for i := range (n + 3) / 4 * 4 {
-		last = seqState(b[windowHeaderBytes+i/4] >> (2 * (i % 4)) & 3)
+		last := seqState(b[windowFixedBytes+i/4] >> (2 * (i % 4)) & 3)
 		if last > seqRefused || (i >= n && last != seqUnseen) {
-			return nil, fmt.Errorf("session window has state %d for sequence %d: %w", last, w.mark+i, trivet.ErrCorrupt)
+			return nil, nil, fmt.Errorf("session window has state %d for sequence %d: %w", last, w.mark+i,
+				trivet.ErrCorrupt)
 		}
 		if i < n {
 			w.state[(w.mark+i)%windowN] = last
 		}
 	}
 	if n > 0 && w.state[(w.high-1)%windowN] == seqUnseen {
-		return nil, fmt.Errorf("session window ends with unseen sequence %d: %w", w.high-1, trivet.ErrCorrupt)
+		return nil, nil, fmt.Errorf("session window ends with unseen sequence %d: %w", w.high-1, trivet.ErrCorrupt)
 	}
-	return w, nil
+	return w, b[size:], nil
 }

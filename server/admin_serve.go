@@ -44,8 +44,13 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	if err != nil {
 		return err
 	}
-	attach := a.attach
-	if r.GetReadOnly() {
+	attach, err := a.attachFor(r)
+	switch {
+	case err != nil:
+		return err
+	case r.GetReadOnly() && r.GetShared():
+		return fmt.Errorf("serve: one of two that both write is not read-only: %w", trivet.ErrInvalid)
+	case r.GetReadOnly():
 		attach = a.attachReader
 	}
 	v, err := attach(ctx, r.GetName())

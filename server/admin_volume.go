@@ -220,7 +220,11 @@ func (a *admin) MoveLeader(ctx context.Context, r *api.MoveLeaderRequest) (*api.
 
 // AttachVolume implements api.AdminServer.
 func (a *admin) AttachVolume(ctx context.Context, r *api.VolumeRequest) (*api.AttachVolumeResponse, error) {
-	v, err := a.attach(ctx, r.GetName())
+	attach, err := a.attachFor(r)
+	if err != nil {
+		return nil, err
+	}
+	v, err := attach(ctx, r.GetName())
 	if err != nil {
 		return nil, err
 	}

@@ -36,6 +36,8 @@ func newVolumeServe(o *options) *cobra.Command {
 	cmd.Flags().StringVar(&r.TlsKey, "tls-key", "", "file with its key")
 	cmd.Flags().StringVar(&r.TlsCa, "tls-ca", "", "file with the CA that signs clients' certificates")
 	cmd.Flags().BoolVar(&r.ReadOnly, "read-only", false, "attach as one of any number of readers; clients cannot write")
+	sharedFlags(cmd, &r.Shared, &r.With)
+	cmd.MarkFlagsMutuallyExclusive("read-only", "shared")
 	cmd.MarkFlagsOneRequired("socket", "listen")
 	cmd.MarkFlagsMutuallyExclusive("socket", "listen")
 	cmd.MarkFlagsRequiredTogether("tls-cert", "tls-key", "tls-ca")
@@ -43,6 +45,12 @@ func newVolumeServe(o *options) *cobra.Command {
 		cmd.MarkFlagsMutuallyExclusive("socket", flag)
 	}
 	return cmd
+}
+
+// sharedFlags are those of an attachment that another node may write beside.
+func sharedFlags(cmd *cobra.Command, shared *bool, with *string) {
+	cmd.Flags().BoolVar(shared, "shared", false, "attach as one of two nodes that both write")
+	cmd.Flags().StringVar(with, "with", "", "with --shared: the only node that may be the other (default: whichever comes)")
 }
 
 // serveVolume prints the URI of the export and waits until the service ends.

@@ -150,17 +150,21 @@ func newVolumeShow(o *options) *cobra.Command {
 
 func newVolumeAttach(o *options) *cobra.Command {
 	var node string
+	var r api.VolumeRequest
 	cmd := &cobra.Command{
 		Use:   "attach NAME",
 		Short: "Attach a volume to a node as a block device and print the device",
-		Args:  exactArgs("NAME"),
+		Long: "Attach a volume to a node as a block device and print the device. With --shared two nodes may have it at\n" +
+			"a time, and both write, as on a shared disk: no filesystem but one made for that survives it.",
+		Args: exactArgs("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			address, err := o.addressOf(cmd, node)
 			if err != nil {
 				return err
 			}
 			return o.callAt(cmd, address, func(ctx context.Context, c *client) error {
-				resp, err := c.AttachVolume(ctx, &api.VolumeRequest{Name: args[0]})
+				r.Name = args[0]
+				resp, err := c.AttachVolume(ctx, &r)
 				if err != nil {
 					return err
 				}
@@ -173,6 +177,7 @@ func newVolumeAttach(o *options) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&node, "node", "", "node to attach to (default: the one in --server)")
+	sharedFlags(cmd, &r.Shared, &r.With)
 	return cmd
 }
 

@@ -16,14 +16,18 @@ func TestAccessModes(t *testing.T) {
 	t.Parallel()
 	modes := []meta.AccessMode{
 		meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader, meta.MultiNodeReader,
+		meta.MultiNodeMultiWriter,
 	}
 	for _, held := range modes {
 		for _, wanted := range modes {
 			for _, readOnly := range []bool{false, true} {
+				if readOnly && held == meta.MultiNodeMultiWriter {
+					continue // both write: refused by Validate
+				}
 				m := attachable(t)
 				mustApply(t, m, meta.Command{Attach: &meta.Attach{Volume: 1, Node: "n1", Mode: held, ReadOnly: readOnly}})
 				wantOther, wantSame := trivet.ErrInUse, trivet.ErrExists
-				if held == meta.MultiNodeReader && wanted == meta.MultiNodeReader {
+				if held == wanted && (held == meta.MultiNodeReader || held == meta.MultiNodeMultiWriter) {
 					wantOther = nil
 				}
 				// Not to write is said twice by the modes that only read.
@@ -102,5 +106,34 @@ func TestAs(t *testing.T) {
 		assert.Equal(t, trivet.Epoch(1), v.GrantOf("n3").Epoch)
 		assert.Equal(t, trivet.Epoch(1), v.GrantOf("n2").Epoch)
 		assert.Nil(t, v.GrantOf("n9"))
+	}
+}
+
+// TestWritersAreTwo: a third is refused, whatever it asks for, with the names of both; so is whoever was not named.
+func TestWritersAreTwo(t *testing.T) {
+	t.Parallel()
+	const two = meta.MultiNodeMultiWriter
+	m := attachable(t)
+	mustApply(t, m, meta.Command{Attach: &meta.Attach{Volume: 1, Node: "n1", Mode: two}})
+	mustApply(t, m, meta.Command{Attach: &meta.Attach{Volume: 1, Node: "n3", Mode: two}})
+	for _, mode := range []meta.AccessMode{
+		meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader, meta.MultiNodeReader, two,
+	} {
+		res := m.Apply(meta.Command{Attach: &meta.Attach{Volume: 1, Node: "n2", Mode: mode}})
+		require.ErrorIs(t, res.Err, trivet.ErrInUse, "%s", mode)
+		require.ErrorContains(t, res.Err, "held by nodes n1, n3", "%s", mode)
+	}
+	v, _ := m.State().Volume(1)
+	require.Equal(t, [meta.WritersMax]trivet.Epoch{1, 2}, v.Writers())
+	_, err := meta.DecodeImage(mustImage(t, m.State()))
+	require.NoError(t, err)
+	for _, bad := range []meta.Attach{
+		{Volume: 1, Node: "n2", Mode: two, ReadOnly: true},
+		{Volume: 1, Node: "n2", Mode: two, With: "n2"},
+		{Volume: 1, Node: "n2", Mode: meta.SingleNodeMultiWriter, With: "n3"},
+		{Volume: 1, Node: "n2", Mode: two, With: "no node"},
+	} {
+		_, err := meta.Command{Attach: &bad}.Encode()
+		require.ErrorIs(t, err, trivet.ErrInvalid, "%+v", bad)
 	}
 }

@@ -21,6 +21,8 @@ import (
 // Invariant: FencedEpoch <= Epoch. Attached: Attached.Epoch == Epoch and Detaching is empty.
 // Detaching: FencedEpoch < Epoch.
 //
+// Two writers share one, too (apply_writers.go).
+//
 // Readers share an epoch (decision 0020). The first one reserves it, so every writer before is fenced;
 // others join and leave at it, and the last one's detach reserves the next, as a writer's does. An epoch
 // numbers the writes of one writer (H39); of readers there are none.
@@ -46,6 +48,10 @@ func (a *Attach) apply(d *draft) error {
 		Mode:        a.Mode,
 		ReadOnly:    a.ReadOnly || a.Mode.Reads(),
 		Incarnation: node.Incarnation,
+		With:        a.With,
+	}
+	if a.With != "" && d.nodes[a.With] == nil {
+		return fmt.Errorf("node %s is unknown: %w", a.With, trivet.ErrNotFound)
 	}
 	if err := v.admits(&want); err != nil || v.GrantOf(a.Node) != nil {
 		return err
@@ -57,18 +63,25 @@ func (a *Attach) apply(d *draft) error {
 	case PhaseReleased, PhaseRecycling, PhaseDeleting, PhaseFailed, PhaseKept:
 		return fmt.Errorf("volume is %s: %w", v.Phase, trivet.ErrInvalid)
 	}
-	switch v.Detaching {
-	case "":
-	case a.Node:
-		return fmt.Errorf("earlier attachment is still being detached: %w", trivet.ErrPending)
-	default:
-		return fmt.Errorf("still being detached from node %s: %w", v.Detaching, trivet.ErrInUse)
+	for _, old := range []trivet.NodeID{v.Detaching, v.Leaving} {
+		switch old {
+		case "":
+		case a.Node:
+			return fmt.Errorf("earlier attachment is still being detached: %w", trivet.ErrPending)
+		default:
+			return fmt.Errorf("still being detached from node %s: %w", old, trivet.ErrInUse)
+		}
 	}
 	if a.Epoch != 0 && a.Epoch != v.Epoch+1 {
 		return fmt.Errorf("next epoch is %d, not %d: %w", v.Epoch+1, a.Epoch, trivet.ErrPending)
 	}
 	if err := v.unmoved(a.IfRevision); err != nil {
 		return err
+	}
+	if v.Attached != nil && a.Mode == MultiNodeMultiWriter {
+		v.joinWriter(want)
+		d.put(v)
+		return nil
 	}
 	if v.Attached != nil { // it reads beside others
 		want.Epoch = v.Epoch
@@ -90,11 +103,16 @@ func (v *Volume) admits(want *Attachment) error {
 		if held.Mode != want.Mode || held.ReadOnly != want.ReadOnly {
 			return fmt.Errorf("attached there as %s, read-only %t: %w", held.Mode, held.ReadOnly, trivet.ErrExists)
 		}
+		if want.With != "" && want.With != held.With {
+			return fmt.Errorf("attached there to write beside %q, not %q: %w", held.With, want.With, trivet.ErrExists)
+		}
 		return nil
 	}
 	switch {
 	case v.Attached == nil:
 		return nil
+	case v.Attached.Mode == MultiNodeMultiWriter && want.Mode == MultiNodeMultiWriter:
+		return v.admitsWriter(want)
 	case v.Attached.Mode != MultiNodeReader || want.Mode != MultiNodeReader:
 		return fmt.Errorf("held by %s: %w", v.holderText(), trivet.ErrInUse)
 	case len(v.Also) >= readersMax-1:
@@ -105,7 +123,7 @@ func (v *Volume) admits(want *Attachment) error {
 
 // holderText names the nodes that hold v, for an error.
 func (v *Volume) holderText() string {
-	if len(v.Also) == 0 {
+	if len(v.Holders()) == 1 {
 		return "node " + v.holderNames()
 	}
 	return "nodes " + v.holderNames()
@@ -138,6 +156,8 @@ func (t *TakeOver) apply(d *draft) error {
 		return nil
 	}
 	switch {
+	case held.Mode == MultiNodeMultiWriter:
+		v.renewWriter(held)
 	case held.Mode != MultiNodeReader:
 		v.Epoch++
 		held.Epoch = v.Epoch
@@ -175,11 +195,14 @@ func (t *Detach) apply(d *draft) error {
 	if r := v.ReplicaOn(node); r != nil && r.ID == v.WantLeader {
 		v.WantLeader = "" // leadership was to follow the attachment; that node may be dead by now
 	}
-	if t.Node != "" && len(v.Also) > 0 {
+	switch {
+	case t.Node != "" && len(v.Also) > 0 && held.Mode == MultiNodeMultiWriter:
+		v.dropWriter(t.Node)
+	case t.Node != "" && len(v.Also) > 0:
 		v.dropReader(t.Node)
-	} else {
+	default:
 		v.Epoch++
-		v.Attached, v.Also, v.Detaching = nil, nil, node
+		v.letGo(node)
 	}
 	d.put(v)
 	if t.Forced {
@@ -216,7 +239,7 @@ func (r *ReportFence) apply(d *draft) error {
 	}
 	v.FencedEpoch = r.Epoch
 	if v.FencedEpoch == v.Epoch {
-		v.Detaching = ""
+		v.Detaching, v.Leaving = "", ""
 	}
 	d.put(v)
 	return nil

@@ -63,7 +63,7 @@ func (r *RecoverVolume) apply(d *draft) error {
 	v.Recover, v.Leader, v.WantLeader = r.Replica, "", ""
 	v.Epoch++
 	if held := v.Holder(); held != "" {
-		v.Attached, v.Also, v.Detaching = nil, nil, held
+		v.letGo(held)
 	}
 	d.put(v)
 	rep = v.Replica(r.Replica)

@@ -200,7 +200,7 @@ func (d *draft) unwantMembers(g *SnapshotGroup) {
 // that point is nobody else's.
 func (d *draft) mayBeAlone(s *Snapshot) error {
 	v, ok := d.volumes.get(s.Volume)
-	if s.Group == 0 || ok && len(v.Writers()) == 0 {
+	if s.Group == 0 || ok && len(v.WritingAttachments()) == 0 {
 		return nil
 	}
 	return fmt.Errorf("%s belongs to %s, and its volume may be written: %w", s.ID, s.Group, trivet.ErrInvalid)

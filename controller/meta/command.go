@@ -134,7 +134,9 @@ type ReportReplica struct {
 // MultiNodeReader, or is Detaching; with ErrExists when the same node holds it with other arguments;
 // ErrNoSpace beyond the number of readers there may be; ErrInvalid unless the volume is Available or Bound
 // (ErrPending while Creating). The same again: no effect, returns the volume as it is. An Available volume
-// becomes Bound. ErrPending while the node's own earlier attachment is still Detaching.
+// becomes Bound. ErrPending while the node's own earlier attachment is still Detaching or Leaving.
+// A MultiNodeMultiWriter joins one that there is, unless either names another node than the other's; both are given the
+// next epoch, and the one that there was keeps its session.
 type Attach struct {
 	Volume   trivet.VolumeID `json:"volume"`
 	Node     trivet.NodeID   `json:"node"` // must be registered
@@ -143,13 +145,16 @@ type Attach struct {
 	// Epoch is the epoch asked for: one above the Volume.Epoch that the proposer saw. ErrPending
 	// when that is no longer the next, so a late copy attaches nothing. 0 = whichever is next.
 	Epoch trivet.Epoch `json:"epoch,omitempty"`
+	// With names the only other node that may write beside this one, for a MultiNodeMultiWriter; empty: whichever comes.
+	With trivet.NodeID `json:"with,omitempty"`
 	// IfRevision is what Epoch is for a MultiNodeReader, who may join others without a new epoch: ErrPending
 	// when the volume has changed since. 0 = not checked.
 	IfRevision Revision `json:"ifRevision,omitempty"`
 }
 
 // TakeOver reserves the next epoch for a new process of the node that already holds the volume. A
-// MultiNodeReader keeps its epoch, which is the others' too: it has written nothing to be fenced from.
+// MultiNodeReader keeps its epoch, which is the others' too: it has written nothing to be fenced from. The other of two
+// writers goes on at the new epoch.
 // ErrFenced when the node does not hold it (stop for good), or when Incarnation is given and is not
 // the one the node registered. No effect when that process holds the attachment already.
 type TakeOver struct {
@@ -159,7 +164,7 @@ type TakeOver struct {
 }
 
 // Detach ends the attachment of Node (all when empty) and, unless others remain, who all read, reserves an
-// epoch that fences it. Not attached or unknown: no effect.
+// epoch that fences it; the other of two writers goes on at that. Not attached or unknown: no effect.
 type Detach struct {
 	Volume trivet.VolumeID `json:"volume"`
 	Node   trivet.NodeID   `json:"node,omitempty"`

@@ -62,6 +62,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			modes := []meta.AccessMode{
 				meta.SingleNodeSingleWriter, meta.SingleNodeMultiWriter, meta.SingleNodeReader,
 				meta.MultiNodeReader, meta.MultiNodeReader, meta.MultiNodeReader,
+				meta.MultiNodeMultiWriter, meta.MultiNodeMultiWriter, meta.MultiNodeMultiWriter,
 			}
 			return meta.Command{Attach: &meta.Attach{Volume: vid, Node: nodeID(n), Mode: modes[r.Intn(len(modes))]}}
 		},

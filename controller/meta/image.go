@@ -220,6 +220,9 @@ func (s *State) problem(v *Volume) string {
 	if problem := s.readersProblem(v); problem != "" {
 		return problem
 	}
+	if problem := v.writersProblem(); problem != "" {
+		return problem
+	}
 	if problem := v.replicaProblem(); problem != "" {
 		return problem
 	}
@@ -249,8 +252,11 @@ func (s *State) readersProblem(v *Volume) string {
 	if len(v.Also) == 0 {
 		return ""
 	}
-	if v.Attached == nil || v.Attached.Mode != MultiNodeReader || !v.Attached.ReadOnly {
+	if v.Attached == nil || !v.Attached.Mode.shares() || v.Attached.Mode.Reads() != v.Attached.ReadOnly {
 		return fmt.Sprintf("%d readers beside none that reads", len(v.Also))
+	}
+	if v.Attached.Mode == MultiNodeMultiWriter && len(v.Also) >= WritersMax {
+		return fmt.Sprintf("%d writers beside one", len(v.Also))
 	}
 	seen := map[trivet.NodeID]bool{v.Attached.Node: true}
 	for _, a := range v.Also {
@@ -259,7 +265,7 @@ func (s *State) readersProblem(v *Volume) string {
 			return fmt.Sprintf("attached to %s twice", a.Node)
 		case s.nodes[a.Node] == nil:
 			return fmt.Sprintf("attached to %s, which is unknown", a.Node)
-		case a.Mode != MultiNodeReader || !a.ReadOnly || a.Epoch != v.Epoch:
+		case a.Mode != v.Attached.Mode || a.Mode.Reads() != a.ReadOnly || a.Epoch != v.Epoch:
 			return fmt.Sprintf("attached to %s beside others as %s at epoch %d of %d", a.Node, a.Mode, a.Epoch, v.Epoch)
 		}
 		seen[a.Node] = true

@@ -19,7 +19,7 @@ import (
 // TestScripts runs testdata/*.txt. Commands take v= (volume number), n= (node number), e= (epoch):
 //
 //	create v=1 n=(1,2,3) policy=retain [request=r] [claim] [wipe]
-//	report v=1 n=1 state=Ready | attach v=1 n=1 [mode=…] [ro] [e=4] | takeover v=1 n=1 [i=5]
+//	report v=1 n=1 state=Ready | attach v=1 n=1 [mode=…] [ro] [e=4] [with=n2] | takeover v=1 n=1 [i=5]
 //	detach v=1 [n=1] [e=4] [forced] | fence v=1 e=2 | leader v=1 n=2 [term=3] | want v=1 n=2
 //	release v=1 [discard] [skip] | reclaim v=1 policy=delete | wiped v=1 e=3 | fail v=1 reason=x
 //	add v=1 n=4 [as=7] [disk=5] [replaces=2] [rev=9] | remove v=1 n=2 [rev=9] | count v=1 to=5
@@ -108,7 +108,7 @@ func scripted(t *testing.T, m *meta.Machine, d *datadriven.TestData) meta.Comman
 		mode := meta.AccessMode(word(t, d, "mode", string(meta.SingleNodeMultiWriter)))
 		return meta.Command{Attach: &meta.Attach{
 			Volume: id, Node: nodeID(n), Mode: mode, ReadOnly: d.HasArg("ro"), Epoch: epoch,
-			IfRevision: meta.Revision(number(t, d, "rev")),
+			IfRevision: meta.Revision(number(t, d, "rev")), With: trivet.NodeID(word(t, d, "with", "")),
 		}}
 	case "takeover":
 		c := &meta.TakeOver{Volume: id, Node: nodeID(n)}
@@ -242,6 +242,12 @@ func line(v *meta.Volume) string {
 	}
 	if v.Detaching != "" {
 		fmt.Fprintf(b, " detaching=%s", v.Detaching)
+	}
+	if v.Leaving != "" {
+		fmt.Fprintf(b, " leaving=%s", v.Leaving)
+	}
+	if w := v.Writers(); w[0] != v.Epoch || w[1] != 0 {
+		fmt.Fprintf(b, " writers=%d", w)
 	}
 	for _, r := range v.Replicas {
 		fmt.Fprintf(b, " %s:%s", r.Node, r.State)

@@ -73,8 +73,8 @@ func (g *SnapshotGroup) Of(volumes []trivet.VolumeID) bool {
 // MemberName is the name of the snapshot of a volume in a group: no user can choose such a name.
 func MemberName(group, volume string) string { return group + "/" + volume }
 
-// Writers returns the attachments that may write to the volume; none: nobody can.
-func (v *Volume) Writers() []Attachment {
+// WritingAttachments returns the attachments that may write to the volume; none: nobody can.
+func (v *Volume) WritingAttachments() []Attachment {
 	var out []Attachment
 	if v.Attached != nil && !v.Attached.ReadOnly {
 		out = append(out, *v.Attached)

@@ -54,16 +54,21 @@ type AccessMode string
 
 // The access modes of this version. The first three bind the volume to one node; the first allows one
 // consumer there, the second several (Kubernetes ReadWriteOncePod and ReadWriteOnce). MultiNodeReader
-// lets several nodes read, and none write (ReadOnlyMany).
+// lets several nodes read, and none write (ReadOnlyMany). MultiNodeMultiWriter lets two nodes read and write, which is
+// what the live migration of a virtual machine needs (ReadWriteMany of a raw block volume).
 const (
 	SingleNodeSingleWriter AccessMode = "SingleNodeSingleWriter"
 	SingleNodeMultiWriter  AccessMode = "SingleNodeMultiWriter"
 	SingleNodeReader       AccessMode = "SingleNodeReader"
 	MultiNodeReader        AccessMode = "MultiNodeReader"
+	MultiNodeMultiWriter   AccessMode = "MultiNodeMultiWriter"
 )
 
 // Reads reports whether the mode allows nothing but reading.
 func (m AccessMode) Reads() bool { return m == SingleNodeReader || m == MultiNodeReader }
+
+// shares reports whether nodes may be attached together by the mode.
+func (m AccessMode) shares() bool { return m == MultiNodeReader || m == MultiNodeMultiWriter }
 
 // Node is a machine of the cluster.
 type Node struct {
@@ -160,6 +165,12 @@ type Attachment struct {
 	// Incarnation is the process of the node to which Epoch was granted: the one registered when it
 	// was attached or taken over. Any other process of that node must TakeOver first.
 	Incarnation string `json:"incarnation,omitempty"`
+
+	// Of a MultiNodeMultiWriter: Writer is its number, 0 or 1; Since the epoch at which its session began, 0 = Epoch; With
+	// the only other node that may write beside it, empty = whichever comes.
+	Writer int           `json:"writer,omitempty"`
+	Since  trivet.Epoch  `json:"since,omitempty"`
+	With   trivet.NodeID `json:"with,omitempty"`
 }
 
 // Volume is the catalogue's record of a volume.
@@ -194,11 +205,14 @@ type Volume struct {
 	Epoch       trivet.Epoch `json:"epoch"`
 	FencedEpoch trivet.Epoch `json:"fencedEpoch"`
 	Attached    *Attachment  `json:"attached,omitempty"`
-	// Also are further nodes that read beside the one in Attached, in the order in which they came. All
-	// of them, Attached included, are MultiNodeReader then, and have the same epoch.
+	// Also are further nodes that read beside the one in Attached, in the order in which they came, or the one that
+	// writes beside it. All of them, Attached included, are MultiNodeReader then, or MultiNodeMultiWriter, and have
+	// the same epoch.
 	Also []Attachment `json:"also,omitempty"`
 	// Detaching names the node whose attachment ends when the fence of Epoch is committed.
 	Detaching trivet.NodeID `json:"detaching,omitempty"`
+	// Leaving names the node whose attachment, as one of two writers, ends when the fence of Epoch is committed.
+	Leaving trivet.NodeID `json:"leaving,omitempty"`
 
 	// WantLeader asks the leader's agent to move leadership there; empty = leave it.
 	WantLeader trivet.ReplicaID `json:"wantLeader,omitempty"`
@@ -245,6 +259,9 @@ func (v *Volume) Holders() []trivet.NodeID {
 	}
 	for _, a := range v.Also {
 		nodes = append(nodes, a.Node)
+	}
+	if v.Leaving != "" {
+		nodes = append(nodes, v.Leaving)
 	}
 	return nodes
 }

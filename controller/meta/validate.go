@@ -215,8 +215,20 @@ func (r *ReportReplica) validate() error {
 func (a *Attach) validate() error {
 	switch a.Mode {
 	case SingleNodeSingleWriter, SingleNodeMultiWriter, SingleNodeReader, MultiNodeReader:
+		if a.With != "" {
+			return fmt.Errorf("%s together with %s: %w", a.Mode, a.With, trivet.ErrInvalid)
+		}
+	case MultiNodeMultiWriter:
+		if a.ReadOnly || a.With == a.Node {
+			return fmt.Errorf("%s, read-only %t, together with %q: %w", a.Mode, a.ReadOnly, a.With, trivet.ErrInvalid)
+		}
 	default:
 		return fmt.Errorf("access mode %q is unknown: %w", a.Mode, trivet.ErrInvalid)
+	}
+	if a.With != "" {
+		if err := trivet.ValidateNodeID(string(a.With)); err != nil {
+			return err
+		}
 	}
 	return firstError(validateVolume(a.Volume), trivet.ValidateNodeID(string(a.Node)))
 }

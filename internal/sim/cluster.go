@@ -298,6 +298,12 @@ func (c *Cluster) OpenVolumeWith(node trivet.NodeID, epoch trivet.Epoch, reads t
 func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration,
 	members []raftgroup.Member, find func() []raftgroup.Member, reads trivet.ReadConsistency,
 ) (*replication.Volume, error) {
+	return replication.OpenVolume(c.volumeConfig(node, epoch, ioTimeout, members, find, reads))
+}
+
+func (c *Cluster) volumeConfig(node trivet.NodeID, epoch trivet.Epoch, ioTimeout time.Duration,
+	members []raftgroup.Member, find func() []raftgroup.Member, reads trivet.ReadConsistency,
+) replication.VolumeConfig {
 	cfg := replication.VolumeConfig{
 		ID: volumeID, SizeBytes: c.cfg.SizeBytes, Epoch: epoch, Members: members, FindMembers: find, ReadConsistency: reads,
 		IOTimeout: ioTimeout, Network: c.Net.Node(node), Logger: c.cfg.Logger.With("node", node),
@@ -310,7 +316,7 @@ func (c *Cluster) openVolume(node trivet.NodeID, epoch trivet.Epoch, ioTimeout t
 			cfg.Host, cfg.Network = l.host, l.wire
 		}
 	}
-	return replication.OpenVolume(cfg)
+	return cfg
 }
 
 // Converge waits until every member's replica has applied what the leader has.

@@ -35,6 +35,7 @@ type mutant struct {
 	edits   []edit
 	faults  string // classes to draw from
 	overlap bool
+	writers bool
 	reports string // what the failure must say
 }
 
@@ -88,6 +89,14 @@ func theMutants() []mutant {
 			"replication/scrub.go", "if n > (len(values)+absentN)/2 {", "if n <= (len(values)+absentN)/2 {",
 		}},
 		faults: "flip,transfer", reports: "which was never issued",
+	}, {
+		name: "I15", what: "a read where two write asks no quorum",
+		edits:   []edit{{raft + "round.go", "need := voterN(members) / 2", "need := 0"}},
+		writers: true, faults: "depose", reports: "an acknowledged write is lost",
+	}, {
+		name: "H39", what: "the window of a writer that stays is emptied by the fence of another",
+		edits:   []edit{{"replication/writers.go", "next[i] = c.windowOf(i)", "next[i] = newWindow()"}},
+		writers: true, faults: "pause,isolate,holdReply", reports: "not linearizable",
 	}}
 }
 
@@ -149,6 +158,7 @@ func (m mutant) play(t *testing.T, bin string, first int) (string, error) {
 	args := []string{
 		"-test.run=^TestSim$", "-test.v", "-test.timeout=10m", "-duration=40s", "-only=" + m.faults,
 		fmt.Sprintf("-first=%d", first), fmt.Sprintf("-seeds=%d", mutantBatch), fmt.Sprintf("-overlap=%v", m.overlap),
+		fmt.Sprintf("-writers=%v", m.writers),
 	}
 	out, err := exec.CommandContext(t.Context(), bin, args...).CombinedOutput()
 	return string(out), err

@@ -58,6 +58,9 @@ func newNemesis(s *sim) *nemesis {
 	if s.swarm.rates[FaultReplay] > 0 {
 		n.release = append(n.release, s.cluster.Net.Lose(n.past.see))
 	}
+	if s.swarm.writers {
+		n.later(writersEvery, n.changeWriters)
+	}
 	return n
 }
 
@@ -193,7 +196,7 @@ func (n *nemesis) lose(node *Node, why error) {
 	n.sim.log.Debug("damage is reported", "node", node.ID(), "err", why)
 	n.sim.count(func(r *Report) { r.Refused++ })
 	n.lost[node] = true
-	if n.sim.holder().node == node.ID() {
+	if n.sim.sits(node.ID()) {
 		n.later(time.Second, n.takeOver)
 	}
 	if err := node.Stop(); err != nil {
@@ -205,7 +208,7 @@ func (n *nemesis) lose(node *Node, why error) {
 func (n *nemesis) goneDown(node *Node) {
 	n.down[node] = true
 	n.later(3*time.Second, func(ctx context.Context) error { return n.start(ctx, node) })
-	if n.sim.holder().node == node.ID() { // its holder died with the machine
+	if n.sim.sits(node.ID()) { // its holder died with the machine
 		n.later(time.Second, n.takeOver)
 	}
 }

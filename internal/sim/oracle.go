@@ -47,6 +47,9 @@ type write struct {
 	epoch trivet.Epoch
 	back  bool    // roll back to a snapshot, which shows the block as
 	was   version // that version stamped it; 0: zeroes
+
+	contend bool // may begin while another change to a block is under way, if the oracle is shared
+	era     int
 }
 
 // history is all that was asked of one block.
@@ -58,12 +61,22 @@ type history struct {
 	writes []write // version v is writes[v-1]
 	acked  version // highest acknowledged
 	seen   version // highest that a read has returned
-	busy   bool    // a change is under way
+	busy   int     // changes that are under way
+
+	// Where two write, changes to a block may be under way together, and one that ended without an answer may take
+	// effect after later ones of the other writer: for as long as that may be, a block has no floor, and its order is
+	// for porcupine to judge.
+	overlap bool // of those under way, two were at a time
+	mixed   bool // nobody knows which of two is the last
+	open    int  // era in which a change was left without an answer; 0: none
 }
 
 // oracle knows what every block may hold. It is safe for concurrent use.
 type oracle struct {
+	shared bool // two write
+
 	mu     sync.Mutex
+	era    int // counts the epochs from which no earlier change can take effect any more
 	blocks []history
 }
 
@@ -81,9 +94,17 @@ func (h *history) shows(v version) version {
 	return v
 }
 
+// newEra says that no change which began before takes effect any more.
+func (o *oracle) newEra() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.era++
+}
+
 func newOracle(blockN int) *oracle { return &oracle{blocks: make([]history, blockN)} }
 
-// begin reserves [lba, lba+n) and issues the next version of each block. ok is false when one is busy.
+// begin reserves [lba, lba+n) and issues the next version of each block. ok is false when one is busy, and w may not
+// contend for it.
 func (o *oracle) begin(lba trivet.LBA, n int, w write) (versions []version, ok bool) {
 	return o.beginEach(lba, n, func(int) write { return w })
 }
@@ -93,14 +114,18 @@ func (o *oracle) beginEach(lba trivet.LBA, n int, of func(i int) write) (version
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for i := range n {
-		if o.blocks[int(lba)+i].busy {
+		if o.blocks[int(lba)+i].busy > 0 && (!o.shared || !of(i).contend) {
 			return nil, false
 		}
 	}
 	for i := range n {
 		h := &o.blocks[int(lba)+i]
-		h.busy = true
-		h.writes = append(h.writes, of(i))
+		if h.busy++; h.busy > 1 {
+			h.overlap, h.mixed = true, true
+		}
+		w := of(i)
+		w.era = o.era
+		h.writes = append(h.writes, w)
 		versions = append(versions, version(len(h.writes)))
 	}
 	return versions, true
@@ -112,10 +137,17 @@ func (o *oracle) end(lba trivet.LBA, n int, acked bool) {
 	defer o.mu.Unlock()
 	for i := range n {
 		h := &o.blocks[int(lba)+i]
-		h.busy = false
-		if acked {
-			h.acked = version(len(h.writes))
+		h.busy--
+		switch {
+		case !acked && o.shared:
+			h.open = o.era
+		case acked && !h.overlap: // the newest is the one that ends
+			h.acked, h.mixed = version(len(h.writes)), false
+			if h.writes[h.acked-1].era > h.open {
+				h.open = 0
+			}
 		}
+		h.overlap = h.overlap && h.busy > 0
 	}
 }
 
@@ -127,7 +159,9 @@ func (o *oracle) floors(lba trivet.LBA, n int) []version {
 	out := make([]version, n)
 	for i := range out {
 		h := &o.blocks[int(lba)+i]
-		out[i] = max(h.acked, h.seen)
+		if out[i] = max(h.acked, h.seen); h.mixed || h.open > 0 {
+			out[i] = 0
+		}
 	}
 	return out
 }

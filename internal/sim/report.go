@@ -20,19 +20,21 @@ type Report struct {
 	TakeOvers   int    //
 	Changes     int    // of the members, finished
 	Elections   uint64 // highest term
-	Leaders     int    // changes of the highest term seen
-	Restores    int    // snapshots installed
-	Flushes     int    // flushes before log compaction
-	Snapshots   int    // made
-	SnapReads   int    // checked reads of snapshots and clones
-	Rollbacks   int    //
-	Clones      int    //
-	Flips       int    // blocks that were damaged under running machines
-	Scrubs      int    // passes over the whole volume
-	Repaired    int    // blocks, by these
-	LongestGap  time.Duration
-	Healed      time.Duration // from the end of the faults until the core served and agreed
-	History     *History      // to be checked outside of the bubble
+
+	WriterChanges int // a second writer came, or one of two went
+	Leaders       int // changes of the highest term seen
+	Restores      int // snapshots installed
+	Flushes       int // flushes before log compaction
+	Snapshots     int // made
+	SnapReads     int // checked reads of snapshots and clones
+	Rollbacks     int //
+	Clones        int //
+	Flips         int // blocks that were damaged under running machines
+	Scrubs        int // passes over the whole volume
+	Repaired      int // blocks, by these
+	LongestGap    time.Duration
+	Healed        time.Duration // from the end of the faults until the core served and agreed
+	History       *History      // to be checked outside of the bubble
 }
 
 // String returns one line of figures, with the share of calls that were served and the floor below which a run says
@@ -43,11 +45,11 @@ func (r Report) String() string {
 		share = 100 * r.Succeeded / r.Calls
 	}
 	return fmt.Sprintf("calls=%d served=%d (%d%%, floor %d%%) writes=%d reads=%d probes=%d staleWrites=%d "+
-		"crashes=%d exits=%d refused=%d takeovers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
+		"crashes=%d exits=%d refused=%d takeovers=%d writers=%d changes=%d terms=%d leaders=%d restores=%d flushes=%d "+
 		"longestGap=%v healed=%v violations=%d\n    snapshots=%d reads=%d rollbacks=%d clones=%d flips=%d scrubs=%d "+
 		"repaired=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
 		int(100*activityFloor), r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits, r.Refused,
-		r.TakeOvers, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
+		r.TakeOvers, r.WriterChanges, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
 		r.Healed.Round(time.Millisecond), r.Violations, r.Snapshots, r.SnapReads, r.Rollbacks, r.Clones, r.Flips, r.Scrubs,
 		r.Repaired, r.Faults.Sum(), r.Faults)
 }
@@ -75,6 +77,7 @@ func (r *Report) Add(o Report) {
 	r.Violations += o.Violations
 	r.TakeOvers += o.TakeOvers
 	r.Changes += o.Changes
+	r.WriterChanges += o.WriterChanges
 	r.Elections = max(r.Elections, o.Elections)
 	r.Leaders += o.Leaders
 	r.Restores += o.Restores

@@ -31,6 +31,8 @@ type Options struct {
 	Overlap bool
 	// Session lets the holder read by trivet.ReadSession, whatever the seed says.
 	Session bool
+	// Writers lets two write, whatever the seed says.
+	Writers bool
 	// Only, when set, are the classes of faults to draw from, whatever the seed says.
 	Only   []Fault
 	Logger *slog.Logger
@@ -63,7 +65,8 @@ type sim struct {
 	mu         sync.Mutex
 	report     Report
 	violations []error
-	seat       *seat        // who holds the volume now
+	seat       *seat        // who holds the volume now; of two writers, one
+	pair       *pair        // nil: nobody ever writes beside another
 	reserved   trivet.Epoch // the last epoch that was taken for something else
 }
 
@@ -89,11 +92,18 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 	}
 	s.album = &album{o: s.oracle}
 	s.swarm.session = s.swarm.session || opts.Session
+	if s.swarm.writers = !opts.Session && (s.swarm.writers || opts.Writers); s.swarm.writers {
+		s.swarm.session = false
+		s.pair, s.oracle.shared = newPair(), true
+	}
 	if opts.Overlap || s.swarm.overlap {
 		s.swarm.overlapped(opts.Seed)
 	}
 	if len(opts.Only) > 0 {
 		s.swarm.only(opts.Only)
+	}
+	if s.swarm.writers {
+		s.swarm.alone()
 	}
 	err := s.run(ctx)
 	s.mu.Lock()
@@ -127,8 +137,8 @@ func (s *sim) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() {
-		if s.seat != nil {
-			err = errors.Join(err, s.seat.volume.Close())
+		for _, at := range s.seats() {
+			err = errors.Join(err, at.volume.Close())
 		}
 		err = errors.Join(err, s.cluster.Close())
 	}()

@@ -28,6 +28,7 @@ var (
 	duration  = flag.Duration("duration", 0, "how long faults last, simulated; 0 means 3 minutes, 20 s without -seeds")
 	overlap   = flag.Bool("overlap", false, "log flushes overlap with sending in every seed, not in half of them")
 	verbose   = flag.Bool("simlog", false, "write the log of all machines to standard error")
+	writers   = flag.Bool("writers", false, "two write in every seed, not in some")
 	only      = flag.String("only", "", "classes of faults to draw from, separated by commas; empty: as the seed says")
 )
 
@@ -41,7 +42,7 @@ const checkMax = 30 * time.Second
 
 func options(t testing.TB, seed uint64) sim.Options {
 	t.Helper()
-	o := sim.Options{Seed: seed, Duration: *duration, Overlap: *overlap}
+	o := sim.Options{Seed: seed, Duration: *duration, Overlap: *overlap, Writers: *writers}
 	if o.Duration == 0 {
 		o.Duration = 20 * time.Second
 		if *seedN > 0 {
@@ -215,6 +216,31 @@ func TestSimSession(t *testing.T) {
 			require.NoError(t, err)
 		})
 	}
+}
+
+// Two writers that come and go, each with a window of its own, write to the same blocks: what all users see is one
+// linearizable history, and nothing is applied twice, over what the other has written meanwhile (H39).
+func TestSimWriters(t *testing.T) {
+	var mu sync.Mutex
+	var sum sim.Report
+	n := uint64(max(2, *seedN))
+	t.Run("seeds", func(t *testing.T) {
+		for seed := *firstSeed; seed < *firstSeed+n; seed++ {
+			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+				t.Parallel()
+				o := options(t, seed)
+				if o.Writers = true; *duration == 0 && *seedN == 0 {
+					o.Duration = 10 * time.Second
+				}
+				r, err := run(t, o)
+				mu.Lock()
+				sum.Add(r)
+				mu.Unlock()
+				require.NoError(t, err, "seed %d", seed)
+			})
+		}
+	})
+	assert.Positive(t, sum.WriterChanges, "writers that come and go")
 }
 
 // requireFound breaks something and demands that one of a few seeds sees it.

@@ -107,6 +107,7 @@ type swarm struct {
 	overlap         bool  // HostConfig.OverlapFlush
 	session         bool  // the holder reads by ReadSession
 	staleWriter     bool  // a holder of an old epoch that never gives up
+	writers         bool  // a second writer comes and goes
 	sweepRate       int   // engine.Config.SweepRate: a low one has volumes lie upon others for long; 0 = the default
 	logCacheBytes   int64 // little has entries read from the disk, where bits may have flipped; 0 = the default: none is
 }
@@ -156,6 +157,7 @@ func drawSwarm(seed uint64) swarm {
 	s.overlap = rnd.IntN(2) == 0
 	s.spares = 1 + rnd.IntN(2)
 	s.drawGenerations(newRand(seed, 13))
+	s.writers = !s.session && s.rates[FaultSnapshot] == 0 && newRand(seed, 24).IntN(2) == 0
 	return s
 }
 
@@ -175,6 +177,13 @@ func (s *swarm) drawGenerations(rnd *rand.Rand) {
 	}
 	if rnd.IntN(2) == 0 {
 		s.logCacheBytes = int64(logUniform(rnd, 16<<10, 512<<10))
+	}
+}
+
+// alone takes out what the oracle does not know how to judge where two write: what snapshots show.
+func (s *swarm) alone() {
+	for _, f := range []Fault{FaultSnapshot, FaultRollback, FaultClean} {
+		s.rates[f] = 0
 	}
 }
 

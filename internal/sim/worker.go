@@ -35,33 +35,23 @@ func (s *sim) takeOver(ctx context.Context, node trivet.NodeID) error {
 	s.mu.Lock()
 	old, reserved := s.seat, s.reserved
 	s.mu.Unlock()
-	next := &seat{epoch: 1, node: node, session: s.session()}
+	epoch := trivet.Epoch(1)
 	if old != nil {
-		next.epoch = max(old.epoch, reserved) + 1
+		epoch = max(old.epoch, reserved) + 1
 	}
-	if err := s.cluster.Fence(ctx, next.epoch); err != nil {
-		return fmt.Errorf("fence in epoch %d: %w", next.epoch, err)
+	if s.pair != nil {
+		epoch = s.pair.reserve()
 	}
-	if n := s.cluster.Node(node); n != nil {
-		if next.life = n.current(); next.life == nil {
-			next.node = ClientNode
-		}
+	if err := s.cluster.Fence(ctx, epoch); err != nil {
+		return fmt.Errorf("fence in epoch %d: %w", epoch, err)
 	}
-	node = next.node
-	var err error
-	if next.volume, err = s.cluster.OpenVolume(node, next.epoch, ioTimeout); err != nil {
+	next := s.newSeat(epoch, node)
+	if err := s.openSeat(next, 0); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.seat = next
-	s.mu.Unlock()
-	s.log.Debug("volume taken over", "epoch", next.epoch, "on", node)
-	if old == nil {
-		return nil
-	}
-	s.zombie(ctx, old)
-	s.count(func(r *Report) { r.LongestGap = max(r.LongestGap, old.volume.Stats().LongestPause) })
-	return old.volume.Close()
+	gone := s.seated(next)
+	s.log.Debug("volume taken over", "epoch", next.epoch, "on", next.node)
+	return s.dismiss(ctx, gone)
 }
 
 // zombie lets the old holder try: after the fence, nothing of what it asks may succeed.
@@ -95,7 +85,7 @@ func (w *worker) run(ctx context.Context) {
 		if Sleep(ctx, think) != nil {
 			return
 		}
-		seat := w.sim.holder()
+		seat := w.sim.anySeat(w.rnd)
 		lba, n := w.extent()
 		var err error
 		var busy bool
@@ -149,7 +139,7 @@ func (w *worker) extent() (trivet.LBA, int) {
 
 func (w *worker) write(ctx context.Context, seat *seat, lba trivet.LBA, n int) (busy bool, err error) {
 	o := w.sim.oracle
-	versions, ok := o.begin(lba, n, write{epoch: seat.epoch})
+	versions, ok := o.begin(lba, n, write{epoch: seat.epoch, contend: w.sim.pair != nil && w.rnd.IntN(4) == 0})
 	if !ok {
 		return true, nil
 	}

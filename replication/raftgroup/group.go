@@ -79,6 +79,7 @@ type instance struct {
 	searching   atomic.Int32 // searches for a leader under way
 	beater      atomic.Pointer[beater]
 	appliedTerm atomic.Uint64 // highest term of which an entry is applied here as leader
+	rounds      rounds
 	loops       sync.WaitGroup
 
 	mu       sync.Mutex
