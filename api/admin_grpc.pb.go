@@ -56,6 +56,7 @@ const (
 	Admin_RestoreSnapshot_FullMethodName = "/trivet.api.v1.Admin/RestoreSnapshot"
 	Admin_DiffSnapshots_FullMethodName   = "/trivet.api.v1.Admin/DiffSnapshots"
 	Admin_CloneVolume_FullMethodName     = "/trivet.api.v1.Admin/CloneVolume"
+	Admin_FenceVolume_FullMethodName     = "/trivet.api.v1.Admin/FenceVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -140,6 +141,11 @@ type AdminClient interface {
 	DiffSnapshots(ctx context.Context, in *DiffSnapshotsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffPage], error)
 	// CloneVolume makes a volume that begins as a copy of another, as that is now.
 	CloneVolume(ctx context.Context, in *CloneVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// FenceVolume takes a volume from a node whose lease has run out, and returns once the fence is committed: what
+	// that node still sends is refused from then on. FAILED_PRECONDITION when the node has a lease, which the
+	// catalogue itself checks, so that a node which comes back keeps its volumes. A node that does not hold it, or
+	// an unknown volume, is success.
+	FenceVolume(ctx context.Context, in *FenceVolumeRequest, opts ...grpc.CallOption) (*FenceVolumeResponse, error)
 }
 
 type adminClient struct {
@@ -517,6 +523,16 @@ func (c *adminClient) CloneVolume(ctx context.Context, in *CloneVolumeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) FenceVolume(ctx context.Context, in *FenceVolumeRequest, opts ...grpc.CallOption) (*FenceVolumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FenceVolumeResponse)
+	err := c.cc.Invoke(ctx, Admin_FenceVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -599,6 +615,11 @@ type AdminServer interface {
 	DiffSnapshots(*DiffSnapshotsRequest, grpc.ServerStreamingServer[DiffPage]) error
 	// CloneVolume makes a volume that begins as a copy of another, as that is now.
 	CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error)
+	// FenceVolume takes a volume from a node whose lease has run out, and returns once the fence is committed: what
+	// that node still sends is refused from then on. FAILED_PRECONDITION when the node has a lease, which the
+	// catalogue itself checks, so that a node which comes back keeps its volumes. A node that does not hold it, or
+	// an unknown volume, is success.
+	FenceVolume(context.Context, *FenceVolumeRequest) (*FenceVolumeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -710,6 +731,9 @@ func (UnimplementedAdminServer) DiffSnapshots(*DiffSnapshotsRequest, grpc.Server
 }
 func (UnimplementedAdminServer) CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method CloneVolume not implemented")
+}
+func (UnimplementedAdminServer) FenceVolume(context.Context, *FenceVolumeRequest) (*FenceVolumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FenceVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1323,6 +1347,24 @@ func _Admin_CloneVolume_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_FenceVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FenceVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).FenceVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_FenceVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).FenceVolume(ctx, req.(*FenceVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1453,6 +1495,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CloneVolume",
 			Handler:    _Admin_CloneVolume_Handler,
+		},
+		{
+			MethodName: "FenceVolume",
+			Handler:    _Admin_FenceVolume_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

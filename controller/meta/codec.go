@@ -65,6 +65,10 @@ func (c Command) utc() Command {
 		s := *c.CreateSnapshot
 		s.Snapshot.Created = instant(s.Snapshot.Created)
 		c.CreateSnapshot = &s
+	case c.Detach != nil && !c.Detach.IfLease.IsZero():
+		t := *c.Detach
+		t.IfLease = instant(t.IfLease)
+		c.Detach = &t
 	case c.StartScrub != nil:
 		s := *c.StartScrub
 		s.Time = instant(s.Time)
