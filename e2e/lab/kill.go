@@ -6,8 +6,8 @@ import (
 	"fmt"
 )
 
-// KillNode cuts the power of a node: every process on it is killed at once, and its mounts and its network are gone with
-// them. It returns when they are. The node does not come back; [Down] clears up as ever.
+// KillNode cuts the power of a node: every process on it is killed at once, and its mounts and its network are gone
+// with them. It returns when they are. The node does not come back; [Down] clears up as ever.
 func (c *Cluster) KillNode(ctx context.Context, name string) error {
 	n, err := c.node(name)
 	if err != nil {

@@ -149,11 +149,13 @@ func TestOptOut(t *testing.T) {
 func TestLeftAlone(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		c := died(t)
-		for _, claim := range []string{"bare", "daemon", "shared", "ended", "going"} {
+		for _, claim := range []string{"bare", "daemon", "agent", "shared", "first", "ended", "going"} {
 			c.volume("default", claim, "n1")
 		}
 		c.pod("default", "bare", "n1", "", "bare", "shared")
 		c.pod("default", "daemon", "n1", "DaemonSet", "daemon")
+		c.pod("default", "agent", "n1", "DaemonSet", "agent")
+		c.pod("default", "above", "n1", "ReplicaSet", "first", "shared") // seen before the one that makes it stay
 		c.pod("default", "chained", "n1", "ReplicaSet", "shared", "daemon")
 		c.pod("default", "ended", "n1", "", "ended").Status.Phase = corev1.PodSucceeded
 		now := metav1.Now()
@@ -165,7 +167,8 @@ func TestLeftAlone(t *testing.T) {
 			"remove attachment va-db", "remove attachment va-ended", "remove attachment va-going",
 		})
 		for _, alone := range []string{
-			"vol-bare from", "vol-daemon from", "vol-shared from", "pod default/chained", "pod default/ended",
+			"vol-bare from", "vol-daemon from", "vol-agent from", "vol-shared from", "vol-first from",
+			"pod default/chained", "pod default/above", "pod default/ended",
 		} {
 			assert.NotContains(t, strings.Join(did, "\n"), alone)
 		}

@@ -94,7 +94,7 @@ func withTable(document string, all []knob) (string, error) {
 	before, rest, ok := strings.Cut(document, tableBegin)
 	_, after, okEnd := strings.Cut(rest, tableEnd)
 	if !ok || !okEnd {
-		return "", fmt.Errorf("the document has no lines %q and %q", strings.TrimSpace(tableBegin), strings.TrimSpace(tableEnd))
+		return "", fmt.Errorf("the document has no lines %q and %q", tableBegin, tableEnd)
 	}
 	var b strings.Builder
 	b.WriteString("| value | default | meaning |\n| --- | --- | --- |\n")
