@@ -3,6 +3,7 @@ package smoke_test
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +18,7 @@ import (
 // had synced, without anybody's help, long before Kubernetes by itself would notice (50 s) or detach (6 minutes).
 // The node stays dead: this is the last step.
 func deathOfNode(s *suite) {
+	s.kubectl("apply", "-f", filepath.Join(deploy, "examples", "storageclass.yaml"))
 	s.apply(fmt.Sprintf(`
 apiVersion: apps/v1
 kind: StatefulSet
