@@ -149,10 +149,11 @@ func TestOptOut(t *testing.T) {
 func TestLeftAlone(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		c := died(t)
-		for _, claim := range []string{"bare", "daemon", "agent", "shared", "first", "ended", "going"} {
+		for _, claim := range []string{"bare", "lone", "daemon", "agent", "shared", "first", "ended", "going"} {
 			c.volume("default", claim, "n1")
 		}
 		c.pod("default", "bare", "n1", "", "bare", "shared")
+		c.pod("default", "lone", "n1", "", "lone")
 		c.pod("default", "daemon", "n1", "DaemonSet", "daemon")
 		c.pod("default", "agent", "n1", "DaemonSet", "agent")
 		c.pod("default", "above", "n1", "ReplicaSet", "first", "shared") // seen before the one that makes it stay
@@ -167,7 +168,7 @@ func TestLeftAlone(t *testing.T) {
 			"remove attachment va-db", "remove attachment va-ended", "remove attachment va-going",
 		})
 		for _, alone := range []string{
-			"vol-bare from", "vol-daemon from", "vol-agent from", "vol-shared from", "vol-first from",
+			"vol-bare from", "vol-lone from", "vol-daemon from", "vol-agent from", "vol-shared from", "vol-first from",
 			"pod default/chained", "pod default/above", "pod default/ended",
 		} {
 			assert.NotContains(t, strings.Join(did, "\n"), alone)
