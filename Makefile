@@ -12,11 +12,12 @@ VMRUN    ?= TestVM|TestAttachReadWriteDetach
 FIRST    ?= $(SEED)
 FLIPS    ?= 10000
 SEEDS    ?= 20
+ARCHS    ?= amd64 arm64
 export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
 .PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-mutants sim-long chaos \
-	models image e2e-build e2e-smoke vm-test tools deps clean
+	models image e2e-build e2e-smoke vm-test tools deps clean manifests chart binaries
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +105,17 @@ models: ## check the models of the durability gates with SPIN (packages spin and
 image: build ## write bin/trivet-image.tar, the container image as an OCI archive (Debian; IMAGE=name:tag)
 	GO='$(GO)' IMAGE='$(IMAGE)' VERSION='$(VERSION)' deploy/image.sh $(BIN)
 
+manifests: $(TOOLS)/chart ## make deploy/*.yaml, images.txt and the table in docs/helm.md from the Helm chart
+	$(TOOLS)/chart -deploy deploy
+
+chart: $(TOOLS)/chart ## lint the Helm chart, render it with every value, and see that the manifests are made from it
+	$(TOOLS)/chart -deploy deploy -lint
+	cd tools/chart && GOFLAGS= $(GO) vet . && GOFLAGS= $(GO) test -count=1 .
+
+binaries: ## build bin/linux/ARCH/trivet for the Dockerfile (ARCHS="amd64 arm64")
+	for arch in $(ARCHS); do CGO_ENABLED=0 GOOS=linux GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' \
+		-o $(BIN)/linux/$$arch/trivet ./cmd/trivet || exit 1; done
+
 e2e-build: ## build Kubernetes, etcd and the sidecars for e2e-smoke, once (up to 40 minutes; kept outside the tree)
 	e2e/build.sh
 
@@ -133,3 +145,6 @@ $(TOOLS)/protoc-gen-go: tools/go.mod
 
 $(TOOLS)/protoc-gen-go-grpc: tools/go.mod
 	cd tools && GOFLAGS= $(GO) build -o ../$@ google.golang.org/grpc/cmd/protoc-gen-go-grpc
+
+$(TOOLS)/chart: $(wildcard tools/chart/*.go) tools/chart/go.mod
+	cd tools/chart && GOFLAGS= $(GO) build -o ../../$@ .

@@ -4570,6 +4570,102 @@ func (x *VolumeUsage) GetCounted() string {
 	return ""
 }
 
+type FenceVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"` // ID
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceVolumeRequest) Reset() {
+	*x = FenceVolumeRequest{}
+	mi := &file_admin_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceVolumeRequest) ProtoMessage() {}
+
+func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceVolumeRequest.ProtoReflect.Descriptor instead.
+func (*FenceVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *FenceVolumeRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *FenceVolumeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type FenceVolumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // that is fenced; 0 = no such volume
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceVolumeResponse) Reset() {
+	*x = FenceVolumeResponse{}
+	mi := &file_admin_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceVolumeResponse) ProtoMessage() {}
+
+func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceVolumeResponse.ProtoReflect.Descriptor instead.
+func (*FenceVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *FenceVolumeResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -4986,7 +5082,12 @@ const file_admin_proto_rawDesc = "" +
 	"\fshared_bytes\x18\x04 \x01(\x03R\vsharedBytes\x12!\n" +
 	"\funique_bytes\x18\x05 \x01(\x03R\vuniqueBytes\x12\x12\n" +
 	"\x04node\x18\x06 \x01(\tR\x04node\x12\x18\n" +
-	"\acounted\x18\a \x01(\tR\acounted2\xf1\x17\n" +
+	"\acounted\x18\a \x01(\tR\acounted\"@\n" +
+	"\x12FenceVolumeRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"+\n" +
+	"\x13FenceVolumeResponse\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xc7\x18\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -5028,7 +5129,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x13CreateSnapshotGroup\x12).trivet.api.v1.CreateSnapshotGroupRequest\x1a\x1c.trivet.api.v1.SnapshotGroup\x12i\n" +
 	"\x12ListSnapshotGroups\x12(.trivet.api.v1.ListSnapshotGroupsRequest\x1a).trivet.api.v1.ListSnapshotGroupsResponse\x12U\n" +
 	"\x10GetSnapshotGroup\x12#.trivet.api.v1.SnapshotGroupRequest\x1a\x1c.trivet.api.v1.SnapshotGroup\x12f\n" +
-	"\x13DeleteSnapshotGroup\x12#.trivet.api.v1.SnapshotGroupRequest\x1a*.trivet.api.v1.DeleteSnapshotGroupResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\x13DeleteSnapshotGroup\x12#.trivet.api.v1.SnapshotGroupRequest\x1a*.trivet.api.v1.DeleteSnapshotGroupResponse\x12T\n" +
+	"\vFenceVolume\x12!.trivet.api.v1.FenceVolumeRequest\x1a\".trivet.api.v1.FenceVolumeResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -5042,7 +5144,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
@@ -5110,26 +5212,28 @@ var file_admin_proto_goTypes = []any{
 	(*SnapshotGroupRequest)(nil),        // 63: trivet.api.v1.SnapshotGroupRequest
 	(*DeleteSnapshotGroupResponse)(nil), // 64: trivet.api.v1.DeleteSnapshotGroupResponse
 	(*VolumeUsage)(nil),                 // 65: trivet.api.v1.VolumeUsage
-	nil,                                 // 66: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                                 // 67: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                                 // 68: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                                 // 69: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                                 // 70: trivet.api.v1.Volume.ParametersEntry
-	nil,                                 // 71: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                                 // 72: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*FenceVolumeRequest)(nil),          // 66: trivet.api.v1.FenceVolumeRequest
+	(*FenceVolumeResponse)(nil),         // 67: trivet.api.v1.FenceVolumeResponse
+	nil,                                 // 68: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 69: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 70: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 71: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 72: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 73: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 74: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	66, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	68, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	67, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	69, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	68, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	70, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	69, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	71, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	70, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	72, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
 	65, // 13: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
@@ -5141,8 +5245,8 @@ var file_admin_proto_depIdxs = []int32{
 	48, // 19: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
 	51, // 20: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
 	19, // 21: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	71, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	72, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	73, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	74, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
 	58, // 24: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
 	33, // 25: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
 	59, // 26: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
@@ -5184,46 +5288,48 @@ var file_admin_proto_depIdxs = []int32{
 	61, // 62: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
 	63, // 63: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
 	63, // 64: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	5,  // 65: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 66: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 67: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 68: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 69: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 70: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 71: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 72: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 73: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 74: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 75: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 76: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 77: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 78: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 79: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 80: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 81: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 82: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 83: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 84: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 85: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 86: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 87: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 88: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 89: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 90: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 91: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	19, // 92: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	47, // 93: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	50, // 94: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	53, // 95: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	19, // 96: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	57, // 97: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	19, // 98: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	59, // 99: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	62, // 100: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
-	59, // 101: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	64, // 102: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
-	65, // [65:103] is the sub-list for method output_type
-	27, // [27:65] is the sub-list for method input_type
+	66, // 65: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
+	5,  // 66: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 67: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 68: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 69: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 70: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 71: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 72: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 73: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 74: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 75: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 76: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 77: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 78: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 79: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 80: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 81: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 82: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 83: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 84: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 85: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 86: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 87: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 88: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 89: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 90: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 91: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 92: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	19, // 93: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	47, // 94: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	50, // 95: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	53, // 96: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	19, // 97: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	57, // 98: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	19, // 99: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	59, // 100: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	62, // 101: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	59, // 102: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	64, // 103: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	67, // 104: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
+	66, // [66:105] is the sub-list for method output_type
+	27, // [27:66] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -5240,7 +5346,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   73,
+			NumMessages:   75,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -60,6 +60,7 @@ const (
 	Admin_ListSnapshotGroups_FullMethodName  = "/trivet.api.v1.Admin/ListSnapshotGroups"
 	Admin_GetSnapshotGroup_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshotGroup"
 	Admin_DeleteSnapshotGroup_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshotGroup"
+	Admin_FenceVolume_FullMethodName         = "/trivet.api.v1.Admin/FenceVolume"
 )
 
 // AdminClient is the client API for Admin service.
@@ -152,6 +153,11 @@ type AdminClient interface {
 	GetSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*SnapshotGroup, error)
 	// DeleteSnapshotGroup deletes a group with all its snapshots; an absent one is success.
 	DeleteSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*DeleteSnapshotGroupResponse, error)
+	// FenceVolume takes a volume from a node whose lease has run out, and returns once the fence is committed: what
+	// that node still sends is refused from then on. FAILED_PRECONDITION when the node has a lease, which the
+	// catalogue itself checks, so that a node which comes back keeps its volumes. A node that does not hold it, or
+	// an unknown volume, is success.
+	FenceVolume(ctx context.Context, in *FenceVolumeRequest, opts ...grpc.CallOption) (*FenceVolumeResponse, error)
 }
 
 type adminClient struct {
@@ -569,6 +575,16 @@ func (c *adminClient) DeleteSnapshotGroup(ctx context.Context, in *SnapshotGroup
 	return out, nil
 }
 
+func (c *adminClient) FenceVolume(ctx context.Context, in *FenceVolumeRequest, opts ...grpc.CallOption) (*FenceVolumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FenceVolumeResponse)
+	err := c.cc.Invoke(ctx, Admin_FenceVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -659,6 +675,11 @@ type AdminServer interface {
 	GetSnapshotGroup(context.Context, *SnapshotGroupRequest) (*SnapshotGroup, error)
 	// DeleteSnapshotGroup deletes a group with all its snapshots; an absent one is success.
 	DeleteSnapshotGroup(context.Context, *SnapshotGroupRequest) (*DeleteSnapshotGroupResponse, error)
+	// FenceVolume takes a volume from a node whose lease has run out, and returns once the fence is committed: what
+	// that node still sends is refused from then on. FAILED_PRECONDITION when the node has a lease, which the
+	// catalogue itself checks, so that a node which comes back keeps its volumes. A node that does not hold it, or
+	// an unknown volume, is success.
+	FenceVolume(context.Context, *FenceVolumeRequest) (*FenceVolumeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -782,6 +803,9 @@ func (UnimplementedAdminServer) GetSnapshotGroup(context.Context, *SnapshotGroup
 }
 func (UnimplementedAdminServer) DeleteSnapshotGroup(context.Context, *SnapshotGroupRequest) (*DeleteSnapshotGroupResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteSnapshotGroup not implemented")
+}
+func (UnimplementedAdminServer) FenceVolume(context.Context, *FenceVolumeRequest) (*FenceVolumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FenceVolume not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1467,6 +1491,24 @@ func _Admin_DeleteSnapshotGroup_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_FenceVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FenceVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).FenceVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_FenceVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).FenceVolume(ctx, req.(*FenceVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1613,6 +1655,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeleteSnapshotGroup",
 			Handler:    _Admin_DeleteSnapshotGroup_Handler,
+		},
+		{
+			MethodName: "FenceVolume",
+			Handler:    _Admin_FenceVolume_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

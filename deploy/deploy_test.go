@@ -4,10 +4,12 @@ package deploy_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -54,14 +57,48 @@ var kinds = map[string]func() metav1.Object{
 	"rbac.authorization.k8s.io/v1/RoleBinding":        func() metav1.Object { return new(rbacv1.RoleBinding) },
 	"storage.k8s.io/v1/CSIDriver":                     func() metav1.Object { return new(storagev1.CSIDriver) },
 	"storage.k8s.io/v1/StorageClass":                  func() metav1.Object { return new(storagev1.StorageClass) },
+
+	"storage.k8s.io/v1/VolumeAttributesClass": func() metav1.Object { return new(storagev1.VolumeAttributesClass) },
+
+	"snapshot.storage.k8s.io/v1/VolumeSnapshotClass":           func() metav1.Object { return new(snapshotClass) },
+	"snapshot.storage.k8s.io/v1/VolumeSnapshot":                func() metav1.Object { return new(snapshot) },
+	"groupsnapshot.storage.k8s.io/v1/VolumeGroupSnapshotClass": func() metav1.Object { return new(groupClass) },
+	"groupsnapshot.storage.k8s.io/v1/VolumeGroupSnapshot":      func() metav1.Object { return new(groupSnapshot) },
 }
+
+// snapshotClass and snapshot are what the examples use of external-snapshotter's types; tools/chart decodes them into
+// those themselves.
+type (
+	snapshotClass struct {
+		metav1.TypeMeta   `json:",inline"`
+		metav1.ObjectMeta `json:"metadata"`
+
+		Driver         string `json:"driver"`
+		DeletionPolicy string `json:"deletionPolicy"`
+	}
+	snapshot struct {
+		metav1.TypeMeta   `json:",inline"`
+		metav1.ObjectMeta `json:"metadata"`
+
+		Spec struct {
+			ClassName      string `json:"volumeSnapshotClassName"`
+			GroupClassName string `json:"volumeGroupSnapshotClassName"`
+			Source         struct {
+				ClaimName string                `json:"persistentVolumeClaimName"`
+				Selector  *metav1.LabelSelector `json:"selector"`
+			} `json:"source"`
+		} `json:"spec"`
+	}
+	groupClass    struct{ snapshotClass }
+	groupSnapshot struct{ snapshot }
+)
 
 // manifests returns every document of every file, decoded without tolerance: an unknown field, a
 // field given twice and a kind that is not in the table fail the test.
 func manifests(t *testing.T) map[string][]metav1.Object {
 	t.Helper()
 	var paths []string
-	for _, pattern := range []string{"*.yaml", "examples/*.yaml"} {
+	for _, pattern := range []string{"*.yaml", "examples/*.yaml", "examples/snapshots/*.yaml"} {
 		found, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		paths = append(paths, found...)
@@ -193,9 +230,12 @@ func TestNamesAgree(t *testing.T) {
 		assert.True(t, *class.AllowVolumeExpansion)
 		assert.Empty(t, class.Annotations, "no default class")
 	}
-	claim := one[*corev1.PersistentVolumeClaim](t)
-	assert.Contains(t, classes, *claim.Spec.StorageClassName)
-	assert.Equal(t, claim.Name, one[*corev1.Pod](t).Spec.Volumes[0].PersistentVolumeClaim.ClaimName)
+	claims := make(map[string]bool)
+	for _, claim := range all[*corev1.PersistentVolumeClaim](t) {
+		assert.Contains(t, classes, *claim.Spec.StorageClassName)
+		claims[claim.Name] = true
+	}
+	assert.Contains(t, claims, one[*corev1.Pod](t).Spec.Volumes[0].PersistentVolumeClaim.ClaimName)
 	assert.Contains(t, classes, *one[*appsv1.StatefulSet](t).Spec.VolumeClaimTemplates[0].Spec.StorageClassName)
 
 	seen := make(map[string]bool)
@@ -203,13 +243,16 @@ func TestNamesAgree(t *testing.T) {
 		for _, o := range objects {
 			id := strings.Join([]string{path, o.GetNamespace(), o.GetName()}, " ")
 			switch o.(type) {
-			case *corev1.Namespace, *storagev1.CSIDriver, *storagev1.StorageClass, *rbacv1.ClusterRole,
-				*rbacv1.ClusterRoleBinding:
+			case *corev1.Namespace, *storagev1.CSIDriver, *storagev1.StorageClass, *storagev1.VolumeAttributesClass,
+				*snapshotClass, *groupClass, *rbacv1.ClusterRole, *rbacv1.ClusterRoleBinding:
 				assert.Empty(t, o.GetNamespace(), id)
 			default:
 				want := namespace
-				if filepath.Dir(path) == "examples" {
+				switch {
+				case strings.HasPrefix(path, "examples"):
 					want = "" // wherever the user is
+				case o.GetName() == "trivet-failover":
+					want = corev1.NamespaceNodeLease // it reads what kubelets say of themselves
 				}
 				assert.Equal(t, want, o.GetNamespace(), id)
 			}
@@ -618,4 +661,110 @@ func TestRegistrarComponent(t *testing.T) {
 	socket := strings.TrimPrefix(flag(t, server, "csi"), "unix://")
 	assert.Contains(t, string(text), "--kubelet-registration-path="+socket+"\n")
 	assert.Contains(t, string(text), "path: "+filepath.Dir(socket)+"\n")
+}
+
+// TestSnapshotExamples: names agree, and the parameters of classes that volumes may change to are ones that change.
+func TestSnapshotExamples(t *testing.T) {
+	t.Parallel()
+	claims := map[string]bool{}
+	for _, c := range all[*corev1.PersistentVolumeClaim](t) {
+		claims[c.Name] = true
+	}
+	for _, c := range []*snapshotClass{one[*snapshotClass](t), &one[*groupClass](t).snapshotClass} {
+		assert.Equal(t, trivet.DriverName, c.Driver)
+		assert.Equal(t, "trivet", c.Name)
+		assert.Equal(t, "Delete", c.DeletionPolicy)
+	}
+	single, group := one[*snapshot](t), one[*groupSnapshot](t)
+	assert.Equal(t, "trivet", single.Spec.ClassName)
+	assert.True(t, claims[single.Spec.Source.ClaimName])
+	assert.Equal(t, "trivet", group.Spec.GroupClassName)
+	selector, err := metav1.LabelSelectorAsSelector(group.Spec.Source.Selector)
+	require.NoError(t, err)
+	assertSelects(t, selector, one[*appsv1.StatefulSet](t).Spec.VolumeClaimTemplates[0].Labels)
+	for _, c := range all[*storagev1.VolumeAttributesClass](t) {
+		assert.Equal(t, trivet.DriverName, c.DriverName)
+		_, err := controller.ParseParams(c.Parameters)
+		require.NoError(t, err, c.Name)
+		for key := range c.Parameters {
+			assert.Contains(t, controller.LiveParams(), key, c.Name)
+		}
+	}
+}
+
+// TestChartSum: the manifests were made from the chart as it is. Only tools/chart, with Helm in it, can make them
+// again (`make chart`); this says whether that was forgotten.
+func TestChartSum(t *testing.T) {
+	t.Parallel()
+	sums, err := os.ReadFile("chart.sum")
+	require.NoError(t, err)
+	listed := map[string]bool{}
+	for line := range strings.Lines(string(sums)) {
+		want, path, ok := strings.Cut(strings.TrimSpace(line), "  ")
+		require.True(t, ok, line)
+		listed[path] = true
+		text, err := os.ReadFile(path)
+		require.NoError(t, err)
+		assert.Equal(t, want, fmt.Sprintf("%x", sha256.Sum256(text)), "%s: run `make manifests`", path)
+	}
+	for _, folder := range []string{"chart", "values"} {
+		require.NoError(t, filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
+			assert.True(t, err != nil || d.IsDir() || listed[filepath.ToSlash(path)], "%s: run `make manifests`", path)
+			return err
+		}))
+	}
+	for path := range manifests(t) {
+		if filepath.Dir(path) == "." {
+			assert.True(t, listed[path], "%s is not made from the chart", path)
+		}
+	}
+}
+
+// TestImagesAreListed: a site without a way to a registry finds every image in images.txt.
+func TestImagesAreListed(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("images.txt")
+	require.NoError(t, err)
+	listed := strings.Fields(string(text))
+	for _, spec := range podSpecs(t) {
+		for _, c := range containers(spec) {
+			assert.Contains(t, listed, c.Image, c.Name)
+		}
+	}
+	for _, path := range []string{"registrar/patch.yaml", "full/trivet.yaml"} {
+		text, err := os.ReadFile(path)
+		require.NoError(t, err)
+		for _, m := range regexp.MustCompile(`(?m)^\s*image: (\S+)`).FindAllSubmatch(text, -1) {
+			assert.Contains(t, listed, string(m[1]), path)
+		}
+	}
+}
+
+// TestFailover: who may remove pods and taint nodes runs where the flag says so, and nobody else may.
+func TestFailover(t *testing.T) {
+	t.Parallel()
+	ctrl := container(t, podSpecs(t)["controller"], "csi-controller")
+	assert.Contains(t, ctrl.Args, "--failover")
+	after, err := time.ParseDuration(flag(t, ctrl, "failover-after"))
+	require.NoError(t, err)
+	assert.GreaterOrEqual(t, after, 12*time.Second, "a kubelet renews its Lease every ten seconds")
+	may := map[string]string{}
+	for _, r := range all[*rbacv1.ClusterRole](t) {
+		for _, rule := range r.Rules {
+			for _, resource := range rule.Resources {
+				for _, verb := range rule.Verbs {
+					may[verb+" "+resource] += r.Name + " "
+				}
+			}
+		}
+	}
+	for _, right := range []string{
+		"get nodes", "list nodes", "patch nodes", "patch nodes/status", "list pods", "delete pods", "get persistentvolumes",
+		"get namespaces", "list volumeattachments", "delete volumeattachments",
+	} {
+		assert.Contains(t, may[right], "trivet-failover", right)
+	}
+	for _, right := range []string{"patch nodes", "patch nodes/status", "delete pods", "delete volumeattachments"} {
+		assert.Equal(t, "trivet-failover ", may[right], right)
+	}
 }

@@ -10,7 +10,7 @@ export LC_ALL=C
 umask 022
 
 # What trivet server calls (mkfs, fsck, blkid, mount, losetup, resize2fs, xfs_growfs), and a shell for an operator.
-packages=(base-files coreutils dash e2fsprogs grep mawk mount util-linux xfsprogs)
+packages=(base-files btrfs-progs coreutils dash e2fsprogs grep mawk mount util-linux xfsprogs)
 # Packages that apt takes for installed already, so that neither they nor what only they need come along: they are for
 # the configuration of packages, and for the programs in `unused`. The writer of the image (tools/image) refuses an
 # image in which a program lacks a library.

@@ -26,6 +26,7 @@ func newController(o *options) *cobra.Command {
 	var (
 		endpoint, logLevel string
 		logJSON            bool
+		moving             failoverFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "csi-controller --csi unix:///csi/csi.sock",
@@ -36,18 +37,19 @@ func newController(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return o.runController(cmd.Context(), endpoint, log)
+			return o.runController(cmd.Context(), endpoint, &moving, log)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&endpoint, "csi", "unix:///csi/csi.sock", "serve CSI on this endpoint")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
+	moving.flags(cmd)
 	return cmd
 }
 
 // runController serves until ctx ends, then stops in good order.
-func (o *options) runController(ctx context.Context, endpoint string, log *slog.Logger) error {
+func (o *options) runController(ctx context.Context, endpoint string, moving *failoverFlags, log *slog.Logger) error {
 	creds, err := pki.Open(o.certs, pki.RoleClient, log)
 	if err != nil {
 		return fmt.Errorf("%w\n  --certs (or TRIVET_CERTS) names the folder with ca.crt, client.crt and client.key", err)
@@ -61,6 +63,14 @@ func (o *options) runController(ctx context.Context, endpoint string, log *slog.
 	if err != nil {
 		return fmt.Errorf("servers at %q: %w", o.server, err)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wait, err := moving.start(ctx, conn, log)
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	defer wait()
+	defer cancel() // before the wait
 	p, err := driver.OpenProxy(ctx, driver.ProxyConfig{Endpoint: endpoint, Upstream: conn, Version: version, Logger: log})
 	if err != nil {
 		return errors.Join(err, conn.Close())

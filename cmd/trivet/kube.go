@@ -53,6 +53,7 @@ func newKubeInit(o *options) *cobra.Command {
 		servers   []string
 		namespace string
 		timeout   time.Duration
+		existing  bool
 		logs      logging
 	)
 	cmd := &cobra.Command{
@@ -77,7 +78,7 @@ func newKubeInit(o *options) *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			birth, err := kubeInit(ctx, kubeAPI, servers, log)
+			birth, err := kubeInit(ctx, kubeAPI, existing, servers, log)
 			if err != nil {
 				return err
 			}
@@ -90,13 +91,19 @@ func newKubeInit(o *options) *cobra.Command {
 	f.StringVar(&namespace, "namespace", kube.Namespace(),
 		"namespace of the Secret and the ConfigMap (default: the pod's)")
 	f.DurationVar(&timeout, "timeout", kubeTimeout, "give up after this long")
+	f.BoolVar(&existing, "existing-ca", false, "make no CA: wait for the Secret, which somebody else makes")
 	logs.flags(cmd)
 	return cmd
 }
 
-// kubeInit makes the CA and the cluster, unless they are there.
-func kubeInit(ctx context.Context, api *kube.API, servers []string, log *slog.Logger) (kube.Birth, error) {
-	authority, err := kube.EnsureCA(ctx, api, api, log)
+// kubeInit makes the CA, or waits for it if it has to be there, and the cluster, unless they are there.
+func kubeInit(ctx context.Context, api *kube.API, existing bool, servers []string, log *slog.Logger,
+) (kube.Birth, error) {
+	var secrets kube.Secrets = api
+	if existing {
+		secrets = kube.OnlyExisting(api)
+	}
+	authority, err := kube.EnsureCA(ctx, secrets, api, log)
 	if err != nil {
 		return kube.Birth{}, err
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -192,6 +193,9 @@ func (t *Detach) apply(d *draft) error {
 		return err
 	}
 	node := held.Node
+	if n, ok := d.nodes[node]; !t.IfLease.IsZero() && ok && !n.LeaseUntil.Equal(t.IfLease) {
+		return fmt.Errorf("node has renewed its lease, until %s: %w", n.LeaseUntil.Format(time.RFC3339), trivet.ErrPending)
+	}
 	if r := v.ReplicaOn(node); r != nil && r.ID == v.WantLeader {
 		v.WantLeader = "" // leadership was to follow the attachment; that node may be dead by now
 	}

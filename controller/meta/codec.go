@@ -69,6 +69,10 @@ func (c Command) utc() Command {
 		g := *c.CreateSnapshotGroup
 		g.Created = instant(g.Created)
 		c.CreateSnapshotGroup = &g
+	case c.Detach != nil && !c.Detach.IfLease.IsZero():
+		t := *c.Detach
+		t.IfLease = instant(t.IfLease)
+		c.Detach = &t
 	case c.StartScrub != nil:
 		s := *c.StartScrub
 		s.Time = instant(s.Time)

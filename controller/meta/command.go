@@ -175,6 +175,9 @@ type Detach struct {
 	IfRevision Revision `json:"ifRevision,omitempty"`
 	// Forced says that the node did not let go of the volume: for the audit.
 	Forced bool `json:"forced,omitempty"`
+	// IfLease is the lease of Node that had run out when this was decided, for those who may take a volume from
+	// a node only while it is away: ErrPending when the node has renewed it since. Zero = not checked.
+	IfLease time.Time `json:"ifLease,omitzero"`
 }
 
 // ReportFence says that the volume's own group has committed Epoch as its fence. Older than

@@ -94,6 +94,11 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			}}
 		},
 		func() meta.Command {
+			node, _ := m.State().Node(nodeID(n))
+			until := node.LeaseUntil.Add(time.Duration(r.Intn(2)) * time.Second) // as it is, or not
+			return meta.Command{Time: when, Detach: &meta.Detach{Volume: vid, Node: nodeID(n), Forced: true, IfLease: until}}
+		},
+		func() meta.Command {
 			return meta.Command{GrowVolume: &meta.GrowVolume{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
 		},
 		func() meta.Command {

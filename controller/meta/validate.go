@@ -244,6 +244,9 @@ func (t *TakeOver) validate() error {
 
 func (d *Detach) validate() error {
 	if d.Node == "" {
+		if !d.IfLease.IsZero() {
+			return fmt.Errorf("a lease without its node: %w", trivet.ErrInvalid)
+		}
 		return validateVolume(d.Volume)
 	}
 	return firstError(validateVolume(d.Volume), trivet.ValidateNodeID(string(d.Node)))

@@ -27,6 +27,7 @@ func TestSmoke(t *testing.T) {
 	s.step("all pods restart with new addresses", allPodsRestart)
 	s.step("the examples", examples)
 	s.step("nothing is left", nothingIsLeft)
+	s.step("death of a node", deathOfNode)
 }
 
 // install applies deploy/ as it stands.

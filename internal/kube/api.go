@@ -7,7 +7,9 @@ import (
 	"time"
 
 	authv1 "k8s.io/api/authentication/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -30,9 +32,11 @@ const (
 // for everything that may be different later, a missing permission included. It is safe for
 // concurrent use.
 type API struct {
-	namespace string
-	core      rest.Interface
-	auth      rest.Interface
+	namespace    string
+	core         rest.Interface
+	auth         rest.Interface
+	storage      rest.Interface
+	coordination rest.Interface
 }
 
 // InCluster returns the API server that a pod is told of, with the pod's own token. Outside of a pod it
@@ -51,7 +55,9 @@ func NewAPI(cfg *rest.Config, namespace string) (*API, error) {
 		return nil, fmt.Errorf("use the API server: namespace is empty: %w", trivet.ErrInvalid)
 	}
 	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), authv1.AddToScheme(scheme)); err != nil {
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"}) // the options of deletions
+	if err := errors.Join(corev1.AddToScheme(scheme), authv1.AddToScheme(scheme), storagev1.AddToScheme(scheme),
+		coordinationv1.AddToScheme(scheme)); err != nil {
 		return nil, fmt.Errorf("use the API server: %w", err)
 	}
 	codecs := serializer.NewCodecFactory(scheme)
@@ -61,15 +67,14 @@ func NewAPI(cfg *rest.Config, namespace string) (*API, error) {
 		c.UserAgent, c.Timeout, c.QPS, c.Burst = "trivet", apiTimeout, apiQPS, apiBurstMax
 		return rest.RESTClientFor(c)
 	}
-	core, err := client("/api", corev1.SchemeGroupVersion)
-	if err != nil {
+	core, errCore := client("/api", corev1.SchemeGroupVersion)
+	auth, errAuth := client("/apis", authv1.SchemeGroupVersion)
+	storage, errStorage := client("/apis", storagev1.SchemeGroupVersion)
+	coordination, errCoordination := client("/apis", coordinationv1.SchemeGroupVersion)
+	if err := errors.Join(errCore, errAuth, errStorage, errCoordination); err != nil {
 		return nil, fmt.Errorf("use the API server: %w", err)
 	}
-	auth, err := client("/apis", authv1.SchemeGroupVersion)
-	if err != nil {
-		return nil, fmt.Errorf("use the API server: %w", err)
-	}
-	return &API{namespace: namespace, core: core, auth: auth}, nil
+	return &API{namespace: namespace, core: core, auth: auth, storage: storage, coordination: coordination}, nil
 }
 
 // Namespace returns the namespace whose objects are read and written.
@@ -122,24 +127,45 @@ func (a *API) ReviewToken(ctx context.Context, token, audience string) (*authv1.
 	return &answer.Status, a.wrap("review", "token", err)
 }
 
-// wrap makes an error of the API one of ours.
+// wrap makes an error of the API about an object in the own namespace one of ours.
 func (a *API) wrap(what, name string, err error) error {
 	if err == nil {
 		return nil
 	}
-	kind := trivet.ErrUnavailable
+	return fmt.Errorf("%s %s in namespace %s: %w: %w", what, name, a.namespace, err, kindOf(err))
+}
+
+// wrapAny is wrap for an object anywhere.
+func wrapAny(what, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s %s: %w: %w", what, name, err, kindOf(err))
+}
+
+// kindOf returns which of our errors an error of the API is.
+func kindOf(err error) error {
 	switch {
 	case apierrors.IsNotFound(err):
-		kind = trivet.ErrNotFound
+		return trivet.ErrNotFound
 	case apierrors.IsAlreadyExists(err):
-		kind = trivet.ErrExists
+		return trivet.ErrExists
 	case apierrors.IsConflict(err):
-		kind = trivet.ErrPending
+		return trivet.ErrPending
 	}
-	return fmt.Errorf("%s %s in namespace %s: %w: %w", what, name, a.namespace, err, kind)
+	return trivet.ErrUnavailable
 }
 
 // newObject returns the metadata of an object that an init Job makes.
 func newObject(name string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{Name: name, Labels: map[string]string{"app.kubernetes.io/name": "trivet"}}
+}
+
+// goneIsFine turns ErrNotFound, and ErrPending, by which a precondition says that it is another object by now,
+// into success.
+func goneIsFine(err error) error {
+	if errors.Is(err, trivet.ErrNotFound) || errors.Is(err, trivet.ErrPending) {
+		return nil
+	}
+	return err
 }

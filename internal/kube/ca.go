@@ -121,9 +121,24 @@ func createCA(ctx context.Context, secrets Secrets, maps ConfigMaps, log *slog.L
 	return secret, nil
 }
 
+// OnlyExisting returns secrets of which none is made: EnsureCA waits for the CA that somebody else makes.
+func OnlyExisting(s Secrets) Secrets { return onlyExisting{s} }
+
+type onlyExisting struct{ Secrets }
+
+// CreateSecret makes nothing.
+func (onlyExisting) CreateSecret(_ context.Context, s *corev1.Secret) error {
+	return fmt.Errorf("the Secret %s is not there yet, and not for us to make: %w", s.Name, trivet.ErrUnavailable)
+}
+
+// parseAuthority takes what EnsureCA makes, or a Secret of the form that Kubernetes has for certificates, as
+// cert-manager makes them.
 func parseAuthority(s *corev1.Secret) (*Authority, error) {
-	bundle := s.Data[KeyCACert]
-	ca, err := pki.ParseCA(bundle, s.Data[KeyCAKey])
+	bundle, key := s.Data[KeyCACert], s.Data[KeyCAKey]
+	if len(key) == 0 && len(s.Data[corev1.TLSPrivateKeyKey]) > 0 {
+		bundle, key = s.Data[corev1.TLSCertKey], s.Data[corev1.TLSPrivateKeyKey]
+	}
+	ca, err := pki.ParseCA(bundle, key)
 	if err != nil {
 		return nil, err
 	}

@@ -216,3 +216,23 @@ func TestLoadAuthority(t *testing.T) {
 	_, err = kube.LoadAuthority(t.TempDir())
 	require.ErrorIs(t, err, trivet.ErrNotFound)
 }
+
+// TestExistingCA: the CA of somebody else is waited for, and none is made; it may be in the form of cert-manager.
+func TestExistingCA(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	api := s.client()
+	_, err := kube.EnsureCA(within(t, 300*time.Millisecond), kube.OnlyExisting(api), api, nil)
+	require.ErrorIs(t, err, trivet.ErrUnavailable)
+	require.Nil(t, s.secret())
+	require.Nil(t, s.data())
+
+	ca := newCA(t)
+	key, err := ca.KeyPEM()
+	require.NoError(t, err)
+	s.setSecret(map[string][]byte{"tls.crt": ca.CertPEM(), "tls.key": key, kube.KeyCACert: ca.CertPEM()})
+	a, err := kube.EnsureCA(within(t, time.Minute), kube.OnlyExisting(api), api, nil)
+	require.NoError(t, err)
+	assert.Equal(t, ca.Cluster(), a.CA.Cluster())
+	assert.Equal(t, string(ca.CertPEM()), s.data()[kube.KeyCACert])
+}

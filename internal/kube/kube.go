@@ -12,8 +12,11 @@
 // So the CA's key is where the Secret is mounted and nowhere else, and a stolen node can only ever be
 // itself.
 //
+// Beside these it has what a controller needs (internal/failover): nodes, pods and attachments, and an Elector, by
+// which one of several processes leads.
+//
 // The Kubernetes API is reached through API, by plain REST calls of client-go: its typed clients would
-// double the size of the program, for the six calls made here. Left to the caller: who may read the
+// double the size of the program, for the few calls made here. Left to the caller: who may read the
 // Secret and use the ServiceAccount (RBAC), and revocation, of which there is none.
 package kube
 
