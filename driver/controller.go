@@ -24,6 +24,11 @@ var controllerCapabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_LIST_VOLUMES_PUBLISHED_NODES, // the reads are linearizable
 	csi.ControllerServiceCapability_RPC_GET_VOLUME,
 	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+	csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
+	csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
 }
 
 // controllerServer serves csi.v1.Controller.
@@ -63,14 +68,16 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 		return nil, err
 	}
 	defer done()
-	v, err := s.ctrl.CreateVolume(ctx, r)
+	v, err := s.createVolume(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	if v.Phase == meta.PhaseCreating {
 		return nil, fmt.Errorf("volume %s is still being made: %w", v.ID, trivet.ErrPending)
 	}
-	return &csi.CreateVolumeResponse{Volume: volumeOf(&v)}, nil
+	out := volumeOf(&v)
+	out.ContentSource = req.GetVolumeContentSource() // the provisioner deletes a copy that does not say so
+	return &csi.CreateVolumeResponse{Volume: out}, nil
 }
 
 // createRequest validates req and translates it.
@@ -82,18 +89,20 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
 		return r, err
 	}
-	switch {
-	case req.GetVolumeContentSource() != nil:
-		return r, fmt.Errorf("volume_content_source: not supported yet: %w", trivet.ErrInvalid)
-	case len(req.GetMutableParameters()) > 0:
+	if err := checkSource(req.GetVolumeContentSource()); err != nil {
+		return r, err
+	}
+	if len(req.GetMutableParameters()) > 0 {
 		return r, fmt.Errorf("mutable_parameters: not supported yet: %w", trivet.ErrInvalid)
 	}
 	var err error
 	if r.RequiredBytes, r.LimitBytes, err = capacityRange(req.GetCapacityRange()); err != nil {
 		return r, err
 	}
-	if err = raiseForXFS(&r, req.GetVolumeCapabilities()); err != nil {
-		return r, err
+	if r.RequiredBytes > 0 || req.GetVolumeContentSource() == nil { // else it is as large as its source
+		if err = raiseForXFS(&r, req.GetVolumeCapabilities()); err != nil {
+			return r, err
+		}
 	}
 	top := req.GetAccessibilityRequirements()
 	if r.Requisite, err = segmentsOf("requisite", top.GetRequisite()); err != nil {
@@ -102,7 +111,8 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if r.Preferred, err = segmentsOf("preferred", top.GetPreferred()); err != nil {
 		return r, err
 	}
-	return r, nil
+	r.Source, err = parseSource(req.GetVolumeContentSource()) // last: it is a lookup by what it answers
+	return r, err
 }
 
 // xfsBytesMin is the smallest filesystem that mkfs.xfs makes (xfsprogs 5.19 and later: 300 MB).
@@ -219,7 +229,7 @@ func (s *controllerServer) volume(ctx context.Context, handle string) (meta.Volu
 	if err != nil {
 		return meta.Volume{}, err
 	}
-	if !visible(v.Phase) {
+	if !known(&v) {
 		return meta.Volume{}, fmt.Errorf("volume %s is %s: %w", id, v.Phase, trivet.ErrNotFound)
 	}
 	return v, nil

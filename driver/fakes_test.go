@@ -54,10 +54,13 @@ type fakeController struct {
 
 	mu      sync.Mutex
 	volumes map[trivet.VolumeID]*meta.Volume
+	snaps   map[trivet.SnapshotID]*meta.Snapshot
 }
 
 func newFakeController() *fakeController {
-	return &fakeController{volumes: make(map[trivet.VolumeID]*meta.Volume)}
+	return &fakeController{
+		volumes: make(map[trivet.VolumeID]*meta.Volume), snaps: make(map[trivet.SnapshotID]*meta.Snapshot),
+	}
 }
 
 func (c *fakeController) CreateVolume(ctx context.Context, r controller.CreateRequest) (meta.Volume, error) {
@@ -75,14 +78,18 @@ func (c *fakeController) CreateVolume(ctx context.Context, r controller.CreateRe
 			continue
 		}
 		if v.SizeBytes < r.RequiredBytes || r.LimitBytes > 0 && v.SizeBytes > r.LimitBytes ||
-			v.Request != params.Fingerprint() {
+			v.Request != params.Fingerprint()+r.Source.String() {
 			return meta.Volume{}, fmt.Errorf("create volume %q: %w", r.Name, trivet.ErrExists)
 		}
 		return *v, nil
 	}
-	size := max(r.RequiredBytes, 64<<20)
+	size, err := c.sizeLocked(&r)
+	if err != nil {
+		return meta.Volume{}, err
+	}
 	v := &meta.Volume{
-		ID: trivet.NewVolumeID(), Name: r.Name, SizeBytes: size, Phase: meta.PhaseBound, Request: params.Fingerprint(),
+		ID: trivet.NewVolumeID(), Name: r.Name, SizeBytes: size, Phase: meta.PhaseBound,
+		Request: params.Fingerprint() + r.Source.String(),
 	}
 	c.volumes[v.ID] = v
 	return *v, nil
@@ -210,6 +217,7 @@ type fakeNode struct {
 	mu        sync.Mutex
 	staged    map[trivet.VolumeID]node.StageRequest
 	published map[string]node.PublishRequest // by target
+	sizes     map[trivet.VolumeID]int64      // of devices that were expanded
 }
 
 func newFakeNode() *fakeNode {
@@ -217,6 +225,7 @@ func newFakeNode() *fakeNode {
 		info:      node.Info{Node: thisNode, Zone: thisZone},
 		staged:    make(map[trivet.VolumeID]node.StageRequest),
 		published: make(map[string]node.PublishRequest),
+		sizes:     make(map[trivet.VolumeID]int64),
 	}
 }
 

@@ -15,6 +15,8 @@ type identityServer struct {
 
 	version string
 	ready   func(context.Context) bool
+
+	snapshotTopology bool // Config.SnapshotTopology
 }
 
 // GetPluginInfo names the driver.
@@ -34,6 +36,10 @@ func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCa
 		resp.Capabilities = append(resp.Capabilities, &csi.PluginCapability{
 			Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: t}},
 		})
+	}
+	resp.Capabilities = append(resp.Capabilities, expansionCapability())
+	if s.snapshotTopology {
+		resp.Capabilities = append(resp.Capabilities, snapshotTopologyCapability())
 	}
 	return resp, nil
 }

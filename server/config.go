@@ -36,6 +36,9 @@ type Config struct {
 	Version   string        // of the binary, as CSI reports it
 	RunDir    string        // FUSE mount points and records of what is attached; default DataDir/run
 
+	// SnapshotTopology is that of driver.Config; no flag sets it.
+	SnapshotTopology bool
+
 	// Attach is the kind of the kernel devices of volumes, as blockdev.ParseKind reads it.
 	Attach string
 	// KeeperSocket is that of the keeper, by which kernel devices outlive this server; empty = none. StartKeeper,

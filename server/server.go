@@ -252,7 +252,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if s.cfg.CSI != "" {
 		m.csi, err = driver.Open(ctx, driver.Config{
 			Endpoint: s.cfg.CSI, RegisterDir: s.cfg.Register, Controller: s.controller, Node: m.node,
-			Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
+			Version: s.cfg.Version, Logger: s.log, Ready: s.ready, SnapshotTopology: s.cfg.SnapshotTopology,
 		})
 		if err != nil {
 			return errors.Join(err, m.close())
