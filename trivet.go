@@ -56,6 +56,9 @@ const MetaGroup VolumeID = 0
 // state of its volume. Zero is none.
 type SnapshotID uint64
 
+// SnapshotGroupID identifies a group of snapshots that were made at one point, for ever. Zero is none.
+type SnapshotGroupID uint64
+
 // NodeID is the name of a machine that runs `trivet server`: its Kubernetes node name.
 type NodeID string
 
@@ -90,6 +93,8 @@ const (
 const (
 	volumeIDPrefix   = "vol-"
 	snapshotIDPrefix = "snap-"
+
+	snapshotGroupIDPrefix = "snapgroup-"
 )
 
 // NewVolumeID draws a volume ID at random. The catalogue refuses one that was ever used.
@@ -140,6 +145,20 @@ func (s SnapshotID) String() string { return fmt.Sprintf("%s%016x", snapshotIDPr
 func ParseSnapshotID(s string) (SnapshotID, error) {
 	n, err := parseID("snapshot", snapshotIDPrefix, s)
 	return SnapshotID(n), err
+}
+
+// NewSnapshotGroupID draws the ID of a group of snapshots at random.
+func NewSnapshotGroupID() SnapshotGroupID { return SnapshotGroupID(NewVolumeID()) }
+
+// String returns the form used in handles and logs: snapgroup- and 16 hex digits.
+func (g SnapshotGroupID) String() string {
+	return fmt.Sprintf("%s%016x", snapshotGroupIDPrefix, uint64(g))
+}
+
+// ParseSnapshotGroupID is the inverse of String. It returns ErrInvalid for anything else.
+func ParseSnapshotGroupID(s string) (SnapshotGroupID, error) {
+	n, err := parseID("snapshot group", snapshotGroupIDPrefix, s)
+	return SnapshotGroupID(n), err
 }
 
 // NewUUID returns a random (version 4) UUID in its canonical form.

@@ -1127,6 +1127,7 @@ func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
 
 type ListVolumesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Usage         bool                   `protobuf:"varint,1,opt,name=usage,proto3" json:"usage,omitempty"` // with Volume.usage, counted in the last minute
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1159,6 +1160,13 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
 	return file_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListVolumesRequest) GetUsage() bool {
+	if x != nil {
+		return x.Usage
+	}
+	return false
 }
 
 type ListVolumesResponse struct {
@@ -1226,6 +1234,7 @@ type Volume struct {
 	AttachedReadOnly bool                   `protobuf:"varint,17,opt,name=attached_read_only,json=attachedReadOnly,proto3" json:"attached_read_only,omitempty"`
 	WantSizeBytes    int64                  `protobuf:"varint,18,opt,name=want_size_bytes,json=wantSizeBytes,proto3" json:"want_size_bytes,omitempty"` // the size it grows to; 0 = it does not
 	UsedBytes        int64                  `protobuf:"varint,19,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`               // of its blocks that hold data, once, however many replicas; -1 = nobody said
+	Usage            *VolumeUsage           `protobuf:"bytes,20,opt,name=usage,proto3" json:"usage,omitempty"`                                         // only of GetVolume, and of ListVolumes if asked for; absent: nobody could say
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1391,6 +1400,13 @@ func (x *Volume) GetUsedBytes() int64 {
 		return x.UsedBytes
 	}
 	return 0
+}
+
+func (x *Volume) GetUsage() *VolumeUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
 }
 
 type Replica struct {
@@ -2236,6 +2252,9 @@ type Snapshot struct {
 	Created       string                 `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`                               // RFC 3339
 	HeldSeconds   float64                `protobuf:"fixed64,10,opt,name=held_seconds,json=heldSeconds,proto3" json:"held_seconds,omitempty"` // how long writes waited for it
 	Clones        []string               `protobuf:"bytes,11,rep,name=clones,proto3" json:"clones,omitempty"`                                // IDs of volumes that need it until they are flattened
+	Group         string                 `protobuf:"bytes,12,opt,name=group,proto3" json:"group,omitempty"`                                  // ID of the group that it was made with; empty = none
+	GroupName     string                 `protobuf:"bytes,13,opt,name=group_name,json=groupName,proto3" json:"group_name,omitempty"`
+	AloneBytes    int64                  `protobuf:"varint,14,opt,name=alone_bytes,json=aloneBytes,proto3" json:"alone_bytes,omitempty"` // what comes back when it alone is deleted; only of GetSnapshot, -1 = nobody could say
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2345,6 +2364,27 @@ func (x *Snapshot) GetClones() []string {
 		return x.Clones
 	}
 	return nil
+}
+
+func (x *Snapshot) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *Snapshot) GetGroupName() string {
+	if x != nil {
+		return x.GroupName
+	}
+	return ""
+}
+
+func (x *Snapshot) GetAloneBytes() int64 {
+	if x != nil {
+		return x.AloneBytes
+	}
+	return 0
 }
 
 type CreateSnapshotRequest struct {
@@ -4099,6 +4139,405 @@ func (x *Extent) GetSizeBytes() int64 {
 	return 0
 }
 
+// SnapshotGroup is snapshots of several volumes that were made at one point.
+type SnapshotGroup struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"` // Creating | Freezing | Ready | Failed | Deleting
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Created       string                 `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`                              // RFC 3339
+	HeldSeconds   float64                `protobuf:"fixed64,6,opt,name=held_seconds,json=heldSeconds,proto3" json:"held_seconds,omitempty"` // the longest time that writes to one of the volumes waited
+	Snapshots     []*Snapshot            `protobuf:"bytes,7,rep,name=snapshots,proto3" json:"snapshots,omitempty"`                          // those that are there, in the order of the volumes asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotGroup) Reset() {
+	*x = SnapshotGroup{}
+	mi := &file_admin_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotGroup) ProtoMessage() {}
+
+func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotGroup.ProtoReflect.Descriptor instead.
+func (*SnapshotGroup) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *SnapshotGroup) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SnapshotGroup) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotGroup) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *SnapshotGroup) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SnapshotGroup) GetCreated() string {
+	if x != nil {
+		return x.Created
+	}
+	return ""
+}
+
+func (x *SnapshotGroup) GetHeldSeconds() float64 {
+	if x != nil {
+		return x.HeldSeconds
+	}
+	return 0
+}
+
+func (x *SnapshotGroup) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+type CreateSnapshotGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Volumes       []string               `protobuf:"bytes,2,rep,name=volumes,proto3" json:"volumes,omitempty"` // names or IDs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSnapshotGroupRequest) Reset() {
+	*x = CreateSnapshotGroupRequest{}
+	mi := &file_admin_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSnapshotGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSnapshotGroupRequest) ProtoMessage() {}
+
+func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSnapshotGroupRequest.ProtoReflect.Descriptor instead.
+func (*CreateSnapshotGroupRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *CreateSnapshotGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateSnapshotGroupRequest) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+type ListSnapshotGroupsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotGroupsRequest) Reset() {
+	*x = ListSnapshotGroupsRequest{}
+	mi := &file_admin_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotGroupsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotGroupsRequest) ProtoMessage() {}
+
+func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotGroupsRequest.ProtoReflect.Descriptor instead.
+func (*ListSnapshotGroupsRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{61}
+}
+
+type ListSnapshotGroupsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Groups        []*SnapshotGroup       `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotGroupsResponse) Reset() {
+	*x = ListSnapshotGroupsResponse{}
+	mi := &file_admin_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotGroupsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotGroupsResponse) ProtoMessage() {}
+
+func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotGroupsResponse.ProtoReflect.Descriptor instead.
+func (*ListSnapshotGroupsResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ListSnapshotGroupsResponse) GetGroups() []*SnapshotGroup {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+type SnapshotGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // name or group ID
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotGroupRequest) Reset() {
+	*x = SnapshotGroupRequest{}
+	mi := &file_admin_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotGroupRequest) ProtoMessage() {}
+
+func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotGroupRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotGroupRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *SnapshotGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteSnapshotGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotGroupResponse) Reset() {
+	*x = DeleteSnapshotGroupResponse{}
+	mi := &file_admin_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotGroupResponse) ProtoMessage() {}
+
+func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotGroupResponse.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotGroupResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{64}
+}
+
+// VolumeUsage says what the blocks of a volume are there for, in bytes of data, once, however many replicas.
+// used + snapshot + other = unique + shared.
+type VolumeUsage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UsedBytes     int64                  `protobuf:"varint,1,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`             // what the volume shows
+	SnapshotBytes int64                  `protobuf:"varint,2,opt,name=snapshot_bytes,json=snapshotBytes,proto3" json:"snapshot_bytes,omitempty"` // what snapshots show and the volume does not, each content of a block once
+	OtherBytes    int64                  `protobuf:"varint,3,opt,name=other_bytes,json=otherBytes,proto3" json:"other_bytes,omitempty"`          // shown by nothing: to be removed, or kept for clones
+	SharedBytes   int64                  `protobuf:"varint,4,opt,name=shared_bytes,json=sharedBytes,proto3" json:"shared_bytes,omitempty"`       // of these, what is the volume's that it is a copy of, until it is flattened
+	UniqueBytes   int64                  `protobuf:"varint,5,opt,name=unique_bytes,json=uniqueBytes,proto3" json:"unique_bytes,omitempty"`       // what it has for itself on each replica's disk
+	Node          string                 `protobuf:"bytes,6,opt,name=node,proto3" json:"node,omitempty"`                                         // that counted
+	Counted       string                 `protobuf:"bytes,7,opt,name=counted,proto3" json:"counted,omitempty"`                                   // RFC 3339
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeUsage) Reset() {
+	*x = VolumeUsage{}
+	mi := &file_admin_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeUsage) ProtoMessage() {}
+
+func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
+func (*VolumeUsage) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *VolumeUsage) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *VolumeUsage) GetSnapshotBytes() int64 {
+	if x != nil {
+		return x.SnapshotBytes
+	}
+	return 0
+}
+
+func (x *VolumeUsage) GetOtherBytes() int64 {
+	if x != nil {
+		return x.OtherBytes
+	}
+	return 0
+}
+
+func (x *VolumeUsage) GetSharedBytes() int64 {
+	if x != nil {
+		return x.SharedBytes
+	}
+	return 0
+}
+
+func (x *VolumeUsage) GetUniqueBytes() int64 {
+	if x != nil {
+		return x.UniqueBytes
+	}
+	return 0
+}
+
+func (x *VolumeUsage) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *VolumeUsage) GetCounted() string {
+	if x != nil {
+		return x.Counted
+	}
+	return ""
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -4202,10 +4641,11 @@ const file_admin_proto_rawDesc = "" +
 	"\rVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tskip_wipe\x18\x02 \x01(\bR\bskipWipe\"\x16\n" +
-	"\x14DeleteVolumeResponse\"\x14\n" +
-	"\x12ListVolumesRequest\"F\n" +
+	"\x14DeleteVolumeResponse\"*\n" +
+	"\x12ListVolumesRequest\x12\x14\n" +
+	"\x05usage\x18\x01 \x01(\bR\x05usage\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xd4\x05\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\x86\x06\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -4230,7 +4670,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x12attached_read_only\x18\x11 \x01(\bR\x10attachedReadOnly\x12&\n" +
 	"\x0fwant_size_bytes\x18\x12 \x01(\x03R\rwantSizeBytes\x12\x1d\n" +
 	"\n" +
-	"used_bytes\x18\x13 \x01(\x03R\tusedBytes\x1a=\n" +
+	"used_bytes\x18\x13 \x01(\x03R\tusedBytes\x120\n" +
+	"\x05usage\x18\x14 \x01(\v2\x1a.trivet.api.v1.VolumeUsageR\x05usage\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -4294,7 +4735,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x06tls_ca\x18\x06 \x01(\tR\x05tlsCa\x12\x1b\n" +
 	"\tread_only\x18\a \x01(\bR\breadOnly\"'\n" +
 	"\x13ServeVolumeResponse\x12\x10\n" +
-	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xa9\x02\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\"\xff\x02\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -4311,7 +4752,12 @@ const file_admin_proto_rawDesc = "" +
 	"\acreated\x18\t \x01(\tR\acreated\x12!\n" +
 	"\fheld_seconds\x18\n" +
 	" \x01(\x01R\vheldSeconds\x12\x16\n" +
-	"\x06clones\x18\v \x03(\tR\x06clones\"C\n" +
+	"\x06clones\x18\v \x03(\tR\x06clones\x12\x14\n" +
+	"\x05group\x18\f \x01(\tR\x05group\x12\x1d\n" +
+	"\n" +
+	"group_name\x18\r \x01(\tR\tgroupName\x12\x1f\n" +
+	"\valone_bytes\x18\x0e \x01(\x03R\n" +
+	"aloneBytes\"C\n" +
 	"\x15CreateSnapshotRequest\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\".\n" +
@@ -4477,7 +4923,34 @@ const file_admin_proto_rawDesc = "" +
 	"\x06Extent\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes2\xe7\x14\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\"\xd5\x01\n" +
+	"\rSnapshotGroup\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x18\n" +
+	"\acreated\x18\x05 \x01(\tR\acreated\x12!\n" +
+	"\fheld_seconds\x18\x06 \x01(\x01R\vheldSeconds\x125\n" +
+	"\tsnapshots\x18\a \x03(\v2\x17.trivet.api.v1.SnapshotR\tsnapshots\"J\n" +
+	"\x1aCreateSnapshotGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\avolumes\x18\x02 \x03(\tR\avolumes\"\x1b\n" +
+	"\x19ListSnapshotGroupsRequest\"R\n" +
+	"\x1aListSnapshotGroupsResponse\x124\n" +
+	"\x06groups\x18\x01 \x03(\v2\x1c.trivet.api.v1.SnapshotGroupR\x06groups\"*\n" +
+	"\x14SnapshotGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1d\n" +
+	"\x1bDeleteSnapshotGroupResponse\"\xe8\x01\n" +
+	"\vVolumeUsage\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x01 \x01(\x03R\tusedBytes\x12%\n" +
+	"\x0esnapshot_bytes\x18\x02 \x01(\x03R\rsnapshotBytes\x12\x1f\n" +
+	"\vother_bytes\x18\x03 \x01(\x03R\n" +
+	"otherBytes\x12!\n" +
+	"\fshared_bytes\x18\x04 \x01(\x03R\vsharedBytes\x12!\n" +
+	"\funique_bytes\x18\x05 \x01(\x03R\vuniqueBytes\x12\x12\n" +
+	"\x04node\x18\x06 \x01(\tR\x04node\x12\x18\n" +
+	"\acounted\x18\a \x01(\tR\acounted2\xf1\x17\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -4515,7 +4988,11 @@ const file_admin_proto_rawDesc = "" +
 	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponse\x12O\n" +
 	"\x0fRestoreSnapshot\x12%.trivet.api.v1.RestoreSnapshotRequest\x1a\x15.trivet.api.v1.Volume\x12O\n" +
 	"\rDiffSnapshots\x12#.trivet.api.v1.DiffSnapshotsRequest\x1a\x17.trivet.api.v1.DiffPage0\x01\x12G\n" +
-	"\vCloneVolume\x12!.trivet.api.v1.CloneVolumeRequest\x1a\x15.trivet.api.v1.VolumeB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
+	"\vCloneVolume\x12!.trivet.api.v1.CloneVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12^\n" +
+	"\x13CreateSnapshotGroup\x12).trivet.api.v1.CreateSnapshotGroupRequest\x1a\x1c.trivet.api.v1.SnapshotGroup\x12i\n" +
+	"\x12ListSnapshotGroups\x12(.trivet.api.v1.ListSnapshotGroupsRequest\x1a).trivet.api.v1.ListSnapshotGroupsResponse\x12U\n" +
+	"\x10GetSnapshotGroup\x12#.trivet.api.v1.SnapshotGroupRequest\x1a\x1c.trivet.api.v1.SnapshotGroup\x12f\n" +
+	"\x13DeleteSnapshotGroup\x12#.trivet.api.v1.SnapshotGroupRequest\x1a*.trivet.api.v1.DeleteSnapshotGroupResponseB\"Z github.com/trivet-csi/trivet/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -4529,173 +5006,191 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
 var file_admin_proto_goTypes = []any{
-	(*SetVolumeRequest)(nil),       // 0: trivet.api.v1.SetVolumeRequest
-	(*ExplainVolumeRequest)(nil),   // 1: trivet.api.v1.ExplainVolumeRequest
-	(*VolumeReport)(nil),           // 2: trivet.api.v1.VolumeReport
-	(*StageReport)(nil),            // 3: trivet.api.v1.StageReport
-	(*InitClusterRequest)(nil),     // 4: trivet.api.v1.InitClusterRequest
-	(*InitClusterResponse)(nil),    // 5: trivet.api.v1.InitClusterResponse
-	(*JoinRequest)(nil),            // 6: trivet.api.v1.JoinRequest
-	(*JoinResponse)(nil),           // 7: trivet.api.v1.JoinResponse
-	(*ClusterStatusRequest)(nil),   // 8: trivet.api.v1.ClusterStatusRequest
-	(*ClusterStatusResponse)(nil),  // 9: trivet.api.v1.ClusterStatusResponse
-	(*ListNodesRequest)(nil),       // 10: trivet.api.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),      // 11: trivet.api.v1.ListNodesResponse
-	(*Node)(nil),                   // 12: trivet.api.v1.Node
-	(*Disk)(nil),                   // 13: trivet.api.v1.Disk
-	(*CreateVolumeRequest)(nil),    // 14: trivet.api.v1.CreateVolumeRequest
-	(*VolumeRequest)(nil),          // 15: trivet.api.v1.VolumeRequest
-	(*DeleteVolumeResponse)(nil),   // 16: trivet.api.v1.DeleteVolumeResponse
-	(*ListVolumesRequest)(nil),     // 17: trivet.api.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),    // 18: trivet.api.v1.ListVolumesResponse
-	(*Volume)(nil),                 // 19: trivet.api.v1.Volume
-	(*Replica)(nil),                // 20: trivet.api.v1.Replica
-	(*ReclaimVolumeRequest)(nil),   // 21: trivet.api.v1.ReclaimVolumeRequest
-	(*MoveLeaderRequest)(nil),      // 22: trivet.api.v1.MoveLeaderRequest
-	(*SetReplicasRequest)(nil),     // 23: trivet.api.v1.SetReplicasRequest
-	(*MoveReplicaRequest)(nil),     // 24: trivet.api.v1.MoveReplicaRequest
-	(*NodeRequest)(nil),            // 25: trivet.api.v1.NodeRequest
-	(*CordonNodeRequest)(nil),      // 26: trivet.api.v1.CordonNodeRequest
-	(*NodeStatus)(nil),             // 27: trivet.api.v1.NodeStatus
-	(*Remaining)(nil),              // 28: trivet.api.v1.Remaining
-	(*AttachVolumeResponse)(nil),   // 29: trivet.api.v1.AttachVolumeResponse
-	(*DetachVolumeRequest)(nil),    // 30: trivet.api.v1.DetachVolumeRequest
-	(*ServeVolumeRequest)(nil),     // 31: trivet.api.v1.ServeVolumeRequest
-	(*ServeVolumeResponse)(nil),    // 32: trivet.api.v1.ServeVolumeResponse
-	(*Snapshot)(nil),               // 33: trivet.api.v1.Snapshot
-	(*CreateSnapshotRequest)(nil),  // 34: trivet.api.v1.CreateSnapshotRequest
-	(*ListSnapshotsRequest)(nil),   // 35: trivet.api.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),  // 36: trivet.api.v1.ListSnapshotsResponse
-	(*SnapshotRequest)(nil),        // 37: trivet.api.v1.SnapshotRequest
-	(*DeleteSnapshotResponse)(nil), // 38: trivet.api.v1.DeleteSnapshotResponse
-	(*ForgetNodeRequest)(nil),      // 39: trivet.api.v1.ForgetNodeRequest
-	(*ForgetNodeResponse)(nil),     // 40: trivet.api.v1.ForgetNodeResponse
-	(*CacheReport)(nil),            // 41: trivet.api.v1.CacheReport
-	(*HitCount)(nil),               // 42: trivet.api.v1.HitCount
-	(*ScrubVolumeRequest)(nil),     // 43: trivet.api.v1.ScrubVolumeRequest
-	(*ScrubStatus)(nil),            // 44: trivet.api.v1.ScrubStatus
-	(*ExpandVolumeRequest)(nil),    // 45: trivet.api.v1.ExpandVolumeRequest
-	(*ListAuditRequest)(nil),       // 46: trivet.api.v1.ListAuditRequest
-	(*AuditLog)(nil),               // 47: trivet.api.v1.AuditLog
-	(*AuditRecord)(nil),            // 48: trivet.api.v1.AuditRecord
-	(*ShowDisksRequest)(nil),       // 49: trivet.api.v1.ShowDisksRequest
-	(*ShowDisksResponse)(nil),      // 50: trivet.api.v1.ShowDisksResponse
-	(*DiskUse)(nil),                // 51: trivet.api.v1.DiskUse
-	(*RecoverVolumeRequest)(nil),   // 52: trivet.api.v1.RecoverVolumeRequest
-	(*RecoverVolumeResponse)(nil),  // 53: trivet.api.v1.RecoverVolumeResponse
-	(*RestoreSnapshotRequest)(nil), // 54: trivet.api.v1.RestoreSnapshotRequest
-	(*CloneVolumeRequest)(nil),     // 55: trivet.api.v1.CloneVolumeRequest
-	(*DiffSnapshotsRequest)(nil),   // 56: trivet.api.v1.DiffSnapshotsRequest
-	(*DiffPage)(nil),               // 57: trivet.api.v1.DiffPage
-	(*Extent)(nil),                 // 58: trivet.api.v1.Extent
-	nil,                            // 59: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                            // 60: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                            // 61: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                            // 62: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                            // 63: trivet.api.v1.Volume.ParametersEntry
-	nil,                            // 64: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                            // 65: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
+	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
+	(*VolumeReport)(nil),                // 2: trivet.api.v1.VolumeReport
+	(*StageReport)(nil),                 // 3: trivet.api.v1.StageReport
+	(*InitClusterRequest)(nil),          // 4: trivet.api.v1.InitClusterRequest
+	(*InitClusterResponse)(nil),         // 5: trivet.api.v1.InitClusterResponse
+	(*JoinRequest)(nil),                 // 6: trivet.api.v1.JoinRequest
+	(*JoinResponse)(nil),                // 7: trivet.api.v1.JoinResponse
+	(*ClusterStatusRequest)(nil),        // 8: trivet.api.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil),       // 9: trivet.api.v1.ClusterStatusResponse
+	(*ListNodesRequest)(nil),            // 10: trivet.api.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 11: trivet.api.v1.ListNodesResponse
+	(*Node)(nil),                        // 12: trivet.api.v1.Node
+	(*Disk)(nil),                        // 13: trivet.api.v1.Disk
+	(*CreateVolumeRequest)(nil),         // 14: trivet.api.v1.CreateVolumeRequest
+	(*VolumeRequest)(nil),               // 15: trivet.api.v1.VolumeRequest
+	(*DeleteVolumeResponse)(nil),        // 16: trivet.api.v1.DeleteVolumeResponse
+	(*ListVolumesRequest)(nil),          // 17: trivet.api.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),         // 18: trivet.api.v1.ListVolumesResponse
+	(*Volume)(nil),                      // 19: trivet.api.v1.Volume
+	(*Replica)(nil),                     // 20: trivet.api.v1.Replica
+	(*ReclaimVolumeRequest)(nil),        // 21: trivet.api.v1.ReclaimVolumeRequest
+	(*MoveLeaderRequest)(nil),           // 22: trivet.api.v1.MoveLeaderRequest
+	(*SetReplicasRequest)(nil),          // 23: trivet.api.v1.SetReplicasRequest
+	(*MoveReplicaRequest)(nil),          // 24: trivet.api.v1.MoveReplicaRequest
+	(*NodeRequest)(nil),                 // 25: trivet.api.v1.NodeRequest
+	(*CordonNodeRequest)(nil),           // 26: trivet.api.v1.CordonNodeRequest
+	(*NodeStatus)(nil),                  // 27: trivet.api.v1.NodeStatus
+	(*Remaining)(nil),                   // 28: trivet.api.v1.Remaining
+	(*AttachVolumeResponse)(nil),        // 29: trivet.api.v1.AttachVolumeResponse
+	(*DetachVolumeRequest)(nil),         // 30: trivet.api.v1.DetachVolumeRequest
+	(*ServeVolumeRequest)(nil),          // 31: trivet.api.v1.ServeVolumeRequest
+	(*ServeVolumeResponse)(nil),         // 32: trivet.api.v1.ServeVolumeResponse
+	(*Snapshot)(nil),                    // 33: trivet.api.v1.Snapshot
+	(*CreateSnapshotRequest)(nil),       // 34: trivet.api.v1.CreateSnapshotRequest
+	(*ListSnapshotsRequest)(nil),        // 35: trivet.api.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 36: trivet.api.v1.ListSnapshotsResponse
+	(*SnapshotRequest)(nil),             // 37: trivet.api.v1.SnapshotRequest
+	(*DeleteSnapshotResponse)(nil),      // 38: trivet.api.v1.DeleteSnapshotResponse
+	(*ForgetNodeRequest)(nil),           // 39: trivet.api.v1.ForgetNodeRequest
+	(*ForgetNodeResponse)(nil),          // 40: trivet.api.v1.ForgetNodeResponse
+	(*CacheReport)(nil),                 // 41: trivet.api.v1.CacheReport
+	(*HitCount)(nil),                    // 42: trivet.api.v1.HitCount
+	(*ScrubVolumeRequest)(nil),          // 43: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),                 // 44: trivet.api.v1.ScrubStatus
+	(*ExpandVolumeRequest)(nil),         // 45: trivet.api.v1.ExpandVolumeRequest
+	(*ListAuditRequest)(nil),            // 46: trivet.api.v1.ListAuditRequest
+	(*AuditLog)(nil),                    // 47: trivet.api.v1.AuditLog
+	(*AuditRecord)(nil),                 // 48: trivet.api.v1.AuditRecord
+	(*ShowDisksRequest)(nil),            // 49: trivet.api.v1.ShowDisksRequest
+	(*ShowDisksResponse)(nil),           // 50: trivet.api.v1.ShowDisksResponse
+	(*DiskUse)(nil),                     // 51: trivet.api.v1.DiskUse
+	(*RecoverVolumeRequest)(nil),        // 52: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),       // 53: trivet.api.v1.RecoverVolumeResponse
+	(*RestoreSnapshotRequest)(nil),      // 54: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),          // 55: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),        // 56: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),                    // 57: trivet.api.v1.DiffPage
+	(*Extent)(nil),                      // 58: trivet.api.v1.Extent
+	(*SnapshotGroup)(nil),               // 59: trivet.api.v1.SnapshotGroup
+	(*CreateSnapshotGroupRequest)(nil),  // 60: trivet.api.v1.CreateSnapshotGroupRequest
+	(*ListSnapshotGroupsRequest)(nil),   // 61: trivet.api.v1.ListSnapshotGroupsRequest
+	(*ListSnapshotGroupsResponse)(nil),  // 62: trivet.api.v1.ListSnapshotGroupsResponse
+	(*SnapshotGroupRequest)(nil),        // 63: trivet.api.v1.SnapshotGroupRequest
+	(*DeleteSnapshotGroupResponse)(nil), // 64: trivet.api.v1.DeleteSnapshotGroupResponse
+	(*VolumeUsage)(nil),                 // 65: trivet.api.v1.VolumeUsage
+	nil,                                 // 66: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 67: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 68: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 69: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 70: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 71: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 72: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	59, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	66, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	60, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	67, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	61, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	68, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	62, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	69, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	63, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	70, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	12, // 13: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	28, // 14: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	19, // 15: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	33, // 16: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
-	42, // 17: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
-	48, // 18: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
-	51, // 19: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
-	19, // 20: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	64, // 21: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	65, // 22: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
-	58, // 23: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
-	4,  // 24: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 25: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 26: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 27: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 28: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 29: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 30: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 31: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 32: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 33: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 34: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 35: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 36: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 37: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 38: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 39: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 40: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 41: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 42: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 43: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	34, // 44: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	35, // 45: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	37, // 46: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	37, // 47: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 48: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	43, // 49: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	15, // 50: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	45, // 51: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
-	46, // 52: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
-	49, // 53: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	52, // 54: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	54, // 55: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
-	56, // 56: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
-	55, // 57: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
-	5,  // 58: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 59: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 60: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 61: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 62: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 63: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 64: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 65: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 66: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 67: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 68: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 69: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 70: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 71: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 72: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 73: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 74: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 75: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 76: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 77: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 78: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 79: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 80: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 81: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 82: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 83: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 84: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	19, // 85: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	47, // 86: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	50, // 87: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	53, // 88: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	19, // 89: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	57, // 90: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	19, // 91: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	58, // [58:92] is the sub-list for method output_type
-	24, // [24:58] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	65, // 13: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
+	12, // 14: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	28, // 15: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	19, // 16: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	33, // 17: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
+	42, // 18: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	48, // 19: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
+	51, // 20: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
+	19, // 21: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	71, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	72, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	58, // 24: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	33, // 25: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
+	59, // 26: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
+	4,  // 27: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 28: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 29: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 30: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 31: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	17, // 32: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	15, // 33: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 34: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	15, // 35: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	21, // 36: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	22, // 37: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	23, // 38: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	24, // 39: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	26, // 40: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	25, // 41: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	15, // 42: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	30, // 43: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	31, // 44: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 45: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	1,  // 46: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	34, // 47: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	35, // 48: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	37, // 49: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	37, // 50: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 51: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	43, // 52: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	15, // 53: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	45, // 54: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	46, // 55: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	49, // 56: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	52, // 57: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	54, // 58: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	56, // 59: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	55, // 60: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	60, // 61: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
+	61, // 62: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
+	63, // 63: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	63, // 64: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	5,  // 65: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 66: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 67: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 68: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 69: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 70: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 71: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 72: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 73: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 74: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 75: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 76: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 77: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 78: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 79: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 80: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 81: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 82: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 83: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 84: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 85: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 86: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 87: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 88: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 89: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 90: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 91: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	19, // 92: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	47, // 93: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	50, // 94: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	53, // 95: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	19, // 96: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	57, // 97: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	19, // 98: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	59, // 99: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	62, // 100: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	59, // 101: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	64, // 102: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	65, // [65:103] is the sub-list for method output_type
+	27, // [27:65] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -4709,7 +5204,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   66,
+			NumMessages:   73,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

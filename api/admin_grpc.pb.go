@@ -22,40 +22,44 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_InitCluster_FullMethodName     = "/trivet.api.v1.Admin/InitCluster"
-	Admin_Join_FullMethodName            = "/trivet.api.v1.Admin/Join"
-	Admin_ClusterStatus_FullMethodName   = "/trivet.api.v1.Admin/ClusterStatus"
-	Admin_ListNodes_FullMethodName       = "/trivet.api.v1.Admin/ListNodes"
-	Admin_CreateVolume_FullMethodName    = "/trivet.api.v1.Admin/CreateVolume"
-	Admin_ListVolumes_FullMethodName     = "/trivet.api.v1.Admin/ListVolumes"
-	Admin_GetVolume_FullMethodName       = "/trivet.api.v1.Admin/GetVolume"
-	Admin_DeleteVolume_FullMethodName    = "/trivet.api.v1.Admin/DeleteVolume"
-	Admin_ReleaseVolume_FullMethodName   = "/trivet.api.v1.Admin/ReleaseVolume"
-	Admin_ReclaimVolume_FullMethodName   = "/trivet.api.v1.Admin/ReclaimVolume"
-	Admin_MoveLeader_FullMethodName      = "/trivet.api.v1.Admin/MoveLeader"
-	Admin_SetReplicas_FullMethodName     = "/trivet.api.v1.Admin/SetReplicas"
-	Admin_MoveReplica_FullMethodName     = "/trivet.api.v1.Admin/MoveReplica"
-	Admin_CordonNode_FullMethodName      = "/trivet.api.v1.Admin/CordonNode"
-	Admin_GetNode_FullMethodName         = "/trivet.api.v1.Admin/GetNode"
-	Admin_AttachVolume_FullMethodName    = "/trivet.api.v1.Admin/AttachVolume"
-	Admin_DetachVolume_FullMethodName    = "/trivet.api.v1.Admin/DetachVolume"
-	Admin_ServeVolume_FullMethodName     = "/trivet.api.v1.Admin/ServeVolume"
-	Admin_SetVolume_FullMethodName       = "/trivet.api.v1.Admin/SetVolume"
-	Admin_ExplainVolume_FullMethodName   = "/trivet.api.v1.Admin/ExplainVolume"
-	Admin_CreateSnapshot_FullMethodName  = "/trivet.api.v1.Admin/CreateSnapshot"
-	Admin_ListSnapshots_FullMethodName   = "/trivet.api.v1.Admin/ListSnapshots"
-	Admin_GetSnapshot_FullMethodName     = "/trivet.api.v1.Admin/GetSnapshot"
-	Admin_DeleteSnapshot_FullMethodName  = "/trivet.api.v1.Admin/DeleteSnapshot"
-	Admin_ForgetNode_FullMethodName      = "/trivet.api.v1.Admin/ForgetNode"
-	Admin_ScrubVolume_FullMethodName     = "/trivet.api.v1.Admin/ScrubVolume"
-	Admin_GetScrub_FullMethodName        = "/trivet.api.v1.Admin/GetScrub"
-	Admin_ExpandVolume_FullMethodName    = "/trivet.api.v1.Admin/ExpandVolume"
-	Admin_ListAudit_FullMethodName       = "/trivet.api.v1.Admin/ListAudit"
-	Admin_ShowDisks_FullMethodName       = "/trivet.api.v1.Admin/ShowDisks"
-	Admin_RecoverVolume_FullMethodName   = "/trivet.api.v1.Admin/RecoverVolume"
-	Admin_RestoreSnapshot_FullMethodName = "/trivet.api.v1.Admin/RestoreSnapshot"
-	Admin_DiffSnapshots_FullMethodName   = "/trivet.api.v1.Admin/DiffSnapshots"
-	Admin_CloneVolume_FullMethodName     = "/trivet.api.v1.Admin/CloneVolume"
+	Admin_InitCluster_FullMethodName         = "/trivet.api.v1.Admin/InitCluster"
+	Admin_Join_FullMethodName                = "/trivet.api.v1.Admin/Join"
+	Admin_ClusterStatus_FullMethodName       = "/trivet.api.v1.Admin/ClusterStatus"
+	Admin_ListNodes_FullMethodName           = "/trivet.api.v1.Admin/ListNodes"
+	Admin_CreateVolume_FullMethodName        = "/trivet.api.v1.Admin/CreateVolume"
+	Admin_ListVolumes_FullMethodName         = "/trivet.api.v1.Admin/ListVolumes"
+	Admin_GetVolume_FullMethodName           = "/trivet.api.v1.Admin/GetVolume"
+	Admin_DeleteVolume_FullMethodName        = "/trivet.api.v1.Admin/DeleteVolume"
+	Admin_ReleaseVolume_FullMethodName       = "/trivet.api.v1.Admin/ReleaseVolume"
+	Admin_ReclaimVolume_FullMethodName       = "/trivet.api.v1.Admin/ReclaimVolume"
+	Admin_MoveLeader_FullMethodName          = "/trivet.api.v1.Admin/MoveLeader"
+	Admin_SetReplicas_FullMethodName         = "/trivet.api.v1.Admin/SetReplicas"
+	Admin_MoveReplica_FullMethodName         = "/trivet.api.v1.Admin/MoveReplica"
+	Admin_CordonNode_FullMethodName          = "/trivet.api.v1.Admin/CordonNode"
+	Admin_GetNode_FullMethodName             = "/trivet.api.v1.Admin/GetNode"
+	Admin_AttachVolume_FullMethodName        = "/trivet.api.v1.Admin/AttachVolume"
+	Admin_DetachVolume_FullMethodName        = "/trivet.api.v1.Admin/DetachVolume"
+	Admin_ServeVolume_FullMethodName         = "/trivet.api.v1.Admin/ServeVolume"
+	Admin_SetVolume_FullMethodName           = "/trivet.api.v1.Admin/SetVolume"
+	Admin_ExplainVolume_FullMethodName       = "/trivet.api.v1.Admin/ExplainVolume"
+	Admin_CreateSnapshot_FullMethodName      = "/trivet.api.v1.Admin/CreateSnapshot"
+	Admin_ListSnapshots_FullMethodName       = "/trivet.api.v1.Admin/ListSnapshots"
+	Admin_GetSnapshot_FullMethodName         = "/trivet.api.v1.Admin/GetSnapshot"
+	Admin_DeleteSnapshot_FullMethodName      = "/trivet.api.v1.Admin/DeleteSnapshot"
+	Admin_ForgetNode_FullMethodName          = "/trivet.api.v1.Admin/ForgetNode"
+	Admin_ScrubVolume_FullMethodName         = "/trivet.api.v1.Admin/ScrubVolume"
+	Admin_GetScrub_FullMethodName            = "/trivet.api.v1.Admin/GetScrub"
+	Admin_ExpandVolume_FullMethodName        = "/trivet.api.v1.Admin/ExpandVolume"
+	Admin_ListAudit_FullMethodName           = "/trivet.api.v1.Admin/ListAudit"
+	Admin_ShowDisks_FullMethodName           = "/trivet.api.v1.Admin/ShowDisks"
+	Admin_RecoverVolume_FullMethodName       = "/trivet.api.v1.Admin/RecoverVolume"
+	Admin_RestoreSnapshot_FullMethodName     = "/trivet.api.v1.Admin/RestoreSnapshot"
+	Admin_DiffSnapshots_FullMethodName       = "/trivet.api.v1.Admin/DiffSnapshots"
+	Admin_CloneVolume_FullMethodName         = "/trivet.api.v1.Admin/CloneVolume"
+	Admin_CreateSnapshotGroup_FullMethodName = "/trivet.api.v1.Admin/CreateSnapshotGroup"
+	Admin_ListSnapshotGroups_FullMethodName  = "/trivet.api.v1.Admin/ListSnapshotGroups"
+	Admin_GetSnapshotGroup_FullMethodName    = "/trivet.api.v1.Admin/GetSnapshotGroup"
+	Admin_DeleteSnapshotGroup_FullMethodName = "/trivet.api.v1.Admin/DeleteSnapshotGroup"
 )
 
 // AdminClient is the client API for Admin service.
@@ -140,6 +144,14 @@ type AdminClient interface {
 	DiffSnapshots(ctx context.Context, in *DiffSnapshotsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DiffPage], error)
 	// CloneVolume makes a volume that begins as a copy of another, as that is now.
 	CloneVolume(ctx context.Context, in *CloneVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// CreateSnapshotGroup makes snapshots of several volumes at one point, and returns once all are made. Writes to the
+	// volumes are held for it, for milliseconds. The same again returns the same. UNAVAILABLE with "failed": none is
+	// made, and the group has to be deleted before its name can be used again.
+	CreateSnapshotGroup(ctx context.Context, in *CreateSnapshotGroupRequest, opts ...grpc.CallOption) (*SnapshotGroup, error)
+	ListSnapshotGroups(ctx context.Context, in *ListSnapshotGroupsRequest, opts ...grpc.CallOption) (*ListSnapshotGroupsResponse, error)
+	GetSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*SnapshotGroup, error)
+	// DeleteSnapshotGroup deletes a group with all its snapshots; an absent one is success.
+	DeleteSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*DeleteSnapshotGroupResponse, error)
 }
 
 type adminClient struct {
@@ -517,6 +529,46 @@ func (c *adminClient) CloneVolume(ctx context.Context, in *CloneVolumeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) CreateSnapshotGroup(ctx context.Context, in *CreateSnapshotGroupRequest, opts ...grpc.CallOption) (*SnapshotGroup, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SnapshotGroup)
+	err := c.cc.Invoke(ctx, Admin_CreateSnapshotGroup_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListSnapshotGroups(ctx context.Context, in *ListSnapshotGroupsRequest, opts ...grpc.CallOption) (*ListSnapshotGroupsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSnapshotGroupsResponse)
+	err := c.cc.Invoke(ctx, Admin_ListSnapshotGroups_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*SnapshotGroup, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SnapshotGroup)
+	err := c.cc.Invoke(ctx, Admin_GetSnapshotGroup_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) DeleteSnapshotGroup(ctx context.Context, in *SnapshotGroupRequest, opts ...grpc.CallOption) (*DeleteSnapshotGroupResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteSnapshotGroupResponse)
+	err := c.cc.Invoke(ctx, Admin_DeleteSnapshotGroup_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -599,6 +651,14 @@ type AdminServer interface {
 	DiffSnapshots(*DiffSnapshotsRequest, grpc.ServerStreamingServer[DiffPage]) error
 	// CloneVolume makes a volume that begins as a copy of another, as that is now.
 	CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error)
+	// CreateSnapshotGroup makes snapshots of several volumes at one point, and returns once all are made. Writes to the
+	// volumes are held for it, for milliseconds. The same again returns the same. UNAVAILABLE with "failed": none is
+	// made, and the group has to be deleted before its name can be used again.
+	CreateSnapshotGroup(context.Context, *CreateSnapshotGroupRequest) (*SnapshotGroup, error)
+	ListSnapshotGroups(context.Context, *ListSnapshotGroupsRequest) (*ListSnapshotGroupsResponse, error)
+	GetSnapshotGroup(context.Context, *SnapshotGroupRequest) (*SnapshotGroup, error)
+	// DeleteSnapshotGroup deletes a group with all its snapshots; an absent one is success.
+	DeleteSnapshotGroup(context.Context, *SnapshotGroupRequest) (*DeleteSnapshotGroupResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -710,6 +770,18 @@ func (UnimplementedAdminServer) DiffSnapshots(*DiffSnapshotsRequest, grpc.Server
 }
 func (UnimplementedAdminServer) CloneVolume(context.Context, *CloneVolumeRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method CloneVolume not implemented")
+}
+func (UnimplementedAdminServer) CreateSnapshotGroup(context.Context, *CreateSnapshotGroupRequest) (*SnapshotGroup, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateSnapshotGroup not implemented")
+}
+func (UnimplementedAdminServer) ListSnapshotGroups(context.Context, *ListSnapshotGroupsRequest) (*ListSnapshotGroupsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSnapshotGroups not implemented")
+}
+func (UnimplementedAdminServer) GetSnapshotGroup(context.Context, *SnapshotGroupRequest) (*SnapshotGroup, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetSnapshotGroup not implemented")
+}
+func (UnimplementedAdminServer) DeleteSnapshotGroup(context.Context, *SnapshotGroupRequest) (*DeleteSnapshotGroupResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteSnapshotGroup not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1323,6 +1395,78 @@ func _Admin_CloneVolume_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_CreateSnapshotGroup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateSnapshotGroupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CreateSnapshotGroup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CreateSnapshotGroup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CreateSnapshotGroup(ctx, req.(*CreateSnapshotGroupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListSnapshotGroups_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSnapshotGroupsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListSnapshotGroups(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListSnapshotGroups_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListSnapshotGroups(ctx, req.(*ListSnapshotGroupsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetSnapshotGroup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotGroupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetSnapshotGroup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetSnapshotGroup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetSnapshotGroup(ctx, req.(*SnapshotGroupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_DeleteSnapshotGroup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotGroupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).DeleteSnapshotGroup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_DeleteSnapshotGroup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).DeleteSnapshotGroup(ctx, req.(*SnapshotGroupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1453,6 +1597,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CloneVolume",
 			Handler:    _Admin_CloneVolume_Handler,
+		},
+		{
+			MethodName: "CreateSnapshotGroup",
+			Handler:    _Admin_CreateSnapshotGroup_Handler,
+		},
+		{
+			MethodName: "ListSnapshotGroups",
+			Handler:    _Admin_ListSnapshotGroups_Handler,
+		},
+		{
+			MethodName: "GetSnapshotGroup",
+			Handler:    _Admin_GetSnapshotGroup_Handler,
+		},
+		{
+			MethodName: "DeleteSnapshotGroup",
+			Handler:    _Admin_DeleteSnapshotGroup_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -47,6 +47,10 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 		ok = owns(s, c.ReportRecovered.Volume, c.ReportRecovered.Replica, from)
 	case c.ReportSize != nil:
 		ok = hosts(s, c.ReportSize.Volume, from)
+	case c.BeginSnapshotGroup != nil:
+		ok = registered && c.BeginSnapshotGroup.Node == from
+	case c.ReportSnapshotGroup != nil:
+		ok = registered && c.ReportSnapshotGroup.Node == from
 	default:
 		ok = registered
 	}

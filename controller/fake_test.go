@@ -138,6 +138,7 @@ type agents struct {
 	noFence bool                   // the volumes' groups have no quorum
 
 	noFlatten bool // clones stay as they are made
+	noGroups  bool // groups of snapshots fail
 }
 
 func startAgents(t *testing.T, store *memory) *agents {
@@ -245,6 +246,7 @@ func (a *agents) roundOfSnapshots() {
 		case meta.SnapshotReady, meta.SnapshotFailed, meta.SnapshotRemoved:
 		}
 	}
+	a.roundOfGroups()
 	for _, v := range s.Volumes() {
 		for _, r := range v.Replicas {
 			if v.Source != nil && !v.Source.Flattened && r.State == meta.ReplicaReady && !a.noFlatten {
@@ -254,6 +256,27 @@ func (a *agents) roundOfSnapshots() {
 		if v.Phase == meta.PhaseRestoring {
 			a.report(meta.Command{ReportRolledBack: &meta.ReportRolledBack{Volume: v.ID, Epoch: v.Epoch}})
 		}
+	}
+}
+
+// roundOfGroups makes groups of snapshots on node n1, whose members' writers it speaks for.
+func (a *agents) roundOfGroups() {
+	s := a.truth()
+	n1, _ := s.Node("n1")
+	for _, g := range s.UnsettledGroups() {
+		r := &meta.ReportSnapshotGroup{Group: g.ID, Node: n1.ID, Incarnation: n1.Incarnation, State: meta.GroupReady}
+		if a.noGroups {
+			r.State, r.Reason = meta.GroupFailed, "node n9 does not answer"
+		}
+		for _, m := range g.Members {
+			if snap, _ := s.Snapshot(m.Snapshot); snap.State == meta.SnapshotCreating && !a.noGroups {
+				r.Frozen = append(r.Frozen, meta.FrozenMember{Snapshot: m.Snapshot, SizeBytes: gib, Generation: 4, Held: 9})
+			}
+		}
+		a.report(meta.Command{BeginSnapshotGroup: &meta.BeginSnapshotGroup{
+			Group: g.ID, Node: n1.ID, Incarnation: n1.Incarnation,
+		}})
+		a.report(meta.Command{ReportSnapshotGroup: r})
 	}
 }
 

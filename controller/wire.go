@@ -59,12 +59,13 @@ func decodeIndex(b []byte) (uint64, error) {
 
 // wireResult is a meta.Result on the wire.
 type wireResult struct {
-	Revision meta.Revision  `json:"revision"`
-	Volume   *meta.Volume   `json:"volume,omitempty"`
-	Node     *meta.Node     `json:"node,omitempty"`
-	Snapshot *meta.Snapshot `json:"snapshot,omitempty"`
-	Error    string         `json:"error,omitempty"`
-	Kinds    []string       `json:"kinds,omitempty"` // sentinels that the error wraps
+	Revision meta.Revision       `json:"revision"`
+	Volume   *meta.Volume        `json:"volume,omitempty"`
+	Node     *meta.Node          `json:"node,omitempty"`
+	Snapshot *meta.Snapshot      `json:"snapshot,omitempty"`
+	Group    *meta.SnapshotGroup `json:"group,omitempty"`
+	Error    string              `json:"error,omitempty"`
+	Kinds    []string            `json:"kinds,omitempty"` // sentinels that the error wraps
 }
 
 // sentinels are the refusals of the state machine, by their names on the wire.
@@ -92,7 +93,7 @@ func (r *refusal) Error() string   { return r.text }
 func (r *refusal) Unwrap() []error { return r.kinds }
 
 func encodeResult(res meta.Result) ([]byte, error) {
-	w := wireResult{Revision: res.Revision, Volume: res.Volume, Node: res.Node, Snapshot: res.Snapshot}
+	w := wireResult{Revision: res.Revision, Volume: res.Volume, Node: res.Node, Snapshot: res.Snapshot, Group: res.Group}
 	if res.Err != nil {
 		w.Error = res.Err.Error()
 		for _, s := range sentinels {
@@ -117,7 +118,7 @@ func decodeResult(b []byte) (meta.Result, error) {
 	if err := json.Unmarshal(b[1:], &w); err != nil {
 		return meta.Result{}, fmt.Errorf("result: %w: %w", err, trivet.ErrInvalid)
 	}
-	res := meta.Result{Revision: w.Revision, Volume: w.Volume, Node: w.Node, Snapshot: w.Snapshot}
+	res := meta.Result{Revision: w.Revision, Volume: w.Volume, Node: w.Node, Snapshot: w.Snapshot, Group: w.Group}
 	if w.Error != "" || len(w.Kinds) > 0 {
 		r := &refusal{text: w.Error}
 		for _, s := range sentinels {

@@ -67,7 +67,7 @@ func (m *mounts) freezeHeld(ctx context.Context) {
 // freezes returns the volume of s if its snapshots are for this node to make, as it sees the volume; else nil.
 func (m *mounts) freezes(st *meta.State, s *meta.Snapshot) *meta.Volume {
 	v, ok := st.Volume(s.Volume)
-	if !ok || s.State != meta.SnapshotCreating {
+	if !ok || s.State != meta.SnapshotCreating || s.Group != 0 { // groups: snapgroup.go
 		return nil
 	}
 	held := v.GrantOf(m.attacher.node)
@@ -116,6 +116,9 @@ func (m *mounts) freezeOnce(ctx context.Context, id trivet.SnapshotID) (done boo
 	case err != nil:
 		return false, err
 	default:
+		if held > 0 {
+			m.holdTimes.Single.Observe(held)
+		}
 		m.log.Info("snapshot made", "volume", v.ID, "snapshot", id, "generation", f.Generation, "held", held)
 	}
 	err = reportSnapshot(ctx, m.attacher.cat, r)
@@ -156,21 +159,46 @@ func (m *mounts) freeze(ctx context.Context, v *meta.Volume, id trivet.SnapshotI
 func (m *mounts) freezeUnopened(ctx context.Context, v *meta.Volume, id trivet.SnapshotID) (
 	f replication.Frozen, err error,
 ) {
-	unlock, err := m.ops.try(v.ID) // nobody opens it meanwhile
+	unlock, err := m.lockUnopened(v.ID)
 	if err != nil {
 		return f, err
 	}
 	defer unlock()
+	return m.freezeByGroup(ctx, v, id)
+}
+
+// lockUnopened has nobody open a volume that nothing uses until unlock is called.
+func (m *mounts) lockUnopened(id trivet.VolumeID) (unlock func(), err error) {
+	if unlock, err = m.ops.try(id); err != nil {
+		return nil, err
+	}
+	if err := m.mayFreezeUnopened(id); err != nil {
+		unlock()
+		return nil, err
+	}
+	return unlock, nil
+}
+
+// mayFreezeUnopened returns ErrPending unless the group has all of a volume that nothing uses.
+func (m *mounts) mayFreezeUnopened(id trivet.VolumeID) error {
 	a := m.attacher
-	if a.get(v.ID) != nil {
-		return f, fmt.Errorf("freeze %s: it is being opened: %w", v.ID, trivet.ErrPending)
+	if a.get(id) != nil {
+		return fmt.Errorf("freeze %s: it is being opened: %w", id, trivet.ErrPending)
 	}
 	if a.caches.dir != "" {
-		if _, err := os.Lstat(a.caches.path(v.ID)); !errors.Is(err, os.ErrNotExist) {
-			return f, fmt.Errorf("freeze %s: writes that the last process acknowledged are not written back yet: %w", v.ID,
+		if _, err := os.Lstat(a.caches.path(id)); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("freeze %s: writes that the last process acknowledged are not written back yet: %w", id,
 				trivet.ErrPending)
 		}
 	}
+	return nil
+}
+
+// freezeByGroup makes a snapshot by a group that is opened for it.
+func (m *mounts) freezeByGroup(ctx context.Context, v *meta.Volume, id trivet.SnapshotID) (
+	f replication.Frozen, err error,
+) {
+	a := m.attacher
 	// A freeze has no sequence in the session of the epoch (H39), so that others may write at it later.
 	group, err := a.openGroup(replication.VolumeConfig{
 		ID: v.ID, SizeBytes: v.SizeBytes, Epoch: v.Attached.Epoch, IOTimeout: holdMax, Members: mayLead(v),

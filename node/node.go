@@ -206,6 +206,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 		return nil, errors.Join(err, n.unlock())
 	}
 	n.host, n.mounts.attacher.host = host, host
+	n.mounts.serveGroups(cfg.Network)
 	agentCfg, err := n.agentConfig()
 	if err != nil {
 		return nil, errors.Join(err, host.Close(), n.unlock())
@@ -217,6 +218,7 @@ func open(ctx context.Context, cfg Config) (*Node, error) {
 	n.stop, n.group = cancel, new(errgroup.Group)
 	n.group.Go(func() error { n.sweep(life); return nil })
 	n.group.Go(func() error { n.mounts.freezeHeld(life); return nil })
+	n.group.Go(func() error { n.mounts.makeGroups(life); return nil })
 	n.group.Go(func() error { n.mounts.growKernels(life); return nil })
 	for _, l := range n.left {
 		n.group.Go(func() error { n.mounts.resume(life, l); return nil })
@@ -338,6 +340,7 @@ func (n *Node) Close() error {
 	n.closeOnce.Do(func() {
 		n.stop()
 		_ = n.group.Wait() // returns nil
+		n.mounts.holds.close()
 		//nolint:forbidigo // Close has no context; each volume has a time limit of its own
 		errs := []error{n.mounts.close(context.Background())}
 		n.mounts.attacher.caches.tidy()

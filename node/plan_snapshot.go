@@ -23,10 +23,15 @@ type copies struct {
 	flat   map[trivet.ReplicaID]bool // own replicas that are flattened, and not reported so
 	busy   bool                      // the group has something to do about them
 	waits  bool                      // for the holder to make a snapshot, or for its lease to run out
+	// grouped has the snapshots that are to be made in a group, and whether the leader's node makes them.
+	grouped map[trivet.SnapshotID]bool
 }
 
 func copiesOf(st *meta.State, v *meta.Volume, now time.Time) copies {
-	c := copies{snapshots: st.SnapshotsOf(v.ID), needed: map[trivet.SnapshotID]bool{}, leader: leaderFreezes(st, v, now)}
+	c := copies{
+		snapshots: st.SnapshotsOf(v.ID), needed: map[trivet.SnapshotID]bool{}, leader: leaderFreezes(st, v, now),
+		grouped: map[trivet.SnapshotID]bool{},
+	}
 	for i := range c.snapshots {
 		s := &c.snapshots[i]
 		for _, id := range st.ClonesOf(s.ID) {
@@ -36,6 +41,9 @@ func copiesOf(st *meta.State, v *meta.Volume, now time.Time) copies {
 			c.busy = c.busy || ok && clone.Phase == meta.PhaseCreating
 		}
 		switch {
+		case s.State == meta.SnapshotCreating && s.Group != 0:
+			c.busy = true
+			c.grouped[s.ID] = mayFreezeAlone(st, v, s)
 		case s.State == meta.SnapshotCreating:
 			c.busy, c.waits = true, !c.leader
 		case s.State == meta.SnapshotDeleting && !c.needed[s.ID]:
@@ -101,6 +109,23 @@ func leaderFreezes(st *meta.State, v *meta.Volume, now time.Time) bool {
 	return v.FencedEpoch == v.Epoch && (!ok || !n.Alive(now))
 }
 
+// mayFreezeAlone reports whether a member of a group may be frozen at any time: nobody can write its volume, and if
+// somebody comes to, the epoch moves, and the group fails. What a dead holder has not flushed is another matter: it may
+// be cut off from the catalogue only, and write on.
+func mayFreezeAlone(st *meta.State, v *meta.Volume, s *meta.Snapshot) bool {
+	g, _ := st.SnapshotGroup(s.Group)
+	i := slices.IndexFunc(g.Members, func(m meta.GroupMember) bool { return m.Snapshot == s.ID })
+	return i >= 0 && g.Members[i].Epoch == v.Epoch && v.FencedEpoch == v.Epoch && len(v.Writers()) == 0
+}
+
+// mayMake reports whether the node of the volume's leader makes a snapshot.
+func mayMake(st *meta.State, v *meta.Volume, s *meta.Snapshot, now time.Time) bool {
+	if s.Group != 0 {
+		return mayFreezeAlone(st, v, s)
+	}
+	return leaderFreezes(st, v, now)
+}
+
 // planSnapshots is what the leader's node has to do about snapshots.
 func planSnapshots(v *meta.Volume, r *meta.Replica, l local) []action {
 	var acts []action
@@ -109,7 +134,7 @@ func planSnapshots(v *meta.Volume, r *meta.Replica, l local) []action {
 		s := &l.copies.snapshots[i]
 		known[s.ID] = true
 		switch {
-		case s.State == meta.SnapshotCreating && l.copies.leader:
+		case s.State == meta.SnapshotCreating && (l.copies.grouped[s.ID] || s.Group == 0 && l.copies.leader):
 			acts = append(acts, action{verb: doFreeze, disk: r.Disk, id: r.ID, epoch: v.Epoch, snapshot: s.ID})
 		case s.State == meta.SnapshotDeleting && !l.copies.needed[s.ID]:
 			acts = append(acts, action{verb: doDrop, disk: r.Disk, id: r.ID, snapshot: s.ID})
@@ -141,7 +166,7 @@ func (w *worker) snapshot(ctx context.Context, a action) error {
 	}
 	s, known := st.Snapshot(a.snapshot)
 	if a.verb == doFreeze {
-		if !known || s.State != meta.SnapshotCreating || v.Epoch != a.epoch || !leaderFreezes(st, &v, time.Now()) {
+		if !known || s.State != meta.SnapshotCreating || v.Epoch != a.epoch || !mayMake(st, &v, &s, time.Now()) {
 			return nil
 		}
 		f, err := r.Freeze(ctx, a.epoch, a.snapshot)

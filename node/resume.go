@@ -108,7 +108,7 @@ func (m *mounts) resume(ctx context.Context, l leftover) {
 	}
 }
 
-// finalError is why another attempt to resume would be in vain.
+// finalError is why another attempt would be in vain.
 type finalError struct{ error }
 
 func (e finalError) Unwrap() error { return e.error }

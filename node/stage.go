@@ -27,6 +27,9 @@ type mounts struct {
 	ops      keyLock
 	growing  *volumeSet // kernel devices that have to take the size of their volume
 	statting keyLock    // Stats may hang on a dead device; one call a volume does, and no other kind
+
+	holds     groupHolds
+	holdTimes HoldTimes
 }
 
 func (m *mounts) stage(ctx context.Context, r StageRequest) error {

@@ -35,6 +35,10 @@ func (a *admin) snapshot(s *meta.Snapshot) *api.Snapshot {
 		Reason: s.Reason, SizeBytes: s.SizeBytes, Generation: uint32(s.Generation),
 		Created: s.Created.Format(time.RFC3339), HeldSeconds: s.Held.Seconds(),
 	}
+	if s.Group != 0 {
+		g, _ := a.s.catalogue.Local().SnapshotGroup(s.Group)
+		out.Group, out.GroupName = s.Group.String(), g.Name
+	}
 	for _, id := range a.s.catalogue.Local().ClonesOf(s.ID) {
 		out.Clones = append(out.Clones, id.String())
 	}

@@ -116,6 +116,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		return // no member of a cluster yet
 	}
 	schedulerMetrics(out, n.Scheduler())
+	holdMetrics(out, n.HoldTimes())
 	for disk, st := range n.DiskSchedulers() {
 		diskSchedulerMetrics(out, string(disk), st)
 	}

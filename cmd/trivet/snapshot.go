@@ -34,20 +34,24 @@ type snapshotView struct {
 	Created     string   `json:"created"`
 	HeldSeconds float64  `json:"heldSeconds"` // how long writes waited for it
 	Clones      []string `json:"clones,omitempty"`
+	Group       string   `json:"group,omitempty"` // ID of the group that it was made with
+	GroupName   string   `json:"groupName,omitempty"`
 }
 
 func snapshotOf(s *api.Snapshot) snapshotView {
 	return snapshotView{
 		ID: s.GetId(), Name: s.GetName(), Volume: s.GetVolume(), VolumeName: s.GetVolumeName(), State: s.GetState(),
 		Reason: s.GetReason(), SizeBytes: s.GetSizeBytes(), Generation: s.GetGeneration(), Created: s.GetCreated(),
-		HeldSeconds: s.GetHeldSeconds(), Clones: s.GetClones(),
+		HeldSeconds: s.GetHeldSeconds(), Clones: s.GetClones(), Group: s.GetGroup(), GroupName: s.GetGroupName(),
 	}
 }
 
 func snapshotTable(all []snapshotView) table {
-	t := table{header: []string{"NAME", "VOLUME", "STATE", "SIZE", "CREATED", "ID"}}
+	t := table{header: []string{"NAME", "VOLUME", "GROUP", "STATE", "SIZE", "CREATED", "ID"}}
 	for _, s := range all {
-		t.rows = append(t.rows, []string{s.Name, s.VolumeName, s.State, sizeText(s.SizeBytes), s.Created, s.ID})
+		t.rows = append(t.rows, []string{
+			s.Name, s.VolumeName, s.GroupName, s.State, sizeText(s.SizeBytes), s.Created, s.ID,
+		})
 	}
 	return t
 }
@@ -72,14 +76,29 @@ func (o *options) showSnapshot(cmd *cobra.Command, s *api.Snapshot) error {
 }
 
 func newSnapshotCreate(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "create VOLUME NAME",
-		Short: "Make a snapshot of a volume, in use or not; the same command again is success",
+	var group string
+	cmd := &cobra.Command{
+		Use:   "create VOLUME NAME | create --group NAME VOLUME...",
+		Short: "Make a snapshot of a volume, or of several at one point; the same command again is success",
 		Long: "Make a snapshot of a volume, in use or not. It shows every write that was acknowledged before, cached or\n" +
 			"not. A filesystem on it is as after a power cut: it replays its journal when the snapshot is restored. Run\n" +
-			"sync, or fsfreeze, first for files that programs have not synced.",
-		Args: exactArgs("VOLUME", "NAME"),
+			"sync, or fsfreeze, first for files that programs have not synced.\n\n" +
+			"With --group, snapshots of several volumes are made at one point: what was written to one after something was\n" +
+			"written to another is in its snapshot only if that is in the other's. Writes to all of them wait for some\n" +
+			"milliseconds. The snapshots are named NAME/VOLUME, and are deleted together.",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if group == "" {
+				return exactArgs("VOLUME", "NAME")(cmd, args)
+			}
+			if len(args) == 0 {
+				return usageError{errors.New("name the volumes of the group")}
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if group != "" {
+				return o.createGroup(cmd, group, args)
+			}
 			return o.call(cmd, func(ctx context.Context, c *client) error {
 				s, err := c.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Volume: args[0], Name: args[1]})
 				if err != nil {
@@ -89,6 +108,8 @@ func newSnapshotCreate(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().StringVar(&group, "group", "", "make snapshots of several volumes at one point, as a group of this name")
+	return cmd
 }
 
 func newSnapshotList(o *options) *cobra.Command {
@@ -120,11 +141,15 @@ func newSnapshotList(o *options) *cobra.Command {
 }
 
 func newSnapshotShow(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "show SNAPSHOT",
-		Short: "Show a snapshot",
+	var group bool
+	cmd := &cobra.Command{
+		Use:   "show SNAPSHOT | show --group GROUP",
+		Short: "Show a snapshot, or a group of them",
 		Args:  exactArgs("SNAPSHOT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if group {
+				return o.getGroup(cmd, args[0])
+			}
 			return o.call(cmd, func(ctx context.Context, c *client) error {
 				s, err := c.GetSnapshot(ctx, &api.SnapshotRequest{Name: args[0]})
 				if err != nil {
@@ -134,18 +159,28 @@ func newSnapshotShow(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&group, "group", false, "show a group of snapshots, by its name or ID")
+	return cmd
 }
 
 func newSnapshotDelete(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "delete SNAPSHOT",
+	var group bool
+	cmd := &cobra.Command{
+		Use:   "delete SNAPSHOT | delete --group GROUP",
 		Short: "Delete a snapshot; an absent one is success",
 		Long: "Delete a snapshot. Its space comes back in the background. While a clone of it is not flattened yet, it\n" +
-			"stays, as Deleting, and goes by itself.",
+			"stays, as Deleting, and goes by itself. One that was made in a group goes with the group only: --group\n" +
+			"deletes a group with all its snapshots.",
 		Args: exactArgs("SNAPSHOT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				if _, err := c.DeleteSnapshot(ctx, &api.SnapshotRequest{Name: args[0]}); err != nil {
+				var err error
+				if group {
+					_, err = c.DeleteSnapshotGroup(ctx, &api.SnapshotGroupRequest{Name: args[0]})
+				} else {
+					_, err = c.DeleteSnapshot(ctx, &api.SnapshotRequest{Name: args[0]})
+				}
+				if err != nil {
 					return err
 				}
 				return o.show(cmd.OutOrStdout(), map[string]string{"deleted": args[0]},
@@ -153,6 +188,8 @@ func newSnapshotDelete(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&group, "group", false, "delete a group of snapshots, by its name or ID")
+	return cmd
 }
 
 func newSnapshotRestore(o *options) *cobra.Command {

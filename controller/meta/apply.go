@@ -66,6 +66,9 @@ func (s *State) result(d *draft) Result {
 	if snap, ok := s.Snapshot(d.snapshotID); ok {
 		res.Snapshot = &snap
 	}
+	if g, ok := s.SnapshotGroup(d.groupID); ok {
+		res.Group = &g
+	}
 	return res
 }
 
@@ -80,6 +83,7 @@ type draft struct {
 	nodeID   trivet.NodeID
 
 	snapshotID trivet.SnapshotID
+	groupID    trivet.SnapshotGroupID
 }
 
 // edit returns a copy of the volume to be changed and put back.

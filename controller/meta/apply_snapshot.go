@@ -57,7 +57,17 @@ func (c *CreateSnapshot) apply(d *draft) error {
 	if err != nil {
 		return err
 	}
-	if err := firstError(v.unmoved(c.IfRevision), v.settled()); err != nil {
+	if err := v.unmoved(c.IfRevision); err != nil {
+		return err
+	}
+	return d.addSnapshot(v, &Snapshot{
+		ID: c.Snapshot.ID, Name: c.Snapshot.Name, Created: instant(c.Snapshot.Created),
+	})
+}
+
+// addSnapshot adds a snapshot of v, of which ID, Name, Created and Group are given.
+func (d *draft) addSnapshot(v *Volume, s *Snapshot) error {
+	if err := v.settled(); err != nil {
 		return err
 	}
 	of, _ := d.snapsOf.get(v.ID)
@@ -67,10 +77,10 @@ func (c *CreateSnapshot) apply(d *draft) error {
 	case len(of) >= snapshotsMax:
 		return fmt.Errorf("volume has %d snapshots, the most there may be; delete some: %w", len(of), trivet.ErrNoSpace)
 	}
-	s := &Snapshot{
-		ID: c.Snapshot.ID, Name: c.Snapshot.Name, Volume: v.ID, VolumeName: v.Name, State: SnapshotCreating,
-		Created: instant(c.Snapshot.Created), Params: v.Params,
+	if id, ok := d.snapNames.get(s.Name); ok {
+		return fmt.Errorf("%s has the name %q: %w", id, s.Name, trivet.ErrExists)
 	}
+	s.Volume, s.VolumeName, s.State, s.Params = v.ID, v.Name, SnapshotCreating, v.Params
 	d.snapNames = d.snapNames.with(s.Name, s.ID)
 	d.snapsOf = d.snapsOf.with(v.ID, insertID(of, s.ID))
 	d.putSnapshot(s)
@@ -91,6 +101,9 @@ func (r *ReportSnapshot) apply(d *draft) error {
 		if s.State != SnapshotCreating {
 			return nil
 		}
+		if err := d.mayBeAlone(&s); err != nil {
+			return err
+		}
 		s.State, s.SizeBytes, s.Generation, s.Held = SnapshotReady, r.SizeBytes, r.Generation, r.Held
 	case SnapshotFailed:
 		if s.State != SnapshotCreating {
@@ -104,6 +117,9 @@ func (r *ReportSnapshot) apply(d *draft) error {
 	}
 	d.putSnapshot(&s)
 	d.touch(s.Volume)
+	if s.State == SnapshotFailed {
+		d.memberFailed(&s)
+	}
 	return nil
 }
 
@@ -116,6 +132,7 @@ func (d *draft) forgetSnapshot(s *Snapshot) error {
 		return fmt.Errorf("%s needs it still: %w", clones[0], trivet.ErrInUse)
 	}
 	d.snaps = d.snaps.without(s.ID)
+	d.leaveGroup(s)
 	of, _ := d.snapsOf.get(s.Volume)
 	if of = removeID(of, s.ID); len(of) > 0 {
 		d.snapsOf = d.snapsOf.with(s.Volume, of)
@@ -145,6 +162,9 @@ func (c *DeleteSnapshot) apply(d *draft) error {
 	}
 	if v, ok := d.Volume(s.Volume); ok && v.Rollback != nil && v.Rollback.Snapshot == s.ID {
 		return fmt.Errorf("volume %q is being brought back to it: %w", v.Name, trivet.ErrPending)
+	}
+	if err := d.groupNeeds(&s); err != nil {
+		return err
 	}
 	d.unwant(&s)
 	return nil

@@ -65,6 +65,10 @@ func (c Command) utc() Command {
 		s := *c.CreateSnapshot
 		s.Snapshot.Created = instant(s.Snapshot.Created)
 		c.CreateSnapshot = &s
+	case c.CreateSnapshotGroup != nil:
+		g := *c.CreateSnapshotGroup
+		g.Created = instant(g.Created)
+		c.CreateSnapshotGroup = &g
 	case c.StartScrub != nil:
 		s := *c.StartScrub
 		s.Time = instant(s.Time)

@@ -50,6 +50,11 @@ type Command struct {
 
 	ReportRecovered *ReportRecovered `json:"reportRecovered,omitempty"`
 
+	CreateSnapshotGroup *CreateSnapshotGroup `json:"createSnapshotGroup,omitempty"`
+	BeginSnapshotGroup  *BeginSnapshotGroup  `json:"beginSnapshotGroup,omitempty"`
+	ReportSnapshotGroup *ReportSnapshotGroup `json:"reportSnapshotGroup,omitempty"`
+	DeleteSnapshotGroup *DeleteSnapshotGroup `json:"deleteSnapshotGroup,omitempty"`
+
 	// Time and By say when and by which node a command was proposed that leaves an audit record (Audited). They
 	// are no operations.
 	Time time.Time     `json:"time,omitzero"`
@@ -331,8 +336,9 @@ type ReportRecovered struct {
 // Result is what applying a command returned on every member alike.
 type Result struct {
 	Revision Revision
-	Volume   *Volume   // the volume after the command, for commands about one; nil when it is gone, or on Err
-	Node     *Node     // for commands about a node
-	Snapshot *Snapshot // for commands about a snapshot; nil when it is gone
-	Err      error     // wraps a sentinel; the state is then unchanged
+	Volume   *Volume        // the volume after the command, for commands about one; nil when it is gone, or on Err
+	Node     *Node          // for commands about a node
+	Snapshot *Snapshot      // for commands about a snapshot; nil when it is gone
+	Group    *SnapshotGroup // for commands about a group of them; nil when it is gone
+	Err      error          // wraps a sentinel; the state is then unchanged
 }

@@ -21,8 +21,8 @@ type CreateSnapshot struct {
 
 // ReportSnapshot says what became of a snapshot in the volume's group: Ready, with Generation and SizeBytes, or Failed,
 // with a reason, of one that is Creating; Removed of one that is Deleting and that no clone needs, which removes its
-// record, and makes a Kept volume Deleting when it was the last. ErrInvalid for Removed of another. Everything else
-// is late and without effect.
+// record, and makes a Kept volume Deleting when it was the last. ErrInvalid for Removed of another, and for Ready of a
+// group's member whose volume may be written. Everything else is late and without effect.
 type ReportSnapshot struct {
 	Snapshot   trivet.SnapshotID `json:"snapshot"`
 	State      SnapshotState     `json:"state"`
@@ -33,7 +33,7 @@ type ReportSnapshot struct {
 }
 
 // DeleteSnapshot makes a snapshot Deleting and frees its name. Unknown or Deleting: no effect. ErrPending while its
-// volume is brought back to it.
+// volume is brought back to it; ErrInUse, naming the group, for one that belongs to a group.
 type DeleteSnapshot struct {
 	Snapshot trivet.SnapshotID `json:"snapshot"`
 }
@@ -64,7 +64,7 @@ type ReportRolledBack struct {
 func (c *CreateSnapshot) validate() error {
 	s := &c.Snapshot
 	if s.State != "" || s.Reason != "" || s.SizeBytes != 0 || s.Generation != 0 || s.Held != 0 || s.Params != nil ||
-		s.VolumeName != "" {
+		s.VolumeName != "" || s.Group != 0 {
 		return fmt.Errorf("snapshot %s: more is given than can be known: %w", s.ID, trivet.ErrInvalid)
 	}
 	if c.IfRevision == 0 {

@@ -102,6 +102,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 	d := drawn{id: id, n: n, volume: vid, v: v, epoch: epoch, policy: policy, when: when}
 	commands = append(commands, randomMore(r, d)...)
 	commands = append(commands, randomSnapshotCommands(r, m, v)...)
+	commands = append(commands, randomGroupCommands(r, m, v)...)
 	c := commands[r.Intn(len(commands))]()
 	if c.Attach != nil || c.ReportReplica != nil || c.CreateVolume != nil || c.AddReplica != nil || r.Intn(3) > 0 {
 		return c
@@ -169,7 +170,7 @@ func randomForget(r *rand.Rand, n int) *meta.ForgetNode {
 // image refuses (two changes of one volume at once, I11) never comes about.
 func TestDeterminism(t *testing.T) {
 	t.Parallel()
-	moved := map[meta.ReplicaState]int{}
+	moved, grouped := map[meta.ReplicaState]int{}, map[meta.SnapshotGroupState]int{}
 	for seed := range int64(8) {
 		r := rand.New(rand.NewSource(seed))
 		live, logged := cluster(t), cluster(t)
@@ -197,6 +198,9 @@ func TestDeterminism(t *testing.T) {
 				require.NoError(t, err, "seed %d step %d %s", seed, step, c.Op())
 				logged = meta.NewMachine(restored)
 			}
+			for _, g := range live.State().SnapshotGroups() {
+				grouped[g.State]++
+			}
 			for _, v := range live.State().Volumes() {
 				if c := v.Change(); c != nil {
 					moved[c.State]++
@@ -214,6 +218,7 @@ func TestDeterminism(t *testing.T) {
 		require.Greater(t, effects, 60, "seed %d: too little happened for the test to mean anything", seed)
 	}
 	require.Len(t, moved, 3, "not every change of members came about: %v", moved)
+	require.Len(t, grouped, 5, "not every state of a group came about: %v", grouped)
 }
 
 func errorText(err error) string {

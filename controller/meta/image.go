@@ -41,6 +41,8 @@ type image struct {
 	Snapshots []Snapshot      `json:"snapshots,omitempty"`
 	Forgotten []trivet.NodeID `json:"forgotten,omitempty"`
 	Audit     Audit           `json:"audit,omitzero"`
+
+	SnapshotGroups []SnapshotGroup `json:"snapshotGroups,omitempty"`
 }
 
 // EncodeImage returns the state as bytes that DecodeImage reads.
@@ -56,6 +58,8 @@ func (s *State) EncodeImage() ([]byte, error) {
 		Snapshots: s.Snapshots(),
 		Forgotten: s.forgotten,
 		Audit:     s.Audit(),
+
+		SnapshotGroups: s.SnapshotGroups(),
 	}
 	s.used.each(func(id trivet.VolumeID, _ struct{}) { im.Used = append(im.Used, id) })
 	slices.Sort(im.Used)
@@ -152,6 +156,9 @@ func (im *image) state() (*State, error) {
 	if err := im.snapshots(s); err != nil {
 		return nil, err
 	}
+	if err := im.snapshotGroups(s); err != nil {
+		return nil, err
+	}
 	return s, s.check()
 }
 
@@ -184,6 +191,9 @@ func (s *State) check() error {
 	}
 	if err == nil {
 		err = s.checkSnapshots()
+	}
+	if err == nil {
+		err = s.checkGroups()
 	}
 	return err
 }

@@ -41,6 +41,9 @@ type Snapshot struct {
 	// Held is how long writes waited for it on the node that had the volume attached, in nanoseconds.
 	Held time.Duration `json:"held,omitempty"`
 
+	// Group is the group of snapshots that it was made with; 0 = none.
+	Group trivet.SnapshotGroupID `json:"group,omitempty"`
+
 	Revision Revision `json:"revision"`
 }
 

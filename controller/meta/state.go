@@ -31,6 +31,10 @@ type State struct {
 	creating  []trivet.SnapshotID                          // those in that state, sorted; replaced, never changed in place
 
 	audit auditLog
+
+	groups     shards[trivet.SnapshotGroupID, *SnapshotGroup]
+	groupNames shards[string, trivet.SnapshotGroupID] // of every group but those being deleted
+	unsettled  []trivet.SnapshotGroupID               // those still to be made, sorted; replaced, never changed in place
 }
 
 // Revision returns the number of commands that changed the catalogue.
@@ -116,7 +120,7 @@ func (s *State) diskOwner(id trivet.DiskID) trivet.NodeID {
 const shardN = 256
 
 type volumeOrName interface {
-	trivet.VolumeID | trivet.SnapshotID | string
+	trivet.VolumeID | trivet.SnapshotID | trivet.SnapshotGroupID | string
 }
 
 // shards is a map that is copied on write, one shard of 256 at a time: with 100 000 volumes a
@@ -140,6 +144,10 @@ func shardOf[K volumeOrName](k K) uint8 {
 			h = (h ^ uint32(uint8(k>>(8*i)))) * prime
 		}
 	case trivet.SnapshotID:
+		for i := range 8 {
+			h = (h ^ uint32(uint8(k>>(8*i)))) * prime
+		}
+	case trivet.SnapshotGroupID:
 		for i := range 8 {
 			h = (h ^ uint32(uint8(k>>(8*i)))) * prime
 		}

@@ -64,6 +64,10 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.ReportSize)
 	add(&set, c.RecoverVolume)
 	add(&set, c.ReportRecovered)
+	add(&set, c.CreateSnapshotGroup)
+	add(&set, c.BeginSnapshotGroup)
+	add(&set, c.ReportSnapshotGroup)
+	add(&set, c.DeleteSnapshotGroup)
 	if len(set) != 1 {
 		return nil, fmt.Errorf("command with %d operations, want exactly one: %w", len(set), trivet.ErrInvalid)
 	}

@@ -140,6 +140,7 @@ func urgent(m Message) bool {
 		return len(m.Body) <= fragmentBytes // one frame, as always: raftgroup bounds their number
 	}
 	small := m.Kind >= KindAppendEntries && m.Kind <= KindTimeoutNow ||
-		m.Kind == KindStanding || m.Kind == KindTransfer || m.Kind == KindFetch
+		m.Kind == KindStanding || m.Kind == KindTransfer || m.Kind == KindFetch ||
+		m.Kind == KindSnapshotBarrier // writes wait for it
 	return small && frameBytes(m) <= urgentBytesMax
 }

@@ -24,7 +24,7 @@ import (
 // Kind says which handler a message is for. Values are part of the wire format.
 type Kind uint8
 
-// The message kinds. Raft kinds belong to raftgroup, the others to replication and controller.
+// The message kinds. Raft kinds belong to raftgroup, the others to replication, node and controller.
 const (
 	KindAppendEntries  Kind = 1
 	KindRequestVote    Kind = 2
@@ -52,6 +52,8 @@ const (
 
 	KindMetaPropose Kind = 32 // controller: forward a catalogue command to the leader
 	KindMetaRead    Kind = 33
+
+	KindSnapshotBarrier Kind = 38 // node: a step of making a group of snapshots at one point
 )
 
 // MessageBytesMax bounds a whole message, header included. The largest is an AppendEntries of
