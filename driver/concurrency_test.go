@@ -59,6 +59,24 @@ func TestTenAtOnce(t *testing.T) {
 				return "", err
 			}
 		},
+		"CreateVolumeGroupSnapshot": func(t *testing.T, h *harness) (string, func() (string, error)) {
+			t.Helper()
+			req := &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{h.mustCreate(t, "a")}}
+			return "CreateSnapshotGroup", func() (string, error) {
+				r, err := h.groups().CreateVolumeGroupSnapshot(t.Context(), req)
+				return r.GetGroupSnapshot().GetGroupSnapshotId(), err
+			}
+		},
+		"DeleteVolumeGroupSnapshot": func(t *testing.T, h *harness) (string, func() (string, error)) {
+			t.Helper()
+			g, _ := h.mustGroup(t)
+			return "DeleteSnapshotGroup", func() (string, error) {
+				_, err := h.groups().DeleteVolumeGroupSnapshot(t.Context(), &csi.DeleteVolumeGroupSnapshotRequest{
+					GroupSnapshotId: g.GetGroupSnapshotId(),
+				})
+				return "", err
+			}
+		},
 		"NodeExpandVolume": func(t *testing.T, h *harness) (string, func() (string, error)) {
 			t.Helper()
 			handle := h.mustCreate(t, "a")

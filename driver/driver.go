@@ -79,6 +79,7 @@ type Controller interface {
 	Capacity(ctx context.Context, params, segment map[string]string) (available, largest int64, err error)
 	Snapshotter
 	Expander
+	GroupSnapshotter
 }
 
 // Node is what the driver needs of this machine. node.Node documents the methods.

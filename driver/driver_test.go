@@ -39,7 +39,7 @@ func TestIdentity(t *testing.T) {
 		}
 		got = append(got, c.GetService().GetType().String())
 	}
-	assert.Equal(t, []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "ONLINE"}, got)
+	assert.Equal(t, []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "GROUP_CONTROLLER_SERVICE", "ONLINE"}, got)
 
 	for _, ready := range []bool{false, true} {
 		h.ready = ready

@@ -83,6 +83,9 @@ func (c *fakeController) DeleteSnapshot(ctx context.Context, id trivet.SnapshotI
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if s, ok := c.snaps[id]; ok && s.Group != 0 {
+		return fmt.Errorf("delete %s: it belongs to %s: %w", id, s.Group, trivet.ErrInUse)
+	}
 	delete(c.snaps, id)
 	return nil
 }

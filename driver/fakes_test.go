@@ -55,11 +55,13 @@ type fakeController struct {
 	mu      sync.Mutex
 	volumes map[trivet.VolumeID]*meta.Volume
 	snaps   map[trivet.SnapshotID]*meta.Snapshot
+	groups  map[trivet.SnapshotGroupID]*meta.SnapshotGroup
 }
 
 func newFakeController() *fakeController {
 	return &fakeController{
 		volumes: make(map[trivet.VolumeID]*meta.Volume), snaps: make(map[trivet.SnapshotID]*meta.Snapshot),
+		groups: make(map[trivet.SnapshotGroupID]*meta.SnapshotGroup),
 	}
 }
 

@@ -100,7 +100,9 @@ func RegisterController(r grpc.ServiceRegistrar, c Controller, ready func() bool
 
 func registerController(r grpc.ServiceRegistrar, c Controller, id *identityServer, maxVolumes int64) {
 	csi.RegisterIdentityServer(r, id)
-	csi.RegisterControllerServer(r, newControllerServer(c, maxVolumes))
+	ctrl := newControllerServer(c, maxVolumes)
+	csi.RegisterControllerServer(r, ctrl)
+	csi.RegisterGroupControllerServer(r, &groupServer{ctrl: ctrl})
 }
 
 // Done is closed when the server has stopped serving, asked to or not.

@@ -134,13 +134,17 @@ func (s *controllerServer) dropFailed(ctx context.Context, id trivet.VolumeID, n
 
 // snapshotOf describes a snapshot. The accessible topology is empty, as that of volumes is.
 func snapshotOf(s *meta.Snapshot) *csi.Snapshot {
-	return &csi.Snapshot{
+	out := &csi.Snapshot{
 		SnapshotId:     s.ID.String(),
 		SourceVolumeId: s.Volume.String(),
 		SizeBytes:      s.SizeBytes, // zero, which means unknown, until it is cut
 		CreationTime:   timestamppb.New(s.Created),
 		ReadyToUse:     s.State == meta.SnapshotReady,
 	}
+	if s.Group != 0 {
+		out.GroupSnapshotId = s.Group.String()
+	}
+	return out
 }
 
 // DeleteSnapshot deletes a snapshot. One that is unknown, or was never ours, is deleted already.
@@ -159,7 +163,10 @@ func (s *controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSn
 		return nil, err
 	}
 	defer done()
-	if err := s.ctrl.DeleteSnapshot(ctx, id); err != nil && !errors.Is(err, trivet.ErrNotFound) {
+	switch err := s.ctrl.DeleteSnapshot(ctx, id); {
+	case errors.Is(err, trivet.ErrInUse): // by its group, which the specification wants to be an invalid argument
+		return nil, fmt.Errorf("%w: %w", err, trivet.ErrInvalid)
+	case err != nil && !errors.Is(err, trivet.ErrNotFound):
 		return nil, err
 	}
 	return resp, nil
