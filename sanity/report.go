@@ -9,13 +9,13 @@ import (
 )
 
 // passedMin is the number of specs of csi-test v5.6.0, of 103, that try what this version can do.
-const passedMin = 81
+const passedMin = 87
 
 // later matches the reason for which a spec may be skipped: it belongs to a capability that a later
 // version will have (see README.md), or to an attach limit, which no server sets by default.
 var later = regexp.MustCompile(`^((` +
 	`Modify [Vv]olume|ControllerModifyVolume|ControllerGetVolumeHealth|` +
-	`ControllerListVolumeHealth|NodeGetVolumeHealth|NodeGetStorageHealth|GroupControllerService) not supported|` +
+	`ControllerListVolumeHealth|NodeGetVolumeHealth|NodeGetStorageHealth) not supported|` +
 	`testnodevolumeattachlimit not enabled|No MaxVolumesPerNode)$`)
 
 // checkReport fails the suite when a spec was skipped that should not have been: a capability that

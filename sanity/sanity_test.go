@@ -45,6 +45,7 @@ func TestReasonsToSkip(t *testing.T) {
 	for reason, want := range map[string]bool{
 		"CreateSnapshot not supported":                              false,
 		"ListSnapshots not supported":                               false,
+		"GroupControllerService not supported":                      false,
 		"Volume Cloning not supported":                              false,
 		"NodeExpandVolume not supported":                            false,
 		"SNAPSHOT_ACCESSIBILITY_CONSTRAINTS not supported":          false,
