@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -32,7 +33,8 @@ func (f CopyOf) String() string {
 }
 
 // takeSource finds, or makes, the snapshot that a new volume is a copy of, and takes size and parameters from it where
-// none are given. A volume of that name which exists needs none: the source may be gone by now.
+// none are given. A volume of that name which exists needs none: what it is was decided when it was made, and the
+// source may have grown since, have other parameters, or be gone.
 func (c *Controller) takeSource(ctx context.Context, w *creation) error {
 	if w.Source == (CopyOf{}) {
 		return nil
@@ -44,32 +46,49 @@ func (c *Controller) takeSource(ctx context.Context, w *creation) error {
 	if err != nil {
 		return err
 	}
-	from, ok := s.Snapshot(w.Source.Snapshot)
-	if w.Source.Volume != 0 {
-		v, known := s.Volume(w.Source.Volume)
-		if _, exists := s.VolumeByName(w.Name); exists || !known {
-			from, ok = meta.Snapshot{SizeBytes: v.SizeBytes, Params: v.Params}, false
-		} else if from, err = c.createSnapshot(ctx, v.ID, meta.HiddenPrefix+w.Name); err != nil {
-			return fmt.Errorf("snapshot of %q: %w", v.Name, err)
-		} else {
-			ok = true
+	if v, exists := s.VolumeByName(w.Name); exists {
+		w.there = true
+		if len(w.Params) == 0 && strings.HasSuffix(v.Request, w.Source.String()) {
+			w.request = v.Request
 		}
+		return nil
 	}
-	if ok && from.State == meta.SnapshotCreating {
-		if from, err = c.awaitSnapshot(ctx, from.ID, s.Revision()); err != nil {
-			return err
-		}
+	from, ok, err := c.sourceOf(ctx, s, w)
+	if err != nil || !ok {
+		return err
 	}
 	if len(w.Params) == 0 {
 		w.Params = from.Params
 	}
-	if err := w.fitSource(from.SizeBytes); err != nil {
+	if w.Params, err = WithMutable(w.Params, w.Mutable); err != nil {
 		return err
 	}
-	if ok {
-		w.from = &from
+	w.from = &from
+	return w.fitSource(from.SizeBytes)
+}
+
+// sourceOf returns the snapshot that a new volume is a copy of, which it makes if that is a volume. False: there is no
+// such source, or it has been deleted.
+func (c *Controller) sourceOf(ctx context.Context, s *meta.State, w *creation) (from meta.Snapshot, ok bool, err error) {
+	if w.Source.Volume == 0 {
+		from, ok = s.Snapshot(w.Source.Snapshot)
+		if ok && from.State == meta.SnapshotCreating {
+			from, err = c.awaitSnapshot(ctx, from.ID, s.Revision())
+		}
+		return from, ok && from.State != meta.SnapshotDeleting, err
 	}
-	return nil
+	v, ok := s.Volume(w.Source.Volume)
+	if !ok {
+		return from, false, nil
+	}
+	trial := *w // what does not fit is refused before a snapshot is made for it
+	if err := trial.fitSource(v.SizeBytes); err != nil {
+		return from, false, err
+	}
+	if from, err = c.createSnapshot(ctx, v.ID, meta.HiddenPrefix+w.Name); err != nil {
+		return from, false, fmt.Errorf("snapshot of %q: %w", v.Name, err)
+	}
+	return from, true, nil
 }
 
 // fitSource makes the size at least that of the source.
@@ -91,19 +110,14 @@ func (w *creation) fitSource(sizeBytes int64) error {
 
 // placeBeside puts the replicas of a copy on the disks of the source's ready replicas, for they share blocks until
 // the copy is flattened. It takes fewer than are wanted if there are no more, but a majority of them: the mender adds
-// the rest.
+// the rest. The first, which is meant to lead, lies in a requisite segment, or it is ErrNoSpace, and in the best
+// preferred one that there is.
 func (w *creation) placeBeside(s *meta.State, now time.Time) ([]meta.Replica, error) {
 	parent, ok := s.Volume(w.from.Volume)
 	if !ok {
 		return nil, fmt.Errorf("volume %s of snapshot %q: %w", w.from.Volume, w.from.Name, trivet.ErrNotFound)
 	}
 	var out []meta.Replica
-	rank := func(r meta.Replica) int { // cordoned nodes last
-		if n, ok := s.Node(r.Node); ok && n.Cordoned {
-			return 1
-		}
-		return 0
-	}
 	for _, r := range parent.Replicas {
 		n, known := s.Node(r.Node)
 		there := known && slices.ContainsFunc(n.Disks, func(d meta.Disk) bool { return d.ID == r.Disk })
@@ -113,13 +127,32 @@ func (w *creation) placeBeside(s *meta.State, now time.Time) ([]meta.Replica, er
 			})
 		}
 	}
-	slices.SortStableFunc(out, func(a, b meta.Replica) int { return rank(a) - rank(b) })
+	slices.SortStableFunc(out, func(a, b meta.Replica) int { return slices.Compare(w.ranks(s, a), w.ranks(s, b)) })
+	if len(out) > 0 && w.ranks(s, out[0])[0] > 0 {
+		return nil, fmt.Errorf("none of the %d replicas of %q, where its blocks are, is in the required topology: %w",
+			len(out), w.from.VolumeName, trivet.ErrNoSpace)
+	}
 	out = out[:min(len(out), w.params.Replicas)]
 	if could := min(len(parent.Replicas), w.params.Replicas); 2*len(out) <= could {
 		return nil, fmt.Errorf("%d of the %d replicas of %q, where its blocks are, are ready on living nodes; a majority is "+
 			"needed: %w", len(out), len(parent.Replicas), w.from.VolumeName, trivet.ErrUnavailable)
 	}
 	return out, nil
+}
+
+// ranks orders the replicas of a copy: those outside the requisite segments last, then those on cordoned nodes, then
+// by preferred segment.
+func (w *creation) ranks(s *meta.State, r meta.Replica) []int {
+	ranks := make([]int, 3)
+	n, _ := s.Node(r.Node)
+	if len(w.Requisite) > 0 && segmentOf(&n, w.Requisite) == len(w.Requisite) {
+		ranks[0] = 1
+	}
+	if n.Cordoned {
+		ranks[1] = 1
+	}
+	ranks[2] = segmentOf(&n, w.Preferred)
+	return ranks
 }
 
 // CloneVolume makes a volume that begins as a copy of another, as that is at some moment of the call. Errors as of

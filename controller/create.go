@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,9 @@ type CreateRequest struct {
 	RequiredBytes, LimitBytes int64
 
 	Params map[string]string // ParseParams
+
+	// Mutable goes before the parameters that a copy has of its source (WithMutable). Without Source it is not looked at.
+	Mutable map[string]string
 
 	// Requisite and Preferred are segments of TopologyNode, TopologyRack and TopologyZone; see PlaceRequest.
 	Requisite, Preferred []map[string]string
@@ -78,8 +82,11 @@ type creation struct {
 	CreateRequest
 	params Params
 	bytes  int64
-	from   *meta.Snapshot         // what it is made of; nil = nothing
-	avoid  map[trivet.NodeID]bool // where it did not work out
+	// request replaces that of the parameters: it is that of the copy of that name which exists, when none are given.
+	request string
+	from    *meta.Snapshot         // what it is made of; nil = nothing
+	there   bool                   // a copy of that name existed already, so its source was not looked for
+	avoid   map[trivet.NodeID]bool // where it did not work out
 }
 
 // CreateVolume makes a volume and returns it once every replica is ready. The same request again
@@ -106,6 +113,9 @@ func (c *Controller) createVolume(ctx context.Context, r CreateRequest) (meta.Vo
 	}
 	defer unlock()
 	w := &creation{CreateRequest: r, avoid: map[trivet.NodeID]bool{}}
+	if _, err := ParseParams(w.Params); err != nil { // before a snapshot is made for it
+		return meta.Volume{}, err
+	}
 	if err := c.takeSource(ctx, w); err != nil {
 		return meta.Volume{}, err
 	}
@@ -144,7 +154,7 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 	}
 	want := meta.Volume{
 		ID: trivet.NewVolumeID(), Name: w.Name, SizeBytes: w.bytes, Reclaim: w.params.Reclaim,
-		Params: w.params.Map(), Request: w.params.Fingerprint() + w.Source.String(), Created: time.Now(),
+		Params: w.params.Map(), Request: cmp.Or(w.request, w.params.Fingerprint()+w.Source.String()), Created: time.Now(),
 	}
 	if w.from != nil {
 		want.Source, want.WantReplicas = &meta.Source{Snapshot: w.from.ID}, w.params.Replicas
@@ -155,6 +165,8 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 		}
 		// Proposed all the same, without replicas of its own: it may have to be claimed, and the catalogue
 		// has the last word.
+	} else if w.there {
+		return meta.Volume{}, fmt.Errorf("it was deleted meanwhile: %w", trivet.ErrUnavailable)
 	} else if w.Source != (CopyOf{}) && w.from == nil {
 		return meta.Volume{}, fmt.Errorf("its source %s: %w", w.Source, trivet.ErrNotFound)
 	} else if want.Replicas, err = w.place(s); err != nil {

@@ -15,7 +15,7 @@ import (
 //
 // ErrOutOfRange: it is larger, and never shrinks, or no disk of its replicas is as large. ErrNoSpace: a disk of its
 // replicas has no room for what is added. ErrNotFound; ErrInvalid: not in a phase to grow; ErrPending: still being
-// created. ErrUnavailable: its group has not committed it yet, and will once it has a quorum; the same call waits
+// created, brought back to a snapshot, or recovered. ErrUnavailable: its group has not committed it yet, and will once it has a quorum; the same call waits
 // again.
 func (c *Controller) ResizeVolume(ctx context.Context, id trivet.VolumeID, sizeBytes int64) (meta.Volume, error) {
 	if sizeBytes <= 0 {
@@ -49,8 +49,16 @@ func (c *Controller) ExpandVolume(ctx context.Context, id trivet.VolumeID, requi
 			id, limitBytes, v.SizeBytes, trivet.ErrOutOfRange)
 	case v.SizeBytes >= size:
 		return v, nil
+	case v.Growing() && v.WantSizeBytes > size && (limitBytes == 0 || v.WantSizeBytes <= limitBytes):
+		size = v.WantSizeBytes // on its way already, to enough; it cannot be made to stop below that
 	}
 	return c.grow(ctx, id, size)
+}
+
+// occupied reports whether something is done with v that has to end first. Otherwise ErrPending of a command that was
+// decided on v says that v has changed since.
+func occupied(v *meta.Volume) bool {
+	return v.Phase == meta.PhaseCreating || v.Phase == meta.PhaseRestoring || v.Recover != ""
 }
 
 func (c *Controller) grow(ctx context.Context, id trivet.VolumeID, sizeBytes int64) (meta.Volume, error) {
@@ -75,7 +83,7 @@ func (c *Controller) grow(ctx context.Context, id trivet.VolumeID, sizeBytes int
 		res, err := c.store.Propose(ctx, meta.Command{GrowVolume: &meta.GrowVolume{
 			Volume: id, SizeBytes: sizeBytes, IfRevision: v.Revision,
 		}})
-		if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseCreating {
+		if errors.Is(err, trivet.ErrPending) && !occupied(&v) {
 			continue // it has changed since it was read
 		}
 		if err != nil {

@@ -112,3 +112,55 @@ func TestResizeOfWhatChanges(t *testing.T) {
 	assert.True(t, raced)
 	assert.Equal(t, 3*gib, v.SizeBytes)
 }
+
+// A volume that is brought back to a snapshot, or recovered, is not asked to grow again and again, which would be one
+// entry of the catalogue's log after the other.
+func TestResizeOfWhatIsOccupied(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		b := newCopyBench(t)
+		s := b.mustSnapshot(t, "s")
+		b.agents.set(t, func() { b.agents.noFence = true })
+		_, err := b.ctrl.RestoreInPlace(soon(t), s.ID)
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		requireOneTry(t, b.store, func() error { _, err := b.ctrl.ExpandVolume(t.Context(), b.v.ID, 3*gib, 0); return err })
+	})
+	c, store, id := recoverable(t)
+	_, err := c.RecoverVolume(t.Context(), id, true, logsAt([2]uint64{3, 10}, [2]uint64{2, 99}))
+	require.NoError(t, err)
+	requireOneTry(t, store, func() error { _, err := c.ExpandVolume(t.Context(), id, 3*gib, 0); return err })
+	requireOneTry(t, store, func() error { _, err := c.CreateSnapshot(t.Context(), id, "s"); return err })
+}
+
+// requireOneTry stops the test unless call proposes one command, which is refused as ErrPending.
+func requireOneTry(t *testing.T, store *memory, call func() error) {
+	t.Helper()
+	tries := 0
+	store.before = func(c meta.Command) bool {
+		if c.GrowVolume != nil || c.CreateSnapshot != nil {
+			tries++
+		}
+		return tries < 3
+	}
+	require.ErrorIs(t, call(), trivet.ErrPending)
+	require.Equal(t, 1, tries)
+	store.before = nil
+}
+
+// Somebody who asks for less than what a volume is growing to already waits for that, unless it is too much for them.
+func TestExpandToLessThanIsWanted(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c, _, a, id := growable(t)
+		a.set(t, func() { a.noFence = true })
+		_, err := c.ExpandVolume(soon(t), id, 4*gib, 0)
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		_, err = c.ExpandVolume(soon(t), id, 3*gib, 0)
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		_, err = c.ExpandVolume(soon(t), id, 3*gib, 3*gib)
+		require.ErrorIs(t, err, trivet.ErrOutOfRange)
+		a.set(t, func() { a.noFence = false })
+		v, err := c.ExpandVolume(t.Context(), id, 3*gib, 0)
+		require.NoError(t, err)
+		assert.Equal(t, 4*gib, v.SizeBytes)
+	})
+}

@@ -50,7 +50,7 @@ func (c *Controller) SnapshotByName(ctx context.Context, name string) (meta.Snap
 // return. The same again returns the same.
 //
 // ErrNotFound: no such volume. ErrExists: another volume's snapshot has that name. ErrPending: the volume is being
-// created. ErrInvalid: its phase. ErrNoSpace: it has as many snapshots as it may. ErrUnavailable: not in time; it
+// created, brought back to a snapshot, or recovered. ErrInvalid: its phase. ErrNoSpace: it has as many snapshots as it may. ErrUnavailable: not in time; it
 // will come to be, and the same call waits for it.
 func (c *Controller) CreateSnapshot(ctx context.Context, volume trivet.VolumeID, name string) (meta.Snapshot, error) {
 	if err := trivet.ValidateName(name); err != nil {
@@ -86,9 +86,8 @@ func (c *Controller) createSnapshot(ctx context.Context, volume trivet.VolumeID,
 			Snapshot:   meta.Snapshot{ID: trivet.NewSnapshotID(), Name: name, Volume: volume, Created: time.Now()},
 			IfRevision: v.Revision,
 		}})
-		busy := v.Phase == meta.PhaseCreating || v.Phase == meta.PhaseRestoring
 		switch {
-		case errors.Is(err, trivet.ErrPending) && !busy:
+		case errors.Is(err, trivet.ErrPending) && !occupied(&v):
 			continue // the volume has changed since it was read
 		case err != nil:
 			return meta.Snapshot{}, err
@@ -151,7 +150,7 @@ func (c *Controller) RestoreInPlace(ctx context.Context, id trivet.SnapshotID) (
 		since := s.Revision()
 		if v.Rollback == nil || v.Rollback.Snapshot != id { // else it is under way
 			res, err := c.store.Propose(ctx, meta.Command{Restore: &meta.Restore{Snapshot: id, IfRevision: v.Revision}})
-			if errors.Is(err, trivet.ErrPending) && v.Phase != meta.PhaseCreating && v.Phase != meta.PhaseRestoring {
+			if errors.Is(err, trivet.ErrPending) && !occupied(&v) {
 				continue // it has changed since it was read
 			}
 			if err != nil {

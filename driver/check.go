@@ -63,14 +63,17 @@ func checkField(f protoreflect.FieldDescriptor, v protoreflect.Value) error {
 func checkList(f protoreflect.FieldDescriptor, l protoreflect.List) error {
 	size := 0
 	for i := range l.Len() {
-		switch f.Kind() {
-		case protoreflect.MessageKind:
+		switch {
+		case f.Kind() == protoreflect.MessageKind:
 			if err := checkMessage(l.Get(i).Message()); err != nil {
 				return err
 			}
-		case protoreflect.StringKind:
+		case f.Kind() == protoreflect.StringKind && f.Name() == fieldMountFlags:
 			size += len(l.Get(i).String())
-		default:
+		case f.Kind() == protoreflect.StringKind: // such as the volumes of a group: each has its limit, their number none
+			if err := checkSize(f, len(l.Get(i).String()), limitOf(string(f.Name()))); err != nil {
+				return err
+			}
 		}
 	}
 	return checkSize(f, size, mapMax)
@@ -97,12 +100,15 @@ func checkSize(f protoreflect.FieldDescriptor, size, limit int) error {
 // checkVolumeID returns ErrInvalid unless s could be somebody's volume handle: not empty and
 // without characters that would be dangerous in a path or a log (S7). Whether it is one of ours
 // parseVolume tells, once the rest of the request is known to be well formed.
-func checkVolumeID(s string) error {
+func checkVolumeID(s string) error { return checkHandle("volume_id", s) }
+
+// checkHandle is checkVolumeID for a handle of anything, in the field of that name.
+func checkHandle(field, s string) error {
 	if s == "" {
-		return fmt.Errorf("volume_id is missing: %w", trivet.ErrInvalid)
+		return fmt.Errorf("%s is missing: %w", field, trivet.ErrInvalid)
 	}
 	if err := trivet.ValidateName(s); err != nil {
-		return fmt.Errorf("volume_id: %w", err)
+		return fmt.Errorf("%s: %w", field, err)
 	}
 	return nil
 }

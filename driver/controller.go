@@ -27,6 +27,11 @@ var controllerCapabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
 	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
+	csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+	csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
+	csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
 }
 
 // controllerServer serves csi.v1.Controller.
@@ -66,14 +71,16 @@ func (s *controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolu
 		return nil, err
 	}
 	defer done()
-	v, err := s.ctrl.CreateVolume(ctx, r)
+	v, err := s.createVolume(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	if v.Phase == meta.PhaseCreating {
 		return nil, fmt.Errorf("volume %s is still being made: %w", v.ID, trivet.ErrPending)
 	}
-	return &csi.CreateVolumeResponse{Volume: volumeOf(&v)}, nil
+	out := volumeOf(&v)
+	out.ContentSource = req.GetVolumeContentSource() // the provisioner deletes a copy that does not say so
+	return &csi.CreateVolumeResponse{Volume: out}, nil
 }
 
 // createRequest validates req and translates it.
@@ -85,18 +92,25 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
 		return r, err
 	}
-	if req.GetVolumeContentSource() != nil {
-		return r, fmt.Errorf("volume_content_source: not supported yet: %w", trivet.ErrInvalid)
+	if err := checkSource(req.GetVolumeContentSource()); err != nil {
+		return r, err
 	}
-	var err error
-	if r.Params, err = controller.WithMutable(r.Params, req.GetMutableParameters()); err != nil {
+	params, err := controller.WithMutable(r.Params, req.GetMutableParameters())
+	switch {
+	case err != nil:
 		return r, fmt.Errorf("mutable_parameters: %w", err)
+	case req.GetVolumeContentSource() != nil && len(r.Params) == 0:
+		r.Mutable = req.GetMutableParameters() // the others are those of the source
+	default:
+		r.Params = params
 	}
 	if r.RequiredBytes, r.LimitBytes, err = capacityRange(req.GetCapacityRange()); err != nil {
 		return r, err
 	}
-	if err = raiseForXFS(&r, req.GetVolumeCapabilities()); err != nil {
-		return r, err
+	if r.RequiredBytes > 0 || req.GetVolumeContentSource() == nil { // else it is as large as its source
+		if err = raiseForXFS(&r, req.GetVolumeCapabilities()); err != nil {
+			return r, err
+		}
 	}
 	top := req.GetAccessibilityRequirements()
 	if r.Requisite, err = segmentsOf("requisite", top.GetRequisite()); err != nil {
@@ -105,7 +119,8 @@ func createRequest(req *csi.CreateVolumeRequest) (controller.CreateRequest, erro
 	if r.Preferred, err = segmentsOf("preferred", top.GetPreferred()); err != nil {
 		return r, err
 	}
-	return r, nil
+	r.Source, err = parseSource(req.GetVolumeContentSource()) // last: it is a lookup by what it answers
+	return r, err
 }
 
 // xfsBytesMin is the smallest filesystem that mkfs.xfs makes (xfsprogs 5.19 and later: 300 MB).
@@ -224,7 +239,7 @@ func (s *controllerServer) volume(ctx context.Context, handle string) (meta.Volu
 	if err != nil {
 		return meta.Volume{}, err
 	}
-	if !visible(v.Phase) {
+	if !known(&v) {
 		return meta.Volume{}, fmt.Errorf("volume %s is %s: %w", id, v.Phase, trivet.ErrNotFound)
 	}
 	return v, nil

@@ -18,6 +18,9 @@
 //     "nothing is in progress".
 //   - Secrets, and mount flags, which may hold some, never reach the log.
 //
+// A volume may begin as a copy of a snapshot or of another volume, and may be larger than that; volumes grow
+// while they are in use (docs/decisions/0031-copies-over-csi.md).
+//
 // # Topology
 //
 // A node reports topology.csi.trivet.dev/node and, when it has them, topology.csi.trivet.dev/zone and /rack.
@@ -77,6 +80,9 @@ type Controller interface {
 
 	Modifier
 	Examiner
+	Snapshotter
+	Expander
+	GroupSnapshotter
 }
 
 // Node is what the driver needs of this machine. node.Node documents the methods.
@@ -87,6 +93,7 @@ type Node interface {
 	Publish(ctx context.Context, r node.PublishRequest) error
 	Unpublish(ctx context.Context, id trivet.VolumeID, targetPath string) error
 	Stats(ctx context.Context, id trivet.VolumeID, path string) (node.VolumeStats, error)
+	Expand(ctx context.Context, id trivet.VolumeID, path string, requiredBytes int64) (int64, error)
 
 	NodeExaminer
 }
@@ -123,6 +130,10 @@ type Config struct {
 	// StopTimeout bounds how long Close waits for running calls before it cuts them off.
 	// Zero means 30 s.
 	StopTimeout time.Duration
+
+	// SnapshotTopology advertises SNAPSHOT_ACCESSIBILITY_CONSTRAINTS, which is alpha and which no
+	// released orchestrator uses: for conformance tests.
+	SnapshotTopology bool
 
 	// Logger receives one debug record per request and answer, secrets stripped. Nil discards.
 	Logger *slog.Logger

@@ -33,10 +33,14 @@ func TestIdentity(t *testing.T) {
 	require.NoError(t, err)
 	got := make([]string, 0, len(caps.GetCapabilities()))
 	for _, c := range caps.GetCapabilities() {
+		if v := c.GetVolumeExpansion(); v != nil {
+			got = append(got, v.GetType().String())
+			continue
+		}
 		got = append(got, c.GetService().GetType().String())
 	}
 	assert.Equal(t, []string{
-		"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE",
+		"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "GROUP_CONTROLLER_SERVICE", "ONLINE",
 	}, got)
 
 	for _, ready := range []bool{false, true} {
@@ -57,14 +61,14 @@ func TestCapabilities(t *testing.T) {
 	for _, c := range cc.GetCapabilities() {
 		ctrl = append(ctrl, int32(c.GetRpc().GetType()))
 	}
-	assert.Equal(t, []int32{1, 2, 3, 4, 8, 10, 12, 13, 14, 16, 17}, ctrl)
+	assert.Equal(t, []int32{1, 2, 3, 4, 8, 10, 12, 13, 14, 16, 17, 5, 6, 15, 7, 9}, ctrl)
 	nc, err := h.NodeGetCapabilities(t.Context(), &csi.NodeGetCapabilitiesRequest{})
 	require.NoError(t, err)
 	nodes := make([]int32, 0, len(nc.GetCapabilities()))
 	for _, c := range nc.GetCapabilities() {
 		nodes = append(nodes, int32(c.GetRpc().GetType()))
 	}
-	assert.Equal(t, []int32{1, 2, 5, 7, 8}, nodes)
+	assert.Equal(t, []int32{1, 2, 5, 7, 8, 3}, nodes)
 }
 
 func TestNodeInfo(t *testing.T) {

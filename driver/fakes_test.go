@@ -55,10 +55,15 @@ type fakeController struct {
 	mu      sync.Mutex
 	volumes map[trivet.VolumeID]*meta.Volume
 	ill     map[trivet.VolumeID][]trivet.Condition
+	snaps   map[trivet.SnapshotID]*meta.Snapshot
+	groups  map[trivet.SnapshotGroupID]*meta.SnapshotGroup
 }
 
 func newFakeController() *fakeController {
-	return &fakeController{volumes: make(map[trivet.VolumeID]*meta.Volume)}
+	return &fakeController{
+		volumes: make(map[trivet.VolumeID]*meta.Volume), snaps: make(map[trivet.SnapshotID]*meta.Snapshot),
+		groups: make(map[trivet.SnapshotGroupID]*meta.SnapshotGroup),
+	}
 }
 
 func (c *fakeController) CreateVolume(ctx context.Context, r controller.CreateRequest) (meta.Volume, error) {
@@ -76,14 +81,18 @@ func (c *fakeController) CreateVolume(ctx context.Context, r controller.CreateRe
 			continue
 		}
 		if v.SizeBytes < r.RequiredBytes || r.LimitBytes > 0 && v.SizeBytes > r.LimitBytes ||
-			v.Request != params.Fingerprint() {
+			v.Request != params.Fingerprint()+r.Source.String() {
 			return meta.Volume{}, fmt.Errorf("create volume %q: %w", r.Name, trivet.ErrExists)
 		}
 		return *v, nil
 	}
-	size := max(r.RequiredBytes, 64<<20)
+	size, err := c.sizeLocked(&r)
+	if err != nil {
+		return meta.Volume{}, err
+	}
 	v := &meta.Volume{
-		ID: trivet.NewVolumeID(), Name: r.Name, SizeBytes: size, Phase: meta.PhaseBound, Request: params.Fingerprint(),
+		ID: trivet.NewVolumeID(), Name: r.Name, SizeBytes: size, Phase: meta.PhaseBound,
+		Request: params.Fingerprint() + r.Source.String(),
 	}
 	c.volumes[v.ID] = v
 	return *v, nil
@@ -212,6 +221,7 @@ type fakeNode struct {
 	mu        sync.Mutex
 	staged    map[trivet.VolumeID]node.StageRequest
 	published map[string]node.PublishRequest // by target
+	sizes     map[trivet.VolumeID]int64      // of devices that were expanded
 }
 
 func newFakeNode() *fakeNode {
@@ -219,6 +229,7 @@ func newFakeNode() *fakeNode {
 		info:      node.Info{Node: thisNode, Zone: thisZone},
 		staged:    make(map[trivet.VolumeID]node.StageRequest),
 		published: make(map[string]node.PublishRequest),
+		sizes:     make(map[trivet.VolumeID]int64),
 	}
 }
 

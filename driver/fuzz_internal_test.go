@@ -34,6 +34,12 @@ func FuzzRequest(f *testing.F) {
 	require.NoError(f, err)
 	f.Add(wire, "/var/lib/kubelet/x", "vol-0123456789abcdef")
 	f.Add([]byte{}, "../x", "")
+	seed.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
+		Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: "snap-0123456789abcdef"},
+	}}
+	wire, err = proto.Marshal(seed)
+	require.NoError(f, err)
+	f.Add(wire, "/x", "snap-0123456789abcdef")
 	f.Fuzz(func(t *testing.T, wire []byte, path, handle string) {
 		if clean, err := checkPath("p", path); err == nil {
 			require.True(t, strings.HasPrefix(clean, "/") && clean != "/" && !strings.Contains(clean, "/../"), clean)
@@ -43,6 +49,10 @@ func FuzzRequest(f *testing.F) {
 		if id, err := parseVolume(handle); err == nil {
 			require.Equal(t, handle, id.String())
 			require.NoError(t, checkVolumeID(handle))
+		}
+		if id, err := parseSnapshot(handle); err == nil {
+			require.Equal(t, handle, id.String())
+			require.NoError(t, checkHandle("snapshot_id", handle))
 		}
 		req := &csi.CreateVolumeRequest{}
 		if proto.Unmarshal(wire, req) != nil {
@@ -67,7 +77,8 @@ func FuzzRequest(f *testing.F) {
 		}
 		r, err := createRequest(req)
 		if err != nil {
-			require.True(t, errors.Is(err, trivet.ErrInvalid) || errors.Is(err, trivet.ErrOutOfRange), err)
+			require.True(t, errors.Is(err, trivet.ErrInvalid) || errors.Is(err, trivet.ErrOutOfRange) ||
+				errors.Is(err, trivet.ErrNotFound) && req.GetVolumeContentSource() != nil, err)
 			return
 		}
 		require.NoError(t, trivet.ValidateName(r.Name))

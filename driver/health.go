@@ -10,7 +10,6 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller"
-	"github.com/trivet-csi/trivet/controller/meta"
 )
 
 // healthPageMax bounds a page of ControllerListVolumeHealth as pageMax does one of ListVolumes: an entry may have
@@ -53,10 +52,6 @@ func (s *controllerServer) ControllerGetVolumeHealth(ctx context.Context, req *c
 	}
 	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: healthOf(id, h.Conditions)}, nil
 }
-
-// known reports whether the orchestrator has the volume: what ListVolumes lists, and one that is being brought back to
-// a snapshot, whose health is worth knowing all the same.
-func known(v *meta.Volume) bool { return visible(v.Phase) || v.Phase == meta.PhaseRestoring }
 
 // ControllerListVolumeHealth lists the volumes with which something is wrong, in the order of their IDs. Tokens are
 // those of ListVolumes.

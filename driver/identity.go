@@ -15,6 +15,8 @@ type identityServer struct {
 
 	version string
 	ready   func(context.Context) bool
+
+	snapshotTopology bool // Config.SnapshotTopology
 }
 
 // GetPluginInfo names the driver.
@@ -31,10 +33,15 @@ func (s *identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCa
 		csi.PluginCapability_Service_CONTROLLER_SERVICE,
 		csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
 		csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,
+		csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE,
 	} {
 		resp.Capabilities = append(resp.Capabilities, &csi.PluginCapability{
 			Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: t}},
 		})
+	}
+	resp.Capabilities = append(resp.Capabilities, expansionCapability())
+	if s.snapshotTopology {
+		resp.Capabilities = append(resp.Capabilities, snapshotTopologyCapability())
 	}
 	return resp, nil
 }

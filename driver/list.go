@@ -28,7 +28,7 @@ func (s *controllerServer) ListVolumes(ctx context.Context, req *csi.ListVolumes
 		return nil, err
 	}
 	volumes = slices.DeleteFunc(slices.Clone(volumes), func(v meta.Volume) bool {
-		return v.ID <= after || !visible(v.Phase)
+		return v.ID <= after || !known(&v)
 	})
 	slices.SortFunc(volumes, func(a, b meta.Volume) int { return cmp.Compare(a.ID, b.ID) })
 	resp := &csi.ListVolumesResponse{}

@@ -18,6 +18,7 @@ var nodeCapabilities = []csi.NodeServiceCapability_RPC_Type{
 	csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH,
 	csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH,
+	csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 }
 
 // nodeServer serves csi.v1.Node.

@@ -96,6 +96,7 @@ func OpenProxy(ctx context.Context, cfg ProxyConfig) (*Proxy, error) {
 	csi.RegisterIdentityServer(g, &identityServer{version: cfg.Version, ready: up.ready})
 	csi.RegisterControllerServer(g, csi.UnimplementedControllerServer{}) // forward stands before it
 	csi.RegisterSnapshotMetadataServer(g, csi.UnimplementedSnapshotMetadataServer{})
+	csi.RegisterGroupControllerServer(g, csi.UnimplementedGroupControllerServer{})
 	main, err := serveSocket(ctx, g, cfg.Endpoint, cfg.StopTimeout, cfg.Logger)
 	if err != nil {
 		return nil, fmt.Errorf("open csi proxy: %w", err)
@@ -116,7 +117,7 @@ type upstream struct{ conn grpc.ClientConnInterface }
 // forward is the interceptor that answers every controller call with the server's answer.
 func (u upstream) forward(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler,
 ) (any, error) {
-	if !strings.HasPrefix(info.FullMethod, ControllerPrefix) {
+	if !ForCluster(info.FullMethod) {
 		return next(ctx, req)
 	}
 	reply, err := newReply(info.FullMethod)

@@ -105,7 +105,12 @@ func TestProxyPassesControllerCallsOn(t *testing.T) {
 	_, err = c.CreateVolume(t.Context(), &csi.CreateVolumeRequest{})
 	requireCode(t, codes.InvalidArgument, err)
 	_, err = c.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "v"})
-	requireCode(t, codes.Unimplemented, err)
+	requireCode(t, codes.NotFound, err)
+	snap, err := c.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{
+		Name: "s", SourceVolumeId: made.GetVolume().GetVolumeId(),
+	})
+	require.NoError(t, err)
+	require.True(t, snap.GetSnapshot().GetReadyToUse())
 	_, err = c.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: made.GetVolume().GetVolumeId()})
 	require.NoError(t, err)
 }

@@ -57,7 +57,10 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 	cfg.Logger = orDiscard(cfg.Logger)
 	g := grpc.NewServer(grpc.UnaryInterceptor(Intercept(cfg.Logger)), grpc.StreamInterceptor(InterceptStream(cfg.Logger)),
 		grpc.MaxConcurrentStreams(streamsMax))
-	RegisterController(g, cfg.Controller, cfg.Ready, cfg.Version, cfg.Node.Info().MaxVolumes)
+	registerController(g, cfg.Controller, &identityServer{
+		version: cfg.Version, ready: func(context.Context) bool { return cfg.Ready() },
+		snapshotTopology: cfg.SnapshotTopology,
+	}, cfg.Node.Info().MaxVolumes)
 	RegisterSnapshotMetadata(g, cfg.Changes)
 	csi.RegisterNodeServer(g, newNodeServer(cfg.Node, cfg.Controller))
 	s := &Server{log: cfg.Logger}
@@ -92,10 +95,16 @@ func makeFolder(cfg *Config) error {
 // among its interceptors: that is how a server of the cluster answers a Proxy. ready and version are
 // as in Config; maxVolumes bounds the volumes attached to one node, 0 = no bound.
 func RegisterController(r grpc.ServiceRegistrar, c Controller, ready func() bool, version string, maxVolumes int64) {
-	csi.RegisterIdentityServer(r, &identityServer{
+	registerController(r, c, &identityServer{
 		version: version, ready: func(context.Context) bool { return ready() },
-	})
-	csi.RegisterControllerServer(r, newControllerServer(c, maxVolumes))
+	}, maxVolumes)
+}
+
+func registerController(r grpc.ServiceRegistrar, c Controller, id *identityServer, maxVolumes int64) {
+	csi.RegisterIdentityServer(r, id)
+	ctrl := newControllerServer(c, maxVolumes)
+	csi.RegisterControllerServer(r, ctrl)
+	csi.RegisterGroupControllerServer(r, &groupServer{ctrl: ctrl})
 }
 
 // Done is closed when the server has stopped serving, asked to or not.

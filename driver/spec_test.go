@@ -140,11 +140,6 @@ func TestCreateVolumeCodes(t *testing.T) {
 		{"limit below size", create(func(r *csi.CreateVolumeRequest) {
 			r.CapacityRange.LimitBytes = 1 << 20
 		}), codes.OutOfRange, "capacity_range"},
-		{"from a snapshot", create(func(r *csi.CreateVolumeRequest) {
-			r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
-				Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: "s"},
-			}}
-		}), codes.InvalidArgument, "not supported yet"},
 		{"mutable parameters", create(func(r *csi.CreateVolumeRequest) {
 			r.MutableParameters = map[string]string{"iopsLimit": "5"}
 		}), codes.OK, ""},
@@ -531,16 +526,4 @@ func TestNodeStatsCodes(t *testing.T) {
 		row{"not at that path", existing(at("some/path")), codes.NotFound, ""},
 		row{"no answer", failing("Stats", trivet.ErrUnavailable, at("/a")), codes.Unavailable, ""},
 	))
-}
-
-// TestNothingElse: what is not advertised is not there.
-func TestNothingElse(t *testing.T) {
-	t.Parallel()
-	h := open(t, nil)
-	_, err := h.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: unknown})
-	requireCode(t, codes.Unimplemented, err)
-	_, err = h.ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: unknown})
-	requireCode(t, codes.Unimplemented, err)
-	_, err = h.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: unknown})
-	requireCode(t, codes.Unimplemented, err)
 }

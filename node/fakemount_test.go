@@ -29,6 +29,8 @@ type fakeMounter struct {
 	busy    map[string]bool
 	failing error // of FormatAndMount, Bind and GrowFilesystem
 	fsGrown []string
+
+	growFailing error // of GrowFilesystem alone
 }
 
 func newFakeMounter() *fakeMounter {
@@ -93,7 +95,7 @@ func (m *fakeMounter) GrowFilesystem(_ context.Context, device, target, fsType s
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.fsGrown = append(m.fsGrown, fsType+" on "+device+" at "+target)
-	return m.failing
+	return errors.Join(m.failing, m.growFailing)
 }
 
 func (m *fakeMounter) Remove(target string) error {

@@ -126,6 +126,9 @@ func (m *mounts) growKernel(ctx context.Context, id trivet.VolumeID) error {
 // expand makes device and filesystem of a volume at path as large as the volume.
 func (m *mounts) expand(ctx context.Context, id trivet.VolumeID, path string, requiredBytes int64) (int64, error) {
 	unlock, err := m.ops.try(id)
+	if err != nil && m.growing.has(id) { // by growKernels, as a rule: every expansion in use meets it, and it is short
+		unlock, err = m.ops.wait(ctx, id)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("expand: %w", err)
 	}

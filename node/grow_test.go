@@ -128,6 +128,34 @@ func TestExpand(t *testing.T) {
 	assert.Len(t, b.mounter.fsGrown, 2, "the filesystem is never grown beyond its device")
 }
 
+// Every volume that grows in use is grown by its node, too. Kubelet's call waits for that instead of failing.
+func TestExpandBesideGrowth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newMountBench(t)
+		b.grant("n1", meta.SingleNodeMultiWriter, false)
+		require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+		b.cat.must(sized(128))
+		unlock, err := b.mounts.ops.try(vol)
+		require.NoError(t, err)
+		_, err = b.mounts.expand(t.Context(), vol, stagingDir, 0)
+		require.ErrorIs(t, err, trivet.ErrPending, "something else is at it, for nobody knows how long")
+
+		b.mounts.growing.add(vol)
+		short, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err = b.mounts.expand(short, vol, stagingDir, 0)
+		require.ErrorIs(t, err, trivet.ErrPending)
+		done := make(chan error, 1)
+		go func() { _, err := b.mounts.expand(t.Context(), vol, stagingDir, 128<<20); done <- err }()
+		synctest.Wait()
+		require.Empty(t, done)
+		unlock()
+		require.NoError(t, <-done)
+		require.Len(t, b.mounter.fsGrown, 1)
+		require.NoError(t, b.mounts.close(t.Context()))
+	})
+}
+
 func TestExpandWithoutFilesystem(t *testing.T) {
 	t.Parallel()
 	for name, set := range map[string]func(*StageRequest){

@@ -11,6 +11,10 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
+// optionNoUUID has xfs mount a copy beside its source: both have the same UUID, and it mounts none twice
+// (xfs(5), nouuid).
+const optionNoUUID = "nouuid"
+
 // mounts stages and publishes volumes. One operation at a time works on a volume.
 type mounts struct {
 	attacher *attacher
@@ -97,7 +101,7 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 	if want.Block {
 		return nil
 	}
-	if err := m.mountStaging(ctx, device, rec); err != nil {
+	if err := m.mountStaging(ctx, device, rec, v.Source != nil); err != nil {
 		if before.Staged == nil {
 			err = errors.Join(err, m.records.put(before), m.hide(ctx, v.ID))
 		}
@@ -106,28 +110,46 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 	return nil
 }
 
-func (m *mounts) mountStaging(ctx context.Context, device string, rec record) error {
+// mountStaging mounts the device, and lets the filesystem of a copy, which is as large as that of its source, fill
+// the volume: of a volume that was made larger than its source nobody asks for an expansion (CSI, CreateVolume).
+func (m *mounts) mountStaging(ctx context.Context, device string, rec record, isCopy bool) error {
+	fresh, err := m.mountDevice(ctx, device, rec, isCopy)
+	if err != nil || !isCopy || rec.Staged.ReadOnly || rec.ReadOnly || slices.Contains(rec.Staged.MountFlags, "ro") {
+		return err
+	}
+	err = m.mounter.GrowFilesystem(ctx, device, rec.Staged.Path, rec.Staged.FSType)
+	if err != nil && fresh {
+		err = errors.Join(err, m.mounter.Unmount(rec.Staged.Path, false))
+	}
+	return err
+}
+
+// mountDevice mounts the device where it is to be staged, and reports whether it was not mounted there before.
+func (m *mounts) mountDevice(ctx context.Context, device string, rec record, isCopy bool) (fresh bool, err error) {
 	number, mounted, err := m.mounter.Mounted(rec.Staged.Path)
 	switch {
 	case err != nil:
-		return err
+		return false, err
 	case mounted && number == rec.Device:
-		return nil
+		return false, nil
 	case mounted && number == 0: // dead, of a process that left no record
 		if err := m.mounter.Unmount(rec.Staged.Path, true); err != nil {
-			return err
+			return false, err
 		}
 	case mounted: // and what is it that we would hide? (S8)
-		return fmt.Errorf("another filesystem is mounted at %s: %w", rec.Staged.Path, trivet.ErrInUse)
+		return false, fmt.Errorf("another filesystem is mounted at %s: %w", rec.Staged.Path, trivet.ErrInUse)
 	}
 	options := slices.Clone(rec.Staged.MountFlags)
+	if isCopy && rec.Staged.FSType == "xfs" && !slices.Contains(options, optionNoUUID) {
+		options = append(options, optionNoUUID)
+	}
 	if rec.Staged.ReadOnly || rec.ReadOnly {
 		options = append(options, "ro")
 	}
 	if rec.ReadOnly {
 		options = append(options, filesystems[rec.Staged.FSType].noReplay)
 	}
-	return m.mounter.FormatAndMount(ctx, device, rec.Staged.Path, rec.Staged.FSType, options)
+	return true, m.mounter.FormatAndMount(ctx, device, rec.Staged.Path, rec.Staged.FSType, options)
 }
 
 // discardDead removes what is left of an attachment that is of no use any more: fenced by a later

@@ -36,6 +36,13 @@ func (s *volumeSet) list() []trivet.VolumeID {
 	return slices.Sorted(maps.Keys(s.ids))
 }
 
+func (s *volumeSet) has(id trivet.VolumeID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.ids[id]
+	return ok
+}
+
 func (s *volumeSet) done(id trivet.VolumeID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,13 +9,11 @@ import (
 )
 
 // passedMin is the number of specs of csi-test v5.6.0, of 103, that try what this version can do.
-const passedMin = 65
+const passedMin = 101
 
-// later matches the reason for which a spec may be skipped: it belongs to a capability that a later
-// version will have (see README.md), or to an attach limit, which no server sets by default.
-var later = regexp.MustCompile(`^((ListSnapshots|GetSnapshot|DeleteSnapshot|CreateSnapshot|Snapshot|Volume Cloning|` +
-	`ControllerExpandVolume|NodeExpandVolume|GroupControllerService) not supported|` +
-	`testnodevolumeattachlimit not enabled|No MaxVolumesPerNode)$`)
+// later matches the reason for which a spec may be skipped: an attach limit, which no server sets by default (see
+// README.md).
+var later = regexp.MustCompile(`^(testnodevolumeattachlimit not enabled|No MaxVolumesPerNode)$`)
 
 // checkReport fails the suite when a spec was skipped that should not have been: a capability that
 // is no longer advertised would otherwise turn failures into skips.

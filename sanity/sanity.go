@@ -51,7 +51,7 @@ func Run(t *testing.T, access string) {
 
 	c := sanity.NewTestConfig()
 	c.Address = endpoint
-	c.TestVolumeSize = volumeBytes
+	c.TestVolumeSize, c.TestVolumeExpandSize = volumeBytes, 2*volumeBytes
 	c.TestVolumeAccessType = access
 	c.TestVolumeParameters = map[string]string{"replicas": "3"}
 	c.TestVolumeMutableParameters = map[string]string{"iopsLimit": "5k", "priority": "70"}
@@ -64,13 +64,15 @@ func Run(t *testing.T, access string) {
 	ginkgo.RunSpecs(t, "csi-sanity, "+access)
 }
 
-// startCluster starts three servers in this process, each in a zone of its own, and returns the CSI
-// endpoint of the first. They are closed at the end of the test; what they left mounted then keeps
+// startCluster starts three servers in this process, each in a zone of its own, which advertise all that csi-sanity can
+// try, and returns the CSI endpoint of the first. They are closed at the end of the test; what they left mounted then keeps
 // their folder from being removed, which fails the test.
 func startCluster(t *testing.T) (endpoint string) {
 	t.Helper()
 	const nodesN = 3
-	c := testutil.StartCluster(t, nodesN, func(i int, cfg *server.Config) { cfg.Zone = fmt.Sprintf("zone-%d", i) })
+	c := testutil.StartCluster(t, nodesN, func(i int, cfg *server.Config) {
+		cfg.Zone, cfg.SnapshotTopology = fmt.Sprintf("zone-%d", i), true
+	})
 	return c.CSI(0)
 }
 

@@ -43,7 +43,12 @@ func TestMountsUnder(t *testing.T) {
 func TestReasonsToSkip(t *testing.T) {
 	t.Parallel()
 	for reason, want := range map[string]bool{
-		"CreateSnapshot not supported":                              true,
+		"CreateSnapshot not supported":                              false,
+		"ListSnapshots not supported":                               false,
+		"GroupControllerService not supported":                      false,
+		"Volume Cloning not supported":                              false,
+		"NodeExpandVolume not supported":                            false,
+		"SNAPSHOT_ACCESSIBILITY_CONSTRAINTS not supported":          false,
 		"Modify volume not supported":                               false,
 		"NodeGetStorageHealth not supported":                        false,
 		"No MaxVolumesPerNode":                                      true,

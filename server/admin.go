@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -76,7 +75,7 @@ func authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ne
 // then ask another server, instead of waiting here for a catalogue.
 func (s *Server) membersOnly(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler,
 ) (any, error) {
-	if strings.HasPrefix(info.FullMethod, driver.ControllerPrefix) {
+	if driver.ForCluster(info.FullMethod) {
 		if _, err := s.node(); err != nil {
 			return nil, driver.ToStatus(err)
 		}

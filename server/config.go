@@ -39,6 +39,8 @@ type Config struct {
 
 	// MaxVolumes bounds the volumes attached to a node through CSI at a time; 0 = as many as its kernel makes devices.
 	MaxVolumes int64
+	// SnapshotTopology is that of driver.Config; no flag sets it.
+	SnapshotTopology bool
 
 	// Attach is the kind of the kernel devices of volumes, as blockdev.ParseKind reads it.
 	Attach string

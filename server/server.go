@@ -255,6 +255,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 		m.csi, err = driver.Open(ctx, driver.Config{
 			Endpoint: s.cfg.CSI, RegisterDir: s.cfg.Register, Controller: s.controller, Node: m.node,
 			Changes: changes{s}, Version: s.cfg.Version, Logger: s.log, Ready: s.ready,
+			SnapshotTopology: s.cfg.SnapshotTopology,
 		})
 		if err != nil {
 			return errors.Join(err, m.close())
