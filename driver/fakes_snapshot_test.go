@@ -172,7 +172,7 @@ func (n *fakeNode) Expand(ctx context.Context, id trivet.VolumeID, path string, 
 	defer n.mu.Unlock()
 	s, staged := n.staged[id]
 	p, published := n.published[filepath.Clean(path)]
-	if !(staged && s.StagingPath == path) && !(published && p.Volume == id) {
+	if (!staged || s.StagingPath != path) && (!published || p.Volume != id) {
 		return 0, fmt.Errorf("volume %s is not at %q: %w", id, path, trivet.ErrNotFound)
 	}
 	n.sizes[id] = max(n.sizes[id], required, fakeSize)

@@ -269,7 +269,9 @@ func TestListSnapshots(t *testing.T) {
 	all = append(all, ofB)
 	slices.Sort(all)
 	for _, s := range []meta.Snapshot{
-		{State: meta.SnapshotCreating}, {State: meta.SnapshotFailed}, {State: meta.SnapshotDeleting},
+		{State: meta.SnapshotCreating},
+		{State: meta.SnapshotFailed},
+		{State: meta.SnapshotDeleting},
 		{State: meta.SnapshotReady, Name: meta.HiddenPrefix + "c"},
 	} {
 		s.Volume = mustVolumeID(t, a)
