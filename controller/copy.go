@@ -69,7 +69,9 @@ func (c *Controller) takeSource(ctx context.Context, w *creation) error {
 
 // sourceOf returns the snapshot that a new volume is a copy of, which it makes if that is a volume. False: there is no
 // such source, or it has been deleted.
-func (c *Controller) sourceOf(ctx context.Context, s *meta.State, w *creation) (from meta.Snapshot, ok bool, err error) {
+func (c *Controller) sourceOf(ctx context.Context, s *meta.State, w *creation) (
+	from meta.Snapshot, ok bool, err error,
+) {
 	if w.Source.Volume == 0 {
 		from, ok = s.Snapshot(w.Source.Snapshot)
 		if ok && from.State == meta.SnapshotCreating {

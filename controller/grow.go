@@ -15,8 +15,8 @@ import (
 //
 // ErrOutOfRange: it is larger, and never shrinks, or no disk of its replicas is as large. ErrNoSpace: a disk of its
 // replicas has no room for what is added. ErrNotFound; ErrInvalid: not in a phase to grow; ErrPending: still being
-// created, brought back to a snapshot, or recovered. ErrUnavailable: its group has not committed it yet, and will once it has a quorum; the same call waits
-// again.
+// created, brought back to a snapshot, or recovered. ErrUnavailable: its group has not committed it yet, and will once
+// it has a quorum; the same call waits again.
 func (c *Controller) ResizeVolume(ctx context.Context, id trivet.VolumeID, sizeBytes int64) (meta.Volume, error) {
 	if sizeBytes <= 0 {
 		return meta.Volume{}, fmt.Errorf("resize %s to %d bytes: want more than zero: %w", id, sizeBytes, trivet.ErrInvalid)

@@ -50,8 +50,8 @@ func (c *Controller) SnapshotByName(ctx context.Context, name string) (meta.Snap
 // return. The same again returns the same.
 //
 // ErrNotFound: no such volume. ErrExists: another volume's snapshot has that name. ErrPending: the volume is being
-// created, brought back to a snapshot, or recovered. ErrInvalid: its phase. ErrNoSpace: it has as many snapshots as it may. ErrUnavailable: not in time; it
-// will come to be, and the same call waits for it.
+// created, brought back to a snapshot, or recovered. ErrInvalid: its phase. ErrNoSpace: it has as many snapshots as it
+// may. ErrUnavailable: not in time; it will come to be, and the same call waits for it.
 func (c *Controller) CreateSnapshot(ctx context.Context, volume trivet.VolumeID, name string) (meta.Snapshot, error) {
 	if err := trivet.ValidateName(name); err != nil {
 		return meta.Snapshot{}, fmt.Errorf("create snapshot: %w", err)

@@ -7,10 +7,12 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
-// AttachBeside is Attach for one of two nodes that both write (meta.MultiNodeMultiWriter): with names the other one, and
-// nobody else may join; empty: whichever node comes second. It returns once the fence is committed behind which both
-// write. Errors as of Attach; ErrInUse names all nodes that hold the volume.
-func (c *Controller) AttachBeside(ctx context.Context, id trivet.VolumeID, node, with trivet.NodeID) (meta.Volume, error) {
+// AttachBeside is Attach for one of two nodes that both write (meta.MultiNodeMultiWriter): with names the other one,
+// and nobody else may join; empty: whichever node comes second. It returns once the fence is committed behind which
+// both write. Errors as of Attach; ErrInUse names all nodes that hold the volume.
+func (c *Controller) AttachBeside(ctx context.Context, id trivet.VolumeID, node, with trivet.NodeID) (
+	meta.Volume, error,
+) {
 	return c.attach(ctx, meta.Attach{Volume: id, Node: node, Mode: meta.MultiNodeMultiWriter, With: with})
 }
 

@@ -12,7 +12,8 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
-// TestTwoWritersComeAndGo: who joins, and who leaves, waits for a fence at which the other goes on; a third is told of both.
+// TestTwoWritersComeAndGo: who joins, and who leaves, waits for a fence at which the other goes on; a third is told of
+// both.
 func TestTwoWritersComeAndGo(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		b := newBench(t, 3)

@@ -40,7 +40,8 @@ func TestIdentity(t *testing.T) {
 		got = append(got, c.GetService().GetType().String())
 	}
 	assert.Equal(t, []string{
-		"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "GROUP_CONTROLLER_SERVICE", "ONLINE",
+		"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE",
+		"GROUP_CONTROLLER_SERVICE", "ONLINE",
 	}, got)
 
 	for _, ready := range []bool{false, true} {

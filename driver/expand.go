@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -118,7 +117,7 @@ func (s *nodeServer) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVo
 	}
 	defer done()
 	size, err := s.node.Expand(ctx, id, req.GetVolumePath(), required)
-	if errors.Is(err, trivet.ErrNotFound) && req.GetStagingTargetPath() != "" {
+	if absent(err) && req.GetStagingTargetPath() != "" {
 		// Of a block volume kubelet gives as volume_path what it calls the device path, which need not be
 		// where we published it (pkg/volume/csi/expander.go, nodeExpandWithClient); the staging path is right.
 		size, err = s.node.Expand(ctx, id, req.GetStagingTargetPath(), required)

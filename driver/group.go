@@ -103,11 +103,11 @@ func (s *groupServer) create(ctx context.Context, name string, volumes []trivet.
 		if err == nil {
 			continue
 		}
-		if !errors.Is(err, trivet.ErrNotFound) {
+		if !absent(err) {
 			return controller.SnapshotGroup{}, err
 		}
 		// If it was deleted since the first such request, whose answer was lost, the group is there.
-		if _, byName := s.ctrl.ctrl.SnapshotGroupByName(ctx, name); errors.Is(byName, trivet.ErrNotFound) {
+		if _, byName := s.ctrl.ctrl.SnapshotGroupByName(ctx, name); absent(byName) {
 			return controller.SnapshotGroup{}, err
 		}
 		break
@@ -201,7 +201,7 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 ) (*csi.DeleteVolumeGroupSnapshotResponse, error) {
 	resp := &csi.DeleteVolumeGroupSnapshotResponse{}
 	id, err := s.parse(req.GetGroupSnapshotId())
-	if errors.Is(err, trivet.ErrNotFound) {
+	if absent(err) {
 		return resp, nil
 	}
 	if err != nil {
@@ -213,7 +213,7 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 	}
 	defer done()
 	g, err := s.ctrl.ctrl.SnapshotGroup(ctx, id)
-	if errors.Is(err, trivet.ErrNotFound) {
+	if absent(err) {
 		return resp, nil
 	}
 	if err == nil {
@@ -222,7 +222,7 @@ func (s *groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.De
 	if err == nil {
 		err = s.ctrl.ctrl.DeleteSnapshotGroup(ctx, id)
 	}
-	if err != nil && !errors.Is(err, trivet.ErrNotFound) {
+	if err != nil && !absent(err) {
 		return nil, err
 	}
 	return resp, nil

@@ -189,7 +189,9 @@ func TestGetGroupCodes(t *testing.T) {
 		row{"ready", in(meta.GroupReady), codes.OK, ""},
 		row{"failed", in(meta.GroupFailed), codes.NotFound, "Failed"},
 		row{"being deleted", in(meta.GroupDeleting), codes.NotFound, "Deleting"},
-		row{"no quorum", failing("SnapshotGroup", trivet.ErrUnavailable, func(ctx context.Context, h *harness, _ string) error {
+		row{"no quorum", failing("SnapshotGroup", trivet.ErrUnavailable, func(ctx context.Context, h *harness,
+			_ string,
+		) error {
 			return get(ctx, h, unknownGroup)
 		}), codes.Unavailable, ""},
 		row{"other snapshots", func(ctx context.Context, t *testing.T, h *harness) error {

@@ -64,7 +64,11 @@ func TestVolumeHealthCodes(t *testing.T) {
 		}
 		in := func(p meta.Phase) func(context.Context, *testing.T, *harness) error {
 			return func(ctx context.Context, _ *testing.T, h *harness) error {
-				return get(ctx, h, h.ctrl.put(meta.Volume{Phase: p}).ID.String())
+				v := meta.Volume{Phase: p}
+				if p == meta.PhaseRestoring {
+					v.Rollback = &meta.Rollback{Before: meta.PhaseBound}
+				}
+				return get(ctx, h, h.ctrl.put(v).ID.String())
 			}
 		}
 		t.Run(name, func(t *testing.T) {

@@ -101,12 +101,12 @@ func (s *controllerServer) createSnapshot(ctx context.Context, id trivet.VolumeI
 // given: if it was deleted since the first such request, whose answer was lost, the snapshot is there.
 func (s *controllerServer) madeBefore(ctx context.Context, id trivet.VolumeID, name string, reason error,
 ) (meta.Snapshot, error) {
-	if !errors.Is(reason, trivet.ErrNotFound) {
+	if !absent(reason) {
 		return meta.Snapshot{}, reason
 	}
 	snap, err := s.ctrl.SnapshotByName(ctx, name)
 	switch {
-	case errors.Is(err, trivet.ErrNotFound):
+	case absent(err):
 		return meta.Snapshot{}, reason
 	case err != nil:
 		return meta.Snapshot{}, err
@@ -120,7 +120,7 @@ func (s *controllerServer) madeBefore(ctx context.Context, id trivet.VolumeID, n
 // learned its ID, so it could not, and the next try would meet it again.
 func (s *controllerServer) dropFailed(ctx context.Context, id trivet.VolumeID, name string) error {
 	snap, err := s.ctrl.SnapshotByName(ctx, name)
-	if errors.Is(err, trivet.ErrNotFound) {
+	if absent(err) {
 		return nil
 	}
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSn
 	switch err := s.ctrl.DeleteSnapshot(ctx, id); {
 	case errors.Is(err, trivet.ErrInUse): // by its group, which the specification wants to be an invalid argument
 		return nil, fmt.Errorf("%w: %w", err, trivet.ErrInvalid)
-	case err != nil && !errors.Is(err, trivet.ErrNotFound):
+	case err != nil && !absent(err):
 		return nil, err
 	}
 	return resp, nil

@@ -373,13 +373,6 @@ func copyRow(name string, want codes.Code, says string,
 func TestCreateVolumeFromSource(t *testing.T) {
 	t.Parallel()
 	type request = csi.CreateVolumeRequest
-	first := func(t *testing.T, h *harness, src *csi.VolumeContentSource) {
-		t.Helper()
-		req := createReq("copy")
-		req.VolumeContentSource = src
-		_, err := h.CreateVolume(t.Context(), req)
-		require.NoError(t, err)
-	}
 	runRows(t, []row{
 		copyRow("snapshot", codes.OK, "", func(_ *testing.T, _ *harness, _, s string, r *request) {
 			r.VolumeContentSource = ofSnapshot(s)
@@ -403,7 +396,9 @@ func TestCreateVolumeFromSource(t *testing.T) {
 		copyRow("smaller", codes.OutOfRange, "67108864", func(_ *testing.T, _ *harness, _, s string, r *request) {
 			r.VolumeContentSource, r.CapacityRange.RequiredBytes = ofSnapshot(s), 1<<20
 		}),
-		copyRow("smaller than a volume", codes.OutOfRange, "67108864", func(_ *testing.T, _ *harness, v, _ string, r *request) {
+		copyRow("smaller than a volume", codes.OutOfRange, "67108864", func(_ *testing.T, _ *harness, v, _ string,
+			r *request,
+		) {
 			r.VolumeContentSource, r.CapacityRange.RequiredBytes = ofVolume(v), 1<<20
 		}),
 		copyRow("limit below", codes.OutOfRange, "", func(_ *testing.T, _ *harness, _, s string, r *request) {
@@ -449,6 +444,33 @@ func TestCreateVolumeFromSource(t *testing.T) {
 			h.setPhase(t, v, meta.PhaseKept)
 			r.VolumeContentSource = ofSnapshot(s)
 		}),
+		copyRow("no quorum", codes.Unavailable, "", func(_ *testing.T, h *harness, v, _ string, r *request) {
+			h.ctrl.fail("CloneVolume", trivet.ErrUnavailable)
+			r.VolumeContentSource = ofVolume(v)
+		}),
+		copyRow("source is not cut yet", codes.Aborted, "", func(_ *testing.T, h *harness, _, s string, r *request) {
+			h.ctrl.fail("CreateVolume", trivet.ErrPending)
+			r.VolumeContentSource = ofSnapshot(s)
+		}),
+		copyRow("not in that topology", codes.ResourceExhausted, "", func(_ *testing.T, h *harness, _, s string, r *request) {
+			h.ctrl.fail("CreateVolume", trivet.ErrNoSpace)
+			r.VolumeContentSource = ofSnapshot(s)
+		}),
+	})
+}
+
+// TestCreateVolumeFromSourceAgain: a name is one request's, source included.
+func TestCreateVolumeFromSourceAgain(t *testing.T) {
+	t.Parallel()
+	type request = csi.CreateVolumeRequest
+	first := func(t *testing.T, h *harness, src *csi.VolumeContentSource) {
+		t.Helper()
+		req := createReq("copy")
+		req.VolumeContentSource = src
+		_, err := h.CreateVolume(t.Context(), req)
+		require.NoError(t, err)
+	}
+	runRows(t, []row{
 		copyRow("same again", codes.OK, "", func(t *testing.T, h *harness, _, s string, r *request) {
 			t.Helper()
 			first(t, h, ofSnapshot(s))
@@ -468,18 +490,6 @@ func TestCreateVolumeFromSource(t *testing.T) {
 		) {
 			t.Helper()
 			h.mustCreate(t, "copy")
-			r.VolumeContentSource = ofSnapshot(s)
-		}),
-		copyRow("no quorum", codes.Unavailable, "", func(_ *testing.T, h *harness, v, _ string, r *request) {
-			h.ctrl.fail("CloneVolume", trivet.ErrUnavailable)
-			r.VolumeContentSource = ofVolume(v)
-		}),
-		copyRow("source is not cut yet", codes.Aborted, "", func(_ *testing.T, h *harness, _, s string, r *request) {
-			h.ctrl.fail("CreateVolume", trivet.ErrPending)
-			r.VolumeContentSource = ofSnapshot(s)
-		}),
-		copyRow("not in that topology", codes.ResourceExhausted, "", func(_ *testing.T, h *harness, _, s string, r *request) {
-			h.ctrl.fail("CreateVolume", trivet.ErrNoSpace)
 			r.VolumeContentSource = ofSnapshot(s)
 		}),
 	})

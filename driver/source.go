@@ -46,7 +46,7 @@ func (s *controllerServer) createVolume(ctx context.Context, r controller.Create
 	}
 	v, err := s.ctrl.CloneVolume(ctx, r)
 	if errors.Is(err, trivet.ErrInvalid) { // of a source, too, that the orchestrator has deleted and that is kept
-		if _, gone := s.volume(ctx, r.Source.Volume.String()); errors.Is(gone, trivet.ErrNotFound) {
+		if _, gone := s.volume(ctx, r.Source.Volume.String()); absent(gone) {
 			return v, fmt.Errorf("source of volume %q: %w", r.Name, gone)
 		}
 	}

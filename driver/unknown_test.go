@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ func controllerCalls() map[string]struct {
 		call   func(ctx context.Context, h *harness, handle string) error
 	}
 	one := func(method string, f func(context.Context, *harness, string) error) call { return call{method, f} }
-	return map[string]call{
+	calls := map[string]call{
 		"CreateVolume": one("CreateVolume", func(ctx context.Context, h *harness, _ string) error {
 			_, err := h.CreateVolume(ctx, createReq("another"))
 			return err
@@ -76,6 +77,44 @@ func controllerCalls() map[string]struct {
 			_, err := h.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{})
 			return err
 		}),
+	}
+	maps.Copy(calls, copyCalls())
+	return calls
+}
+
+// copyCalls are those of controllerCalls that are about snapshots and growth.
+func copyCalls() map[string]struct {
+	method string
+	call   func(ctx context.Context, h *harness, handle string) error
+} {
+	type call = struct {
+		method string
+		call   func(ctx context.Context, h *harness, handle string) error
+	}
+	const some = "snap-00000000000000aa"
+	return map[string]call{
+		"CreateSnapshot": {"CreateSnapshot", func(ctx context.Context, h *harness, handle string) error {
+			_, err := h.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: handle})
+			return err
+		}},
+		"DeleteSnapshot": {"DeleteSnapshot", func(ctx context.Context, h *harness, _ string) error {
+			_, err := h.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: some})
+			return err
+		}},
+		"GetSnapshot": {"Snapshot", func(ctx context.Context, h *harness, _ string) error {
+			_, err := h.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: some})
+			return err
+		}},
+		"ListSnapshots": {"Snapshots", func(ctx context.Context, h *harness, _ string) error {
+			_, err := h.ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
+			return err
+		}},
+		"ControllerExpandVolume": {"ExpandVolume", func(ctx context.Context, h *harness, handle string) error {
+			_, err := h.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{
+				VolumeId: handle, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 30},
+			})
+			return err
+		}},
 	}
 }
 

@@ -28,7 +28,9 @@ func refAt(p segment.Place, skip int64) ref {
 func (r ref) then(blockN int) ref { return ref{r.seg, r.page + uint32(blockN)} }
 
 // compare orders places as they stand on the disk, segment by segment.
-func (r ref) compare(o ref) int { return cmp.Or(cmp.Compare(r.seg, o.seg), cmp.Compare(r.page, o.page)) }
+func (r ref) compare(o ref) int {
+	return cmp.Or(cmp.Compare(r.seg, o.seg), cmp.Compare(r.page, o.page))
+}
 
 func (r ref) off() int64 { return int64(r.page) * trivet.BlockSize }
 

@@ -122,7 +122,9 @@ func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[u
 }
 
 // lookUp finds the places of blocks, which are in order, and drops those that are not in victims. REQUIRES: entered.
-func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (moves []moving, err error) {
+func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
+	moves []moving, err error,
+) {
 	if len(blocks) == 0 {
 		return nil, nil
 	}

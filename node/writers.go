@@ -15,8 +15,8 @@ func sharedWriter(v *meta.Volume) bool {
 	return v.Attached != nil && v.Attached.Mode == meta.MultiNodeMultiWriter
 }
 
-// throughOf is the cache of a node that writes beside another, whatever the volume asks for: none. It could not know what
-// the other one writes, neither before it answers a read nor before it writes back.
+// throughOf is the cache of a node that writes beside another, whatever the volume asks for: none. It could not know
+// what the other one writes, neither before it answers a read nor before it writes back.
 func throughOf() cache.Settings {
 	return cache.Settings{Mode: cache.WriteThrough, ReadAheadBytes: cache.ReadAheadMax}
 }
@@ -30,9 +30,11 @@ func writersOf(v *meta.Volume) replication.Writers {
 	return w
 }
 
-// renewer is replication.VolumeConfig.Renew for a session of this node, nil for one that nobody writes beside. The local
-// copy only moves on, and had the session when the volume was opened: once it has it no more, it is over.
-func (a *attacher) renewer(v *meta.Volume, session trivet.Epoch) func(context.Context, trivet.Epoch) (trivet.Epoch, error) {
+// renewer is replication.VolumeConfig.Renew for a session of this node, nil for one that nobody writes beside. The
+// local copy only moves on, and had the session when the volume was opened: once it has it no more, it is over.
+func (a *attacher) renewer(v *meta.Volume, session trivet.Epoch) func(context.Context, trivet.Epoch) (
+	trivet.Epoch, error,
+) {
 	if !sharedWriter(v) {
 		return nil
 	}

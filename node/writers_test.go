@@ -15,8 +15,8 @@ import (
 	"github.com/trivet-csi/trivet/replication"
 )
 
-// TestWriterBesideAnotherCachesNothing: whatever the volume's cacheMode, a write is below before it is acknowledged, and a
-// read finds what the other node has written meanwhile.
+// TestWriterBesideAnotherCachesNothing: whatever the volume's cacheMode, a write is below before it is acknowledged,
+// and a read finds what the other node has written meanwhile.
 func TestWriterBesideAnotherCachesNothing(t *testing.T) {
 	t.Parallel()
 	b := newCacheBench(t, writeBackParams())
@@ -42,8 +42,8 @@ func TestWriterBesideAnotherCachesNothing(t *testing.T) {
 	require.Equal(t, trivet.ReadStrong, readsOf(ptr(b.cat.volume(vol))))
 }
 
-// TestWriterDropsWhatAnEarlierAttachmentLeft: what a process of a writeBack attachment has left is not written over what
-// two writers have written since (H13).
+// TestWriterDropsWhatAnEarlierAttachmentLeft: what a process of a writeBack attachment has left is not written over
+// what two writers have written since (H13).
 func TestWriterDropsWhatAnEarlierAttachmentLeft(t *testing.T) {
 	t.Parallel()
 	b := newCacheBench(t, writeBackParams())
@@ -61,8 +61,8 @@ func TestWriterDropsWhatAnEarlierAttachmentLeft(t *testing.T) {
 	require.ErrorIs(t, err, os.ErrNotExist)
 }
 
-// TestWriterFollowsItsSession: an open volume goes on at the epochs at which another writer comes and goes, once they are
-// fenced, and is over with its session.
+// TestWriterFollowsItsSession: an open volume goes on at the epochs at which another writer comes and goes, once they
+// are fenced, and is over with its session.
 func TestWriterFollowsItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newMountBench(t)
@@ -130,7 +130,8 @@ func TestResumeOfTwoWritersIsGivenUp(t *testing.T) {
 	})
 }
 
-// TestPlanFencesWriters: the fence of an epoch names the sessions that write at it, if they are others than one of its own.
+// TestPlanFencesWriters: the fence of an epoch names the sessions that write at it, if they are others than one of its
+// own.
 func TestPlanFencesWriters(t *testing.T) {
 	t.Parallel()
 	const two = meta.MultiNodeMultiWriter

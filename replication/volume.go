@@ -68,7 +68,8 @@ func (c *VolumeConfig) Validate() error {
 	case c.IOTimeout < 0:
 		return fmt.Errorf("volume config of %s: IOTimeout %v is negative: %w", c.ID, c.IOTimeout, trivet.ErrInvalid)
 	case c.Writer < 0 || c.Writer >= WritersMax:
-		return fmt.Errorf("volume config of %s: Writer %d is not 0 to %d: %w", c.ID, c.Writer, WritersMax-1, trivet.ErrInvalid)
+		return fmt.Errorf("volume config of %s: Writer %d is not 0 to %d: %w", c.ID, c.Writer, WritersMax-1,
+			trivet.ErrInvalid)
 	}
 	level, err := levelOf(c.ReadConsistency)
 	if err == nil && c.Renew != nil && level != levelStrong {

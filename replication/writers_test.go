@@ -112,8 +112,8 @@ func TestTwoWriters(t *testing.T) {
 }
 
 // A write is in, its answer is on its way, when the other writer goes: it is refused as fenced at the old epoch, sent
-// again at the new one, and known as a copy. Without its window it would be applied a second time, over what was written
-// since (H39).
+// again at the new one, and known as a copy. Without its window it would be applied a second time, over what was
+// written since (H39).
 func TestWriterKeepsItsWindow(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, _ *replication.Volume) {
 		ctx := t.Context()

@@ -65,8 +65,8 @@ func Run(t *testing.T, access string) {
 }
 
 // startCluster starts three servers in this process, each in a zone of its own, which advertise all that csi-sanity can
-// try, and returns the CSI endpoint of the first. They are closed at the end of the test; what they left mounted then keeps
-// their folder from being removed, which fails the test.
+// try, and returns the CSI endpoint of the first. They are closed at the end of the test; what they left mounted then
+// keeps their folder from being removed, which fails the test.
 func startCluster(t *testing.T) (endpoint string) {
 	t.Helper()
 	const nodesN = 3

@@ -21,9 +21,9 @@ import (
 	"github.com/trivet-csi/trivet/internal/testutil"
 )
 
-// TestTwoWriters is a live migration as the orchestrator does it: a raw block volume is published on a second node while
-// the first still writes; processes on both write and read what the other has written, through kernel devices; a third node
-// is refused; the first lets go, and the second goes on writing.
+// TestTwoWriters is a live migration as the orchestrator does it: a raw block volume is published on a second node
+// while the first still writes; processes on both write and read what the other has written, through kernel devices; a
+// third node is refused; the first lets go, and the second goes on writing.
 func TestTwoWriters(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

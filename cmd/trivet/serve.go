@@ -50,7 +50,8 @@ func newVolumeServe(o *options) *cobra.Command {
 // sharedFlags are those of an attachment that another node may write beside.
 func sharedFlags(cmd *cobra.Command, shared *bool, with *string) {
 	cmd.Flags().BoolVar(shared, "shared", false, "attach as one of two nodes that both write")
-	cmd.Flags().StringVar(with, "with", "", "with --shared: the only node that may be the other (default: whichever comes)")
+	cmd.Flags().StringVar(with, "with", "",
+		"with --shared: the only node that may be the other (default: whichever comes)")
 }
 
 // serveVolume prints the URI of the export and waits until the service ends.

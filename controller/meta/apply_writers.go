@@ -90,7 +90,8 @@ func (v *Volume) letGo(last trivet.NodeID) {
 	v.Attached, v.Also, v.Detaching = nil, nil, last
 }
 
-// renewWriter gives a new process of held's node a session of its own, and lets the other writer, if there is one, go on.
+// renewWriter gives a new process of held's node a session of its own, and lets the other writer, if there is one, go
+// on.
 func (v *Volume) renewWriter(held *Attachment) {
 	v.Epoch++
 	v.Attached.goOn(v.Epoch)
@@ -103,7 +104,8 @@ func (v *Volume) renewWriter(held *Attachment) {
 // writersProblem names the first invariant that the writers of v break.
 func (v *Volume) writersProblem() string {
 	if v.Leaving != "" && (v.FencedEpoch == v.Epoch || len(v.Also) > 0 || v.Holder() == "" || v.Holder() == v.Leaving) {
-		return fmt.Sprintf("%s is leaving, held by %s, fenced at %d of %d", v.Leaving, v.holderNames(), v.FencedEpoch, v.Epoch)
+		return fmt.Sprintf("%s is leaving, held by %s, fenced at %d of %d",
+			v.Leaving, v.holderNames(), v.FencedEpoch, v.Epoch)
 	}
 	if v.Attached == nil {
 		return ""

@@ -98,13 +98,8 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			until := node.LeaseUntil.Add(time.Duration(r.Intn(2)) * time.Second) // as it is, or not
 			return meta.Command{Time: when, Detach: &meta.Detach{Volume: vid, Node: nodeID(n), Forced: true, IfLease: until}}
 		},
-		func() meta.Command {
-			return meta.Command{GrowVolume: &meta.GrowVolume{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
-		},
-		func() meta.Command {
-			return meta.Command{ReportSize: &meta.ReportSize{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
-		},
 	}
+	commands = append(commands, randomSizeCommands(r, vid)...)
 	d := drawn{id: id, n: n, volume: vid, v: v, epoch: epoch, policy: policy, when: when}
 	commands = append(commands, randomMore(r, d)...)
 	commands = append(commands, randomSnapshotCommands(r, m, v)...)
@@ -114,6 +109,17 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 		return c
 	}
 	return commands[3]()
+}
+
+func randomSizeCommands(r *rand.Rand, vid trivet.VolumeID) []func() meta.Command {
+	return []func() meta.Command{
+		func() meta.Command {
+			return meta.Command{GrowVolume: &meta.GrowVolume{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
+		},
+		func() meta.Command {
+			return meta.Command{ReportSize: &meta.ReportSize{Volume: vid, SizeBytes: 1<<30 + int64(r.Intn(9))<<20}}
+		},
+	}
 }
 
 // drawn is what randomCommand drew for whichever command it will be.

@@ -20,11 +20,14 @@ func TestImageRefusesWritersThatCannotBe(t *testing.T) {
 	b := mustImage(t, m.State())
 	body := string(b[16 : len(b)-4])
 	for want, edit := range map[string][2]string{
-		"writer 0 since epoch 0 of 2":      {`"writer":1`, `"writer":0`},
-		"writer 7 since":                   {`"writer":1`, `"writer":7`},
-		"since epoch 9 of 2":               {`"since":1`, `"since":9`},
-		"beside others as MultiNodeReader": {`"mode":"MultiNodeMultiWriter","epoch":2,"incarnation":"` + incarnation(2), `"mode":"MultiNodeReader","epoch":2,"incarnation":"` + incarnation(2)},
-		"n3 is leaving":                    {`"also":`, `"leaving":"n3","also":`},
+		"writer 0 since epoch 0 of 2": {`"writer":1`, `"writer":0`},
+		"writer 7 since":              {`"writer":1`, `"writer":7`},
+		"since epoch 9 of 2":          {`"since":1`, `"since":9`},
+		"beside others as MultiNodeReader": {
+			`"mode":"MultiNodeMultiWriter","epoch":2,"incarnation":"` + incarnation(2),
+			`"mode":"MultiNodeReader","epoch":2,"incarnation":"` + incarnation(2),
+		},
+		"n3 is leaving": {`"also":`, `"leaving":"n3","also":`},
 	} {
 		bad := strings.Replace(body, edit[0], edit[1], 1)
 		require.NotEqual(t, body, bad, want)

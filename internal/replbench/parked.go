@@ -56,8 +56,9 @@ func (l *lab) parked(out io.Writer) error {
 	for i := range after {
 		more = append(more, float64(after[i]-before[i])/(1<<20))
 	}
-	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; CPU of three processes "+
-		"%.2f %% of a core, without them %.2f %%, that of two running groups included\n", parkedN, median(more), slices.Max(more), cpu, idle)
+	fmt.Fprintf(out, "%d parked volumes: %.1f MiB a node more than before (at most 20), at most %.1f; "+
+		"CPU of three processes %.2f %% of a core, without them %.2f %%, that of two running groups included\n",
+		parkedN, median(more), slices.Max(more), cpu, idle)
 	return nil
 }
 

@@ -49,7 +49,8 @@ func (r Report) String() string {
 		"longestGap=%v healed=%v violations=%d\n    snapshots=%d reads=%d rollbacks=%d clones=%d flips=%d scrubs=%d "+
 		"repaired=%d\n    faults=%d: %v", r.Calls, r.Succeeded, share,
 		int(100*activityFloor), r.Writes, r.Reads, r.Probes, r.StaleWrites, r.Crashes(), r.Exits, r.Refused,
-		r.TakeOvers, r.WriterChanges, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes, r.LongestGap.Round(time.Millisecond),
+		r.TakeOvers, r.WriterChanges, r.Changes, r.Elections, r.Leaders, r.Restores, r.Flushes,
+		r.LongestGap.Round(time.Millisecond),
 		r.Healed.Round(time.Millisecond), r.Violations, r.Snapshots, r.SnapReads, r.Rollbacks, r.Clones, r.Flips, r.Scrubs,
 		r.Repaired, r.Faults.Sum(), r.Faults)
 }

@@ -8,7 +8,8 @@
 //
 //	Create   writes the group's directory and its place in the disk's log, once, on the word of the catalogue
 //	Open     checks that directory, state machine and log agree, and starts the replica
-//	Propose  appends an entry; ReadGate says whether a read may be served here and now, by a lease; ReadRound asks a quorum
+//	Propose  appends an entry; ReadGate says whether a read may be served here and now, by a lease; ReadRound asks
+//	         a quorum
 //	Close    stops it; Destroy removes the directory and what the log has of it
 //
 // What it leaves to its caller: where replicas are and who may change that, retries, and what the

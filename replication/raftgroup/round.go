@@ -12,9 +12,10 @@ import (
 
 // Rounds: reads that a quorum confirms.
 //
-// A lease says that nobody else leads as long as clocks keep to what is asked of them (lease.go). A round asks: a leader
-// sends a heartbeat to each voter, and when a quorum has answered yes in its term, no other had been elected when the first of
-// them was asked, so what it has applied is not older than anything acknowledged by then (ReadIndex: Ongaro's thesis,
+// A lease says that nobody else leads as long as clocks keep to what is asked of them (lease.go). A round asks: a
+// leader sends a heartbeat to each voter, and when a quorum has answered yes in its term, no other had been elected
+// when the first of them was asked, so what it has applied is not older than anything acknowledged by then (ReadIndex:
+// Ongaro's thesis,
 // 6.4). A round counts for whoever came before it began. One is under way at a time; who comes meanwhile waits for the
 // next, together with all others that do. A transfer of leadership does not void a round: a voter that
 // answered had not yet voted for another.
@@ -117,8 +118,8 @@ func (i *instance) follows(ctx context.Context, m Member, term uint64) bool {
 	return err == nil && r.success && r.term == term
 }
 
-// ReadRound is ReadGate for those who do not rely on clocks: it returns the leader's term once a round of the quorum has
-// passed that began after the call, one for all who wait. What is read after it is not older than anything
+// ReadRound is ReadGate for those who do not rely on clocks: it returns the leader's term once a round of the quorum
+// has passed that began after the call, one for all who wait. What is read after it is not older than anything
 // acknowledged before the call. Errors as of ReadGate, and ctx's. It needs no lease.
 func (g *Group) ReadRound(ctx context.Context) (term uint64, err error) {
 	i := g.running()

@@ -13,12 +13,12 @@ import (
 )
 
 // Silence. The library waits longer after each call that failed, 10.24 s in the end (replication.go:183, failureWait
-// doubled maxFailureScale-2 times), and nothing cuts such a wait short: a replica that was away for some minutes, and is
-// back, stayed without entries for up to so long, and its group with one less than it could have. So the library gets
-// to know of the first silentAfter failures only. The call after them stays here until the follower can be reached: until
-// an answer to a heartbeat comes, which are sent at the same pace to one that is away (pace.go), or, where heartbeats
-// alone are lost, for probeEvery of them. Then it asks without entries where the follower is, and the library goes on
-// from there.
+// doubled maxFailureScale-2 times), and nothing cuts such a wait short: a replica that was away for some minutes, and
+// is back, stayed without entries for up to so long, and its group with one less than it could have. So the library
+// gets to know of the first silentAfter failures only. The call after them stays here until the follower can be
+// reached: until an answer to a heartbeat comes, which are sent at the same pace to one that is away (pace.go), or,
+// where heartbeats alone are lost, for probeEvery of them. Then it asks without entries where the follower is, and the
+// library goes on from there.
 const (
 	silentAfter = 5 // the library waits 80 ms then
 	probeEvery  = 5 // heartbeats
