@@ -74,7 +74,8 @@ func TestHealthOf(t *testing.T) {
 		{"all copies damaged", fault(meta.ReasonDiskDamaged+"rot", 1, 2, 3), []string{faulted, missing, gone}},
 		{
 			"all disks away: they may come back",
-			fault(meta.ReasonDiskAbsent+"x", 1, 2, 3), []string{absent, missing, noQuorum},
+			fault(meta.ReasonDiskAbsent+"x", 1, 2, 3),
+			[]string{absent, missing, noQuorum},
 		},
 		{"a disk away and not reported", func(b *mendBench) { b.node(3, b.now.Add(time.Second), false) }, []string{absent}},
 		{"two disks away and not reported", func(b *mendBench) {
