@@ -179,6 +179,9 @@ func (k *fakeKernel) receive() (unique uint64, errno unix.Errno, body []byte) {
 	k.t.Helper()
 	b := make([]byte, fuseReplyBytes+requestBytesMax)
 	n, err := unix.Read(k.fd, b)
+	for errors.Is(err, unix.EINTR) { // the runtime's own signals: the descriptor blocks
+		n, err = unix.Read(k.fd, b)
+	}
 	require.NoError(k.t, err, "no reply came")
 	require.GreaterOrEqual(k.t, n, fuseReplyBytes)
 	require.EqualValues(k.t, n, binary.NativeEndian.Uint32(b))
