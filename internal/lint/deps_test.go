@@ -114,6 +114,9 @@ var homes = []struct {
 
 func load(t *testing.T) []lint.File {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("reads all files of the project; make test and make check do")
+	}
 	files, err := lint.Load("../..")
 	require.NoError(t, err)
 	require.Greater(t, len(files), 50, "the walk found too little to mean anything")

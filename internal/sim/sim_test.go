@@ -37,6 +37,14 @@ func aliasSeed() bool {
 	return true
 }
 
+// longOnly skips what make test runs and make race, which takes five times as long for it, does not.
+func longOnly(t *testing.T) {
+	t.Helper()
+	if testing.Short() && *seedN == 0 {
+		t.Skip("other tests run the same code under the race detector")
+	}
+}
+
 // checkMax bounds what porcupine may take for one block, in real time.
 const checkMax = 30 * time.Second
 
@@ -131,6 +139,7 @@ func TestSim(t *testing.T) {
 // TestSimGenerations makes snapshots, goes back to them, lets blocks rot and cleans, all the time, among crashes and
 // take-overs: what a snapshot shows never changes, and what rots is repaired and never served.
 func TestSimGenerations(t *testing.T) {
+	longOnly(t)
 	var mu sync.Mutex
 	var sum sim.Report
 	n := uint64(max(2, *seedN))
@@ -194,6 +203,7 @@ func (m skipFlush) Flush() (uint64, error) {
 // A log that is cut before the engine's state is on disk must be noticed, or the simulator is worth
 // nothing (H1).
 func TestSimFindsLogCutWithoutFlush(t *testing.T) {
+	longOnly(t)
 	requireFound(t, func(o *sim.Options) {
 		o.WrapMachine = func(m raftgroup.StateMachine) raftgroup.StateMachine { return skipFlush{m} }
 	})
@@ -201,12 +211,14 @@ func TestSimFindsLogCutWithoutFlush(t *testing.T) {
 
 // A Raft log that is not on disk when it says so loses acknowledged writes with the power.
 func TestSimFindsLyingDisks(t *testing.T) {
+	longOnly(t)
 	requireFound(t, func(o *sim.Options) { o.LyingDisks = true })
 }
 
 // The holder of an attachment that reads by session sees what a linearizable volume would show it, whichever
 // replica answers: judged by porcupine like everything else.
 func TestSimSession(t *testing.T) {
+	longOnly(t)
 	for seed := range uint64(3) {
 		t.Run(fmt.Sprintf("seed=%d", seed+1), func(t *testing.T) {
 			t.Parallel()
