@@ -52,8 +52,8 @@ type cleaner struct {
 	background func(ctx context.Context, bytes int) (release func(), err error)
 	pressure   atomic.Bool // the disk is nearly full: clean whatever gives space
 
-	turn   sync.Mutex // one round at a time
-	mover  mover      // under turn
+	turn   chan struct{} // one round at a time; no mutex, which must not be held over a wait (Engine.calls)
+	mover  mover         // under turn
 	life   context.Context
 	cancel context.CancelFunc
 	loop   sync.WaitGroup
@@ -67,7 +67,7 @@ func newCleaner(e *Engine, target float64) *cleaner {
 	if target <= 0 {
 		target = cleanTargetDefault
 	}
-	c := &cleaner{e: e, target: target, wake: make(chan struct{}, 1), mover: mover{e: e}}
+	c := &cleaner{e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e}}
 	c.life, c.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the engine's life, ended by stop
 	return c
 }
@@ -160,8 +160,12 @@ func (e *Engine) giveBack() (int, error) {
 
 // round is one pass: choose, copy, flush, give back.
 func (c *cleaner) round(ctx context.Context, paced bool) (stats CleanStats, err error) {
-	c.turn.Lock()
-	defer c.turn.Unlock()
+	select {
+	case c.turn <- struct{}{}:
+	case <-ctx.Done():
+		return stats, ctx.Err()
+	}
+	defer func() { <-c.turn }()
 	if err := c.e.enterWrite(); err != nil {
 		return stats, err
 	}

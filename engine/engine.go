@@ -103,9 +103,12 @@ type Engine struct {
 	journalBytes    int64 // bound per volume
 	imageRangeBytes int
 
-	// life is held shared during each call and exclusively by Close. Calls must not nest it.
-	life   sync.RWMutex
-	closed bool
+	// Close waits for calls. No lock for readers and writers does for that: a call may wait for a disk or a turn, and in
+	// a bubble of simulated time nothing goes on while anybody waits for a lock.
+	callsMu sync.Mutex // guards closed, and Add before Wait
+	closed  bool
+	calls   sync.WaitGroup
+	gone    chan struct{} // closed at the end of Close
 
 	// mu guards the set of volumes. It is held over the flush that makes a create or drop durable:
 	// both are rare, and a second one must not return before the first is durable.
@@ -176,6 +179,7 @@ func open(cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, lock.Close())
 	}
 	e := &Engine{
+		gone:   make(chan struct{}),
 		db:     db,
 		lock:   lock,
 		health: h,
@@ -359,11 +363,12 @@ func (e *Engine) setFormat() error {
 
 // enter begins a call. The caller must exit, and must not enter again before.
 func (e *Engine) enter() error {
-	e.life.RLock()
+	e.callsMu.Lock()
+	defer e.callsMu.Unlock()
 	if e.closed {
-		e.life.RUnlock()
 		return trivet.ErrClosed
 	}
+	e.calls.Add(1)
 	return nil
 }
 
@@ -379,7 +384,7 @@ func (e *Engine) enterWrite() error {
 	return nil
 }
 
-func (e *Engine) exit() { e.life.RUnlock() }
+func (e *Engine) exit() { e.calls.Done() }
 
 // apply commits a batch to memory. REQUIRES: entered.
 func (e *Engine) apply(b *pebble.Batch) error {
@@ -439,12 +444,16 @@ func (e *Engine) Close() error {
 		e.clean.stop()
 	}
 	e.sweeper.stop()
-	e.life.Lock()
-	defer e.life.Unlock()
-	if e.closed {
+	e.callsMu.Lock()
+	first := !e.closed
+	e.closed = true
+	e.callsMu.Unlock()
+	if !first {
+		<-e.gone
 		return nil
 	}
-	e.closed = true
+	defer close(e.gone)
+	e.calls.Wait()
 	var err error
 	if err = e.health.check(); err == nil {
 		err = e.flush()
