@@ -356,7 +356,7 @@ type clone struct {
 // flattened it, and keeps what that shows when the snapshot is deleted.
 func (n *nemesis) tendClone(node *Node) error {
 	l := node.current()
-	if l == nil {
+	if l == nil || n.sim.swarm.rates[FaultFlip] > 0 { // a clone without a group has nobody who repairs what rots
 		return nil
 	}
 	if c, ok := n.clones[node]; ok {

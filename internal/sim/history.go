@@ -125,26 +125,48 @@ func (h *History) Check(limit time.Duration) error {
 
 // check judges one block. Zeroes look all the same, so a change to zero without an answer may explain
 // every later read of zeroes, and a dozen of them make the search explode. Any of them may be left out,
-// as it can always come last, so an order found without them is an order; only when there is none are
-// they all tried.
+// as it can always come last, so an order found without them is an order. So none is tried first, then each
+// alone, then each two, and all of them only when there is no order even so.
 func (b *blockHistory) check(limit time.Duration) porcupine.CheckResult {
-	r := porcupine.CheckOperationsTimeout(register(), b.operations(false), limit)
+	r := porcupine.CheckOperationsTimeout(register(), b.operations(nil), limit)
 	if r != porcupine.Illegal {
 		return r
 	}
-	return porcupine.CheckOperationsTimeout(register(), b.operations(true), limit)
+	all := map[int]bool{}
+	var open []int
+	for i := range b.ops {
+		if o := &b.ops[i]; !o.read && !o.dropped && o.ret == 0 && o.value == 0 {
+			all[i], open = true, append(open, i)
+		}
+	}
+	end := time.Now().Add(limit)
+	for i, a := range open {
+		for _, c := range open[:i+1] { // the same one twice: a alone
+			some := map[int]bool{a: true, c: true}
+			if porcupine.CheckOperationsTimeout(register(), b.operations(some), fewZeroesMax) == porcupine.Ok {
+				return porcupine.Ok
+			}
+			if time.Now().After(end) {
+				return porcupine.Unknown
+			}
+		}
+	}
+	return porcupine.CheckOperationsTimeout(register(), b.operations(all), limit)
 }
 
+// fewZeroesMax bounds one search with one or two changes to zero that have no answer: mostly it takes milliseconds.
+const fewZeroesMax = time.Second
+
 // operations returns the history in porcupine's form. A change that was not answered stays open to the
-// end; one to data that nobody has read is left out, and so are those to zero unless asked for.
-func (b *blockHistory) operations(openZeroes bool) []porcupine.Operation {
+// end; one to data that nobody has read is left out, and so are those to zero but the given ones.
+func (b *blockHistory) operations(openZeroes map[int]bool) []porcupine.Operation {
 	seen := map[version]bool{}
 	for i := range b.ops {
 		if o := &b.ops[i]; o.read && !o.dropped && o.ret != 0 {
 			seen[o.value] = true
 		}
 	}
-	seen[0] = openZeroes
+	seen[0] = false
 	out := make([]porcupine.Operation, 0, len(b.ops))
 	for i := range b.ops {
 		o := &b.ops[i]
@@ -152,7 +174,7 @@ func (b *blockHistory) operations(openZeroes bool) []porcupine.Operation {
 		if ret == 0 {
 			ret = math.MaxInt64
 		}
-		if o.dropped || o.read && o.ret == 0 || o.ret == 0 && !seen[o.value] {
+		if o.dropped || o.read && o.ret == 0 || o.ret == 0 && !seen[o.value] && !openZeroes[i] {
 			continue
 		}
 		out = append(out, porcupine.Operation{

@@ -23,6 +23,17 @@ func TestHistory(t *testing.T) {
 		{"unanswered, late", func(h *History) { write(h, 1, false); write(h, 2, true); read(h, 2); read(h, 1) }, true},
 		{"unanswered, undone", func(h *History) { write(h, 1, true); write(h, 2, false); read(h, 2); read(h, 1) }, false},
 		{"unanswered zero", func(h *History) { write(h, 1, true); write(h, 0, false); read(h, 0) }, true},
+		{"two of many unanswered zeroes", func(h *History) {
+			for v := version(1); v <= 30; v++ {
+				write(h, v, true)
+				write(h, 0, false)
+				read(h, v)
+				if v == 11 || v == 22 {
+					read(h, 0)
+					read(h, 0)
+				}
+			}
+		}, true},
 		{"zero from nowhere", func(h *History) { write(h, 1, true); read(h, 0) }, false},
 	}
 	for _, tt := range tests {
