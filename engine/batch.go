@@ -251,6 +251,7 @@ func (b *Batch) zero(lba trivet.LBA, n int64) error {
 		return b.zeroOverOlder(lba, n)
 	}
 	if n >= deleteRangeFromN {
+		b.v.e.flushSoon()
 		op := b.b.DeleteRangeDeferred(blockPrefixBytes, blockPrefixBytes)
 		appendBlockPrefix(op.Key[:0], b.v.id, lba)
 		appendBlockPrefix(op.Value[:0], b.v.id, lba+trivet.LBA(n))

@@ -115,8 +115,10 @@ type Engine struct {
 	mu   sync.Mutex
 	open map[trivet.VolumeID]*Volume
 
+	turn      chan struct{} // held over what moves Pebble's sequence numbers (commit.go)
 	committed atomic.Uint64 // batches
 	flushed   atomic.Uint64 // batches known durable
+	flushDue  atomic.Bool   // a flush is waiting for its time
 
 	imagesMu sync.Mutex
 	images   map[*Image]struct{} // Close unpins what is left
@@ -180,6 +182,7 @@ func open(cfg Config) (*Engine, error) {
 	}
 	e := &Engine{
 		gone:   make(chan struct{}),
+		turn:   make(chan struct{}, 1),
 		db:     db,
 		lock:   lock,
 		health: h,
@@ -385,57 +388,6 @@ func (e *Engine) enterWrite() error {
 }
 
 func (e *Engine) exit() { e.calls.Done() }
-
-// apply commits a batch to memory. REQUIRES: entered.
-func (e *Engine) apply(b *pebble.Batch) error {
-	if err := e.health.check(); err != nil {
-		return err
-	}
-	n := b.Len()
-	if err := e.db.Apply(b, pebble.NoSync); err != nil {
-		return toErr(err)
-	}
-	e.space.wrote(int64(n))
-	e.committed.Add(1)
-	return nil
-}
-
-// Flush makes every batch committed before the call durable. It costs nothing when they are. It
-// returns the engine's failure, if that comes first; the batches may then be lost.
-func (e *Engine) Flush() error {
-	if err := e.enterWrite(); err != nil {
-		return fmt.Errorf("flush engine: %w", err)
-	}
-	defer e.exit()
-	if err := e.flush(); err != nil {
-		return fmt.Errorf("flush engine: %w", err)
-	}
-	return nil
-}
-
-// flush is Flush. REQUIRES: entered, or Close.
-func (e *Engine) flush() error {
-	target := e.committed.Load()
-	if e.flushed.Load() >= target {
-		return nil
-	}
-	// db.Flush would wait for ever once the disk has failed: Pebble tries again without end.
-	done, err := e.db.AsyncFlush()
-	if err != nil {
-		return toErr(err)
-	}
-	select {
-	case <-done:
-	case <-e.health.failed:
-		return e.health.check()
-	}
-	for {
-		old := e.flushed.Load()
-		if old >= target || e.flushed.CompareAndSwap(old, target) {
-			return nil
-		}
-	}
-}
 
 // Close flushes and closes. It waits for calls under way; open images end with ErrClosed, and volumes
 // with it. Idempotent. After a failure nothing is flushed, and the failure is returned.

@@ -146,6 +146,7 @@ func (b *Batch) journalNext(old *record, index uint64) (journal, error) {
 
 // journalAnew drops the journal, so that it begins after the index floor.
 func (v *Volume) journalAnew(b *pebble.Batch, floor uint64) (journal, error) {
+	v.e.flushSoon()
 	lower, upper := volumeJournal(v.id)
 	return journal{floor: floor}, b.DeleteRange(lower, upper, nil)
 }
@@ -173,6 +174,7 @@ func (v *Volume) journalTrim(b *pebble.Batch, old *record, more int64) (journal,
 	if damaged || j.bytes > target {
 		return v.journalAnew(b, old.state.AppliedIndex)
 	}
+	v.e.flushSoon()
 	return j, b.DeleteRange(lower, appendJournalKey(nil, v.id, j.floor+1), nil)
 }
 

@@ -35,7 +35,7 @@ const (
 //   - 16 KiB table blocks: a cold 4 KiB read costs at most one 16 KiB read, the index stays 0.2 %;
 //   - bloom filters over volume and LBA, on all levels: blocks never written are common in thin volumes;
 //   - no compactions because of reads: an idle volume costs no writes;
-//   - range deletions reach the disk within 10 s, since only then a discard gives space back.
+//   - range deletions reach the disk within 10 s, since only then a discard gives space back; flushSoon sees to that.
 func options(cfg Config, h *health) *pebble.Options {
 	o := &pebble.Options{
 		BytesPerSync:                bytesPerSync,
@@ -44,7 +44,6 @@ func options(cfg Config, h *health) *pebble.Options {
 		Comparer:                    newComparer(),
 		DisableWAL:                  true, // the Raft log is the log
 		EventListener:               h.listener(),
-		FlushDelayDeleteRange:       rangeDelFlush,
 		FlushSplitBytes:             l0TableBytes,
 		FormatMajorVersion:          pebble.FormatTableFormatV6, // the first with a checksum in the footer
 		FS:                          cfg.FS,

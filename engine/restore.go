@@ -300,6 +300,7 @@ func (x *restorer) deleteRun(b *pebble.Batch, it *pebble.Iterator, run extent) e
 	ok := it.SeekGE(start) && bytes.Compare(it.Key(), end) < 0
 	whole := ok && run.n >= deleteRangeFromN
 	if whole {
+		x.v.e.flushSoon()
 		if err := b.DeleteRange(start, end, nil); err != nil || x.v.e.live == nil {
 			return err
 		}
