@@ -195,7 +195,7 @@ func TestRestoreComparesWithTheSource(t *testing.T) {
 		digest(lbaMax, dataVersion(2, 1)).end()
 	require.ErrorIs(t, v.Restore(bytes.NewReader(image)), trivet.ErrCorrupt)
 	require.True(t, v.Restoring())
-	require.Equal(t, wholly(0), v.rec.have)
+	require.Equal(t, wholly(0), v.recordNow().have)
 }
 
 // mustStoreFor is a store with volume 1, as testImage has it.

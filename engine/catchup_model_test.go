@@ -159,7 +159,7 @@ func (op stampOp) addTo(b *Batch) error {
 
 // needs is, by the model and the bounds of the source's journal, what an image must carry.
 func (c *catchup) needs(src *stampReplica) (blocks, bytes int) {
-	applied, floor := src.v.State().AppliedIndex, src.v.rec.journal.floor
+	applied, floor := src.v.State().AppliedIndex, src.v.recordNow().journal.floor
 	versions := src.versions(c.t)
 	for lba := range catchupBlocksMax {
 		need := c.known[lba] == 0 || c.known[lba] < floor
@@ -320,9 +320,8 @@ func (c *catchup) requireKnown() {
 
 // covered is what a volume claims to have; the sweeper may be at work on it.
 func covered(v *Volume) coverage {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.rec.covers()
+	r := v.recordNow()
+	return r.covers()
 }
 
 // crash loses what was not synced of the target. When it breaks into a Restore, what was verified and flushed stays

@@ -182,12 +182,15 @@ func countVersions(v *Volume, which func(*pebble.Iterator) bool) (n int, err err
 	return n, it.Close()
 }
 
-// SweepOwed reports whether the volume's record says that a sweep is owed.
-func SweepOwed(v *Volume) bool {
+// recordNow is the volume's record, which the background changes too.
+func (v *Volume) recordNow() record {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.rec.sweep
+	return v.rec
 }
+
+// SweepOwed reports whether the volume's record says that a sweep is owed.
+func SweepOwed(v *Volume) bool { return v.recordNow().sweep }
 
 // SweepStep does one step of the background work on a volume.
 func SweepStep(v *Volume) error {

@@ -162,7 +162,7 @@ func (j *journaled) commit() {
 // check compares the journal, since every index from the floor on, with what was touched.
 func (j *journaled) check(v *Volume) (floor uint64) {
 	j.t.Helper()
-	applied, floor := v.State().AppliedIndex, v.rec.journal.floor
+	applied, floor := v.State().AppliedIndex, v.recordNow().journal.floor
 	for _, since := range []uint64{
 		0, floor - min(floor, 1), floor, floor + 1, applied, applied + 1,
 		j.rng.Uint64N(applied + 1), j.rng.Uint64N(applied + 1),
@@ -229,12 +229,12 @@ func TestJournal(t *testing.T) {
 			require.GreaterOrEqual(t, now, floor)
 			floor = now
 			require.LessOrEqual(t, journalSize(t, v), cfg.JournalBytes)
-			require.Equal(t, journalSize(t, v), v.rec.journal.bytes)
+			require.Equal(t, journalSize(t, v), v.recordNow().journal.bytes)
 			after := cfg
 			after.FS = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: rng.IntN(101), RNG: rng})
 			e2, v2 := mustStore(t, after, 200)
 			j.check(v2)
-			require.Equal(t, journalSize(t, v2), v2.rec.journal.bytes)
+			require.Equal(t, journalSize(t, v2), v2.recordNow().journal.bytes)
 			require.NoError(t, e2.Close())
 		}
 		require.Positive(t, floor, "the bound was never met")
@@ -396,7 +396,7 @@ func BenchmarkJournal(b *testing.B) {
 			for i := range xs {
 				xs[i] = extent{trivet.LBA(rng.Int64N(1<<20 - 16)), 16}
 			}
-			old, index := v.rec, uint64(0)
+			old, index := v.recordNow(), uint64(0)
 			b.ReportAllocs()
 			for b.Loop() {
 				index++

@@ -11,14 +11,11 @@ import (
 	"github.com/trivet-csi/trivet/server"
 )
 
-// TestParking: a detached volume runs no Raft on any node, and attaching it, also after a restart of
-// every server, brings back what was written.
-func TestParking(t *testing.T) {
-	t.Parallel()
-	c := testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) { cfg.ParkAfter = 200 * time.Millisecond })
-	create(t, c, "v")
-	parked := func() bool {
-		v, err := c.Admin(0).GetVolume(t.Context(), &api.VolumeRequest{Name: "v"})
+// awaitParked waits until no replica of a volume runs Raft.
+func awaitParked(t *testing.T, c *testutil.Cluster, name string) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		v, err := c.Admin(0).GetVolume(t.Context(), &api.VolumeRequest{Name: name})
 		if err != nil || len(v.GetReplicas()) != 3 {
 			return false
 		}
@@ -28,8 +25,16 @@ func TestParking(t *testing.T) {
 			}
 		}
 		return true
-	}
-	require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+	}, time.Minute, 20*time.Millisecond)
+}
+
+// TestParking: a detached volume runs no Raft on any node, and attaching it, also after a restart of
+// every server, brings back what was written.
+func TestParking(t *testing.T) {
+	t.Parallel()
+	c := testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) { cfg.ParkAfter = 200 * time.Millisecond })
+	create(t, c, "v")
+	awaitParked(t, c, "v")
 	for round, b := range []byte{'a', 'b', 'c'} {
 		client, stop := serveNBD(t, c, round, "v")
 		if round > 0 {
@@ -37,7 +42,7 @@ func TestParking(t *testing.T) {
 		}
 		mustWrite(t, client, 1, b)
 		stop()
-		require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+		awaitParked(t, c, "v")
 		if round == 1 {
 			for i := range 3 {
 				c.Stop(i)
@@ -46,7 +51,7 @@ func TestParking(t *testing.T) {
 				c.Start(i)
 			}
 			c.AwaitUp(3)
-			require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+			awaitParked(t, c, "v")
 		}
 	}
 
@@ -54,7 +59,7 @@ func TestParking(t *testing.T) {
 	moveParked, err := c.Admin(0).MoveLeader(t.Context(), &api.MoveLeaderRequest{Name: "v", Node: "node-1"})
 	require.NoError(t, err)
 	require.Equal(t, "v", moveParked.GetName())
-	require.Eventually(t, parked, time.Minute, 20*time.Millisecond)
+	awaitParked(t, c, "v")
 	_, err = c.Admin(0).DeleteVolume(t.Context(), &api.VolumeRequest{Name: "v"})
 	require.NoError(t, err)
 	list, err := c.Admin(0).ListVolumes(t.Context(), &api.ListVolumesRequest{})
