@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -15,12 +16,15 @@ import (
 // thin is a disk that knows which of its blocks were written.
 type thin struct {
 	*faultdev.Device
+	mu   sync.Mutex // guards has
 	has  [256]bool
 	then func() // runs after the answer was made, before it is given
 }
 
 func (d *thin) WriteAt(ctx context.Context, p []byte, off int64) error {
 	err := d.Device.WriteAt(ctx, p, off)
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for i := range int64(len(p)) / trivet.BlockSize {
 		d.has[off/trivet.BlockSize+i] = d.has[off/trivet.BlockSize+i] || err == nil
 	}
@@ -29,27 +33,36 @@ func (d *thin) WriteAt(ctx context.Context, p []byte, off int64) error {
 
 func (d *thin) Discard(ctx context.Context, off, n int64) error {
 	lba, blocks := trivet.AlignInwards(off, n)
+	d.mu.Lock()
 	clear(d.has[lba : lba+trivet.LBA(blocks)])
+	d.mu.Unlock()
 	return d.Device.Discard(ctx, off, n)
 }
 
 func (d *thin) Allocated(_ context.Context, off, n int64, runs []trivet.Run) (int, error) {
-	used := 0
+	used := d.runs(off, n, runs)
+	if d.then != nil {
+		d.then()
+	}
+	return used, nil
+}
+
+// runs fills in as many runs as there is room for.
+func (d *thin) runs(off, n int64, runs []trivet.Run) (used int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for i := off / trivet.BlockSize; i < (off+n)/trivet.BlockSize; i++ {
 		switch has := d.has[i]; {
 		case used > 0 && runs[used-1].Allocated == has:
 			runs[used-1].LenBytes += trivet.BlockSize
 		case used == len(runs):
-			return used, nil
+			return used
 		default:
 			runs[used] = trivet.Run{LenBytes: trivet.BlockSize, Allocated: has}
 			used++
 		}
 	}
-	if d.then != nil {
-		d.then()
-	}
-	return used, nil
+	return used
 }
 
 // blockStatus returns for each block of the range whether it is called data, with so many runs an answer.
