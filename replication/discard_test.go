@@ -44,11 +44,20 @@ func wideMachine(t *testing.T) (m *testMachine, index, seq uint64) {
 	return m, index + 1, seq
 }
 
+// notUnderRace skips, with -short, what one goroutine does for a minute under the race detector.
+func notUnderRace(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("one goroutine, whose work make test checks")
+	}
+}
+
 // A discard, a zeroing or a wipe of more stored blocks than one batch of the engine takes is applied in pieces: all of
 // its blocks read as zeroes afterwards, what follows it in its entry comes after it, and the snapshot shows what it
 // did. It used to stop the replica, and every other one.
 func TestMachineCutsDiscards(t *testing.T) {
 	t.Parallel()
+	notUnderRace(t)
 	for _, op := range []opCode{opDiscard, opWriteZeroes, opWipe} {
 		t.Run(op.String(), func(t *testing.T) {
 			t.Parallel()
@@ -79,6 +88,7 @@ func TestMachineCutsDiscards(t *testing.T) {
 // A crash between two pieces leaves an entry that is not applied, and is applied once more: to the same end.
 func TestMachineCutDiscardAfterCrash(t *testing.T) {
 	t.Parallel()
+	notUnderRace(t)
 	m, index, seq := wideMachine(t)
 	entry := []request{
 		writeReq(1, seq, seq, 40, block(2, 0x77)), zeroReq(opDiscard, 1, seq+1, seq, 0, wideBlocks),
