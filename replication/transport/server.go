@@ -154,9 +154,13 @@ func (s *server) release(id uint64, r *request) {
 	s.peers.stats.handlers.Add(-1)
 }
 
-// serve runs the handler and queues its answer.
+// serve runs the handler and queues its answer. What a handler returns after the connection has ended is not sent, even
+// while the socket still takes it: it would say of our end, which ended the handler too, that the caller gave up.
 func (s *server) serve(ctx context.Context, f frame) {
 	answer := s.handled(ctx, f)
+	if s.ctx.Err() != nil {
+		return
+	}
 	l := laneBulk
 	if urgent(answer.msg) {
 		l = laneUrgent
