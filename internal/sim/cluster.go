@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -227,6 +228,19 @@ func (c *Cluster) Failures() []error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return append([]error(nil), c.failures...)
+}
+
+// standing says how each machine's replica is, for a run that got stuck.
+func (c *Cluster) standing() string {
+	var b strings.Builder
+	for _, n := range c.nodes {
+		fmt.Fprintf(&b, "%s: up=%t rotted=%t", n.ID(), n.Up(), n.hasRotted())
+		if r, ok := n.Replica(); ok {
+			fmt.Fprintf(&b, " replica=%s %+v", n.ReplicaID(), r.Status())
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
 }
 
 // Leader waits for a replica that leads.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -74,6 +75,21 @@ type sim struct {
 // write by a fenced writer, replicas that differ, a machine that gave up, too little success while
 // faults last, or none after they ended. It must be called in a synctest bubble.
 func Run(ctx context.Context, opts Options) (Report, error) {
+	s := newSim(opts)
+	err := s.run(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.report.Restores, s.report.Flushes = int(s.restores.Load()), int(s.flushes.Load())
+	s.report.History = s.history
+	s.report.Violations = len(s.violations)
+	if s.cluster != nil {
+		s.report.Exits = s.cluster.Exits()
+	}
+	return s.report, err
+}
+
+// newSim draws what a run will be.
+func newSim(opts Options) *sim {
 	if opts.Duration == 0 {
 		opts.Duration = time.Minute
 	}
@@ -105,21 +121,30 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 	if s.swarm.writers {
 		s.swarm.alone()
 	}
-	err := s.run(ctx)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.report.Restores, s.report.Flushes = int(s.restores.Load()), int(s.flushes.Load())
-	s.report.History = s.history
-	s.report.Violations = len(s.violations)
-	if s.cluster != nil {
-		s.report.Exits = s.cluster.Exits()
-	}
-	return s.report, err
+	return s
 }
 
 func (s *sim) sizeBytes() int64 { return int64(s.opts.BlockN) * trivet.BlockSize }
 
 func (s *sim) run(ctx context.Context) (err error) {
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	if err := s.takeOver(ctx, ClientNode); err != nil {
+		return err
+	}
+	n := newNemesis(s)
+	err = s.faults(ctx, n)
+	n.stop()
+	if err == nil {
+		err = s.settle(ctx, n)
+	}
+	return errors.Join(err, s.verdict())
+}
+
+// open starts the machines.
+func (s *sim) open(ctx context.Context) (err error) {
 	s.log.Info("swarm", "seed", s.opts.Seed, "faults", fmt.Sprintf("%+v", s.swarm))
 	reads := trivet.ReadStrong
 	if s.session() {
@@ -133,25 +158,15 @@ func (s *sim) run(ctx context.Context) (err error) {
 		SweepRate: s.swarm.sweepRate, LogCacheBytes: s.swarm.logCacheBytes,
 		Logger: s.log,
 	})
-	if err != nil {
-		return err
+	return err
+}
+
+// close stops them. REQUIRES: open returned nil.
+func (s *sim) close() (err error) {
+	for _, at := range s.seats() {
+		err = errors.Join(err, at.volume.Close())
 	}
-	defer func() {
-		for _, at := range s.seats() {
-			err = errors.Join(err, at.volume.Close())
-		}
-		err = errors.Join(err, s.cluster.Close())
-	}()
-	if err := s.takeOver(ctx, ClientNode); err != nil {
-		return err
-	}
-	n := newNemesis(s)
-	err = s.faults(ctx, n)
-	n.stop()
-	if err == nil {
-		err = s.settle(ctx, n)
-	}
-	return errors.Join(err, s.verdict())
+	return errors.Join(err, s.cluster.Close())
 }
 
 // faults is the safety phase: workers and nemesis side by side.
@@ -181,24 +196,7 @@ func (s *sim) faults(ctx context.Context, n *nemesis) error {
 func (s *sim) settle(ctx context.Context, n *nemesis) error {
 	began := time.Now()
 	rnd := newRand(s.opts.Seed, 7)
-	core, err := n.core(rnd)
-	if err != nil {
-		return err
-	}
-	var ids, rest []trivet.NodeID
-	for _, node := range s.cluster.Nodes() {
-		if !slices.Contains(core, node) {
-			rest = append(rest, node.ID())
-		}
-	}
-	for _, node := range core {
-		ids = append(ids, node.ID())
-	}
-	s.cluster.Net.Partition(append(ids, ClientNode), rest)
-	if err := s.revive(ctx, n, core); err != nil {
-		return err
-	}
-	if err := s.sweep(ctx, "by a healed majority", core); err != nil {
+	if err := s.healMajority(ctx, n, rnd); err != nil {
 		return err
 	}
 	s.count(func(r *Report) { r.Healed = time.Since(began) })
@@ -226,6 +224,43 @@ func (s *sim) settle(ctx context.Context, n *nemesis) error {
 		return err
 	}
 	return s.sweep(ctx, "after a power cut of all machines", n.remaining(whole))
+}
+
+// healMajority has a majority serve and agree. When one of it turns out to be damaged only now, another one is drawn:
+// no machine more than a minority is.
+func (s *sim) healMajority(ctx context.Context, n *nemesis, rnd *rand.Rand) error {
+	for {
+		core, err := n.core(rnd)
+		if err != nil {
+			return err
+		}
+		var ids, rest []trivet.NodeID
+		for _, node := range s.cluster.Nodes() {
+			if slices.Contains(core, node) {
+				ids = append(ids, node.ID())
+			} else {
+				rest = append(rest, node.ID())
+			}
+		}
+		s.cluster.Net.HealAll()
+		s.cluster.Net.Partition(append(ids, ClientNode), rest)
+		if err := s.revive(ctx, n, core); err != nil {
+			return err
+		}
+		if len(n.remaining(core)) < len(core) {
+			continue
+		}
+		err = s.sweep(ctx, "by a healed majority", core)
+		if err == nil {
+			return nil
+		}
+		for _, node := range core {
+			err = errors.Join(err, n.start(ctx, node))
+		}
+		if len(n.remaining(core)) == len(core) {
+			return fmt.Errorf("%w\n%s", err, s.cluster.standing())
+		}
+	}
 }
 
 // revive starts machines. One that stops itself at once, for what happened before, is started again.
