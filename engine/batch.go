@@ -314,6 +314,17 @@ func (b *Batch) putTombstone(lba trivet.LBA) error {
 // ErrInvalid: st is malformed, goes back in index, term, epoch, generation or size, or has a snapshot of
 // something else than the generation before, a programming error. ErrOutOfRange: a block beyond st.SizeBytes.
 func (b *Batch) Commit(st State) error {
+	if b.end > trivet.LBA(st.SizeBytes/trivet.BlockSize) {
+		err := fmt.Errorf("commit index %d of %s: block %d of a volume of %d bytes: %w", st.AppliedIndex, b.v.id, b.end-1,
+			st.SizeBytes, trivet.ErrOutOfRange)
+		return errors.Join(err, b.Close())
+	}
+	return b.CommitPart(st)
+}
+
+// CommitPart is Commit for a part of what an entry does, with the state from before the entry: its blocks may lie beyond
+// st.SizeBytes, for the entry may make the volume grow. Reads do not show these before the size is committed.
+func (b *Batch) CommitPart(st State) error {
 	err := b.commit(st)
 	if err = errors.Join(err, b.Close()); err != nil {
 		return fmt.Errorf("commit index %d of %s: %w", st.AppliedIndex, b.v.id, err)
@@ -327,9 +338,6 @@ func (b *Batch) commit(st State) error {
 	}
 	if err := st.check(); err != nil {
 		return err
-	}
-	if b.end > trivet.LBA(st.SizeBytes/trivet.BlockSize) {
-		return fmt.Errorf("block %d of a volume of %d bytes: %w", b.end-1, st.SizeBytes, trivet.ErrOutOfRange)
 	}
 	v := b.v
 	v.mu.Lock()

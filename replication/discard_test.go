@@ -141,3 +141,52 @@ func TestMachineTwinsWithCutDiscards(t *testing.T) {
 	}
 	require.Equal(t, calm.digest(t), rough.digest(t), "seed %d", seed)
 }
+
+// An entry that makes the volume grow, and is cut behind what it does to the new blocks, stops nobody; whether a write
+// before the growth was within the volume does not depend on where it is cut, nor on a crash there.
+func TestMachineCutsDiscardBehindGrowth(t *testing.T) {
+	t.Parallel()
+	const blockN = twinBytes / trivet.BlockSize
+	entry := []request{
+		writeReq(1, 20, 20, blockN+1, block(1, 0x11)), // refused: it comes before the growth
+		sealed(request{op: opResize, arg: 2 * blockN * trivet.BlockSize}),
+		writeReq(1, 21, 20, blockN+3, block(1, 0x22)),
+		zeroReq(opDiscard, 1, 22, 20, 0, 4),
+		zeroReq(opDiscard, 1, 23, 20, 4, 4),
+	}
+	apply := func(m *testMachine) []result {
+		res, err := m.Apply([]raftgroup.Entry{{Index: 4, Term: 1, Data: appendEntry(nil, testVolume, entry)}})
+		require.NoError(t, err)
+		out, ok := res[0].([]result)
+		require.True(t, ok)
+		return out
+	}
+	open := func() *testMachine {
+		m := newTestMachine(t)
+		m.mustApply(t, 1, sealed(request{op: opFence, epoch: 1}))
+		m.mustApply(t, 2, writeReq(1, 1, 1, 0, block(8, 0x33)))
+		m.mustApply(t, 3, freezeReq(1, 7))
+		m.zeroBlocksMax, m.zeroBytesMax = 4, 16
+		return m
+	}
+	whole, cut := open(), open()
+	whole.zeroBytesMax = 1 << 20
+	want := apply(whole)
+	require.Equal(t, outRange, want[0].out)
+
+	before := *cut.view.Load()
+	for i := range entry {
+		cut.core.step(&entry[i])
+	}
+	batch := cut.vol.NewBatch()
+	require.NoError(t, batch.Write(blockN+3, block(1, 0x22)))
+	require.NoError(t, cut.zero(&batch, 0, 8, 4, &before)) // committed in between
+	require.NoError(t, batch.Close())
+	require.ErrorIs(t, cut.vol.ReadAt(make([]byte, trivet.BlockSize), blockN+3), trivet.ErrOutOfRange, "not yet")
+	_, err := cut.Flush()
+	require.NoError(t, err)
+	cut.crash(t, rand.New(rand.NewPCG(1, 2)), 100)
+	cut.zeroBlocksMax, cut.zeroBytesMax = 4, 16
+	require.Equal(t, want, apply(cut))
+	require.Equal(t, whole.digest(t), cut.digest(t))
+}

@@ -234,7 +234,7 @@ func (m *machine) zero(to **engine.Batch, lba trivet.LBA, blockN int64, index ui
 		n := min(blockN, m.zeroBlocksMax)
 		if (*to).Bytes() >= m.zeroBytesMax && before != nil {
 			m.newest.Store(index)
-			if err := (*to).Commit(*before); err != nil {
+			if err := (*to).CommitPart(*before); err != nil {
 				return err
 			}
 			*to = m.vol.NewBatch()
