@@ -86,7 +86,7 @@ func randomLog(rnd *rand.Rand, n int) []raftgroup.Entry {
 			}
 			return sealed(request{op: opFence, epoch: epoch})
 		case k < 3:
-			size = min(size+uint64(rnd.IntN(3)-1)*4*trivet.BlockSize, 2*twinBytes)
+			size = min(max(size+uint64(rnd.IntN(3)-1)*4*trivet.BlockSize, trivet.BlockSize), 2*twinBytes)
 			return sealed(request{op: opResize, arg: size})
 		case k < 4:
 			return sealed(request{op: opWipe, epoch: epoch - trivet.Epoch(rnd.IntN(2)) + 1})
