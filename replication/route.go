@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// attemptMin and attemptMax bound one attempt of a request. A node that went silent is left after
-	// the first; one that is only slow gets longer with each attempt. A second copy of a write that is
+	// attemptMin and attemptMax bound one attempt of a request, which ends before that when another node is known to lead
+	// (scout.go). A node that is only slow gets longer with each attempt. A second copy of a write that is
 	// still on its way in the leader joins the first.
 	attemptMin = time.Second
 	attemptMax = 8 * time.Second
@@ -41,6 +41,7 @@ type route struct {
 	nodes  []trivet.NodeID // of the members, each once
 	target trivet.NodeID
 	term   uint64
+	told   uint64 // term of the newest leader that others have told of (scout.go)
 }
 
 // newRoute begins with the local replica, if there is one: leadership follows the attachment.
@@ -152,8 +153,8 @@ func (v *Volume) callLeader(ctx context.Context, strong bool, attempt attemptFun
 func (v *Volume) try(ctx context.Context, n int, node trivet.NodeID, strong bool, attempt attemptFunc) (
 	hint trivet.NodeID, err error,
 ) {
-	actx, cancel := context.WithTimeout(ctx, min(attemptMin<<min(n, 8), attemptMax))
-	defer cancel()
+	actx, end := v.attemptAt(ctx, node, min(attemptMin<<min(n, 8), attemptMax))
+	defer end()
 	out, err := attempt(actx, node)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled): // ours or the handler's

@@ -88,6 +88,7 @@ type Volume struct {
 	cfg     VolumeConfig
 	log     *slog.Logger
 	route   *route
+	scout   scout
 	session *session
 	slots   chan struct{} // one per request in flight
 	stats   stats

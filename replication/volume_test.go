@@ -22,7 +22,8 @@ import (
 type fakeNet struct {
 	mu     sync.Mutex
 	nodes  map[trivet.NodeID]func(ctx context.Context, m transport.Message) (reply, error)
-	called []trivet.NodeID
+	status map[trivet.NodeID]func() RemoteStatus
+	called []trivet.NodeID // for anything but a status
 	writes []request
 }
 
@@ -36,6 +37,14 @@ func (f *fakeNet) set(node trivet.NodeID, do func() (reply, error)) {
 
 func (f *fakeNet) Call(ctx context.Context, to trivet.NodeID, m transport.Message) (transport.Message, error) {
 	f.mu.Lock()
+	if m.Kind == transport.KindVolumeStatus {
+		defer f.mu.Unlock()
+		if f.status[to] == nil {
+			return transport.Message{}, trivet.ErrUnavailable
+		}
+		st := f.status[to]()
+		return transport.Message{Body: st.append(nil)}, nil
+	}
 	f.called = append(f.called, to)
 	if m.Kind == transport.KindVolumeWrite {
 		req, err := decodeWrite(m.Body)
@@ -106,6 +115,65 @@ func TestVolumeLeavesSilentNode(t *testing.T) {
 		require.NoError(t, v.WriteAt(t.Context(), block(1, 0), 0))
 		assert.Less(t, time.Since(began), 2*attemptMin)
 		require.NoError(t, v.Flush(t.Context()))
+	})
+}
+
+// Whoever waits for a node that fell silent hears of the leader that the others elect meanwhile, although each of them
+// named the silent one until then.
+func TestVolumeHearsOfANewLeader(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		v, f := newFakeVolume(t)
+		require.NoError(t, v.WriteAt(t.Context(), block(1, 0), 0)) // a leads, in term 1
+		began := time.Now()
+		const election = 1300 * time.Millisecond
+		status := func() RemoteStatus {
+			if time.Since(began) < election {
+				return RemoteStatus{LeaderNode: "a", Term: 1}
+			}
+			return RemoteStatus{LeaderNode: "c", Term: 2}
+		}
+		f.status = map[trivet.NodeID]func() RemoteStatus{"b": status, "c": status}
+		f.nodes["a"] = silent
+		f.set("b", func() (reply, error) { return reply{code: codeNotLeader, node: status().LeaderNode}, nil })
+		f.set("c", func() (reply, error) {
+			if st := status(); st.LeaderNode != "c" {
+				return reply{code: codeNotLeader, node: st.LeaderNode}, nil
+			}
+			return reply{term: 2, epoch: 3}, nil
+		})
+		var all sync.WaitGroup
+		for lba := range int64(20) {
+			all.Go(func() {
+				assert.NoError(t, v.WriteAt(t.Context(), block(1, 0), lba*trivet.BlockSize))
+				assert.Less(t, time.Since(began), election+2*lookEvery)
+			})
+		}
+		all.Wait()
+		synctest.Wait()
+		assert.Zero(t, v.scout.waiting, "nobody looks any more")
+	})
+}
+
+// A leader that is slow is waited for, whatever a deposed one says of itself.
+func TestVolumeWaitsForASlowLeader(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		v, f := newFakeVolume(t)
+		f.set("a", func() (reply, error) { return reply{term: 5, epoch: 3}, nil })
+		require.NoError(t, v.WriteAt(t.Context(), block(1, 0), 0))
+		f.status = map[trivet.NodeID]func() RemoteStatus{
+			"b": func() RemoteStatus { return RemoteStatus{LeaderNode: "b", Term: 4} }, // it has slept
+			"c": func() RemoteStatus { return RemoteStatus{LeaderNode: "a", Term: 5} },
+		}
+		f.set("b", func() (reply, error) { return reply{code: codeNotLeader, node: "a"}, nil })
+		f.set("c", func() (reply, error) { return reply{code: codeNotLeader, node: "a"}, nil })
+		f.nodes["a"] = func(ctx context.Context, _ transport.Message) (reply, error) {
+			pause(ctx, attemptMin*3/4)
+			return reply{term: 5, epoch: 3}, ctx.Err()
+		}
+		require.NoError(t, v.WriteAt(t.Context(), block(1, 0), 0))
+		assert.Equal(t, []trivet.NodeID{"a", "a"}, f.called)
 	})
 }
 
