@@ -3711,6 +3711,142 @@ func (x *DiskUse) GetSegments() int64 {
 	return 0
 }
 
+type RecoverCatalogueRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	AcceptDataLoss bool                   `protobuf:"varint,1,opt,name=accept_data_loss,json=acceptDataLoss,proto3" json:"accept_data_loss,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *RecoverCatalogueRequest) Reset() {
+	*x = RecoverCatalogueRequest{}
+	mi := &file_admin_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverCatalogueRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverCatalogueRequest) ProtoMessage() {}
+
+func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverCatalogueRequest.ProtoReflect.Descriptor instead.
+func (*RecoverCatalogueRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *RecoverCatalogueRequest) GetAcceptDataLoss() bool {
+	if x != nil {
+		return x.AcceptDataLoss
+	}
+	return false
+}
+
+type RecoverCatalogueResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`                             // that survives
+	LastIndex     uint64                 `protobuf:"varint,3,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // of its log
+	LastTerm      uint64                 `protobuf:"varint,4,opt,name=last_term,json=lastTerm,proto3" json:"last_term,omitempty"`
+	Kept          []string               `protobuf:"bytes,5,rep,name=kept,proto3" json:"kept,omitempty"` // nodes whose members stay
+	Lost          []string               `protobuf:"bytes,6,rep,name=lost,proto3" json:"lost,omitempty"` // nodes whose members are given up
+	Warning       string                 `protobuf:"bytes,7,opt,name=warning,proto3" json:"warning,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverCatalogueResponse) Reset() {
+	*x = RecoverCatalogueResponse{}
+	mi := &file_admin_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverCatalogueResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverCatalogueResponse) ProtoMessage() {}
+
+func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverCatalogueResponse.ProtoReflect.Descriptor instead.
+func (*RecoverCatalogueResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *RecoverCatalogueResponse) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *RecoverCatalogueResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *RecoverCatalogueResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+func (x *RecoverCatalogueResponse) GetLastTerm() uint64 {
+	if x != nil {
+		return x.LastTerm
+	}
+	return 0
+}
+
+func (x *RecoverCatalogueResponse) GetKept() []string {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
+func (x *RecoverCatalogueResponse) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+func (x *RecoverCatalogueResponse) GetWarning() string {
+	if x != nil {
+		return x.Warning
+	}
+	return ""
+}
+
 type RecoverVolumeRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -3721,7 +3857,7 @@ type RecoverVolumeRequest struct {
 
 func (x *RecoverVolumeRequest) Reset() {
 	*x = RecoverVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3733,7 +3869,7 @@ func (x *RecoverVolumeRequest) String() string {
 func (*RecoverVolumeRequest) ProtoMessage() {}
 
 func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3746,7 +3882,7 @@ func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{52}
+	return file_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RecoverVolumeRequest) GetName() string {
@@ -3779,7 +3915,7 @@ type RecoverVolumeResponse struct {
 
 func (x *RecoverVolumeResponse) Reset() {
 	*x = RecoverVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +3927,7 @@ func (x *RecoverVolumeResponse) String() string {
 func (*RecoverVolumeResponse) ProtoMessage() {}
 
 func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +3940,7 @@ func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{53}
+	return file_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RecoverVolumeResponse) GetVolume() *Volume {
@@ -3876,7 +4012,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3888,7 +4024,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3901,7 +4037,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{54}
+	return file_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() string {
@@ -3951,7 +4087,7 @@ type CloneVolumeRequest struct {
 
 func (x *CloneVolumeRequest) Reset() {
 	*x = CloneVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3963,7 +4099,7 @@ func (x *CloneVolumeRequest) String() string {
 func (*CloneVolumeRequest) ProtoMessage() {}
 
 func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3976,7 +4112,7 @@ func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CloneVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{55}
+	return file_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CloneVolumeRequest) GetSource() string {
@@ -4018,7 +4154,7 @@ type DiffSnapshotsRequest struct {
 
 func (x *DiffSnapshotsRequest) Reset() {
 	*x = DiffSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4030,7 +4166,7 @@ func (x *DiffSnapshotsRequest) String() string {
 func (*DiffSnapshotsRequest) ProtoMessage() {}
 
 func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4043,7 +4179,7 @@ func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*DiffSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{56}
+	return file_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *DiffSnapshotsRequest) GetFrom() string {
@@ -4077,7 +4213,7 @@ type DiffPage struct {
 
 func (x *DiffPage) Reset() {
 	*x = DiffPage{}
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4089,7 +4225,7 @@ func (x *DiffPage) String() string {
 func (*DiffPage) ProtoMessage() {}
 
 func (x *DiffPage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4102,7 +4238,7 @@ func (x *DiffPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffPage.ProtoReflect.Descriptor instead.
 func (*DiffPage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{57}
+	return file_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *DiffPage) GetExtents() []*Extent {
@@ -4129,7 +4265,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4141,7 +4277,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4154,7 +4290,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{58}
+	return file_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -4187,7 +4323,7 @@ type SnapshotGroup struct {
 
 func (x *SnapshotGroup) Reset() {
 	*x = SnapshotGroup{}
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4199,7 +4335,7 @@ func (x *SnapshotGroup) String() string {
 func (*SnapshotGroup) ProtoMessage() {}
 
 func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4212,7 +4348,7 @@ func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroup.ProtoReflect.Descriptor instead.
 func (*SnapshotGroup) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{59}
+	return file_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *SnapshotGroup) GetId() string {
@@ -4274,7 +4410,7 @@ type CreateSnapshotGroupRequest struct {
 
 func (x *CreateSnapshotGroupRequest) Reset() {
 	*x = CreateSnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4286,7 +4422,7 @@ func (x *CreateSnapshotGroupRequest) String() string {
 func (*CreateSnapshotGroupRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4299,7 +4435,7 @@ func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{60}
+	return file_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *CreateSnapshotGroupRequest) GetName() string {
@@ -4324,7 +4460,7 @@ type ListSnapshotGroupsRequest struct {
 
 func (x *ListSnapshotGroupsRequest) Reset() {
 	*x = ListSnapshotGroupsRequest{}
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4336,7 +4472,7 @@ func (x *ListSnapshotGroupsRequest) String() string {
 func (*ListSnapshotGroupsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4349,7 +4485,7 @@ func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{61}
+	return file_admin_proto_rawDescGZIP(), []int{63}
 }
 
 type ListSnapshotGroupsResponse struct {
@@ -4361,7 +4497,7 @@ type ListSnapshotGroupsResponse struct {
 
 func (x *ListSnapshotGroupsResponse) Reset() {
 	*x = ListSnapshotGroupsResponse{}
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4373,7 +4509,7 @@ func (x *ListSnapshotGroupsResponse) String() string {
 func (*ListSnapshotGroupsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4386,7 +4522,7 @@ func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{62}
+	return file_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListSnapshotGroupsResponse) GetGroups() []*SnapshotGroup {
@@ -4405,7 +4541,7 @@ type SnapshotGroupRequest struct {
 
 func (x *SnapshotGroupRequest) Reset() {
 	*x = SnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4417,7 +4553,7 @@ func (x *SnapshotGroupRequest) String() string {
 func (*SnapshotGroupRequest) ProtoMessage() {}
 
 func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4430,7 +4566,7 @@ func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{63}
+	return file_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *SnapshotGroupRequest) GetName() string {
@@ -4448,7 +4584,7 @@ type DeleteSnapshotGroupResponse struct {
 
 func (x *DeleteSnapshotGroupResponse) Reset() {
 	*x = DeleteSnapshotGroupResponse{}
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4460,7 +4596,7 @@ func (x *DeleteSnapshotGroupResponse) String() string {
 func (*DeleteSnapshotGroupResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4473,7 +4609,7 @@ func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotGroupResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotGroupResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{64}
+	return file_admin_proto_rawDescGZIP(), []int{66}
 }
 
 // VolumeUsage says what the blocks of a volume are there for, in bytes of data, once, however many replicas.
@@ -4493,7 +4629,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4505,7 +4641,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4518,7 +4654,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{65}
+	return file_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *VolumeUsage) GetUsedBytes() int64 {
@@ -4580,7 +4716,7 @@ type FenceVolumeRequest struct {
 
 func (x *FenceVolumeRequest) Reset() {
 	*x = FenceVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4592,7 +4728,7 @@ func (x *FenceVolumeRequest) String() string {
 func (*FenceVolumeRequest) ProtoMessage() {}
 
 func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4605,7 +4741,7 @@ func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeRequest.ProtoReflect.Descriptor instead.
 func (*FenceVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66}
+	return file_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *FenceVolumeRequest) GetVolume() string {
@@ -4631,7 +4767,7 @@ type FenceVolumeResponse struct {
 
 func (x *FenceVolumeResponse) Reset() {
 	*x = FenceVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4643,7 +4779,7 @@ func (x *FenceVolumeResponse) String() string {
 func (*FenceVolumeResponse) ProtoMessage() {}
 
 func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4656,7 +4792,7 @@ func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeResponse.ProtoReflect.Descriptor instead.
 func (*FenceVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{67}
+	return file_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *FenceVolumeResponse) GetEpoch() uint64 {
@@ -5006,7 +5142,18 @@ const file_admin_proto_rawDesc = "" +
 	"\rgarbage_bytes\x18\n" +
 	" \x01(\x03R\fgarbageBytes\x12&\n" +
 	"\x0ffree_file_bytes\x18\v \x01(\x03R\rfreeFileBytes\x12\x1a\n" +
-	"\bsegments\x18\f \x01(\x03R\bsegments\"T\n" +
+	"\bsegments\x18\f \x01(\x03R\bsegments\"C\n" +
+	"\x17RecoverCatalogueRequest\x12(\n" +
+	"\x10accept_data_loss\x18\x01 \x01(\bR\x0eacceptDataLoss\"\xc6\x01\n" +
+	"\x18RecoverCatalogueResponse\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\x03 \x01(\x04R\tlastIndex\x12\x1b\n" +
+	"\tlast_term\x18\x04 \x01(\x04R\blastTerm\x12\x12\n" +
+	"\x04kept\x18\x05 \x03(\tR\x04kept\x12\x12\n" +
+	"\x04lost\x18\x06 \x03(\tR\x04lost\x12\x18\n" +
+	"\awarning\x18\a \x01(\tR\awarning\"T\n" +
 	"\x14RecoverVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12(\n" +
 	"\x10accept_data_loss\x18\x02 \x01(\bR\x0eacceptDataLoss\"\xfd\x01\n" +
@@ -5087,7 +5234,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\"+\n" +
 	"\x13FenceVolumeResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xc7\x18\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xac\x19\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -5122,7 +5269,8 @@ const file_admin_proto_rawDesc = "" +
 	"\fExpandVolume\x12\".trivet.api.v1.ExpandVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12E\n" +
 	"\tListAudit\x12\x1f.trivet.api.v1.ListAuditRequest\x1a\x17.trivet.api.v1.AuditLog\x12N\n" +
 	"\tShowDisks\x12\x1f.trivet.api.v1.ShowDisksRequest\x1a .trivet.api.v1.ShowDisksResponse\x12Z\n" +
-	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponse\x12O\n" +
+	"\rRecoverVolume\x12#.trivet.api.v1.RecoverVolumeRequest\x1a$.trivet.api.v1.RecoverVolumeResponse\x12c\n" +
+	"\x10RecoverCatalogue\x12&.trivet.api.v1.RecoverCatalogueRequest\x1a'.trivet.api.v1.RecoverCatalogueResponse\x12O\n" +
 	"\x0fRestoreSnapshot\x12%.trivet.api.v1.RestoreSnapshotRequest\x1a\x15.trivet.api.v1.Volume\x12O\n" +
 	"\rDiffSnapshots\x12#.trivet.api.v1.DiffSnapshotsRequest\x1a\x17.trivet.api.v1.DiffPage0\x01\x12G\n" +
 	"\vCloneVolume\x12!.trivet.api.v1.CloneVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12^\n" +
@@ -5144,7 +5292,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
@@ -5198,45 +5346,47 @@ var file_admin_proto_goTypes = []any{
 	(*ShowDisksRequest)(nil),            // 49: trivet.api.v1.ShowDisksRequest
 	(*ShowDisksResponse)(nil),           // 50: trivet.api.v1.ShowDisksResponse
 	(*DiskUse)(nil),                     // 51: trivet.api.v1.DiskUse
-	(*RecoverVolumeRequest)(nil),        // 52: trivet.api.v1.RecoverVolumeRequest
-	(*RecoverVolumeResponse)(nil),       // 53: trivet.api.v1.RecoverVolumeResponse
-	(*RestoreSnapshotRequest)(nil),      // 54: trivet.api.v1.RestoreSnapshotRequest
-	(*CloneVolumeRequest)(nil),          // 55: trivet.api.v1.CloneVolumeRequest
-	(*DiffSnapshotsRequest)(nil),        // 56: trivet.api.v1.DiffSnapshotsRequest
-	(*DiffPage)(nil),                    // 57: trivet.api.v1.DiffPage
-	(*Extent)(nil),                      // 58: trivet.api.v1.Extent
-	(*SnapshotGroup)(nil),               // 59: trivet.api.v1.SnapshotGroup
-	(*CreateSnapshotGroupRequest)(nil),  // 60: trivet.api.v1.CreateSnapshotGroupRequest
-	(*ListSnapshotGroupsRequest)(nil),   // 61: trivet.api.v1.ListSnapshotGroupsRequest
-	(*ListSnapshotGroupsResponse)(nil),  // 62: trivet.api.v1.ListSnapshotGroupsResponse
-	(*SnapshotGroupRequest)(nil),        // 63: trivet.api.v1.SnapshotGroupRequest
-	(*DeleteSnapshotGroupResponse)(nil), // 64: trivet.api.v1.DeleteSnapshotGroupResponse
-	(*VolumeUsage)(nil),                 // 65: trivet.api.v1.VolumeUsage
-	(*FenceVolumeRequest)(nil),          // 66: trivet.api.v1.FenceVolumeRequest
-	(*FenceVolumeResponse)(nil),         // 67: trivet.api.v1.FenceVolumeResponse
-	nil,                                 // 68: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                                 // 69: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                                 // 70: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                                 // 71: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                                 // 72: trivet.api.v1.Volume.ParametersEntry
-	nil,                                 // 73: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                                 // 74: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*RecoverCatalogueRequest)(nil),     // 52: trivet.api.v1.RecoverCatalogueRequest
+	(*RecoverCatalogueResponse)(nil),    // 53: trivet.api.v1.RecoverCatalogueResponse
+	(*RecoverVolumeRequest)(nil),        // 54: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),       // 55: trivet.api.v1.RecoverVolumeResponse
+	(*RestoreSnapshotRequest)(nil),      // 56: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),          // 57: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),        // 58: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),                    // 59: trivet.api.v1.DiffPage
+	(*Extent)(nil),                      // 60: trivet.api.v1.Extent
+	(*SnapshotGroup)(nil),               // 61: trivet.api.v1.SnapshotGroup
+	(*CreateSnapshotGroupRequest)(nil),  // 62: trivet.api.v1.CreateSnapshotGroupRequest
+	(*ListSnapshotGroupsRequest)(nil),   // 63: trivet.api.v1.ListSnapshotGroupsRequest
+	(*ListSnapshotGroupsResponse)(nil),  // 64: trivet.api.v1.ListSnapshotGroupsResponse
+	(*SnapshotGroupRequest)(nil),        // 65: trivet.api.v1.SnapshotGroupRequest
+	(*DeleteSnapshotGroupResponse)(nil), // 66: trivet.api.v1.DeleteSnapshotGroupResponse
+	(*VolumeUsage)(nil),                 // 67: trivet.api.v1.VolumeUsage
+	(*FenceVolumeRequest)(nil),          // 68: trivet.api.v1.FenceVolumeRequest
+	(*FenceVolumeResponse)(nil),         // 69: trivet.api.v1.FenceVolumeResponse
+	nil,                                 // 70: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 71: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 72: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 73: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 74: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 75: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 76: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	68, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	70, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
 	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	69, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	71, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	70, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	72, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	71, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	73, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
 	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	72, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	74, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	65, // 13: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
+	67, // 13: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
 	12, // 14: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
 	28, // 15: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
 	19, // 16: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
@@ -5245,11 +5395,11 @@ var file_admin_proto_depIdxs = []int32{
 	48, // 19: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
 	51, // 20: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
 	19, // 21: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	73, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	74, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
-	58, // 24: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	75, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	76, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	60, // 24: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
 	33, // 25: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
-	59, // 26: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
+	61, // 26: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
 	4,  // 27: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
 	6,  // 28: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
 	8,  // 29: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
@@ -5280,56 +5430,58 @@ var file_admin_proto_depIdxs = []int32{
 	45, // 54: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
 	46, // 55: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
 	49, // 56: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	52, // 57: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	54, // 58: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
-	56, // 59: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
-	55, // 60: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
-	60, // 61: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
-	61, // 62: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
-	63, // 63: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	63, // 64: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	66, // 65: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
-	5,  // 66: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 67: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 68: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 69: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 70: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 71: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 72: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 73: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 74: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 75: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 76: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 77: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 78: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 79: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 80: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 81: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 82: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 83: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 84: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 85: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 86: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 87: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 88: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 89: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 90: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 91: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 92: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	19, // 93: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	47, // 94: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	50, // 95: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	53, // 96: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	19, // 97: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	57, // 98: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	19, // 99: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	59, // 100: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	62, // 101: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
-	59, // 102: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	64, // 103: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
-	67, // 104: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
-	66, // [66:105] is the sub-list for method output_type
-	27, // [27:66] is the sub-list for method input_type
+	54, // 57: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	52, // 58: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
+	56, // 59: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	58, // 60: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	57, // 61: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	62, // 62: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
+	63, // 63: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
+	65, // 64: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	65, // 65: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	68, // 66: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
+	5,  // 67: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 68: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 69: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 70: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	19, // 71: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	18, // 72: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	19, // 73: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	16, // 74: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	19, // 75: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	19, // 76: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	19, // 77: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	19, // 78: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	19, // 79: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	27, // 80: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	27, // 81: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 82: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	19, // 83: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	32, // 84: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	19, // 85: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	2,  // 86: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	33, // 87: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	36, // 88: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	33, // 89: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 90: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	40, // 91: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	44, // 92: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	44, // 93: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	19, // 94: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	47, // 95: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	50, // 96: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	55, // 97: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	53, // 98: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
+	19, // 99: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	59, // 100: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	19, // 101: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	61, // 102: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	64, // 103: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	61, // 104: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	66, // 105: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	69, // 106: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
+	67, // [67:107] is the sub-list for method output_type
+	27, // [27:67] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -5346,7 +5498,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   75,
+			NumMessages:   77,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -53,6 +53,7 @@ const (
 	Admin_ListAudit_FullMethodName           = "/trivet.api.v1.Admin/ListAudit"
 	Admin_ShowDisks_FullMethodName           = "/trivet.api.v1.Admin/ShowDisks"
 	Admin_RecoverVolume_FullMethodName       = "/trivet.api.v1.Admin/RecoverVolume"
+	Admin_RecoverCatalogue_FullMethodName    = "/trivet.api.v1.Admin/RecoverCatalogue"
 	Admin_RestoreSnapshot_FullMethodName     = "/trivet.api.v1.Admin/RestoreSnapshot"
 	Admin_DiffSnapshots_FullMethodName       = "/trivet.api.v1.Admin/DiffSnapshots"
 	Admin_CloneVolume_FullMethodName         = "/trivet.api.v1.Admin/CloneVolume"
@@ -138,6 +139,11 @@ type AdminClient interface {
 	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
 	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
 	RecoverVolume(ctx context.Context, in *RecoverVolumeRequest, opts ...grpc.CallOption) (*RecoverVolumeResponse, error)
+	// RecoverCatalogue makes the asked server's member the only voter of the catalogue's group, of which a majority is
+	// lost for good, and gives the lost ones up. Members that live stay as learners, and are promoted as ever. Without
+	// accept_data_loss it only says what it would do. INVALID_ARGUMENT while a majority lives, and when another member
+	// that lives has a newer log.
+	RecoverCatalogue(ctx context.Context, in *RecoverCatalogueRequest, opts ...grpc.CallOption) (*RecoverCatalogueResponse, error)
 	// RestoreSnapshot makes a volume that begins with what a snapshot shows or, in place, brings the snapshot's own
 	// volume back to it.
 	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*Volume, error)
@@ -496,6 +502,16 @@ func (c *adminClient) RecoverVolume(ctx context.Context, in *RecoverVolumeReques
 	return out, nil
 }
 
+func (c *adminClient) RecoverCatalogue(ctx context.Context, in *RecoverCatalogueRequest, opts ...grpc.CallOption) (*RecoverCatalogueResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecoverCatalogueResponse)
+	err := c.cc.Invoke(ctx, Admin_RecoverCatalogue_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*Volume, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Volume)
@@ -660,6 +676,11 @@ type AdminServer interface {
 	// lost. What that one did not have yet is lost. Without accept_data_loss it only says what it would do.
 	// FAILED_PRECONDITION when a majority lives: nothing has to be given up.
 	RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error)
+	// RecoverCatalogue makes the asked server's member the only voter of the catalogue's group, of which a majority is
+	// lost for good, and gives the lost ones up. Members that live stay as learners, and are promoted as ever. Without
+	// accept_data_loss it only says what it would do. INVALID_ARGUMENT while a majority lives, and when another member
+	// that lives has a newer log.
+	RecoverCatalogue(context.Context, *RecoverCatalogueRequest) (*RecoverCatalogueResponse, error)
 	// RestoreSnapshot makes a volume that begins with what a snapshot shows or, in place, brings the snapshot's own
 	// volume back to it.
 	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*Volume, error)
@@ -782,6 +803,9 @@ func (UnimplementedAdminServer) ShowDisks(context.Context, *ShowDisksRequest) (*
 }
 func (UnimplementedAdminServer) RecoverVolume(context.Context, *RecoverVolumeRequest) (*RecoverVolumeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RecoverVolume not implemented")
+}
+func (UnimplementedAdminServer) RecoverCatalogue(context.Context, *RecoverCatalogueRequest) (*RecoverCatalogueResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RecoverCatalogue not implemented")
 }
 func (UnimplementedAdminServer) RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method RestoreSnapshot not implemented")
@@ -1372,6 +1396,24 @@ func _Admin_RecoverVolume_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_RecoverCatalogue_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecoverCatalogueRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RecoverCatalogue(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RecoverCatalogue_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RecoverCatalogue(ctx, req.(*RecoverCatalogueRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_RestoreSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RestoreSnapshotRequest)
 	if err := dec(in); err != nil {
@@ -1631,6 +1673,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RecoverVolume",
 			Handler:    _Admin_RecoverVolume_Handler,
+		},
+		{
+			MethodName: "RecoverCatalogue",
+			Handler:    _Admin_RecoverCatalogue_Handler,
 		},
 		{
 			MethodName: "RestoreSnapshot",

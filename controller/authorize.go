@@ -20,7 +20,7 @@ func authorize(s *meta.State, from trivet.NodeID, c meta.Command) error {
 	ok := false
 	_, registered := s.Node(from)
 	switch {
-	case c.InitCluster != nil: // only Bootstrap does, on the member itself
+	case c.InitCluster != nil, c.RecoverCatalogue != nil: // only on the member itself, which leads then
 	case c.RegisterNode != nil:
 		_, known := s.Node(c.RegisterNode.Node.ID)
 		ok = c.RegisterNode.Node.ID == from || registered && !known

@@ -87,7 +87,7 @@ type Catalogue struct {
 
 	mu     sync.Mutex
 	group  *raftgroup.Group // nil until open
-	opened chan struct{}    // closed when group is set
+	opened chan struct{}    // closed when group is set; another one while Recover opens it again
 	self   identity         // zero until open
 	closed bool
 	ended  chan struct{}      // closed by Close
@@ -270,6 +270,11 @@ func (c *Catalogue) start(id identity) error {
 	if err != nil {
 		return err
 	}
+	return c.run(cfg, id)
+}
+
+// run opens the group and starts the manager. REQUIRES: openMu; the machine has its state.
+func (c *Catalogue) run(cfg raftgroup.Config, id identity) error {
 	group, err := raftgroup.Open(cfg)
 	if err != nil {
 		return err

@@ -175,8 +175,11 @@ func (c *Catalogue) try(ctx context.Context, g *raftgroup.Group,
 
 // awaitOpen waits until this node is a member.
 func (c *Catalogue) awaitOpen(ctx context.Context) (*raftgroup.Group, error) {
+	c.mu.Lock()
+	opened := c.opened
+	c.mu.Unlock()
 	select {
-	case <-c.opened:
+	case <-opened:
 	case <-c.ended:
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -251,12 +254,16 @@ func (c *Catalogue) serveAddMember(ctx context.Context, g *raftgroup.Group, from
 // was acknowledged is applied on the leader before, and the gate, asked first, says that there is no
 // other.
 func (c *Catalogue) handleRead(_ context.Context, _ trivet.NodeID, m transport.Message) (transport.Message, error) {
+	r, err := decodeRequest(m.Body)
+	switch {
+	case err == nil && r.op == opLogEnd:
+		return c.serveLogEnd()
+	case err != nil || r.op != opRead:
+		return transport.Message{}, fmt.Errorf("read request of %d bytes: %w", len(m.Body), trivet.ErrInvalid)
+	}
 	g, err := c.leading()
 	if err != nil {
 		return transport.Message{}, err
-	}
-	if r, err := decodeRequest(m.Body); err != nil || r.op != opRead {
-		return transport.Message{}, fmt.Errorf("read request of %d bytes: %w", len(m.Body), trivet.ErrInvalid)
 	}
 	if _, err := g.ReadGate(); err != nil {
 		return transport.Message{}, err

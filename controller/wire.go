@@ -29,6 +29,7 @@ const (
 	opCommand   = 1
 	opAddMember = 2
 	opRead      = 3
+	opLogEnd    = 4 // asked of any member, with KindMetaRead (catalogue_recover.go)
 )
 
 type request struct {

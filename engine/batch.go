@@ -322,8 +322,8 @@ func (b *Batch) Commit(st State) error {
 	return b.CommitPart(st)
 }
 
-// CommitPart is Commit for a part of what an entry does, with the state from before the entry: its blocks may lie beyond
-// st.SizeBytes, for the entry may make the volume grow. Reads do not show these before the size is committed.
+// CommitPart is Commit for a part of what an entry does, with the state from before the entry: its blocks may lie
+// beyond st.SizeBytes, for the entry may make the volume grow. Reads do not show these before the size is committed.
 func (b *Batch) CommitPart(st State) error {
 	err := b.commit(st)
 	if err = errors.Join(err, b.Close()); err != nil {

@@ -127,7 +127,7 @@ func TestImageOfRottingBlockFails(t *testing.T) {
 		require.NoError(t, writeNumbered(v, 9, lba, 32))
 	}
 	require.NoError(t, e.Flush())
-	require.NoError(t, e.db.Compact(t.Context(), []byte{0}, []byte{0xff, 0xff}, false)) // tables stay as they are from now on
+	require.NoError(t, e.db.Compact(t.Context(), []byte{0}, []byte{0xff, 0xff}, false)) // from now on they stay
 	require.NoError(t, e.Close())
 	cfg := damageConfig(mem)
 	cfg.CacheBytes = 1 // nothing stays in memory

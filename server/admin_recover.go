@@ -37,3 +37,24 @@ func (a *admin) logEnd(ctx context.Context, node trivet.NodeID, id trivet.Volume
 	st, err := a.replicaStatus(ctx, id, node)
 	return st.LastTerm, st.LastIndex, err
 }
+
+// RecoverCatalogue implements api.AdminServer.
+func (a *admin) RecoverCatalogue(ctx context.Context, r *api.RecoverCatalogueRequest) (
+	*api.RecoverCatalogueResponse, error,
+) {
+	done, err := a.s.catalogue.Recover(ctx, r.GetAcceptDataLoss())
+	if err != nil {
+		return nil, err
+	}
+	out := &api.RecoverCatalogueResponse{
+		Cluster: string(done.Cluster), Node: string(done.Survivor.Node), LastIndex: done.Survivor.Index,
+		LastTerm: done.Survivor.Term, Warning: done.Warning(),
+	}
+	for _, m := range done.Kept {
+		out.Kept = append(out.Kept, string(m.Node))
+	}
+	for _, m := range done.Lost {
+		out.Lost = append(out.Lost, string(m.Node))
+	}
+	return out, nil
+}

@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -76,4 +77,43 @@ func TestRecoverVolume(t *testing.T) {
 	assert.Equal(t, d.GetSegments()*(16<<20), used, "they add up to the files that hold something")
 	assert.Positive(t, d.GetRoomBytes())
 	assert.Equal(t, "node-1", disks.GetNode())
+}
+
+// Two of the three servers are gone for good, and with them the catalogue's majority. An operator gives both up on the
+// third, which was restarted meanwhile; a lost server that comes back with an empty catalogue joins anew (H34).
+func TestRecoverCatalogue(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("three servers, and leases that run out")
+	}
+	c := testutil.StartCluster(t, 3, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	_, err := c.Admin(0).CreateVolume(ctx, &api.CreateVolumeRequest{Name: "v", SizeBytes: 64 << 20})
+	require.NoError(t, err)
+	_, err = c.Admin(0).RecoverCatalogue(ctx, &api.RecoverCatalogueRequest{AcceptDataLoss: true})
+	require.ErrorContains(t, err, "3 of its 3 voters live")
+	c.Stop(1)
+	c.Stop(2)
+	c.Stop(0)
+	c.Start(0)
+	var plan *api.RecoverCatalogueResponse
+	require.Eventually(t, func() bool { // the client connects again
+		plan, err = c.Admin(0).RecoverCatalogue(ctx, &api.RecoverCatalogueRequest{})
+		return err == nil
+	}, time.Minute, 200*time.Millisecond, "%v", err)
+	require.Equal(t, []string{"node-1", "node-2"}, slices.Sorted(slices.Values(plan.GetLost())))
+	require.Equal(t, "node-0", plan.GetNode())
+	done, err := c.Admin(0).RecoverCatalogue(ctx, &api.RecoverCatalogueRequest{AcceptDataLoss: true})
+	require.NoError(t, err)
+	require.NotEmpty(t, done.GetWarning())
+
+	require.Eventually(t, func() bool { // the leases of the others run out
+		_, err = c.Admin(0).RecoverVolume(ctx, &api.RecoverVolumeRequest{Name: "v", AcceptDataLoss: true})
+		return err == nil
+	}, time.Minute, 200*time.Millisecond, "%v", err)
+	require.NoError(t, os.RemoveAll(c.Path("node-1", "data", "meta")))
+	c.Start(1)
+	awaitReplicas(t, c, "v", 2)
+	require.ElementsMatch(t, []string{"node-0", "node-1"}, placesOf(t, c, "v"))
 }

@@ -82,10 +82,10 @@ func TestAuditIsVerifiedHere(t *testing.T) {
 func TestRecoveryIsConfirmed(t *testing.T) {
 	t.Parallel()
 	out := &bytes.Buffer{}
-	require.NoError(t, confirm(strings.NewReader("db\n"), out, "db"))
-	require.NoError(t, confirm(strings.NewReader("db"), out, "db"))
+	require.NoError(t, confirm(strings.NewReader("db\n"), out, "volume", "db"))
+	require.NoError(t, confirm(strings.NewReader("db"), out, "volume", "db"))
 	for _, typed := range []string{"", "\n", "yes\n", "db2\n", "y\n"} {
-		require.ErrorContains(t, confirm(strings.NewReader(typed), out, "db"), "nothing was changed", typed)
+		require.ErrorContains(t, confirm(strings.NewReader(typed), out, "volume", "db"), "nothing was changed", typed)
 	}
 	text := recoveryText(&api.RecoverVolumeResponse{
 		Volume: &api.Volume{Name: "db", Id: "vol-1"}, Replica: "r", Node: "n1", LastIndex: 7, LastTerm: 3,

@@ -156,7 +156,7 @@ func (d *draft) record(kind AuditKind, v *Volume, node trivet.NodeID, detail str
 // Audited reports whether the command leaves a record, so that it has to say when it was proposed, and by whom.
 func (c *Command) Audited() bool {
 	switch {
-	case c.RecoverVolume != nil, c.Release != nil, c.Reclaim != nil, c.ReportWiped != nil:
+	case c.RecoverVolume != nil, c.RecoverCatalogue != nil, c.Release != nil, c.Reclaim != nil, c.ReportWiped != nil:
 		return true
 	case c.ReportReplica != nil:
 		return c.ReportReplica.State == ReplicaRemoved

@@ -48,7 +48,8 @@ type Command struct {
 	ReportSize       *ReportSize       `json:"reportSize,omitempty"`
 	RecoverVolume    *RecoverVolume    `json:"recoverVolume,omitempty"`
 
-	ReportRecovered *ReportRecovered `json:"reportRecovered,omitempty"`
+	ReportRecovered  *ReportRecovered  `json:"reportRecovered,omitempty"`
+	RecoverCatalogue *RecoverCatalogue `json:"recoverCatalogue,omitempty"`
 
 	CreateSnapshotGroup *CreateSnapshotGroup `json:"createSnapshotGroup,omitempty"`
 	BeginSnapshotGroup  *BeginSnapshotGroup  `json:"beginSnapshotGroup,omitempty"`
@@ -335,6 +336,15 @@ type RecoverVolume struct {
 	Replica    trivet.ReplicaID `json:"replica"`
 	IfRevision Revision         `json:"ifRevision"`
 	Detail     string           `json:"detail,omitempty"` // for the audit
+}
+
+// RecoverCatalogue says that the members of the meta group but those that are Kept were given up, by an operator who
+// knows that a majority is lost for good (H34). Their nodes' members are struck from the record, so that nothing they
+// say is taken for a member's. It is the first command of the member on Node that was made the only voter.
+type RecoverCatalogue struct {
+	Node   trivet.NodeID      `json:"node"`
+	Kept   []trivet.ReplicaID `json:"kept"`             // members of the group now, the survivor among them
+	Detail string             `json:"detail,omitempty"` // for the audit
 }
 
 // ReportRecovered says that the replica is the only voter of the volume's group now. Not asked for: no effect.

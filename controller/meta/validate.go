@@ -63,6 +63,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.GrowVolume)
 	add(&set, c.ReportSize)
 	add(&set, c.RecoverVolume)
+	add(&set, c.RecoverCatalogue)
 	add(&set, c.ReportRecovered)
 	add(&set, c.CreateSnapshotGroup)
 	add(&set, c.BeginSnapshotGroup)

@@ -163,6 +163,9 @@ type Config struct {
 	// Recover makes this replica the only voter before it starts: see recover.go, and only after everybody else was
 	// given up. Again: no effect.
 	Recover bool
+	// RecoverLearners stay in the group as learners when Recover gives up the others: replicas that live, and whose logs
+	// the caller has seen to be no newer than this one's.
+	RecoverLearners []Member
 	// RestedSince is since when, at the latest, no process has run this replica; the zero time when that
 	// is not known. Within a Heartbeat of the end of an earlier run a replica votes for nobody, because it
 	// may have promised so (lease.go); the group of a volume that was parked need not wait for that.

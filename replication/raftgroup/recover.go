@@ -2,6 +2,7 @@ package raftgroup
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/hashicorp/raft"
 
@@ -14,6 +15,9 @@ import (
 // (raft api.go: NewRaft), so the replica elects itself and commits all that its log has, what no majority ever
 // acknowledged included. What the others had and it had not is lost.
 //
+// Config.RecoverLearners stay as learners: they have no entry that this log has not, but for such as were never
+// committed (the election restriction of Raft, section 5.4.1), so they are filled as any.
+//
 // It is raft.RecoverCluster without the snapshot that makes, which would have to copy the state (D-row "catch-up
 // outside Raft"). Again: no effect. ErrUnavailable: a catch-up was interrupted, and the state is not whole.
 func (g *Group) recoverAlone(owing bool) error {
@@ -21,7 +25,12 @@ func (g *Group) recoverAlone(owing bool) error {
 	if owing {
 		return fmt.Errorf("recover %s as the only voter: its state is not whole: %w", self.Replica, trivet.ErrUnavailable)
 	}
-	if have := g.store.latestConfig().members; len(have) == 1 && have[0] == self {
+	want := []Member{self}
+	for _, m := range g.cfg.RecoverLearners {
+		m.Learner = true
+		want = append(want, m)
+	}
+	if slices.Equal(sortedMembers(g.store.latestConfig().members), sortedMembers(want)) {
 		return nil
 	}
 	_, last := g.seglog.bounds()
@@ -31,13 +40,13 @@ func (g *Group) recoverAlone(owing bool) error {
 	}
 	entry := &raft.Log{
 		Index: index, Term: term, Type: raft.LogConfiguration,
-		Data: raft.EncodeConfiguration(toConfiguration([]Member{self})),
+		Data: raft.EncodeConfiguration(toConfiguration(want)),
 	}
 	if err := g.store.StoreLogs([]*raft.Log{entry}); err != nil {
 		return fmt.Errorf("recover %s as the only voter: %w", self.Replica, err)
 	}
 	g.log.Error(
 		"a majority of the group was given up: this replica is its only voter now, and what it did not have is lost",
-		"index", index, "term", term)
+		"index", index, "term", term, "learners", len(want)-1)
 	return nil
 }
