@@ -151,18 +151,22 @@ func (b *bench) touch(n int) error {
 		if !ok {
 			return fmt.Errorf("no replica of %s: %w", s.Volume, trivet.ErrNotFound)
 		}
-		for r.Status().Leader == "" {
+		for {
+			changed, st := r.Changed(), r.Status()
+			if st.IsLeader {
+				if err := b.write(ctx, r, s, data); !errors.Is(err, trivet.ErrNotLeader) && !errors.Is(err, trivet.ErrUnavailable) {
+					return err
+				}
+			} else if st.Leader != "" {
+				return nil // whoever leads writes
+			}
 			select {
-			case <-r.Changed():
+			case <-changed:
 			case <-time.After(pollEvery):
 			case <-ctx.Done():
 				return ctx.Err()
 			}
 		}
-		if !r.Status().IsLeader {
-			return nil
-		}
-		return b.write(ctx, r, s, data)
 	})
 }
 
