@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -31,6 +32,7 @@ import (
 const (
 	resumeAttemptMax = 30 * time.Second // for a fence
 	resumePause      = time.Second      // between attempts
+	giveUpPause      = 10 * time.Second // between attempts to remove what cannot be resumed
 	keeperAwayN      = 60               // attempts without an answer of the keeper: it is dead, and the device with it
 	handOverGrace    = 5 * time.Second  // for requests under way, before they are left to the next process
 )
@@ -84,6 +86,7 @@ func (m *mounts) takeStock(ctx context.Context, all blockdev.Leftovers) ([]lefto
 // device is dead, which the keeper's watchdog sees to in the end. When ctx ends before, the device
 // stays as it is.
 func (m *mounts) resume(ctx context.Context, l leftover) {
+	l.unlock = sync.OnceFunc(l.unlock)
 	defer l.unlock()
 	start := time.Now()
 	for {
@@ -209,23 +212,48 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 	return at, nil
 }
 
-// giveUp removes a device that is not to be resumed: first its connection, or what is unmounted would
-// wait for us.
+// giveUp removes a device that is not to be resumed, and tries again until that is done, the volume is attached anew, or
+// ctx ends: what keeps it, a pod perhaps that still runs, may take its time, and nobody else would come back to it.
+// Other calls, which end such pods, are not kept waiting by that.
 func (m *mounts) giveUp(ctx context.Context, l leftover, why error) {
 	m.log.Error("a volume cannot be resumed; its pods get I/O errors and have to be restarted",
 		"volume", l.id, "err", why)
-	rec := m.records.get(l.id)
-	err := l.all.Abort(ctx, l.id.String())
-	if err == nil {
-		err = m.abandon(&rec)
-	}
-	if err == nil {
-		rec.Epoch = 0
-		err = errors.Join(m.records.put(rec), l.all.CleanOne(ctx, l.id.String()))
-	}
-	if err != nil { // the next attach, or the next process, cleans up
+	was, epoch := m.attacher.get(l.id), m.records.get(l.id).Epoch
+	for {
+		err := m.remove(ctx, l)
+		l.unlock()
+		if err == nil {
+			return
+		}
 		m.log.Error("what a dead process left is still there", "volume", l.id, "err", err)
+		for err != nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(giveUpPause):
+			}
+			l.unlock, err = m.ops.try(l.id)
+		}
+		now, rec := m.attacher.get(l.id), m.records.get(l.id)
+		if now != nil && now != was || rec.Epoch != 0 && rec.Epoch != epoch {
+			l.unlock()
+			return
+		}
 	}
+}
+
+// remove removes a device that is not to be resumed and its mounts: first its connection, or what is unmounted would
+// wait for us.
+func (m *mounts) remove(ctx context.Context, l leftover) error {
+	rec := m.records.get(l.id)
+	if err := l.all.Abort(ctx, l.id.String()); err != nil {
+		return err
+	}
+	if err := m.abandon(&rec); err != nil {
+		return err
+	}
+	rec.Epoch = 0
+	return errors.Join(m.records.put(rec), l.all.CleanOne(ctx, l.id.String()))
 }
 
 // handOver leaves a volume's device and mounts to the next process. It returns false, and has changed

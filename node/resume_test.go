@@ -24,6 +24,7 @@ type resumeBench struct {
 	resumedN  int
 	fencedAt  trivet.Epoch // the group's fence when the device was resumed
 	aborted   bool
+	busyN     int // more tries to clean up find the device in use
 }
 
 // newResumeBench has vol staged and published by a first process, which has been killed.
@@ -101,6 +102,10 @@ func (f fakeLeft) Abort(context.Context, string) error {
 func (f fakeLeft) CleanOne(context.Context, string) error {
 	if !f.b.aborted {
 		return fmt.Errorf("clean before abort: %w", trivet.ErrInvalid)
+	}
+	if f.b.busyN > 0 {
+		f.b.busyN--
+		return fmt.Errorf("a pod has it: %w", trivet.ErrInUse)
 	}
 	delete(f.b.mounter.devices, f.b.kernel().path)
 	return nil
@@ -270,6 +275,43 @@ func TestResumeIsRefused(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestResumeGivesUpUntilItIsDone: a device that is in use when it is given up goes as soon as it can, and nobody waits for
+// that meanwhile; once the volume is attached anew, it is the new attachment's.
+func TestResumeGivesUpUntilItIsDone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		b.revoke()
+		b.busyN = 3
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		require.Equal(t, 2, b.busyN)
+		require.NoError(t, b.mounts.unpublish(t.Context(), vol, targetA))
+		<-done
+		require.Zero(t, b.busyN)
+		require.Empty(t, b.mounter.devices)
+		unlock, err := b.mounts.ops.try(vol)
+		require.NoError(t, err)
+		unlock()
+	})
+	synctest.Test(t, func(t *testing.T) {
+		b := newResumeBench(t)
+		b.revoke()
+		b.busyN = 3
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		rec := b.mounts.records.get(vol)
+		rec.Epoch = 77
+		require.NoError(t, b.mounts.records.put(rec))
+		<-done
+		require.Equal(t, 2, b.busyN, "it is not touched any more")
+		require.EqualValues(t, 77, b.mounts.records.get(vol).Epoch)
+	})
 }
 
 // TestResumeIsRefusedAtTheLastMoment: the volume goes to another node while the fence is awaited.
