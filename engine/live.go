@@ -54,7 +54,9 @@ type volLive struct {
 	pages  map[uint32]*livePage // by LBA / livePageN
 }
 
-const livePageN = 4096
+// livePageN is how many blocks have a page together, which costs 2 KiB: thousands of volumes with little in them are
+// cheap by it, and a map entry for each page of a full one is not much.
+const livePageN = 512
 
 // livePage has the ord of the segment for each of so many blocks; 0 = the block stands nowhere in the log.
 type livePage struct {

@@ -212,8 +212,8 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 	return at, nil
 }
 
-// giveUp removes a device that is not to be resumed, and tries again until that is done, the volume is attached anew, or
-// ctx ends: what keeps it, a pod perhaps that still runs, may take its time, and nobody else would come back to it.
+// giveUp removes a device that is not to be resumed, and tries again until that is done, the volume is attached anew,
+// or ctx ends: what keeps it, a pod perhaps that still runs, may take its time, and nobody else would come back to it.
 // Other calls, which end such pods, are not kept waiting by that.
 func (m *mounts) giveUp(ctx context.Context, l leftover, why error) {
 	m.log.Error("a volume cannot be resumed; its pods get I/O errors and have to be restarted",

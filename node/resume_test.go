@@ -277,8 +277,8 @@ func TestResumeIsRefused(t *testing.T) {
 	}
 }
 
-// TestResumeGivesUpUntilItIsDone: a device that is in use when it is given up goes as soon as it can, and nobody waits for
-// that meanwhile; once the volume is attached anew, it is the new attachment's.
+// TestResumeGivesUpUntilItIsDone: a device that is in use when it is given up goes as soon as it can, and nobody
+// waits for that meanwhile; once the volume is attached anew, it is the new attachment's.
 func TestResumeGivesUpUntilItIsDone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newResumeBench(t)
