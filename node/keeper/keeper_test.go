@@ -291,7 +291,7 @@ func TestStartOfAKeeper(t *testing.T) {
 		startAt(t, socket)
 		return nil
 	}, nil)
-	t.Cleanup(c.Close)
+	defer c.Close() // before the keeper ends, or it starts another one
 	require.Eventually(t, func() bool { _, err := c.List(); return err == nil }, 20*time.Second, time.Millisecond)
 }
 
