@@ -227,9 +227,22 @@ func TestReadFromAnotherReplicaNeverGoesBack(t *testing.T) {
 		mu.Unlock()
 		wrote, read, p := make(chan error, 1), make(chan error, 1), make([]byte, trivet.BlockSize)
 		go func() { wrote <- v.WriteAt(ctx, stamped(12, 2), 12*trivet.BlockSize) }()
+		release := sync.OnceFunc(func() {
+			mu.Lock()
+			*gates[slices.Index(c.Nodes(), leader)] = nil
+			mu.Unlock()
+			close(held)
+		})
+		defer release() // or a cluster that fails never ends
 		require.NoError(t, sim.Sleep(ctx, 2*time.Second))
-		before := r.Status()
-		require.Less(t, before.Applied, mustReplica(t, followersOf(c, leader)[0]).Status().Applied)
+		follower := mustReplica(t, followersOf(c, leader)[0])
+		for range 600 { // it hears of the commit with the next message
+			if r.Status().Applied < follower.Status().Applied {
+				break
+			}
+			require.NoError(t, sim.Sleep(ctx, 100*time.Millisecond))
+		}
+		require.Less(t, r.Status().Applied, follower.Status().Applied)
 		go func() { read <- v.ReadAt(ctx, p, 12*trivet.BlockSize) }()
 		require.NoError(t, sim.Sleep(ctx, 5*time.Second))
 		select {
@@ -237,10 +250,7 @@ func TestReadFromAnotherReplicaNeverGoesBack(t *testing.T) {
 			t.Fatalf("the read has ended with %x: %v", p[:4], err)
 		default:
 		}
-		mu.Lock()
-		*gates[slices.Index(c.Nodes(), leader)] = nil
-		mu.Unlock()
-		close(held)
+		release()
 		require.NoError(t, <-wrote)
 		require.NoError(t, <-read)
 		assert.Equal(t, stamped(12, 2), p)
