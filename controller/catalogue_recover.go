@@ -162,8 +162,10 @@ func (c *Catalogue) askLogEnds(ctx context.Context, members []raftgroup.Member) 
 			end, err := c.askLogEnd(ctx, m.Node)
 			mu.Lock()
 			defer mu.Unlock()
+			var remote *transport.RemoteError // it lives: one that is only starting must not be given up
+			away := errors.Is(err, trivet.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)
 			switch {
-			case errors.Is(err, trivet.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded):
+			case away && !errors.As(err, &remote):
 				c.log.Warn("a member of the catalogue does not answer", "node", m.Node, "err", err)
 			case err != nil:
 				errs = append(errs, fmt.Errorf("node %s lives, but does not say where its log ends: %w", m.Node, err))
@@ -228,5 +230,8 @@ func (c *Catalogue) reopenAlone(learners []raftgroup.Member) error {
 		return err
 	}
 	cfg.Recover, cfg.RecoverLearners = true, learners
-	return c.run(cfg, id)
+	if err := c.run(cfg, id); err != nil {
+		return fmt.Errorf("open it again as the only voter, restart the server and try again: %w", err)
+	}
+	return nil
 }
