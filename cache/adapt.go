@@ -39,6 +39,11 @@ func (d *Device) unparkLocked() {
 
 // restLocked takes back a flight that has landed.
 func (d *Device) restLocked(f *flight) {
+	if f.short {
+		d.shorts <- f // has room for all
+		return
+	}
+	d.aloftN--
 	if d.activeF > d.mode.depth {
 		d.activeF--
 		d.parked = append(d.parked, f)

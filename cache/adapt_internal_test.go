@@ -100,6 +100,32 @@ func TestAdaptiveKeepsItsBounds(t *testing.T) {
 	})
 }
 
+// TestManySingleBlocksUnderWay: of blocks with no neighbours as many bytes are under way as of long write-backs, or
+// random writes would come one by one to a device that gathers. Who carried them ends when there is nothing to do.
+func TestManySingleBlocksUnderWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		disk := &farDisk{Mem: faultdev.NewMem(64 << 20), latency: 40 * time.Millisecond}
+		d := openWriteBack(t, disk, Settings{Bytes: 16 << 20})
+		p := make([]byte, trivet.BlockSize)
+		write := func() {
+			for i := range int64(1000) {
+				require.NoError(t, d.WriteAt(t.Context(), p, i*3*trivet.BlockSize))
+			}
+			require.NoError(t, d.Flush(t.Context()))
+		}
+		write()
+		require.Greater(t, disk.most, 8*depthDefault)
+		require.LessOrEqual(t, disk.most, (depthDefault-1)*pieceBlocks+1)
+		require.Equal(t, trivet.BlockSize, disk.longest)
+		time.Sleep(2 * thinAfter)
+		synctest.Wait()
+		require.EqualValues(t, adaptiveDepthMax, d.waitingN.Load())
+		write() // and they come again
+		require.NoError(t, d.Detach(t.Context()))
+	})
+}
+
 // TestLongWriteBacksAreCutBetweenWrites: the device below cuts what is longer than AtomicWriteBytes at multiples of it;
 // no write that was whole may lie across such a cut (promise 7 of the volume).
 func TestLongWriteBacksAreCutBetweenWrites(t *testing.T) {

@@ -72,7 +72,8 @@ type Config struct {
 	// Resume says that whoever used the Device of the predecessor goes on without having seen it die: what was lost
 	// there must stay lost (H14). Without it an opened cache starts well.
 	Resume bool
-	// Depth is how many write-backs are in flight at most, unless Adaptive; 0 = 16.
+	// Depth is how many write-backs are in flight at most, unless Adaptive; 0 = 16. Of those of at most 16 KiB there may
+	// be as many more as are as long together, were they of one block each.
 	Depth int
 	// Deadline is how old a dirty block may get before it is written back; 0 = 5 s.
 	Deadline time.Duration

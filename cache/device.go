@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -39,12 +40,17 @@ type Device struct {
 	kick    chan struct{}
 	all     []*flight
 	idle    chan *flight // flights at rest
+	shorts  chan *flight // short flights at rest
 	work    chan *flight
-	fetch   chan fetch  // read-ahead to do
-	queue   *flushQueue // of the flusher, and the table that its blocks are in
+	thin    chan struct{} // ends a flyer beyond the first ones
+	loading []int32       // of the flusher: the slots of the flight to come
+	extraN  int           // of the flusher: flyers beyond the first ones
+	fetch   chan fetch    // read-ahead to do
+	queue   *flushQueue   // of the flusher, and the table that its blocks are in
 	queueOf *slots
 
-	sleeper sleeper
+	sleeper  sleeper
+	waitingN atomic.Int32 // flyers that wait for work
 
 	life   context.Context // ends by Close
 	end    context.CancelCauseFunc
@@ -74,7 +80,7 @@ type Device struct {
 	mode    workMode  // of write-backs, at the moment
 	parked  []*flight // those that are not needed with so few under way
 	activeF int       // flights that are not parked
-	aloftN  int       // flights that are being carried
+	aloftN  int       // long flights that are being carried
 	tune    *tuner    // nil until set.Adaptive
 	ahead   aheadTuner
 	stats   Stats

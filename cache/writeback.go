@@ -12,8 +12,21 @@ import (
 // batchMax is how many dirty blocks the flusher puts in order at a time: 32 MiB.
 const batchMax = 8192
 
-// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many.
+const (
+	// shortBlocks is the longest write-back of a short flight.
+	shortBlocks = 4
+	shortsMax   = 256
+)
+
+// shorts is how many short flights there are beside Depth long ones: of single blocks, which is what random writes
+// leave, they keep as many bytes under way as long ones do, so that the device below can gather them. A Depth of 1 is
+// one at a time all the same.
+func (c *Config) shorts() int { return min((c.Depth-1)*pieceBlocks+1, shortsMax) }
+
+// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many. A short
+// one has at most shortBlocks.
 type flight struct {
+	short bool
 	buf   []byte
 	lba   trivet.LBA
 	slots []int32
@@ -23,29 +36,46 @@ type flight struct {
 
 const noCover = ^uint64(0)
 
+// thinAfter is for how long nothing is to be done before flyers that short flights needed end.
+const thinAfter = time.Second
+
 // run starts the goroutines, once there is memory to look after.
 func (d *Device) run() {
 	if d.running {
 		return
 	}
 	d.running = true
-	n := max(d.cfg.Depth, adaptiveDepthMax)
-	const most = flightBlocksMax * trivet.BlockSize
-	d.idle, d.work = make(chan *flight, n), make(chan *flight, n)
-	buf := make([]byte, n*most) // memory is taken up as it is used: not adaptive, half of the half
-	d.parked = make([]*flight, 0, n)
-	for i := range n {
-		f := &flight{buf: buf[i*most : (i+1)*most], slots: make([]int32, 0, flightBlocksMax), cover: noCover}
-		d.all = append(d.all, f)
-		d.parked = append(d.parked, f)
-		d.group.Go(func() error { d.fly(); return nil })
-	}
+	n, shortsN := max(d.cfg.Depth, adaptiveDepthMax), d.cfg.shorts()
+	d.work = make(chan *flight, n+shortsN)
+	d.idle, d.shorts = make(chan *flight, n), make(chan *flight, shortsN)
+	d.parked = d.makeFlights(n, flightBlocksMax) // not adaptive, half of the half is used
 	d.unparkLocked()
+	for _, f := range d.makeFlights(shortsN, shortBlocks) {
+		f.short = true
+		d.shorts <- f
+	}
+	for range n {
+		d.group.Go(func() error { d.fly(nil); return nil })
+	}
+	d.thin = make(chan struct{})
+	d.loading = make([]int32, 0, flightBlocksMax)
 	d.queue = newFlushQueue(d.cfg.Deadline)
-	d.spans = make([]span, 0, 2*n)
+	d.spans = make([]span, 0, 2*n+shortsN)
 	d.group.Go(func() error { d.flusher(); return nil })
 	d.runReadAhead()
 	d.kick <- struct{}{}
+}
+
+// makeFlights makes n flights of at most so many blocks. Their memory is taken up as it is used.
+func (d *Device) makeFlights(n, blocks int) []*flight {
+	most := blocks * trivet.BlockSize
+	buf := make([]byte, n*most)
+	fs := make([]*flight, 0, n)
+	for i := range n {
+		fs = append(fs, &flight{buf: buf[i*most : (i+1)*most], slots: make([]int32, 0, blocks), cover: noCover})
+	}
+	d.all = append(d.all, fs...)
+	return fs
 }
 
 // wakeFlusherLocked wakes the flusher if there is something to do before the next deadline.
@@ -73,8 +103,13 @@ func (d *Device) flusher() {
 			return
 		case <-d.kick:
 		case <-timer.C:
+			d.thinOut()
 		}
-		timer.Reset(d.pass())
+		next := d.pass()
+		if d.extraN > 0 {
+			next = min(next, thinAfter)
+		}
+		timer.Reset(next)
 	}
 }
 
@@ -88,32 +123,77 @@ func (d *Device) pass() time.Duration {
 			return next
 		}
 		d.queue.arrange()
-		started := false
-		for {
-			var f *flight
-			select {
-			case f = <-d.idle:
-			case <-d.life.Done():
-				return time.Hour
-			}
-			w, ok := d.queue.next(d.now())
-			if !ok {
-				d.idle <- f
-				break
-			}
-			d.mu.Lock()
-			ok = d.loadLocked(f, w)
-			d.mu.Unlock()
-			if !ok {
-				d.idle <- f
-				continue
-			}
-			started = true
-			d.queue.flew(f.lba + trivet.LBA(len(f.slots)))
-			d.work <- f // has room for all
+		started, ok := d.startAll()
+		if !ok {
+			return time.Hour
 		}
 		if !started {
 			return next // all in the way of others, whose end kicks the flusher
+		}
+	}
+}
+
+// startAll starts a write-back for all of the queue that is not in the way of others, and reports whether there was any;
+// not ok: the Device is closing. One flight of each kind is at hand for each block, as what it needs shows only under
+// the lock; so there is never more under way than all flights of one kind and some of the other.
+func (d *Device) startAll() (started, ok bool) {
+	var short, long *flight
+	defer func() {
+		if short != nil {
+			d.shorts <- short // has room for all, as has idle
+		}
+		if long != nil {
+			d.idle <- long
+		}
+	}()
+	for {
+		if short == nil {
+			select {
+			case short = <-d.shorts:
+			case <-d.life.Done():
+				return started, false
+			}
+		}
+		if long == nil {
+			select {
+			case long = <-d.idle:
+			case <-d.life.Done():
+				return started, false
+			}
+		}
+		w, more := d.queue.next(d.now())
+		if !more {
+			return started, true
+		}
+		d.mu.Lock()
+		f := d.loadLocked(short, long, w)
+		d.mu.Unlock()
+		switch f {
+		case nil:
+			continue
+		case short:
+			short = nil
+		default:
+			long = nil
+		}
+		started = true
+		d.queue.flew(f.lba + trivet.LBA(len(f.slots)))
+		d.work <- f // has room for all
+		if int(d.waitingN.Load()) < len(d.work) && d.extraN < cap(d.shorts) {
+			d.extraN++
+			d.group.Go(func() error { d.fly(d.thin); return nil })
+		}
+	}
+}
+
+// thinOut ends the flyers beyond the first ones that have nothing to do.
+func (d *Device) thinOut() {
+	for d.extraN > 0 {
+		select {
+		case d.thin <- struct{}{}:
+			d.extraN--
+		default:
+			return
 		}
 	}
 }
@@ -168,15 +248,15 @@ func (t *slots) due(s int32) due {
 	return due{lba: t.lba[s], slot: s, seq: t.seq[s], since: t.since[s]}
 }
 
-// loadLocked makes a flight of w and its dirty neighbours. What is left of one write stays together, as long as no
+// loadLocked makes a flight of w and its dirty neighbours, the short one if they fit. What is left of one write stays together, as long as no
 // other write has covered a part of it: so it reaches the device below whole or not at all. A flight that is longer
-// than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the device below cuts. False:
+// than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the device below cuts. Nil:
 // w is gone, or in the way of another write-back or an operation that goes through; never are two of one block under
 // way.
-func (d *Device) loadLocked(f *flight, w due) bool {
+func (d *Device) loadLocked(short, long *flight, w due) *flight {
 	t := d.t
 	if t == nil || t != d.queueOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {
-		return false
+		return nil
 	}
 	first := w.lba
 	for first > 0 { // the beginning of its write
@@ -187,36 +267,41 @@ func (d *Device) loadLocked(f *flight, w due) bool {
 		first--
 	}
 	if d.inUseLocked(first, int64(w.lba-first)+1) {
-		return false
+		return nil
 	}
-	f.lba, f.slots, f.cover, f.began = first, f.slots[:0], noCover, d.now()
+	d.loading = d.loading[:0]
 	cut := false // a write of the flight lies on both sides of a multiple of AtomicWriteBytes
 	for writes := 0; ; writes++ {
-		run := t.runOf(first + trivet.LBA(len(f.slots)))
-		at := first + trivet.LBA(len(f.slots))
+		at := first + trivet.LBA(len(d.loading))
+		run := t.runOf(at)
 		cut = cut || at/pieceBlocks != (at+trivet.LBA(max(run, 1))-1)/pieceBlocks
-		long := len(f.slots)+run > pieceBlocks
-		if run == 0 || len(f.slots)+run > d.mode.blocks || long && cut || d.inUseLocked(at, int64(run)) {
+		cutBelow := len(d.loading)+run > pieceBlocks
+		if run == 0 || len(d.loading)+run > d.mode.blocks || cutBelow && cut || d.inUseLocked(at, int64(run)) {
 			if writes == 0 {
-				return false
+				return nil
 			}
 			d.stats.Merged += uint64(writes - 1)
 			break
 		}
 		for i := range run {
-			s := t.index.get(at + trivet.LBA(i))
-			f.slots = append(f.slots, s)
-			f.cover = min(f.cover, t.cover[s])
+			d.loading = append(d.loading, t.index.get(at+trivet.LBA(i)))
 		}
 	}
+	f := long
+	if len(d.loading) <= shortBlocks {
+		f = short
+	} else {
+		d.aloftN++
+	}
+	f.lba, f.slots, f.cover, f.began = first, append(f.slots[:0], d.loading...), noCover, d.now()
 	for _, s := range f.slots {
+		f.cover = min(f.cover, t.cover[s])
 		t.launch(s)
 	}
-	d.aloftN++
 	d.spans = append(d.spans, span{f.lba, int64(len(f.slots)), false})
 	d.stats.WriteBacks++
 	d.stats.WriteBackBytes += uint64(len(f.slots)) * trivet.BlockSize
-	return true
+	return f
 }
 
 // runOf returns how many dirty blocks of one write there are from lba on.
@@ -233,13 +318,18 @@ func (t *slots) runOf(lba trivet.LBA) int {
 	return n
 }
 
-// fly carries out write-backs.
-func (d *Device) fly() {
+// fly carries out write-backs, until thin, if there is one, says that it is too many.
+func (d *Device) fly(thin <-chan struct{}) {
 	for {
+		d.waitingN.Add(1)
 		select {
 		case <-d.life.Done():
 			return
+		case <-thin:
+			d.waitingN.Add(-1)
+			return
 		case f := <-d.work:
+			d.waitingN.Add(-1)
 			under := begin(d.cfg.Meters.WriteBack)
 			err := d.carry(f)
 			under.end()
@@ -277,13 +367,14 @@ func (d *Device) land(f *flight, err error) {
 	case err == nil:
 		now := d.now()
 		d.pace.done(f.began, now, len(f.slots))
-		d.learnLocked(now, now-f.began, len(f.slots))
+		if !f.short { // how many short ones are under way is not for the tuner to say
+			d.learnLocked(now, now-f.began, len(f.slots))
+		}
 	case errors.Is(err, trivet.ErrFenced):
 		d.fenceLocked(err)
 	case d.life.Err() == nil: // else Close has broken it off
 		d.poisonLocked(err)
 	}
-	d.aloftN--
 	d.restLocked(f)
 	d.changed.fire()
 	d.wakeFlusherLocked()
