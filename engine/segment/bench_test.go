@@ -2,6 +2,7 @@ package segment
 
 import (
 	"fmt"
+	"strconv"
 	"sync"
 	"testing"
 
@@ -59,5 +60,16 @@ func appendMany(b *testing.B, g *Group, payload []byte, entriesN, n int) {
 				return
 			}
 		}
+	}
+}
+
+// BenchmarkCreate makes new segments of the usual size, which a log that grows waits for.
+func BenchmarkCreate(b *testing.B) {
+	dir := NewOSDir(b.TempDir())
+	b.SetBytes(64 << 20)
+	for i := range b.N {
+		f, err := dir.Create("segment-"+strconv.Itoa(i%8), 64<<20)
+		require.NoError(b, err)
+		require.NoError(b, f.Close())
 	}
 }

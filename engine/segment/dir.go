@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"unsafe"
 )
 
@@ -91,17 +92,25 @@ func (d *OSDir) List() ([]string, error) {
 }
 
 // createChunkBytes is how much of a new file is written at once.
-const createChunkBytes = 1 << 20
+const (
+	createChunkBytes = 1 << 20
+	fileMode         = 0o640
+)
+
+// zeroPages is what new files are written with.
+var zeroPages = sync.OnceValue(func() []byte { return alignedBytes(createChunkBytes) })
 
 // Create implements Dir. The zeroes are written, not only set aside: a write into space that was set aside
-// makes the filesystem convert it, which costs a journal commit with every flush.
+// makes the filesystem convert it, which costs a journal commit with every flush. They go past the page cache: through it,
+// copying them was a tenth of what random writes cost.
 func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 	path := filepath.Join(d.path, name)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o640)
+	f, err := openDirect(path, os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err
 	}
-	zeroes := make([]byte, min(createChunkBytes, sizeBytes))
+	err = setAside(f, sizeBytes)
+	zeroes := zeroPages()
 	for off := int64(0); off < sizeBytes && err == nil; off += int64(len(zeroes)) {
 		_, err = f.WriteAt(zeroes[:min(int64(len(zeroes)), sizeBytes-off)], off)
 	}
@@ -133,7 +142,7 @@ func (d *OSDir) Sync() error {
 // Open implements Dir.
 func (d *OSDir) Open(name string) (File, error) {
 	path := filepath.Join(d.path, name)
-	f, err := openDirect(path)
+	f, err := openDirect(path, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -9,12 +9,26 @@ import (
 // openDirect opens a file past the page cache: log data is written once and mostly read from our own
 // cache, and a flush then has nothing of other files to write. Some filesystems refuse O_DIRECT with
 // EINVAL (tmpfs before Linux 6.6); there the page cache and fdatasync do.
-func openDirect(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT, 0)
+func openDirect(path string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT|flags, fileMode)
 	if errors.Is(err, syscall.EINVAL) {
-		return os.OpenFile(path, os.O_RDWR, 0)
+		return os.OpenFile(path, os.O_RDWR|flags, fileMode)
 	}
 	return f, err
+}
+
+// setAside has the filesystem find room for a new file in one piece. Those that cannot are not asked to.
+func setAside(f *os.File, sizeBytes int64) error {
+	for {
+		err := syscall.Fallocate(int(f.Fd()), 0, 0, sizeBytes)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err == nil, errors.Is(err, syscall.EOPNOTSUPP):
+			return nil
+		default:
+			return &os.PathError{Op: "fallocate", Path: f.Name(), Err: err}
+		}
+	}
 }
 
 func syncData(f *os.File) error {
