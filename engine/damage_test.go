@@ -523,6 +523,49 @@ func TestOpenOnAFullDisk(t *testing.T) {
 	require.Less(t, opened, 20)
 }
 
+// Pebble's record of its options has no checksum. Whatever byte of it rots, the store opens or is called damaged: a
+// failure without a name would be tried again for ever.
+func TestRottenOptions(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	e, _ := mustStore(t, damageConfig(mem), 4)
+	require.NoError(t, e.Close())
+	var path string
+	var text []byte
+	dir := damageConfig(mem).Dir
+	names, err := mem.List(dir)
+	require.NoError(t, err)
+	for _, name := range names {
+		if strings.HasPrefix(name, "OPTIONS-") {
+			path = mem.PathJoin(dir, name)
+			f, err := mem.Open(path)
+			require.NoError(t, err)
+			text, err = io.ReadAll(f)
+			require.NoError(t, err)
+			require.NoError(t, f.Close())
+		}
+	}
+	require.NotEmpty(t, text)
+	refused := 0
+	for i := range text {
+		fs := mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 2))})
+		rotten := bytes.Clone(text)
+		rotten[i] ^= 1 << (i % 8)
+		f, err := fs.Create(path, vfs.WriteCategoryUnspecified)
+		require.NoError(t, err)
+		_, err = f.Write(rotten)
+		require.NoError(t, err)
+		require.NoError(t, f.Close())
+		e, err := Open(damageConfig(fs))
+		if err != nil {
+			require.ErrorIs(t, err, trivet.ErrCorrupt, "byte %d of %q", i, text)
+			refused++
+			continue
+		}
+		require.NoError(t, e.Close())
+	}
+	require.Positive(t, refused)
+}
+
 // A store of the future, or of somebody else, is left alone.
 func TestForeignStores(t *testing.T) {
 	for name, c := range map[string]struct {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -270,10 +271,35 @@ func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error)
 	if failure := h.check(); failure != nil {
 		return nil, failure
 	}
-	if err != nil && strings.Contains(err.Error(), missingTable) {
+	if err != nil && (strings.Contains(err.Error(), missingTable) || !optionsMatch(dir, opts)) {
 		err = fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
 	}
 	return db, toErr(err)
+}
+
+// optionsMatch reports whether Pebble's own record of the options in dir agrees with opts, as far as it can be read. It
+// is a text without a checksum: one that does not agree has rotted, or the store is not ours.
+func optionsMatch(dir string, opts *pebble.Options) bool {
+	names, err := opts.FS.List(dir)
+	if err != nil {
+		return true
+	}
+	ours := opts.Clone()
+	ours.EnsureDefaults()
+	for _, name := range names {
+		if !strings.HasPrefix(name, "OPTIONS-") {
+			continue
+		}
+		f, err := opts.FS.Open(opts.FS.PathJoin(dir, name))
+		if err != nil {
+			continue
+		}
+		text, err := io.ReadAll(f)
+		if errors.Join(err, f.Close()) == nil && ours.CheckCompatibility(dir, string(text)) != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // missingTable is in Pebble's error for tables that its manifest names and the directory has not (version_set.go,
