@@ -248,8 +248,8 @@ func (m *mover) fetch(moves []moving, order []int) error {
 
 // redirect makes the map refer to the copies of blocks, all in segment s, in one batch. Only where it still refers to
 // what was copied: a write that was applied meanwhile wins. No other batch of the volume comes between the look and
-// the change. REQUIRES: entered.
-func (v *Volume) redirect(moves []moving, s *segLive) error {
+// the change. REQUIRES: entered; moves are in the order of their keys, and there is one.
+func (v *Volume) redirect(moves []moving, s *segLive) (err error) {
 	v.applyMu.Lock()
 	defer v.applyMu.Unlock()
 	v.mu.Lock()
@@ -258,17 +258,23 @@ func (v *Volume) redirect(moves []moving, s *segLive) error {
 	if busy {
 		return nil
 	}
+	it, err := v.e.db.NewIter(&pebble.IterOptions{
+		LowerBound: moves[0].key,
+		UpperBound: appendBlockPrefix(nil, v.id, moves[len(moves)-1].bk.lba+1),
+	})
+	if err != nil {
+		return toErr(err)
+	}
+	defer func() { err = closeIter(it, err) }()
 	b := v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
 	moved := moves[:0]
 	want := make([]byte, refValueBytes)
 	for _, m := range moves {
 		putRef(want, m.sum, m.old)
-		same, err := v.e.has(m.key, want)
-		if err != nil {
+		if same, err := hasAt(it, m.key, want); err != nil {
 			return err
-		}
-		if !same {
+		} else if !same {
 			continue
 		}
 		op := b.SetDeferred(blockKeyBytes, refValueBytes)
@@ -289,17 +295,16 @@ func (v *Volume) redirect(moves []moving, s *segLive) error {
 	return nil
 }
 
-// has reports whether a key has a value.
-func (e *Engine) has(key, want []byte) (bool, error) {
-	got, closer, err := e.db.Get(key)
-	if errors.Is(err, pebble.ErrNotFound) {
-		return false, nil
+// hasAt reports whether a key has a value. Keys that are asked for in order cost an iterator little.
+func hasAt(it *pebble.Iterator, key, want []byte) (bool, error) {
+	if !it.SeekGE(key) || !bytes.Equal(it.Key(), key) {
+		return false, toErr(it.Error())
 	}
+	got, err := it.ValueAndErr()
 	if err != nil {
 		return false, toErr(err)
 	}
-	same := bytes.Equal(got, want)
-	return same, closer.Close()
+	return bytes.Equal(got, want), nil
 }
 
 // redirected counts blocks that stand in segment s from now on.
