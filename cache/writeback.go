@@ -18,13 +18,13 @@ const (
 	shortsMax   = 256
 )
 
-// shorts is how many short flights there are beside Depth long ones: of single blocks, which is what random writes
-// leave, they keep as many bytes under way as long ones do, so that the device below can gather them. A Depth of 1 is
-// one at a time all the same.
+// shorts is how many short flights there are beside Depth long ones: of single blocks, which is what random
+// writes leave, they keep as many bytes under way as long ones do, so that the device below can gather them. A
+// Depth of 1 is one at a time all the same.
 func (c *Config) shorts() int { return min((c.Depth-1)*pieceBlocks+1, shortsMax) }
 
-// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many. A short
-// one has at most shortBlocks.
+// flight is one write-back: neighbouring blocks, at most AtomicWriteBytes, or, if Adaptive, up to twice as many. A
+// short one has at most shortBlocks.
 type flight struct {
 	short bool
 	buf   []byte
@@ -133,9 +133,9 @@ func (d *Device) pass() time.Duration {
 	}
 }
 
-// startAll starts a write-back for all of the queue that is not in the way of others, and reports whether there was any;
-// not ok: the Device is closing. One flight of each kind is at hand for each block, as what it needs shows only under
-// the lock; so there is never more under way than all flights of one kind and some of the other.
+// startAll starts a write-back for all of the queue that is not in the way of others, and reports whether there was
+// any; not ok: the Device is closing. One flight of each kind is at hand for each block, as what it needs shows only
+// under the lock; so there is never more under way than all flights of one kind and some of the other.
 func (d *Device) startAll() (started, ok bool) {
 	var short, long *flight
 	defer func() {
@@ -248,11 +248,11 @@ func (t *slots) due(s int32) due {
 	return due{lba: t.lba[s], slot: s, seq: t.seq[s], since: t.since[s]}
 }
 
-// loadLocked makes a flight of w and its dirty neighbours, the short one if they fit. What is left of one write stays together, as long as no
-// other write has covered a part of it: so it reaches the device below whole or not at all. A flight that is longer
-// than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the device below cuts. Nil:
-// w is gone, or in the way of another write-back or an operation that goes through; never are two of one block under
-// way.
+// loadLocked makes a flight of w and its dirty neighbours, the short one if they fit. What is left of one write stays
+// together, as long as no other write has covered a part of it: so it reaches the device below whole or not at all. A
+// flight that is longer than AtomicWriteBytes has no write in it that lies across a multiple of that, for there the
+// device below cuts. Nil: w is gone, or in the way of another write-back or an operation that goes through; never are
+// two of one block under way.
 func (d *Device) loadLocked(short, long *flight, w due) *flight {
 	t := d.t
 	if t == nil || t != d.queueOf || d.err != nil || t.state[w.slot] != dirty || t.seq[w.slot] != w.seq {

@@ -259,6 +259,9 @@ func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error)
 			}
 		}()
 		db, err = h.runOpen(dir, opts)
+		if err != nil && (strings.Contains(err.Error(), missingTable) || !optionsMatch(dir, opts)) {
+			err = fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
+		}
 	}()
 	select {
 	case <-done:
@@ -270,9 +273,6 @@ func openPebble(dir string, opts *pebble.Options, h *health) (*pebble.DB, error)
 	h.opening.Store(false)
 	if failure := h.check(); failure != nil {
 		return nil, failure
-	}
-	if err != nil && (strings.Contains(err.Error(), missingTable) || !optionsMatch(dir, opts)) {
-		err = fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
 	}
 	return db, toErr(err)
 }

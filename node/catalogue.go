@@ -49,12 +49,11 @@ func propose(ctx context.Context, cat Catalogue, c meta.Command) (meta.Result, e
 // that it has not heard of yet is let through, or a copy that lags would refuse the rightful holder.
 func Authorizer(cat Catalogue) func(from trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error {
 	return func(from trivet.NodeID, volume trivet.VolumeID, epoch trivet.Epoch) error {
-		v, ok := cat.Local().Volume(volume)
-		if !ok || epoch > v.Epoch {
+		newest, fenced, held, ok := cat.Local().Epochs(volume, from)
+		if !ok || epoch > newest {
 			return nil
 		}
-		held := v.GrantOf(from)
-		if held != nil && held.Epoch == epoch || (epoch < v.Epoch && epoch >= v.FencedEpoch) {
+		if held != 0 && held == epoch || (epoch < newest && epoch >= fenced) {
 			return nil // its own, or about to be fenced: the state machine says when
 		}
 		return fmt.Errorf("%s from %s at epoch %d: node does not hold that epoch: %w", volume, from, epoch, trivet.ErrFenced)

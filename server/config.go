@@ -78,7 +78,7 @@ type Config struct {
 	ScrubEvery time.Duration
 
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; nothing is acknowledged or applied
-	// before it is as durable as without. Off by default until it has proved itself (docs/decisions/0012).
+	// before it is as durable as without (docs/decisions/0012).
 	OverlapFlush bool
 	// CatchUpBytesPerSecond bounds what all replicas of this node together pull from other nodes, when they
 	// were away for longer than a log keeps, or are new; 0 = no limit, else at least 64 KiB. The catalogue,
@@ -110,7 +110,7 @@ func DefaultConfig() Config {
 	return Config{
 		Listen: "0.0.0.0:7400", IOTimeout: time.Minute, Version: "unknown", Logger: slog.New(slog.DiscardHandler),
 		ReplaceAfter: controller.DefaultReplaceAfter, Attach: string(blockdev.KindAuto),
-		CacheDir: cacheDirDefault, CacheBytes: cacheBytesDefault,
+		CacheDir: cacheDirDefault, CacheBytes: cacheBytesDefault, OverlapFlush: true,
 	}
 }
 

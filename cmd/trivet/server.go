@@ -86,8 +86,8 @@ func newServer(o *options) *cobra.Command {
 		"replace the replicas of a node that is dead, or of a disk that is away, for this long")
 	f.DurationVar(&cfg.Timing.Heartbeat, "heartbeat", 0,
 		"a follower gives up on a silent leader after 1 to 1.5 of these (default 1s)")
-	f.BoolVar(&cfg.OverlapFlush, "overlap-flush", false,
-		"let a leader send entries while its own disk still flushes them: faster where disks are slow")
+	f.BoolVar(&cfg.OverlapFlush, "overlap-flush", cfg.OverlapFlush,
+		"let a leader send entries while its own disk still flushes them; =false does one after the other")
 	f.StringVar(&catchUp, "catch-up-bandwidth", "0",
 		"bytes per second, as 100Mi, that replicas here together pull from other nodes to catch up (0: no limit)")
 	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "",
@@ -141,10 +141,10 @@ func runServer(ctx context.Context, cfg server.Config) error {
 	return s.Close()
 }
 
-// allowForDisks lets the Go runtime run goroutines beside those that wait for a disk. A thread in a system call keeps one
-// of the GOMAXPROCS places until the runtime's monitor takes it away, which it does every 20 µs at best (retake of
-// runtime/proc.go): with one place for each processor all of them stand in reads of a fast disk, and the processors idle.
-// GOMAXPROCS in the environment is left alone.
+// allowForDisks lets the Go runtime run goroutines beside those that wait for a disk. A thread in a system call keeps
+// one of the GOMAXPROCS places until the runtime's monitor takes it away, which it does every 20 µs at best (retake
+// of runtime/proc.go): with one place for each processor all of them stand in reads of a fast disk, and the
+// processors idle. GOMAXPROCS in the environment is left alone.
 func allowForDisks() {
 	if os.Getenv("GOMAXPROCS") != "" {
 		return

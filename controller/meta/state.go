@@ -55,6 +55,19 @@ func (s *State) Volume(id trivet.VolumeID) (Volume, bool) {
 	return v.Clone(), true
 }
 
+// Epochs returns the newest and the fenced epoch of a volume and the one that the node holds, 0 = none, and whether
+// there is such a volume. Unlike Volume it copies nothing: each read and write asks.
+func (s *State) Epochs(id trivet.VolumeID, node trivet.NodeID) (newest, fenced, held trivet.Epoch, ok bool) {
+	v, ok := s.volumes.get(id)
+	if !ok {
+		return 0, 0, 0, false
+	}
+	if g := v.GrantOf(node); g != nil {
+		held = g.Epoch
+	}
+	return v.Epoch, v.FencedEpoch, held, true
+}
+
 // VolumeByName returns the volume that holds the name. One being deleted holds it no longer.
 func (s *State) VolumeByName(name string) (Volume, bool) {
 	id, ok := s.names.get(name)

@@ -100,8 +100,8 @@ const (
 // zeroPages is what new files are written with.
 var zeroPages = sync.OnceValue(func() []byte { return alignedBytes(createChunkBytes) })
 
-// Create implements Dir. The zeroes are written, not only set aside: a write into space that was set aside
-// makes the filesystem convert it, which costs a journal commit with every flush. They go past the page cache: through it,
+// Create implements Dir. The zeroes are written, not only set aside: a write into space that was set aside makes the
+// filesystem convert it, which costs a journal commit with every flush. They go past the page cache: through it,
 // copying them was a tenth of what random writes cost.
 func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 	path := filepath.Join(d.path, name)

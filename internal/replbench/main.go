@@ -54,7 +54,7 @@ func main() {
 	flag.StringVar(&o.profile, "profile", "", "folder for CPU profiles of the nodes, one for each measurement")
 	flag.StringVar(&o.only, "only", "",
 		"one measurement: latency, entries, singles, transfer, silence, catchup, idle or parked")
-	flag.BoolVar(&o.overlap, "overlap", false, "let log flushes overlap with sending (decision 0012)")
+	flag.BoolVar(&o.overlap, "overlap", true, "let log flushes overlap with sending, as servers do (decision 0012)")
 	flag.BoolVar(&o.busy, "busy", false, "measure although the machine is not idle")
 	flag.Parse()
 	if err := run(&o); err != nil {
