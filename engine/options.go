@@ -18,7 +18,7 @@ const (
 	l0TableBytes      = 16 << 20
 	tableBytesMax     = 128 << 20
 	baseLevelBytes    = 256 << 20
-	l0CompactSublevel = 8 // Pebble counts twice the sublevels: four overlapping tables
+	l0CompactSublevel = 4 // Pebble counts twice the sublevels: two overlapping tables
 	l0StopSublevel    = 64
 	bytesPerSync      = 1 << 20
 	openFilesMax      = 1024
