@@ -38,6 +38,11 @@ type Usage struct {
 	ReserveBytes int64 // kept free: new data may take FreeBytes less this
 }
 
+// LogLeaves is what the log leaves free of a disk of totalBytes when it makes new files: half of the reserve. Entries
+// that are under way when the reserve is reached, and cleaning, go on making files; the flush of the map that would
+// give space back must not find the disk full then, for Pebble does not recover from that.
+func LogLeaves(totalBytes int64) int64 { return reserve(totalBytes) / 2 }
+
 // reserve of a disk of totalBytes.
 func reserve(totalBytes int64) int64 {
 	return min(max(totalBytes/reserveDivisor, reserveBytesMin), totalBytes/reserveCapDivisor)

@@ -10,6 +10,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
 	"github.com/trivet-csi/trivet/engine/segment"
 )
 
@@ -90,8 +91,14 @@ func openLog(cfg *DiskConfig, id trivet.DiskID) (*segment.Log, error) {
 		return nil, err
 	}
 	dir := filepath.Join(cfg.Dir, logDir)
+	usage, err := vfs.Default.GetDiskUsage(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("size of the filesystem: %w", err)
+	}
 	// The engine refers to blocks in it: nothing is recycled before it has pinned them.
-	log, err := segment.Open(segment.Options{Dir: segment.NewOSDir(dir), Disk: id, Hold: true, Fatal: cfg.Fatal})
+	log, err := segment.Open(segment.Options{
+		Dir: segment.NewOSDir(dir).Leave(engine.LogLeaves(int64(usage.TotalBytes))), Disk: id, Hold: true, Fatal: cfg.Fatal,
+	})
 	switch {
 	case errors.Is(err, trivet.ErrNotFound):
 		return nil, fmt.Errorf("its log is gone from %s; its replicas have forgotten their votes, so empty this disk and "+

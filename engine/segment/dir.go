@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"unsafe"
 )
 
@@ -66,11 +67,19 @@ func isAligned(b []byte) bool {
 // OSDir is a directory of the operating system; its parent must be durable.
 // Files are opened with O_DIRECT where the filesystem takes it.
 type OSDir struct {
-	path string
+	path       string
+	leaveBytes int64
 }
 
 // NewOSDir returns the directory at path.
 func NewOSDir(path string) *OSDir { return &OSDir{path: path} }
+
+// Leave has Create answer "no space" rather than take the filesystem's free space below so many bytes, which somebody
+// else on it cannot do without. REQUIRES: not in use yet.
+func (d *OSDir) Leave(bytes int64) *OSDir {
+	d.leaveBytes = bytes
+	return d
+}
 
 // Make implements Dir.
 func (d *OSDir) Make() error { return os.MkdirAll(d.path, 0o750) }
@@ -105,6 +114,9 @@ var zeroPages = sync.OnceValue(func() []byte { return alignedBytes(createChunkBy
 // copying them was a tenth of what random writes cost.
 func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 	path := filepath.Join(d.path, name)
+	if free, err := freeBytes(d.path); d.leaveBytes > 0 && (err != nil || free-sizeBytes < d.leaveBytes) {
+		return nil, errors.Join(err, &os.PathError{Op: "create beside what must stay free", Path: path, Err: syscall.ENOSPC})
+	}
 	f, err := openDirect(path, os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err

@@ -17,6 +17,15 @@ func openDirect(path string, flags int) (*os.File, error) {
 	return f, err
 }
 
+// freeBytes returns what a process without privileges may still write to the filesystem of path.
+func freeBytes(path string) (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(path, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return int64(st.Bavail) * st.Bsize, nil //nolint:gosec // far from it
+}
+
 // setAside has the filesystem find room for a new file in one piece. Those that cannot are not asked to.
 func setAside(f *os.File, sizeBytes int64) error {
 	for {

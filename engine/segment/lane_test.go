@@ -787,3 +787,17 @@ func TestShrink(t *testing.T) {
 	first, end := l.Group(1).FirstLast()
 	require.Equal(t, []uint64{40, last}, []uint64{first, end})
 }
+
+// What must stay free of the filesystem is left, and nothing of the file that was refused.
+func TestCreateLeavesRoom(t *testing.T) {
+	t.Parallel()
+	dir := NewOSDir(t.TempDir()).Leave(1 << 60)
+	_, err := dir.Create("a", 64<<10)
+	require.ErrorIs(t, err, syscall.ENOSPC)
+	names, err := dir.List()
+	require.NoError(t, err)
+	require.Empty(t, names)
+	f, err := dir.Leave(1).Create("a", 64<<10)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+}
