@@ -42,6 +42,7 @@ type groupNode struct {
 	disk  trivet.DiskID
 	fs    *vfs.MemFS
 	boots int
+	found trivet.ReplicaID // what holds said when the machine booted, before its agent could remove it
 
 	link  *transport.MemoryNode
 	eng   *engine.Engine
@@ -142,8 +143,8 @@ func (g *groupNode) boot() {
 		}},
 		OnDisk: map[trivet.VolumeID][]placed{},
 	}
-	if id := g.holds(); id != "" {
-		cfg.OnDisk[vol] = []placed{{g.disk, id}}
+	if g.found = g.holds(); g.found != "" {
+		cfg.OnDisk[vol] = []placed{{g.disk, g.found}}
 	}
 	var cat Catalogue = g.b.cat
 	var host replicaHost = realHost{g.host}

@@ -81,7 +81,7 @@ func TestGroupNodeNeverReturns(t *testing.T) {
 		b.requireGroup(rest[0], rest[1], 4)
 		<-time.After(time.Minute)
 		gone.boot()
-		require.Equal(t, ours(gone.n), gone.holds())
+		require.Equal(t, ours(gone.n), gone.found)
 		b.until("what it had is removed", b.has(0, rest[0], rest[1], 4))
 		assert.Empty(t, gone.holds())
 		b.requireGroup(rest[0], rest[1], 4)
