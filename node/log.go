@@ -96,8 +96,9 @@ func openLog(cfg *DiskConfig, id trivet.DiskID) (*segment.Log, error) {
 		return nil, fmt.Errorf("size of the filesystem: %w", err)
 	}
 	// The engine refers to blocks in it: nothing is recycled before it has pinned them.
+	files := segment.NewOSDir(dir)
 	log, err := segment.Open(segment.Options{
-		Dir: segment.NewOSDir(dir).Leave(engine.LogLeaves(int64(usage.TotalBytes))), Disk: id, Hold: true, Fatal: cfg.Fatal,
+		Dir: files, Room: files.Leave(engine.LogLeaves(int64(usage.TotalBytes))), Disk: id, Hold: true, Fatal: cfg.Fatal,
 	})
 	switch {
 	case errors.Is(err, trivet.ErrNotFound):

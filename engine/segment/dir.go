@@ -67,18 +67,22 @@ func isAligned(b []byte) bool {
 // OSDir is a directory of the operating system; its parent must be durable.
 // Files are opened with O_DIRECT where the filesystem takes it.
 type OSDir struct {
-	path       string
-	leaveBytes int64
+	path string
 }
 
 // NewOSDir returns the directory at path.
 func NewOSDir(path string) *OSDir { return &OSDir{path: path} }
 
-// Leave has Create answer "no space" rather than take the filesystem's free space below so many bytes, which somebody
-// else on it cannot do without. REQUIRES: not in use yet.
-func (d *OSDir) Leave(bytes int64) *OSDir {
-	d.leaveBytes = bytes
-	return d
+// Leave returns an Options.Room that answers "no space" rather than take the filesystem's free space below so many
+// bytes, which somebody else on it cannot do without.
+func (d *OSDir) Leave(bytes int64) func(fileBytes int64) error {
+	return func(fileBytes int64) error {
+		free, err := freeBytes(d.path)
+		if err == nil && free-fileBytes < bytes {
+			err = &os.PathError{Op: "make a file beside what must stay free", Path: d.path, Err: syscall.ENOSPC}
+		}
+		return err
+	}
 }
 
 // Make implements Dir.
@@ -114,9 +118,6 @@ var zeroPages = sync.OnceValue(func() []byte { return alignedBytes(createChunkBy
 // copying them was a tenth of what random writes cost.
 func (d *OSDir) Create(name string, sizeBytes int64) (File, error) {
 	path := filepath.Join(d.path, name)
-	if free, err := freeBytes(d.path); d.leaveBytes > 0 && (err != nil || free-sizeBytes < d.leaveBytes) {
-		return nil, errors.Join(err, &os.PathError{Op: "create beside what must stay free", Path: path, Err: syscall.ENOSPC})
-	}
 	f, err := openDirect(path, os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err

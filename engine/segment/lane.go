@@ -222,7 +222,7 @@ func (l *lane) evictLocked() {
 func (l *lane) start() {
 	l.mu.Lock()
 	if l.collectLocked(); len(l.free) == 0 && !l.hold {
-		l.prepareLocked() // before anybody writes, who would make one of his own
+		l.prepareLocked(false) // before anybody writes, who would make one of his own
 	}
 	l.mu.Unlock()
 	l.log.wg.Go(l.run)

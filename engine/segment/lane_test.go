@@ -788,16 +788,54 @@ func TestShrink(t *testing.T) {
 	require.Equal(t, []uint64{40, last}, []uint64{first, end})
 }
 
-// What must stay free of the filesystem is left, and nothing of the file that was refused.
-func TestCreateLeavesRoom(t *testing.T) {
+// A file for entries to come leaves of the filesystem what must stay free.
+func TestLeave(t *testing.T) {
 	t.Parallel()
-	dir := NewOSDir(t.TempDir()).Leave(1 << 60)
-	_, err := dir.Create("a", 64<<10)
-	require.ErrorIs(t, err, syscall.ENOSPC)
-	names, err := dir.List()
-	require.NoError(t, err)
-	require.Empty(t, names)
-	f, err := dir.Leave(1).Create("a", 64<<10)
-	require.NoError(t, err)
-	require.NoError(t, f.Close())
+	dir := NewOSDir(t.TempDir())
+	require.ErrorIs(t, dir.Leave(1 << 60)(64<<10), syscall.ENOSPC)
+	require.NoError(t, dir.Leave(1)(64<<10))
+	require.ErrorIs(t, NewOSDir("/nowhere").Leave(1)(1), syscall.ENOENT)
+}
+
+// Where there is no room for entries to come, a lane still gets the files that it cannot do without: its first one
+// after Open, or a log with a full disk would not even begin, and one for terms and votes that fill the last.
+func TestRoomIsAskedForEntriesOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, dir := newTestLog(t, func(o *Options) {
+			o.Lanes = 1
+			o.Room = func(int64) error { return syscall.ENOSPC }
+		})
+		n := uint64(0)
+		fill := func(l *Log) {
+			before := n
+			for {
+				if err := l.Group(1).Append([]Entry{testEntry(n+1, n+1, 1, 0, 1)}); err != nil {
+					require.ErrorIs(t, err, trivet.ErrNoSpace)
+					break
+				}
+				n++
+			}
+			require.Greater(t, n, before)
+			<-time.After(2 * prepareEvery) // since the mark of the end, which asked too
+			require.ErrorIs(t, l.Group(1).Append([]Entry{testEntry(n+1, n+1, 1, 0, 1)}), trivet.ErrNoSpace)
+		}
+		fill(l)
+		names, err := dir.List()
+		require.NoError(t, err)
+		for term := range uint64(300) {
+			require.NoError(t, l.Group(2).SetStable(Stable{Term: term + 1, VoteTerm: term + 1, Vote: "n"}))
+		}
+		require.NoError(t, l.Err())
+		after, err := dir.List()
+		require.NoError(t, err)
+		require.Greater(t, len(after), len(names), "they took files")
+		require.NoError(t, l.Close())
+
+		opts := testOptions(dir, 2)
+		opts.Room, opts.Hold = l.opts.Room, true
+		l = mustOpen(t, opts)
+		require.Equal(t, uint64(300), l.Group(2).Stable().Term)
+		fill(l)
+		require.NoError(t, l.Close())
+	})
 }

@@ -38,6 +38,11 @@ type Options struct {
 	// DataLane has Format add a lane for blocks that have no entry (Log.Store); Open finds it.
 	DataLane bool
 
+	// Room is asked before a file of so many bytes is made for entries that are still to come: an error has them
+	// refused with ErrNoSpace if it wraps ENOSPC. It is not asked for what a lane cannot do without: its first file
+	// after Open, and one for terms, votes and marks, whose failure would be the end of the log. Nil = there is room.
+	Room func(fileBytes int64) error
+
 	// CacheBytes bounds the data of entries that are kept in memory, over all lanes, beside those that
 	// are not yet durable. 0 = 64 MiB.
 	CacheBytes int64

@@ -40,7 +40,7 @@ func (l *lane) admitLocked(bytes int64) error {
 		case l.prepareErr != nil && !full:
 			return nil // the writer tries again, and fails for good
 		default:
-			l.prepareLocked()
+			l.prepareLocked(l.begun)
 		}
 	}
 }
@@ -97,7 +97,7 @@ func (l *lane) checkpoint() []groupCheckpoint {
 }
 
 // takeFree returns a file for the next segment: a recycled one, else a new one. What failed while nobody
-// waited for it is tried once more: a disk was full.
+// waited for it is tried once more, without asking for room: a disk was full.
 func (l *lane) takeFree() (*slot, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -113,7 +113,7 @@ func (l *lane) takeFree() (*slot, error) {
 			return nil, l.prepareErr
 		default:
 			tried = true
-			l.prepareLocked()
+			l.prepareLocked(false)
 		}
 		l.room.Wait()
 	}
@@ -147,12 +147,12 @@ func (l *lane) prepareAheadLocked() {
 		return
 	}
 	if l.collectLocked(); len(l.free) == 0 {
-		l.prepareLocked()
+		l.prepareLocked(true)
 	}
 }
 
-// prepareLocked starts the making of a file, if that is not under way.
-func (l *lane) prepareLocked() {
+// prepareLocked starts the making of a file, if that is not under way, and if there is room for it where it asks.
+func (l *lane) prepareLocked(ask bool) {
 	if l.preparing {
 		return
 	}
@@ -165,7 +165,7 @@ func (l *lane) prepareLocked() {
 		l.slots++
 	}
 	l.log.wg.Go(func() {
-		f, err := l.log.opts.Dir.Create(name, l.log.shape.segmentBytes)
+		f, err := l.makeFile(name, ask)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if err != nil {
@@ -177,6 +177,16 @@ func (l *lane) prepareLocked() {
 		l.preparing, l.prepareErr, l.preparedAt = false, err, time.Now()
 		l.room.Broadcast()
 	})
+}
+
+func (l *lane) makeFile(name string, ask bool) (File, error) {
+	size := l.log.shape.segmentBytes
+	if room := l.log.opts.Room; ask && room != nil {
+		if err := room(size); err != nil {
+			return nil, err
+		}
+	}
+	return l.log.opts.Dir.Create(name, size)
 }
 
 // carryForward copies the few entries that keep old segments from being recycled into the new one, so that
