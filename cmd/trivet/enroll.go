@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,14 +44,59 @@ func newCertEnroll() *cobra.Command {
 			return nil
 		},
 	}
+	askingFlags(cmd, &cfg, &node)
+	f := cmd.Flags()
+	f.StringVar(&cfg.Dir, "dir", "", "folder for ca.crt, node.crt and node.key")
+	f.BoolVar(&renew, "renew", false, "go on and renew the certificate when a third of its validity is left")
+	f.DurationVar(&timeout, "timeout", kubeTimeout, "give up on the first certificate after this long")
+	logs.flags(cmd)
+	return cmd
+}
+
+// askingFlags are those of the commands that ask the issuer.
+func askingFlags(cmd *cobra.Command, cfg *kube.EnrollConfig, node *string) {
 	f := cmd.Flags()
 	f.StringVar(&cfg.Issuer, "issuer", "", "address of the issuer, as https://HOST:PORT")
 	f.StringVar(&cfg.CAFile, "ca", "", "file with the cluster's CA, as the ConfigMap "+kube.ConfigMapName+" shows it")
 	f.StringVar(&cfg.TokenFile, "token", "", "file with the pod's token for the audience "+kube.Audience)
-	f.StringVar(&node, "node", envOr("TRIVET_NODE", ""), "name of the node that the pod runs on (TRIVET_NODE)")
-	f.StringVar(&cfg.Dir, "dir", "", "folder for ca.crt, node.crt and node.key")
-	f.BoolVar(&renew, "renew", false, "go on and renew the certificate when a third of its validity is left")
-	f.DurationVar(&timeout, "timeout", kubeTimeout, "give up on the first certificate after this long")
+	f.StringVar(node, "node", envOr("TRIVET_NODE", ""), "name of the node that the pod runs on (TRIVET_NODE)")
+}
+
+func newKubePlace() *cobra.Command {
+	var (
+		cfg     kube.EnrollConfig
+		node    string
+		file    string
+		timeout time.Duration
+		logs    logging
+	)
+	cmd := &cobra.Command{
+		Use:   "place --issuer https://HOST:PORT --ca FILE --token FILE --node NAME --file FILE",
+		Short: "Write the zone and the rack of this node, from its labels, for `trivet server --place-file`",
+		Long: "Asks `trivet kube issuer`, which reads the labels, so that the pod needs no right to read nodes. If there\n" +
+			"is no answer within ten seconds and the file is there from before, that is left as it is.",
+		Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := logs.open()
+			if err != nil {
+				return err
+			}
+			cfg.Node, cfg.Logger, cfg.Dir = trivet.NodeID(node), log, filepath.Dir(file)
+			if file == "" {
+				return usageError{errors.New("--file is missing")}
+			}
+			if err := cfg.Validate(); err != nil {
+				return usageError{err}
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
+			defer cancel()
+			return kube.WritePlace(ctx, cfg, file)
+		},
+	}
+	askingFlags(cmd, &cfg, &node)
+	f := cmd.Flags()
+	f.StringVar(&file, "file", "", "the file to write")
+	f.DurationVar(&timeout, "timeout", kubeTimeout, "give up after this long when there is no file from before")
 	logs.flags(cmd)
 	return cmd
 }

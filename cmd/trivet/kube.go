@@ -24,7 +24,8 @@ const kubeTimeout = 10 * time.Minute
 const validityMin = 15 * time.Minute
 
 func newKube(o *options) *cobra.Command {
-	return group("kube", "Install on Kubernetes: what its pods run", newKubeInit(o), newKubeIssuer())
+	return group("kube", "Install on Kubernetes: what its pods run", newKubeInit(o), newKubeIssuer(),
+		newKubePlace())
 }
 
 // logging is the flags of a command that logs as a server does.
@@ -129,6 +130,7 @@ type issuerFlags struct {
 	clientDir, clientName string
 	nodeAccount           string
 	validity              time.Duration
+	labels                kube.PlaceLabels
 	logs                  logging
 }
 
@@ -162,12 +164,20 @@ func newKubeIssuer() *cobra.Command {
 	f.StringVar(&i.clientDir, "client-dir", "", "folder for the certificate of a client beside it; empty: none")
 	f.StringVar(&i.clientName, "client-name", "csi-controller", "name of that client")
 	f.DurationVar(&i.validity, "validity", pki.LeafValidity, "how long the certificates are valid")
+	f.StringVar(&i.labels.Zone, "zone-label", "", "label of nodes with their zone, for trivet kube place; empty: none")
+	f.StringVar(&i.labels.Rack, "rack-label", "", "label of nodes with their rack, for trivet kube place; empty: none")
 	i.logs.flags(cmd)
 	return cmd
 }
 
+// issuerAPI is what the issuer asks the API server.
+type issuerAPI interface {
+	kube.Reviewer
+	kube.NodeReader
+}
+
 // run serves until ctx ends.
-func (i *issuerFlags) run(ctx context.Context, reviewer kube.Reviewer, log *slog.Logger) error {
+func (i *issuerFlags) run(ctx context.Context, api issuerAPI, log *slog.Logger) error {
 	authority, err := kube.LoadAuthority(i.ca)
 	if err != nil {
 		return fmt.Errorf("%w\n  --ca names the folder where the Secret %s is mounted; `trivet kube init` makes it", err,
@@ -178,7 +188,8 @@ func (i *issuerFlags) run(ctx context.Context, reviewer kube.Reviewer, log *slog
 		account = "system:serviceaccount:" + i.namespace + ":" + account
 	}
 	issuer, err := kube.NewIssuer(kube.IssuerConfig{
-		CA: authority.CA, Reviewer: reviewer, NodeAccount: account, Validity: i.validity, Logger: log,
+		CA: authority.CA, Reviewer: api, NodeAccount: account, Validity: i.validity, Labels: i.labels, Nodes: api,
+		Logger: log,
 	})
 	if err != nil {
 		return err

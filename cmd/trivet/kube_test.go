@@ -13,10 +13,13 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	authv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/internal/kube"
 	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/server"
 )
 
 // onNode is an API server to which every token is that of a pod on the node.
@@ -29,6 +32,11 @@ func (n onNode) ReviewToken(context.Context, string, string) (*authv1.TokenRevie
 			Extra:    map[string]authv1.ExtraValue{"authentication.kubernetes.io/node-name": {string(n)}},
 		},
 	}, nil
+}
+
+// Node implements kube.NodeReader.
+func (n onNode) Node(_ context.Context, name string) (*corev1.Node, error) {
+	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"rack": "rack-of-" + name}}}, nil
 }
 
 // freeAddress returns an address that nobody listens on.
@@ -51,7 +59,7 @@ func TestIssuerAndEnroll(t *testing.T) {
 	require.NoError(t, os.WriteFile(path("token"), []byte("t"), 0o600))
 	issuer := issuerFlags{
 		ca: path("ca"), listen: freeAddress(t), namespace: "ns", nodeAccount: "trivet-node", clientDir: path("client"),
-		clientName: "csi-controller", validity: time.Hour,
+		clientName: "csi-controller", validity: time.Hour, labels: kube.PlaceLabels{Rack: "rack"},
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -65,6 +73,19 @@ func TestIssuerAndEnroll(t *testing.T) {
 	require.NoError(t, err)
 	_, err = run(t, append(enroll, "--node", "n2")...)
 	require.ErrorIs(t, err, trivet.ErrInvalid, "the folder is n1's")
+
+	place := []string{
+		"kube", "place", "--issuer", "https://" + issuer.listen, "--ca", path("ca/ca.crt"), "--token", path("token"),
+		"--node", "n1", "--log-level", "error",
+	}
+	_, err = run(t, append(place, "--file", path("place.json"))...)
+	require.NoError(t, err)
+	cfg := server.Config{Zone: "z", Rack: "r"}
+	require.NoError(t, takePlace(&cfg, path("place.json")))
+	assert.Equal(t, server.Config{Zone: "z", Rack: "rack-of-n1"}, cfg, "what the file does not say stays")
+	require.ErrorContains(t, takePlace(&cfg, path("nowhere")), "--place-file: ")
+	_, err = run(t, place...)
+	require.ErrorContains(t, err, "--file is missing")
 
 	out, err := run(t, "cert", "show", "--dir", path("n1"), "-o", "json")
 	require.NoError(t, err)

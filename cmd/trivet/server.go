@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -11,18 +12,19 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/kube"
 	"github.com/trivet-csi/trivet/server"
 )
 
 func newServer(o *options) *cobra.Command {
 	cfg := server.DefaultConfig()
 	var (
-		node     string
-		logLevel string
-		logJSON  bool
-		catchUp  string
-		keeper   string
-		memory   string
+		node, placeFile string
+		logLevel        string
+		logJSON         bool
+		catchUp         string
+		keeper          string
+		memory          string
 	)
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -37,6 +39,9 @@ func newServer(o *options) *cobra.Command {
 				return err
 			}
 			if cfg.CacheBytes, err = parseMemory(memory); err != nil {
+				return err
+			}
+			if err := takePlace(&cfg, placeFile); err != nil {
 				return err
 			}
 			cfg.Node, cfg.CertsDir, cfg.Logger, cfg.Version = trivet.NodeID(node), o.certs, log, version
@@ -58,6 +63,8 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&node, "node", envOr("TRIVET_NODE", host), "name of this node, as in its certificate (TRIVET_NODE)")
 	f.StringVar(&cfg.Zone, "zone", envOr("TRIVET_ZONE", ""), "failure domain of this node (TRIVET_ZONE)")
 	f.StringVar(&cfg.Rack, "rack", envOr("TRIVET_RACK", ""), "failure domain of this node within its zone (TRIVET_RACK)")
+	f.StringVar(&placeFile, "place-file", "",
+		"file with zone and rack, from trivet kube place; what it says goes before --zone and --rack")
 	f.Int64Var(&cfg.MaxVolumes, "max-volumes", 0,
 		"volumes that CSI may attach to a node at a time, the same on all nodes (0: as many as the kernel makes devices)")
 	f.StringVar(&cfg.DataDir, "data", "/var/lib/trivet", "directory of the server's own state")
@@ -95,6 +102,19 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&logJSON, "log-json", false, "log as JSON")
 	return cmd
+}
+
+// takePlace reads where the node stands from a file, if one is named.
+func takePlace(cfg *server.Config, file string) error {
+	if file == "" {
+		return nil
+	}
+	place, err := kube.ReadPlace(file)
+	if err != nil {
+		return usageError{fmt.Errorf("--place-file: %w", err)}
+	}
+	cfg.Zone, cfg.Rack = cmp.Or(place.Zone, cfg.Zone), cmp.Or(place.Rack, cfg.Rack)
+	return nil
 }
 
 // runDirOf is the run directory that the server will use.

@@ -792,7 +792,7 @@ func TestShrink(t *testing.T) {
 func TestLeave(t *testing.T) {
 	t.Parallel()
 	dir := NewOSDir(t.TempDir())
-	require.ErrorIs(t, dir.Leave(1 << 60)(64<<10), syscall.ENOSPC)
+	require.ErrorIs(t, dir.Leave(1<<60)(64<<10), syscall.ENOSPC)
 	require.NoError(t, dir.Leave(1)(64<<10))
 	require.ErrorIs(t, NewOSDir("/nowhere").Leave(1)(1), syscall.ENOENT)
 }

@@ -189,27 +189,13 @@ func (e *enroller) follow(bundle []byte, p *pki.Pair) error {
 
 // request makes a key and asks the issuer to certify it. The pair that it returns is checked by Install.
 func (e *enroller) request(ctx context.Context, bundle []byte, id pki.Identity) (*pki.Pair, error) {
-	token, err := os.ReadFile(e.cfg.TokenFile)
-	if err != nil {
-		return nil, fmt.Errorf("read the pod's token: %w", err)
-	}
-	tlsConfig, err := pki.IssuerClientConfig(bundle, alpnHTTP)
-	if err != nil {
-		return nil, err
-	}
 	keyPEM, csrPEM, err := pki.NewRequest()
 	if err != nil {
 		return nil, err
 	}
-	transport := &http.Transport{TLSClientConfig: tlsConfig, DisableKeepAlives: true} // and no proxy
-	client := &http.Client{
-		Transport: transport, Timeout: enrollTimeout,
-		// The token is for the issuer alone, wherever that may point.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	certPEM, err := post(ctx, client, strings.TrimSuffix(e.cfg.Issuer, "/")+pathCertificate, token, csrPEM)
+	certPEM, err := askIssuer(ctx, e.cfg, bundle, http.MethodPost, pathCertificate, csrPEM)
 	if err != nil {
-		return nil, fmt.Errorf("ask the issuer: %w", err)
+		return nil, err
 	}
 	info, err := pki.Inspect(certPEM)
 	if err != nil {
@@ -222,12 +208,36 @@ func (e *enroller) request(ctx context.Context, bundle []byte, id pki.Identity) 
 	return &pki.Pair{Identity: id, CertPEM: certPEM, KeyPEM: keyPEM}, nil
 }
 
-// post returns the issuer's answer. What it refuses for good is ErrInvalid.
-func post(ctx context.Context, client *http.Client, address string, token, csrPEM []byte) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address, bytes.NewReader(csrPEM))
+// askIssuer returns the issuer's answer to a request with the pod's token. What it refuses for good is ErrInvalid.
+func askIssuer(ctx context.Context, cfg EnrollConfig, bundle []byte, method, path string, body []byte,
+) ([]byte, error) {
+	token, err := os.ReadFile(cfg.TokenFile)
+	if err != nil {
+		return nil, fmt.Errorf("read the pod's token: %w", err)
+	}
+	tlsConfig, err := pki.IssuerClientConfig(bundle, alpnHTTP)
 	if err != nil {
 		return nil, err
 	}
+	transport := &http.Transport{TLSClientConfig: tlsConfig, DisableKeepAlives: true} // and no proxy
+	client := &http.Client{
+		Transport: transport, Timeout: enrollTimeout,
+		// The token is for the issuer alone, wherever that may point.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	address := strings.TrimSuffix(cfg.Issuer, "/") + path
+	req, err := http.NewRequestWithContext(ctx, method, address, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	answer, err := do(client, req, token)
+	if err != nil {
+		return nil, fmt.Errorf("ask the issuer: %w", err)
+	}
+	return answer, nil
+}
+
+func do(client *http.Client, req *http.Request, token []byte) ([]byte, error) {
 	req.Header.Set("Authorization", "Bearer "+string(bytes.TrimSpace(token)))
 	resp, err := client.Do(req)
 	if err != nil {

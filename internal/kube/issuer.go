@@ -21,6 +21,7 @@ import (
 // Paths of an issuer.
 const (
 	pathCertificate = "/v1/certificate" // POST: a request for a certificate, answered with the certificate
+	pathPlace       = "/v1/place"       // GET: where the node of the token stands, as a Place in JSON
 	pathHealth      = "/healthz"        // GET: 200, for probes
 )
 
@@ -58,6 +59,10 @@ type IssuerConfig struct {
 	// Validity of the certificates; 0 is pki.LeafValidity. The CA's end is theirs too.
 	Validity time.Duration
 
+	// Labels say what a node is told of its place; the issuer reads them from Nodes. Both may be empty.
+	Labels PlaceLabels
+	Nodes  NodeReader
+
 	Logger *slog.Logger // nil discards
 }
 
@@ -83,6 +88,9 @@ func NewIssuer(cfg IssuerConfig) (*Issuer, error) {
 	if cfg.Validity == 0 {
 		cfg.Validity = pki.LeafValidity
 	}
+	if err := cfg.Labels.Validate(); err != nil {
+		return nil, err
+	}
 	if cfg.Validity < 0 {
 		return nil, fmt.Errorf("validity %s: want more than zero: %w", cfg.Validity, trivet.ErrInvalid)
 	}
@@ -90,6 +98,7 @@ func NewIssuer(cfg IssuerConfig) (*Issuer, error) {
 		cfg: cfg, log: orDiscard(cfg.Logger), mux: http.NewServeMux(), signing: make(chan struct{}, signingMax),
 	}
 	i.mux.HandleFunc("POST "+pathCertificate, i.serveCertificate)
+	i.mux.HandleFunc("GET "+pathPlace, i.servePlace)
 	i.mux.HandleFunc("GET "+pathHealth, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	return i, nil
 }
@@ -146,6 +155,11 @@ func (i *Issuer) serveCertificate(w http.ResponseWriter, r *http.Request) {
 		_, _ = w.Write(certPEM) // an error is a client that is gone; it comes again
 		return
 	}
+	i.refused(w, r, err)
+}
+
+// refused answers with what is wrong.
+func (i *Issuer) refused(w http.ResponseWriter, r *http.Request, err error) {
 	var no *refusal
 	if !errors.As(err, &no) {
 		i.log.Error("cannot issue certificates", "err", err)
@@ -154,32 +168,50 @@ func (i *Issuer) serveCertificate(w http.ResponseWriter, r *http.Request) {
 	if no.code == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", retryAfterSecond)
 	}
-	i.log.Warn("refused a certificate", "remote", r.RemoteAddr, "code", no.code, "err", no.text)
+	i.log.Warn("refused a request", "path", r.URL.Path, "remote", r.RemoteAddr, "code", no.code, "err", no.text)
 	http.Error(w, no.text, no.code)
 }
 
 // answer returns the certificate for a request, or a *refusal.
 func (i *Issuer) answer(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	if !ok || token == "" {
-		return nil, refuse(http.StatusUnauthorized, "no token: send Authorization: Bearer TOKEN")
+	token, err := bearer(r)
+	if err != nil {
+		return nil, err
 	}
 	// Read before taking a slot: a slow sender must not hold one.
 	csr, err := io.ReadAll(http.MaxBytesReader(w, r.Body, pki.RequestBytesMax))
 	if err != nil {
 		return nil, refuse(http.StatusBadRequest, "read the request: %v (at most %d bytes)", err, pki.RequestBytesMax)
 	}
-	select {
-	case i.signing <- struct{}{}:
-		defer func() { <-i.signing }()
-	default:
-		return nil, refuse(http.StatusServiceUnavailable, "busy with %d requests, come again", signingMax)
+	release, err := i.enter()
+	if err != nil {
+		return nil, err
 	}
+	defer release()
 	node, err := i.nodeOf(r.Context(), token)
 	if err != nil {
 		return nil, err
 	}
 	return i.sign(csr, node)
+}
+
+// bearer returns the token of a request.
+func bearer(r *http.Request) (string, error) {
+	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok || token == "" {
+		return "", refuse(http.StatusUnauthorized, "no token: send Authorization: Bearer TOKEN")
+	}
+	return token, nil
+}
+
+// enter takes one of the slots for requests about which the API server is asked.
+func (i *Issuer) enter() (release func(), err error) {
+	select {
+	case i.signing <- struct{}{}:
+		return func() { <-i.signing }, nil
+	default:
+		return nil, refuse(http.StatusServiceUnavailable, "busy with %d requests, come again", signingMax)
+	}
 }
 
 // nodeOf returns the node that the pod with a token runs on.

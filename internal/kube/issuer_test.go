@@ -187,7 +187,7 @@ func TestIssuerRefuses(t *testing.T) {
 			assert.Contains(t, w.Body.String(), tt.want)
 			assert.NotContains(t, w.Body.String(), "CERTIFICATE-----")
 			assert.Equal(t, 1, strings.Count(w.Body.String(), "\n"), "one line: %s", w.Body)
-			assert.Contains(t, log.String(), "refused a certificate")
+			assert.Contains(t, log.String(), "refused a request")
 			assert.NotContains(t, log.String(), "issued")
 		})
 	}

@@ -3,6 +3,11 @@
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
+{{- if or .Values.node.zoneLabel .Values.node.rackLabel }}
+- apiGroups: [""] # their labels, for the nodes' own pods
+  resources: [nodes]
+  verbs: [get]
+{{- end }}
 {{- end }}
 
 {{- define "trivet.rules.provisioner" }}
