@@ -221,31 +221,33 @@ func TestRotOfAnOldHeader(t *testing.T) {
 
 // A swapped block: the right checksums at the wrong place are not accepted (H24).
 func TestMisdirectedWrite(t *testing.T) {
-	l, dir := newTestLog(t)
-	g := l.Group(2)
-	require.NoError(t, g.Append([]Entry{testEntry(2, 1, 1, 50, 1)}))
-	_, name, first := end(g)
-	require.NoError(t, g.Append([]Entry{testEntry(2, 2, 1, 50, 1)}))
-	require.NoError(t, l.Close())
-	f, err := dir.Open(name)
-	require.NoError(t, err)
-	b := alignedBytes(2 * pageBytes)
-	require.NoError(t, readFull(f, b, first))
-	for _, at := range []int64{first - 2*pageBytes, first + 2*pageBytes} {
-		copied := dir.Clone()
-		f, err := copied.Open(name)
-		require.NoError(t, err)
-		require.NoError(t, writeDurable(f, b, at))
-		l, err := Open(testOptions(copied, 3))
-		if at < first {
-			require.ErrorIs(t, err, trivet.ErrCorrupt, "batch 2 in place of batch 1")
-			continue
-		}
-		require.NoError(t, err)
-		_, last := l.Group(2).FirstLast()
-		require.Equal(t, uint64(2), last, "batch 2 again after batch 2, over the mark")
+	synctest.Test(t, func(t *testing.T) { // so that no mark comes between two appends
+		l, dir := newTestLog(t)
+		g := l.Group(2)
+		require.NoError(t, g.Append([]Entry{testEntry(2, 1, 1, 50, 1)}))
+		_, name, first := end(g)
+		require.NoError(t, g.Append([]Entry{testEntry(2, 2, 1, 50, 1)}))
 		require.NoError(t, l.Close())
-	}
+		f, err := dir.Open(name)
+		require.NoError(t, err)
+		b := alignedBytes(2 * pageBytes)
+		require.NoError(t, readFull(f, b, first))
+		for _, at := range []int64{first - 2*pageBytes, first + 2*pageBytes} {
+			copied := dir.Clone()
+			f, err := copied.Open(name)
+			require.NoError(t, err)
+			require.NoError(t, writeDurable(f, b, at))
+			l, err := Open(testOptions(copied, 3))
+			if at < first {
+				require.ErrorIs(t, err, trivet.ErrCorrupt, "batch 2 in place of batch 1")
+				continue
+			}
+			require.NoError(t, err)
+			_, last := l.Group(2).FirstLast()
+			require.Equal(t, uint64(2), last, "batch 2 again after batch 2, over the mark")
+			require.NoError(t, l.Close())
+		}
+	})
 }
 
 // The records that a file held in its earlier lives stay dead, whatever stands where the log ends: here a whole
@@ -291,39 +293,41 @@ func TestIncarnationIsNotTheNumber(t *testing.T) {
 
 // A crash interrupted the beginning of a segment; its header still says how far the one before it was durable.
 func TestRotBehindAnInterruptedSegment(t *testing.T) {
-	l, dir := newTestLog(t)
-	g := l.Group(2)
-	require.NoError(t, g.Append([]Entry{testEntry(2, 1, 1, 50, 1)}))
-	number, name, at := end(g)
-	until := at + 2*pageBytes
-	require.NoError(t, g.Append([]Entry{testEntry(2, 2, 1, 50, 1)}))
-	_, _, after := end(g)
-	require.Equal(t, until, after)
-	dir = dir.Crash(0, true, rand.New(rand.NewPCG(1, 1)))
-	const next = "seg-00-00000063"
-	f, err := dir.Create(next, segmentBytesMin)
-	require.NoError(t, err)
-	_, err = activate(f, l.shape, segmentHeader{number: number + 1, incarnation: 5, prevEnd: until}, goldenGroups())
-	require.NoError(t, err)
-	dir.Flip(next, pageBytes+9) // the header arrived, the checkpoint did not
+	synctest.Test(t, func(t *testing.T) { // so that no mark comes between two appends
+		l, dir := newTestLog(t)
+		g := l.Group(2)
+		require.NoError(t, g.Append([]Entry{testEntry(2, 1, 1, 50, 1)}))
+		number, name, at := end(g)
+		until := at + 2*pageBytes
+		require.NoError(t, g.Append([]Entry{testEntry(2, 2, 1, 50, 1)}))
+		_, _, after := end(g)
+		require.Equal(t, until, after)
+		dir = dir.Crash(0, true, rand.New(rand.NewPCG(1, 1)))
+		const next = "seg-00-00000063"
+		f, err := dir.Create(next, segmentBytesMin)
+		require.NoError(t, err)
+		_, err = activate(f, l.shape, segmentHeader{number: number + 1, incarnation: 5, prevEnd: until}, goldenGroups())
+		require.NoError(t, err)
+		dir.Flip(next, pageBytes+9) // the header arrived, the checkpoint did not
 
-	again := mustOpen(t, testOptions(dir.Clone(), 2))
-	_, last := again.Group(2).FirstLast()
-	require.Equal(t, uint64(2), last)
-	require.NoError(t, again.Group(2).Append([]Entry{testEntry(2, 3, 1, 50, 1)}))
-	require.NoError(t, again.Close())
+		again := mustOpen(t, testOptions(dir.Clone(), 2))
+		_, last := again.Group(2).FirstLast()
+		require.Equal(t, uint64(2), last)
+		require.NoError(t, again.Group(2).Append([]Entry{testEntry(2, 3, 1, 50, 1)}))
+		require.NoError(t, again.Close())
 
-	for off := at; off < until; off += 100 {
-		damaged := dir.Clone()
-		damaged.Flip(name, off)
-		opts := testOptions(damaged, 2)
-		again, err := Open(opts)
-		if err == nil {
-			_, last := again.Group(2).FirstLast()
-			require.Equal(t, uint64(2), last, "flip at %d", off)
-			require.NoError(t, again.Close())
-			continue
+		for off := at; off < until; off += 100 {
+			damaged := dir.Clone()
+			damaged.Flip(name, off)
+			opts := testOptions(damaged, 2)
+			again, err := Open(opts)
+			if err == nil {
+				_, last := again.Group(2).FirstLast()
+				require.Equal(t, uint64(2), last, "flip at %d", off)
+				require.NoError(t, again.Close())
+				continue
+			}
+			require.ErrorIs(t, err, trivet.ErrCorrupt)
 		}
-		require.ErrorIs(t, err, trivet.ErrCorrupt)
-	}
+	})
 }
