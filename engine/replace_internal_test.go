@@ -17,11 +17,10 @@ func flipBlock(t *testing.T, mem *vfs.MemFS, data []byte) {
 	t.Helper()
 	flipped := 0
 	for _, name := range logFiles(t, mem) {
-		b, err := mem.UnsafeGetFileDataBuffer(name)
-		require.NoError(t, err)
+		b := readFile(t, mem, name)
 		for off := 0; off+trivet.BlockSize <= len(b); off += trivet.BlockSize {
 			if string(b[off:off+trivet.BlockSize]) == string(data) {
-				b[off+1000] ^= 0x10
+				flipByte(t, mem, name, off+1000, 0x10)
 				flipped++
 			}
 		}
