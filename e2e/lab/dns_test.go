@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/stretchr/testify/require"
@@ -105,7 +106,7 @@ func TestNamesOverASocket(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- s.ActivateAndServe() }()
 	question := new(dns.Msg).SetQuestion("db-0.db.shop.svc.cluster.local.", dns.TypeA)
-	got, _, err := new(dns.Client).Exchange(question, pc.LocalAddr().String())
+	got, _, err := (&dns.Client{Timeout: time.Minute}).Exchange(question, pc.LocalAddr().String())
 	require.NoError(t, err)
 	require.Len(t, got.Answer, 1)
 	require.Contains(t, got.Answer[0].String(), "10.213.10.2")

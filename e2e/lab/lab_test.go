@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -111,7 +112,7 @@ func TestProcess(t *testing.T) {
 	require.True(t, p.alive(), "another process with the same number must not be killed")
 
 	require.NoError(t, p.kill())
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	require.NoError(t, until(ctx, "it is dead", func(context.Context) (bool, error) { return !p.alive(), nil }),
 		"a dead child that nobody has asked for counts as dead")
@@ -122,6 +123,8 @@ func TestProcess(t *testing.T) {
 
 func TestMarked(t *testing.T) {
 	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	dir := t.TempDir()
 	cmd := exec.CommandContext(t.Context(), "sleep", "600")
 	cmd.Env = []string{"A=b", markVariable + "=" + dir}
@@ -129,6 +132,10 @@ func TestMarked(t *testing.T) {
 	other.Env = []string{markVariable + "=" + dir + "-other", "X=" + markVariable + "=" + dir}
 	for _, c := range []*exec.Cmd{cmd, other} {
 		require.NoError(t, c.Start())
+		require.NoError(t, until(ctx, "its environment is there", func(context.Context) (bool, error) {
+			env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", c.Process.Pid))
+			return len(env) > 0, err // Start returns a moment before the kernel shows it
+		}))
 	}
 	found, err := marked(dir)
 	require.NoError(t, err)
