@@ -319,12 +319,12 @@ func (l *lane) commit(reqs []*request) {
 			err = l.log.fail(err)
 		}
 	}
+	l.mu.Lock()
+	l.takenBytes, l.writing = 0, false // first: whoever is answered must not be refused room that this batch takes twice
+	l.mu.Unlock()
 	for _, req := range reqs {
 		req.ticket.finish(err)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.takenBytes, l.writing = 0, false
 }
 
 // held tells that the mark must wait for Release: it would need a new file, with each restart one more.

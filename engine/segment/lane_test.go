@@ -3,6 +3,7 @@ package segment
 import (
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -553,6 +554,38 @@ func TestAdmissionCountsWhatIsWritten(t *testing.T) {
 		require.NoError(t, ticket.Err())
 		require.NoError(t, l.Close())
 	})
+}
+
+// Who is answered finds nothing counted as taken any more that is on the disk and counted there: on a disk that is
+// nearly full the next entry would be refused.
+func TestAnsweredIsNotTaken(t *testing.T) {
+	l, _ := newTestLog(t)
+	g := l.Group(2)
+	last := uint64(0)
+	for range 200 {
+		g.lane.turn <- struct{}{} // so that all go in one batch
+		var tickets []*Ticket
+		for range 100 {
+			last++
+			ticket, err := g.AppendAsync([]Entry{testEntry(last, last, 1, 0, 0)})
+			require.NoError(t, err)
+			tickets = append(tickets, ticket)
+		}
+		<-g.lane.turn
+		for answered := false; !answered; { // awake, or the writer is done with the others too
+			select {
+			case <-tickets[0].Done():
+				answered = true
+			default:
+				runtime.Gosched()
+			}
+		}
+		g.lane.mu.Lock()
+		taken := g.lane.takenBytes
+		g.lane.mu.Unlock()
+		require.Zero(t, taken)
+		require.NoError(t, g.TrimPrefix(last))
+	}
 }
 
 // A full disk while much is queued: entries that were taken have a place, so nothing is poisoned.
