@@ -146,6 +146,9 @@ func (c *Client) connectLocked() (*link, error) {
 		if err := c.putLocked(name); err != nil {
 			c.log.Error("a volume does not survive this process", "volume", name, "err", err)
 		}
+		if c.link == nil { // it is gone again, and gets everything when it is back
+			break
+		}
 	}
 	if c.link == nil {
 		return nil, fmt.Errorf("keeper at %s: %w", c.socket, trivet.ErrUnavailable)

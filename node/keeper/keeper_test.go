@@ -156,6 +156,33 @@ func TestClientGivesALaterKeeperEverything(t *testing.T) {
 	one.requireOpen()
 }
 
+// TestKeeperThatDiesAtOnce: a keeper that is gone again before it has been given everything is no more than one that is
+// away.
+func TestKeeperThatDiesAtOnce(t *testing.T) {
+	t.Parallel()
+	socket := filepath.Join(t.TempDir(), "sock")
+	c := NewClient(socket, nil, nil)
+	t.Cleanup(c.Close)
+	for _, name := range []string{"vol-1", "vol-2", "vol-3"} {
+		require.ErrorIs(t, c.Hold(name, newKept(t).fd(), facts), trivet.ErrUnavailable)
+	}
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	require.NoError(t, err)
+	conn, err := l.AcceptUnix()
+	require.NoError(t, err)
+	m, fd, err := receive(conn)
+	require.NoError(t, err)
+	require.EqualValues(t, opPut, m.op)
+	require.NoError(t, unix.Close(fd))
+	require.NoError(t, l.Close())
+	require.NoError(t, conn.Close())
+
+	r := startAt(t, socket)
+	require.Eventually(t, func() bool { return c.Holds("vol-1") && c.Holds("vol-2") && c.Holds("vol-3") }, time.Minute,
+		time.Millisecond)
+	require.Len(t, r.list(), 3)
+}
+
 func TestOneKeeperASocket(t *testing.T) {
 	t.Parallel()
 	r := start(t)
