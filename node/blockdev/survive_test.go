@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -46,6 +47,11 @@ func runSurvivor(text string) error {
 	if err := json.Unmarshal([]byte(text), &cfg); err != nil {
 		return err
 	}
+	if cfg.Namespace {
+		if err := leaveOthers(); err != nil {
+			return err
+		}
+	}
 	ctx, log := context.Background(), slog.New(slog.NewTextHandler(os.Stderr, nil))
 	if cfg.Keeper {
 		k, err := keeper.Open(keeper.Config{Socket: cfg.Socket, Watchdog: cfg.Watchdog, Logger: log})
@@ -79,6 +85,29 @@ func runSurvivor(text string) error {
 	}
 	fmt.Printf("attached: %s %d\n", a.Path(), len(left)) //nolint:forbidigo // the parent reads it
 	return serveOrders(ctx, a)
+}
+
+// leaveOthers unmounts, in this process's own mount namespace, what other tests have mounted. With a copy of the mount
+// here its device would stay in use when they are done with it.
+func leaveOthers() error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		own, super, _ := strings.Cut(line, " - ") // proc_pid_mountinfo(5)
+		fields, source := strings.Fields(own), strings.Fields(super)
+		if len(fields) < 5 || len(source) < 2 || !strings.HasPrefix(fields[4], os.TempDir()+"/") {
+			continue
+		}
+		if !strings.HasPrefix(source[1], "/dev/loop") && !strings.HasPrefix(source[0], "fuse.") {
+			continue
+		}
+		if err := unix.Unmount(fields[4], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("unmount %s: %w", fields[4], err)
+		}
+	}
+	return nil
 }
 
 // serveOrders does what the parent says on our input.
