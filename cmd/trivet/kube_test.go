@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -39,10 +41,11 @@ func (n onNode) Node(_ context.Context, name string) (*corev1.Node, error) {
 	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"rack": "rack-of-" + name}}}, nil
 }
 
-// freeAddress returns an address that nobody listens on.
+// freeAddress returns an address that nobody listens on. It is one of the machine's own that other tests do not use, or
+// they could take the port before it is listened on, or while a server is replaced.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
 	require.NoError(t, err)
 	defer l.Close()
 	return l.Addr().String()
