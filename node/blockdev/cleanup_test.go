@@ -163,7 +163,7 @@ func TestCleanupWithAnOpenFile(t *testing.T) {
 	require.Eventually(t, func() bool {
 		b, err := os.ReadFile(sysfs)
 		return err != nil || strings.TrimSpace(string(b)) != "/"
-	}, 10*time.Second, 10*time.Millisecond, "the loop device must go with its last user")
+	}, time.Minute, 10*time.Millisecond, "the loop device must go with its last user")
 }
 
 // TestKillDuringDetach: whenever it is killed, the process must die, so Detach must not wait in
@@ -176,7 +176,7 @@ func TestKillDuringDetach(t *testing.T) {
 	require.NoError(t, h.cmd.Process.Kill())
 	died := make(chan error, 1)
 	go func() { died <- h.cmd.Wait() }()
-	require.Eventually(t, func() bool { return len(died) == 1 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return len(died) == 1 }, time.Minute, time.Millisecond)
 	cleaned, err := blockdev.Cleanup(t.Context(), h.runDir, nil)
 	require.NoError(t, err)
 	require.Equal(t, []string{"vol-dead"}, cleaned)
@@ -196,7 +196,7 @@ func TestCleanupOfACorpse(t *testing.T) {
 	require.Eventually(t, func() bool {
 		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", h.cmd.Process.Pid))
 		return err == nil && len(tasks) <= 2
-	}, 10*time.Second, 10*time.Millisecond)
+	}, time.Minute, 10*time.Millisecond)
 	cleaned, err := blockdev.Cleanup(t.Context(), h.runDir, nil)
 	require.NoError(t, err)
 	require.Equal(t, []string{"vol-dead"}, cleaned)

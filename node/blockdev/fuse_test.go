@@ -151,7 +151,7 @@ func newFakeKernelWith(t *testing.T, dev trivet.Device, buffers *Buffers) *fakeK
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	require.NoError(t, err)
 	require.NoError(t, unix.SetNonblock(fds[1], true))
-	timeout := unix.Timeval{Sec: 10}
+	timeout := unix.Timeval{Sec: 60}
 	require.NoError(t, unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout))
 	k := &fakeKernel{t: t, fd: fds[0]}
 	k.dev, _ = dev.(*faultdev.Device)

@@ -129,7 +129,7 @@ func requireNoGoroutines(t *testing.T) {
 		var b bytes.Buffer
 		_ = pprof.Lookup("goroutine").WriteTo(&b, 1)
 		return !strings.Contains(b.String(), "node/blockdev.(")
-	}, 5*time.Second, 10*time.Millisecond)
+	}, time.Minute, 10*time.Millisecond)
 }
 
 // openDirect opens a block device for direct I/O.

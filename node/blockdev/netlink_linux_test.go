@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	waitLong = 10 * time.Second
+	waitLong = time.Minute
 	waitTick = time.Millisecond
 )
 

@@ -243,7 +243,7 @@ func (s *survivor) next() string {
 	select {
 	case line := <-s.lines:
 		return line
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		require.Fail(s.t, "the helper says nothing", "heard %q", s.early)
 		return ""
 	}
@@ -356,7 +356,7 @@ func outcome(t *testing.T, done <-chan error) error {
 	select {
 	case err := <-done:
 		return err
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		require.Fail(t, "nobody has answered the request")
 		return nil
 	}
@@ -523,13 +523,13 @@ func TestKeeperComesBack(t *testing.T) {
 	require.Eventually(t, func() bool {
 		_, err := io.WriteString(server.in, "survives\n")
 		return err == nil && server.expect("done: ") != "<nil>"
-	}, 10*time.Second, 10*time.Millisecond)
+	}, time.Minute, 10*time.Millisecond)
 	server.order("release", trivet.ErrUnavailable.Error())
 	s.startKeeper()
 	require.Eventually(t, func() bool {
 		_, err := io.WriteString(server.in, "survives\n")
 		return err == nil && server.expect("done: ") == "<nil>"
-	}, 10*time.Second, 10*time.Millisecond, "the new one gets all")
+	}, time.Minute, 10*time.Millisecond, "the new one gets all")
 	server.kill()
 	server = s.startServer(1, nil)
 	_, err = f.WriteAt(buf, 0)

@@ -85,7 +85,7 @@ func (k *kept) requireOpen() {
 // requireEnd waits for the end.
 func (k *kept) requireEnd() {
 	k.t.Helper()
-	require.NoError(k.t, k.r.SetReadDeadline(time.Now().Add(10*time.Second)))
+	require.NoError(k.t, k.r.SetReadDeadline(time.Now().Add(time.Minute)))
 	_, err := k.r.Read(make([]byte, 1))
 	require.ErrorIs(k.t, err, io.EOF)
 }
@@ -109,7 +109,7 @@ func TestPutTakeDrop(t *testing.T) {
 		var got Facts
 		fd, got, err = b.Take("vol-1")
 		return err == nil && got == facts
-	}, 10*time.Second, time.Millisecond)
+	}, time.Minute, time.Millisecond)
 	_, _, err = c.Take("vol-1")
 	require.ErrorIs(t, err, trivet.ErrInUse, "one server at a time")
 	require.ErrorIs(t, c.Hold("vol-1", int(conn.r.Fd()), facts), trivet.ErrInUse)
@@ -144,13 +144,13 @@ func TestClientGivesALaterKeeperEverything(t *testing.T) {
 	one, two := newKept(t), newKept(t)
 	require.NoError(t, c.Hold("vol-1", one.fd(), facts))
 	r.stop()
-	require.Eventually(t, func() bool { return !c.Holds("vol-1") }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return !c.Holds("vol-1") }, time.Minute, time.Millisecond)
 	require.ErrorIs(t, c.Hold("vol-2", two.fd(), facts), trivet.ErrUnavailable)
 	require.NoError(t, one.w.Close())
 	one.requireOpen() // the client has one itself
 
 	r = startAt(t, r.socket)
-	require.Eventually(t, func() bool { return c.Holds("vol-1") && c.Holds("vol-2") }, 20*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return c.Holds("vol-1") && c.Holds("vol-2") }, time.Minute, time.Millisecond)
 	require.Len(t, r.list(), 2)
 	c.Close()
 	one.requireOpen()
@@ -319,7 +319,7 @@ func TestStartOfAKeeper(t *testing.T) {
 		return nil
 	}, nil)
 	defer c.Close() // before the keeper ends, or it starts another one
-	require.Eventually(t, func() bool { _, err := c.List(); return err == nil }, 20*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { _, err := c.List(); return err == nil }, time.Minute, time.Millisecond)
 }
 
 // TestWatchdog counts time without a server that serves, whoever has taken the connection meanwhile.
