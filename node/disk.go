@@ -100,7 +100,7 @@ func FormatDisk(cfg DiskConfig) (trivet.DiskID, error) {
 	if err != nil {
 		return "", fmt.Errorf("format disk %s: %w", cfg.Dir, err)
 	}
-	defer lock.Close() //nolint:errcheck // nothing was written through it; closing unlocks
+	defer unlockDisk(lock) //nolint:errcheck // nothing was written through it
 	if err := checkFormattable(cfg.Dir); err != nil {
 		return "", fmt.Errorf("format disk %s: %w", cfg.Dir, err)
 	}
@@ -208,7 +208,7 @@ func openDisk(cfg DiskConfig) (*Disk, error) {
 	}
 	d := &Disk{id: sb.Disk, dir: cfg.Dir, place: sb.Place, lock: lock, share: newDiskShare()}
 	if err := d.start(cfg); err != nil {
-		_ = lock.Close() // the first error counts; closing unlocks
+		_ = unlockDisk(lock) // the first error counts
 		return nil, err
 	}
 	return d, nil
@@ -341,7 +341,7 @@ func (d *Disk) replicas() (map[trivet.VolumeID]trivet.ReplicaID, error) {
 // Close closes engine and log and gives the directory free. REQUIRES: no replica on it runs.
 func (d *Disk) Close() error {
 	err := errors.Join(d.engine.Close(), d.log.Close())
-	if cerr := d.lock.Close(); err == nil && !errors.Is(cerr, os.ErrClosed) {
+	if cerr := unlockDisk(d.lock); err == nil && !errors.Is(cerr, os.ErrClosed) {
 		err = cerr
 	}
 	if err != nil {
@@ -350,8 +350,7 @@ func (d *Disk) Close() error {
 	return nil
 }
 
-// lockDisk takes the flock of the directory and keeps it until the file is closed or the process
-// ends.
+// lockDisk takes the flock of the directory and keeps it until unlockDisk or the end of the process.
 func lockDisk(dir string) (*os.File, error) {
 	path := filepath.Join(dir, lockFile)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -370,6 +369,13 @@ func lockDisk(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("process %d of node %s has locked it; stop that one first: %w", h.PID, h.Node, trivet.ErrInUse)
 	}
 	return f, nil
+}
+
+// unlockDisk gives the flock up and closes the file. Not by closing alone: a child that is between fork and exec holds
+// the descriptor, and so the lock, a moment longer.
+func unlockDisk(lock *os.File) error {
+	_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN) // if it fails, closing does it
+	return lock.Close()
 }
 
 func (d *Disk) writeHolder(node trivet.NodeID) error {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
@@ -43,6 +44,23 @@ func mustOpenDisk(t *testing.T, dir string) *Disk {
 	d, err := OpenDisk(diskConfig(t, dir))
 	require.NoError(t, err)
 	return d
+}
+
+// TestDiskLockEndsBesideAFork: a child that another goroutine starts has all descriptors until it runs its program. The
+// disk is free all the same once it is closed.
+func TestDiskLockEndsBesideAFork(t *testing.T) {
+	t.Parallel()
+	lock, err := lockDisk(t.TempDir())
+	require.NoError(t, err)
+	child, err := unix.Dup(int(lock.Fd())) // the same open file, as in a child
+	require.NoError(t, err)
+	defer unix.Close(child) //nolint:errcheck // nothing was written
+	_, err = lockDisk(filepath.Dir(lock.Name()))
+	require.ErrorIs(t, err, trivet.ErrInUse)
+	require.NoError(t, unlockDisk(lock))
+	again, err := lockDisk(filepath.Dir(lock.Name()))
+	require.NoError(t, err)
+	require.NoError(t, unlockDisk(again))
 }
 
 func TestDiskFormatOpenReopen(t *testing.T) {

@@ -41,7 +41,7 @@ func openDataDir(path string, want owner) (_ *dataDir, err error) {
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			_ = unlock(lock) // the first error counts
 		}
 	}()
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
@@ -93,4 +93,11 @@ func (d *dataDir) join(names ...string) string {
 }
 
 // close gives the directory up.
-func (d *dataDir) close() error { return d.lock.Close() }
+func (d *dataDir) close() error { return unlock(d.lock) }
+
+// unlock gives the flock up and closes the file. Not by closing alone: a child that is between fork and exec holds the
+// descriptor, and so the lock, a moment longer.
+func unlock(lock *os.File) error {
+	_ = syscall.Flock(int(lock.Fd()), syscall.LOCK_UN) // if it fails, closing does it
+	return lock.Close()
+}

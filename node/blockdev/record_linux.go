@@ -99,7 +99,12 @@ func (f *folder) current() bool {
 	return err1 == nil && err2 == nil && os.SameFile(held, named)
 }
 
-func (f *folder) unlock() { _ = f.lock.Close() } // nothing was written
+// unlock gives the lock up, unless it is a corpse's. Not by closing alone: a child that is between fork and exec holds
+// the descriptor, and so the lock, a moment longer.
+func (f *folder) unlock() {
+	_ = unix.Flock(int(f.lock.Fd()), unix.LOCK_UN) // if it fails, closing does it
+	_ = f.lock.Close()                             // nothing was written
+}
 
 // ownerIsDead tells whether the lock is held by a corpse: a killed process one of whose threads
 // waits for its own dead server, so that its descriptors, the lock among them, cannot close

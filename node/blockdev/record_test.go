@@ -2,6 +2,7 @@ package blockdev
 
 import (
 	"encoding/json"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -104,4 +105,19 @@ func TestSiteSaves(t *testing.T) {
 	require.Equal(t, fuseState{Point: "/p", Loop: 7}, st)
 	_, err = lockFolder(dir.path, false)
 	require.ErrorIs(t, err, trivet.ErrInUse)
+}
+
+// TestFolderIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its program. The
+// folder is free all the same once it is unlocked.
+func TestFolderIsFreeBesideAFork(t *testing.T) {
+	t.Parallel()
+	dir, err := lockFolder(t.TempDir(), true)
+	require.NoError(t, err)
+	child, err := syscall.Dup(int(dir.lock.Fd())) // the same open file, as in a child
+	require.NoError(t, err)
+	defer syscall.Close(child) //nolint:errcheck // nothing was written
+	dir.unlock()
+	again, err := lockFolder(dir.path, false)
+	require.NoError(t, err)
+	again.unlock()
 }

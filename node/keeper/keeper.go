@@ -136,7 +136,7 @@ func (k *Keeper) listen(socket string) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			k.lock.Close()
+			k.unlock()
 		}
 	}()
 	if err := unix.Flock(int(k.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
@@ -195,7 +195,14 @@ func (k *Keeper) close() {
 	for name, e := range k.entries {
 		k.forgetLocked(name, e)
 	}
-	k.lock.Close()
+	k.unlock()
+}
+
+// unlock gives the socket's lock up. Not by closing alone: a child that is between fork and exec holds the descriptor,
+// and so the lock, a moment longer.
+func (k *Keeper) unlock() {
+	_ = unix.Flock(int(k.lock.Fd()), unix.LOCK_UN) // if it fails, closing does it
+	_ = k.lock.Close()                             // nothing was written
 }
 
 func (k *Keeper) admit(s *session) error {
