@@ -59,7 +59,18 @@ func serveNBD(t *testing.T, c *testutil.Cluster, i int, name string) (*nbdClient
 			v, err := c.Admin(i).GetVolume(t.Context(), &api.VolumeRequest{Name: name})
 			return err == nil && v.GetAttachedNode() != fmt.Sprintf("node-%d", i)
 		}, time.Minute, 20*time.Millisecond)
+		awaitUnlocked(t, c.Admin(i), name)
 	}
+}
+
+// awaitUnlocked waits until the server that has just detached a volume by itself is through with that. The catalogue
+// shows it detached a moment before, while other calls to that server are still refused.
+func awaitUnlocked(t *testing.T, admin api.AdminClient, name string) {
+	t.Helper()
+	require.Eventually(t, func() bool { // there is nothing to detach any more, but it takes the same lock
+		_, err := admin.DetachVolume(context.WithoutCancel(t.Context()), &api.DetachVolumeRequest{Name: name})
+		return err == nil || status.Code(err) == codes.FailedPrecondition // others hold it by now
+	}, time.Minute, 20*time.Millisecond)
 }
 
 func pattern(b byte) []byte { return bytes.Repeat([]byte{b}, trivet.BlockSize) }

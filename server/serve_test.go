@@ -126,6 +126,7 @@ func serveTLS(t *testing.T, admin api.AdminClient, r *api.ServeVolumeRequest) *u
 			v, err := admin.GetVolume(context.WithoutCancel(ctx), &api.VolumeRequest{Name: r.GetName()})
 			return err == nil && v.GetAttachedNode() == ""
 		}, time.Minute, 50*time.Millisecond)
+		awaitUnlocked(t, admin, r.GetName())
 	})
 	u, err := url.Parse(resp.GetUri())
 	require.NoError(t, err)
