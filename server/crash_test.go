@@ -23,6 +23,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/internal/testutil"
 	"github.com/trivet-csi/trivet/server"
 )
 
@@ -76,13 +77,8 @@ func newFleet(t testing.TB, change ...func(*server.Config)) *fleet {
 	issue("client", pki.RoleClient, "test")
 	creds, err := pki.Open(filepath.Join(dir, "client"), pki.RoleClient, nil)
 	require.NoError(t, err)
-	var addresses []string
-	for range 3 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		addresses = append(addresses, l.Addr().String())
-		require.NoError(t, l.Close())
-	}
+	host := testutil.Loopback() // with all ports free, before the first start and after each kill
+	addresses := []string{net.JoinHostPort(host, "7401"), net.JoinHostPort(host, "7402"), net.JoinHostPort(host, "7403")}
 	for i, address := range addresses {
 		name := fmt.Sprintf("node-%d", i)
 		issue(filepath.Join(name, "certs"), pki.RoleNode, name)

@@ -7,6 +7,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -29,6 +31,7 @@ const readyTimeout = 90 * time.Second
 type Cluster struct {
 	tb      testing.TB
 	dir     string
+	host    string
 	ca      *pki.CA
 	configs []server.Config
 	servers []*server.Server
@@ -46,7 +49,7 @@ func StartCluster(tb testing.TB, n int, adjust func(i int, cfg *server.Config)) 
 	tb.Cleanup(func() { require.NoError(tb, os.RemoveAll(dir)) })
 	ca, err := pki.NewCA(trivet.ClusterID(trivet.NewUUID()), pki.For(pki.CAValidity))
 	require.NoError(tb, err)
-	c := &Cluster{tb: tb, dir: dir, ca: ca}
+	c := &Cluster{tb: tb, dir: dir, host: Loopback(), ca: ca}
 	c.issue("client", pki.RoleClient, "test")
 	for i := range n {
 		cfg := c.config(i)
@@ -66,11 +69,18 @@ func StartCluster(tb testing.TB, n int, adjust func(i int, cfg *server.Config)) 
 	return c
 }
 
+// Loopback returns an IPv4 address of this machine that hardly anybody else uses. A server that is stopped and is to
+// listen at the same port again finds it free there; that of 127.0.0.1 may be another test's by then.
+func Loopback() string {
+	n := rand.Uint32() //nolint:gosec // nobody has to guess it
+	return net.IPv4(127, byte(1+n>>16%254), byte(n>>8), byte(1+n%254)).String()
+}
+
 func (c *Cluster) config(i int) server.Config {
 	name := fmt.Sprintf("node-%d", i)
 	c.issue(filepath.Join(name, "certs"), pki.RoleNode, name)
 	cfg := server.DefaultConfig()
-	cfg.Node, cfg.Listen = trivet.NodeID(name), "127.0.0.1:0"
+	cfg.Node, cfg.Listen = trivet.NodeID(name), net.JoinHostPort(c.host, "0")
 	cfg.DataDir, cfg.CertsDir = c.Path(name, "data"), c.Path(name, "certs")
 	cfg.CSI = c.CSI(i)
 	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20 // quick to make
