@@ -84,15 +84,18 @@ func (d *demo) makeCerts(ctx context.Context, names []string) error {
 	return nil
 }
 
-// freeAddress returns a loopback address that nobody listens on just now.
-func freeAddress(ctx context.Context) (string, error) {
+// freeAddresses returns n loopback addresses that nobody listens on just now.
+func freeAddresses(ctx context.Context, n int) (addresses []string, err error) {
 	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for range n {
+		l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close() //nolint:errcheck // at the end, or two could be the same; it was only to find a free port
+		addresses = append(addresses, l.Addr().String())
 	}
-	defer l.Close() //nolint:errcheck // it was only to find a free port
-	return l.Addr().String(), nil
+	return addresses, nil
 }
 
 // start runs the process of s and connects to its CSI socket.

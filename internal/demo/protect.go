@@ -30,6 +30,14 @@ func (d *demo) flipBit(ctx context.Context) error {
 	if err := d.writeWhole(flippedFile, data); err != nil {
 		return err
 	}
+	// It is on a majority of the disks, of which node-b's need not be one yet.
+	err := until(ctx, "node-b has it", func() (bool, error) {
+		applied, commit, err := d.progress(ctx, "node-b")
+		return applied > 0 && applied == commit, err
+	})
+	if err != nil {
+		return err
+	}
 	at, err := flipOnDisk(filepath.Join(d.dir, "node-b", "data"), data[:pageBytes])
 	if err != nil {
 		return err

@@ -66,12 +66,12 @@ func (d *demo) startCluster(ctx context.Context) error {
 	if err := d.startKeeper(); err != nil {
 		return err
 	}
-	for _, name := range names {
-		address, err := freeAddress(ctx)
-		if err != nil {
-			return err
-		}
-		d.servers = append(d.servers, &server{name: name, address: address})
+	addresses, err := freeAddresses(ctx, len(names))
+	if err != nil {
+		return err
+	}
+	for i, name := range names {
+		d.servers = append(d.servers, &server{name: name, address: addresses[i]})
 	}
 	for _, s := range d.servers {
 		if err := d.start(s); err != nil {
@@ -81,7 +81,7 @@ func (d *demo) startCluster(ctx context.Context) error {
 	}
 	d.say("trivet cluster init, and wait until three nodes are voters of the catalogue")
 	first := d.servers[0]
-	err := until(ctx, "the first server accepts cluster init", func() (bool, error) {
+	err = until(ctx, "the first server accepts cluster init", func() (bool, error) {
 		var born struct{ Cluster string }
 		err := d.ask(ctx, first, &born, "cluster", "init")
 		return err == nil, err
@@ -190,27 +190,32 @@ func (d *demo) restartDead(ctx context.Context) error {
 	}
 	began, behind := time.Now(), uint64(0)
 	err := until(ctx, "node-a has caught up", func() (bool, error) {
-		var v volumeView
-		if err := d.ask(ctx, d.server("node-b"), &v, "volume", "show", "demo"); err != nil {
-			return false, err
-		}
-		var applied, commit uint64
-		for _, r := range v.Replicas {
-			commit = max(commit, r.Commit)
-			if r.Node == "node-a" {
-				applied = r.Applied
-			}
-		}
+		applied, commit, err := d.progress(ctx, "node-a")
 		if applied > 0 && behind == 0 {
 			behind = commit - applied
 		}
-		return applied > 0 && applied == commit, nil
+		return applied > 0 && applied == commit, err
 	})
 	if err != nil {
 		return err
 	}
 	note("it came back %d log entries behind and was level after %d ms", behind, time.Since(began).Milliseconds())
 	return nil
+}
+
+// progress returns how far the replica on a node is, 0 when it does not say, and how far the volume is.
+func (d *demo) progress(ctx context.Context, node string) (applied, commit uint64, err error) {
+	var v volumeView
+	if err := d.ask(ctx, d.server("node-b"), &v, "volume", "show", "demo"); err != nil {
+		return 0, 0, err
+	}
+	for _, r := range v.Replicas {
+		commit = max(commit, r.Commit)
+		if r.Node == node {
+			applied = r.Applied
+		}
+	}
+	return applied, commit, nil
 }
 
 func (d *demo) moveToAnotherNode(ctx context.Context) error {
