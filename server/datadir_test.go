@@ -9,8 +9,8 @@ import (
 	"github.com/trivet-csi/trivet"
 )
 
-// TestDataDirIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its program. The
-// directory is free all the same once it is closed.
+// TestDataDirIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its program.
+// The directory is free all the same once it is closed.
 func TestDataDirIsFreeBesideAFork(t *testing.T) {
 	t.Parallel()
 	path, whose := t.TempDir(), owner{Cluster: "c", Node: "n"}
