@@ -24,31 +24,50 @@ type route struct {
 
 // attempt is one dial that calls wait for.
 type attempt struct {
-	done chan struct{} // closed at the end
-	conn *client       // the result, nil when err is not
-	err  error
+	address string
+	done    chan struct{} // closed at the end
+	conn    *client       // the result, nil when err is not
+	err     error
 }
 
 // clientTo returns a live connection to a node, dialled if need be. While a failed dial is less than
 // its backoff ago it returns that failure at once, unless free says to pass over the backoff.
 func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID, free bool) (*client, error) {
+	for {
+		c, a, err := p.dialling(node, free)
+		if a == nil {
+			return c, err
+		}
+		select {
+		case <-a.done:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		// Who came while the node's old address was being dialled has learned nothing of the new one.
+		if a.err == nil || p.cfg.Book.Address(node) == a.address {
+			return a.conn, a.err
+		}
+	}
+}
+
+// dialling returns a live connection to a node, or the dial under way, which it begins if need be, or why there is
+// neither.
+func (p *Peers) dialling(node trivet.NodeID, free bool) (*client, *attempt, error) {
 	address := p.cfg.Book.Address(node) // not under the lock: it is not ours
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.closed {
-		p.mu.Unlock()
-		return nil, p.errClosed()
+		return nil, nil, p.errClosed()
 	}
 	r := p.routes[node]
 	if r != nil && r.conn != nil {
 		if c := r.conn; c.ctx.Err() == nil {
-			p.mu.Unlock()
-			return c, nil
+			return c, nil, nil
 		}
 		p.lostLocked(r, r.conn)
 	}
 	if address == "" {
-		p.mu.Unlock()
-		return nil, fmt.Errorf("address of node %s is unknown: %w", node, trivet.ErrUnavailable)
+		return nil, nil, fmt.Errorf("address of node %s is unknown: %w", node, trivet.ErrUnavailable)
 	}
 	if r == nil {
 		r = &route{}
@@ -56,25 +75,18 @@ func (p *Peers) clientTo(ctx context.Context, node trivet.NodeID, free bool) (*c
 	}
 	if r.attempt == nil {
 		if !free && r.err != nil && r.address == address && time.Now().Before(r.retryAt) {
-			err := r.err
-			p.mu.Unlock()
-			return nil, err
+			return nil, nil, r.err
 		}
-		r.attempt = &attempt{done: make(chan struct{})}
-		p.wg.Go(func() { p.connect(node, address, r, r.attempt) })
+		a := &attempt{address: address, done: make(chan struct{})}
+		r.attempt = a
+		p.wg.Go(func() { p.connect(node, r, a) })
 	}
-	a := r.attempt
-	p.mu.Unlock()
-	select {
-	case <-a.done:
-		return a.conn, a.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+	return nil, r.attempt, nil
 }
 
 // connect makes one attempt and, when it succeeds, serves the connection to its end.
-func (p *Peers) connect(node trivet.NodeID, address string, r *route, a *attempt) {
+func (p *Peers) connect(node trivet.NodeID, r *route, a *attempt) {
+	address := a.address
 	p.stats.dials.Add(1)
 	p.live.dialling(node, address)
 	begun := time.Now()

@@ -372,6 +372,33 @@ func TestPeersSharedDial(t *testing.T) {
 	})
 }
 
+// A call that comes while the address that a node has left is being dialled does not take that dial's failure for an
+// answer.
+func TestPeersSharedDialOfOldAddress(t *testing.T) {
+	overPipes(t, func(t *testing.T, c *cluster, w *wire, a, b *node) {
+		b.Handle(testKind, echo)
+		w.set("b", nil)
+		w.set("b2", b)
+		w.onDial.Store(func(address string) {
+			if address == "b" {
+				time.Sleep(time.Second) // in the bubble's time
+			}
+		})
+		results := make(chan error, 2)
+		dial := func() {
+			_, err := call(t, a, "b", "x")
+			results <- err
+		}
+		go dial()
+		synctest.Wait()
+		c.book.set("b", "b2")
+		go dial()
+		require.NoError(t, <-results)
+		require.NoError(t, <-results)
+		assert.EqualValues(t, 2, w.dials.Load())
+	})
+}
+
 // Close ends a dial under way.
 func TestPeersCloseWhileDialling(t *testing.T) {
 	overPipes(t, func(t *testing.T, _ *cluster, w *wire, a, _ *node) {
