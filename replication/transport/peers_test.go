@@ -66,6 +66,9 @@ func newCluster(t *testing.T) *cluster {
 	}
 }
 
+// withoutPings lets nodes send no pings while a test lasts: some would come between the frames that it reads by hand.
+func (c *cluster) withoutPings() { c.limits.SilentAfter, c.limits.DeadAfter = time.Hour, time.Hour }
+
 // credentials returns new credentials of a name and role.
 func (c *cluster) credentials(t *testing.T, role pki.Role, name string, v pki.Validity) *pki.Credentials {
 	t.Helper()
@@ -573,6 +576,26 @@ func TestPeersDisplacesOldConnections(t *testing.T) {
 	require.NoError(t, err)
 	_, err = io.ReadFull(newest, make([]byte, transport.FrameHeaderBytes))
 	require.NoError(t, err)
+}
+
+// A far end whose kernel resets the connection, because it was closed before all had been read, has ended it as well
+// as one that closes it in good order.
+func TestPeersFarEndResets(t *testing.T) {
+	c := newCluster(t)
+	c.withoutPings()
+	b := c.start(t, "b")
+	b.Handle(testKind, echo)
+	conn := c.rawConn(t, b, c.credentials(t, pki.RoleNode, "a", pki.For(time.Hour)), transport.ALPN)
+	request := append(transport.EncodePreface(), transport.EncodeRequest(1, transport.Message{Kind: testKind})...)
+	_, err := conn.Write(request)
+	require.NoError(t, err)
+	_, err = io.ReadFull(conn, make([]byte, len(request)))
+	require.NoError(t, err)
+	raw, ok := conn.NetConn().(*net.TCPConn)
+	require.True(t, ok)
+	require.NoError(t, raw.SetLinger(0)) // its end is a reset
+	require.NoError(t, raw.Close())
+	require.NoError(t, <-b.served)
 }
 
 func TestPeersClose(t *testing.T) {

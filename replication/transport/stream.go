@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -25,7 +26,7 @@ const readBufferBytes = 4 << 10
 // writeNowBytesMax bounds what a goroutine writes of what others have queued meanwhile.
 const writeNowBytesMax = 256 << 10
 
-// errHungUp is part of the cause when the far end closed the connection between two frames.
+// errHungUp is part of the cause when the far end closed the connection, or its kernel did.
 var errHungUp = errors.New("closed by the far end")
 
 // stream is what both ends of a connection have in common: a queue, a goroutine for what cannot be written at once,
@@ -98,7 +99,8 @@ func (s *stream) broken(err error) error {
 		s.peers.stats.badFrames.Add(1)
 		// The frame is what is corrupt, not what was asked for: hence not ErrCorrupt.
 		return fmt.Errorf("connection with %s: %w: %w", s.node, err, trivet.ErrUnavailable)
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		// A far end that closes the connection before it has read all resets it.
 		return fmt.Errorf("connection with %s: %w: %w", s.node, errHungUp, trivet.ErrUnavailable)
 	default:
 		return fmt.Errorf("connection with %s: %w: %w", s.node, err, trivet.ErrUnavailable)
