@@ -372,6 +372,7 @@ func TestPeersWrongNode(t *testing.T) {
 		ClientTLS: func(trivet.NodeID) (*tls.Config, error) { return a.creds.ClientConfig(""), nil },
 		PeerNode:  a.creds.PeerNode,
 		Book:      c.book,
+		Limits:    c.limits,
 	})
 	require.NoError(t, err)
 	defer lax.Close()
@@ -449,6 +450,7 @@ func TestPeersRefusesRogues(t *testing.T) {
 // One bad frame ends its connection, and no other.
 func TestPeersBadFrames(t *testing.T) {
 	c := newCluster(t)
+	c.withoutPings()
 	a, b := c.start(t, "a"), c.start(t, "b")
 	b.Handle(testKind, echo)
 	_, err := a.Call(t.Context(), "b", transport.Message{Kind: testKind})
@@ -555,6 +557,7 @@ func TestPeersBusy(t *testing.T) {
 // A node that opens connection after connection keeps only the newest few.
 func TestPeersDisplacesOldConnections(t *testing.T) {
 	c := newCluster(t)
+	c.withoutPings()
 	b := c.start(t, "b")
 	b.Handle(testKind, echo)
 	creds := c.credentials(t, pki.RoleNode, "a", pki.For(time.Hour))
@@ -663,8 +666,7 @@ func TestPeersCallerIsNotHeldUp(t *testing.T) {
 	require.NoError(t, err)
 	defer l.Close()
 	c.book.set("deaf", l.Addr().String())
-	done := make(chan struct{})
-	ended := make(chan struct{})
+	connected, done, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
 		raw, err := l.Accept()
@@ -677,6 +679,7 @@ func TestPeersCallerIsNotHeldUp(t *testing.T) {
 		assert.NoError(t, err)
 		_, err = conn.Write(transport.EncodePreface())
 		assert.NoError(t, err)
+		close(connected)
 		<-done
 	}()
 	caller := c.peersOf(t, "a", c.credentials(t, pki.RoleNode, "a", pki.For(time.Hour)))
@@ -685,6 +688,13 @@ func TestPeersCallerIsNotHeldUp(t *testing.T) {
 		require.NoError(t, caller.Close())
 		<-ended
 	}()
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-connected // however long that takes
+		cancel()
+	}()
+	_, err = caller.Call(ctx, "deaf", transport.Message{Kind: testKind})
+	require.ErrorIs(t, err, context.Canceled)
 	for range 40 {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		_, err = caller.Call(ctx, "deaf", transport.Message{Kind: testKind, Body: make([]byte, 200<<10)})
