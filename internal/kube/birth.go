@@ -53,8 +53,8 @@ func Bear(ctx context.Context, cluster trivet.ClusterID, maps ConfigMaps, server
 		if err == nil || errors.Is(err, trivet.ErrInvalid) {
 			return done, err
 		}
-		if !w.again(ctx, err) {
-			return Birth{}, b.gaveUp(err)
+		if more, why := w.again(ctx, err); !more {
+			return Birth{}, b.gaveUp(why)
 		}
 	}
 }

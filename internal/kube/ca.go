@@ -61,8 +61,8 @@ func EnsureCA(ctx context.Context, secrets Secrets, maps ConfigMaps, log *slog.L
 		if err == nil || errors.Is(err, trivet.ErrInvalid) {
 			return a, err
 		}
-		if !w.again(ctx, err) {
-			return nil, fmt.Errorf("ensure ca: gave up: %w", unavailable(err))
+		if more, why := w.again(ctx, err); !more {
+			return nil, fmt.Errorf("ensure ca: gave up: %w", unavailable(why))
 		}
 	}
 }

@@ -73,8 +73,8 @@ func Enroll(ctx context.Context, cfg EnrollConfig) error {
 		if errors.Is(err, trivet.ErrInvalid) {
 			return fmt.Errorf("enroll node %s: %w", cfg.Node, err)
 		}
-		if !w.again(ctx, err) {
-			return fmt.Errorf("enroll node %s: gave up: %w", cfg.Node, unavailable(err))
+		if more, why := w.again(ctx, err); !more {
+			return fmt.Errorf("enroll node %s: gave up: %w", cfg.Node, unavailable(why))
 		}
 	}
 }

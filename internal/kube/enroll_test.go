@@ -230,6 +230,27 @@ func TestEnrollGivesUp(t *testing.T) {
 	}
 }
 
+// Who gives up in the middle of a try says why none before it worked, not that this one was cut off.
+func TestEnrollSaysWhyItGaveUp(t *testing.T) {
+	t.Parallel()
+	e := newEnrollment(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	leave := make(chan struct{})
+	defer close(leave)
+	var tries atomic.Int32
+	e.api.intercept(func(string, string) int {
+		if tries.Add(1) > 1 {
+			cancel()
+			<-leave
+		}
+		return http.StatusForbidden
+	})
+	err := kube.Enroll(ctx, e.cfg)
+	require.ErrorIs(t, err, trivet.ErrUnavailable)
+	require.ErrorContains(t, err, "503")
+}
+
 // What waiting does not mend is an error at once.
 func TestEnrollFails(t *testing.T) {
 	t.Parallel()
@@ -277,15 +298,19 @@ func TestEnrollKeepsItsToken(t *testing.T) {
 		t.Cleanup(server.Close)
 		return "https://" + address
 	}
-	enroll := func(issuer string) error {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	enroll := func(issuer, reason string) error { // until that reason to wait is told
+		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		cfg := e.cfg
 		cfg.Issuer = issuer
-		return kube.Enroll(ctx, cfg)
+		ended := make(chan error, 1)
+		go func() { ended <- kube.Enroll(ctx, cfg) }()
+		require.Eventually(t, func() bool { return strings.Contains(e.log.String(), reason) }, time.Minute, time.Millisecond)
+		cancel()
+		return <-ended
 	}
 	stranger := listen(newCA(t), func(http.ResponseWriter, *http.Request) { heard.Add(1) })
-	err := enroll(stranger)
+	err := enroll(stranger, "is of cluster")
 	require.ErrorIs(t, err, trivet.ErrUnavailable, "it may have the address of one that is gone")
 	require.ErrorContains(t, err, "is of cluster")
 	assert.Zero(t, heard.Load())
@@ -293,7 +318,7 @@ func TestEnrollKeepsItsToken(t *testing.T) {
 	// Nor is a redirection followed.
 	err = enroll(listen(e.ca, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, e.cfg.Issuer+"/v1/certificate", http.StatusTemporaryRedirect)
-	}))
+	}), "307")
 	require.ErrorContains(t, err, "307")
 	assert.Empty(t, e.api.reviews)
 }

@@ -70,24 +70,28 @@ type waiter struct {
 	log   *slog.Logger
 	what  string
 	pause time.Duration
-	last  string
+	last  error // why it waited
 }
 
-// again waits after a try that did not work. It returns false when ctx has ended.
-func (w *waiter) again(ctx context.Context, reason error) bool {
+// again waits after a try that did not work. When ctx has ended it returns false, and why nothing had worked: the
+// reason of the try before, if this one was cut off.
+func (w *waiter) again(ctx context.Context, reason error) (bool, error) {
 	if ctx.Err() != nil {
-		return false
+		if w.last != nil {
+			reason = w.last
+		}
+		return false, reason
 	}
-	if reason.Error() != w.last {
-		w.last = reason.Error()
+	if w.last == nil || reason.Error() != w.last.Error() {
 		w.log.Info("waiting", "for", w.what, "err", reason)
 	}
+	w.last = reason
 	w.pause = min(max(pauseMin, 2*w.pause), pauseMax)
 	select {
 	case <-ctx.Done():
-		return false
+		return false, reason
 	case <-time.After(w.pause):
-		return true
+		return true, nil
 	}
 }
 
