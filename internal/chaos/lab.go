@@ -23,7 +23,7 @@ const (
 	stepTimeout = 30 * time.Second
 
 	// settleWait is how long the kernel may take to let go of a filesystem.
-	settleWait = 10 * time.Second
+	settleWait = time.Minute
 
 	hubName = "hub"
 )
@@ -142,7 +142,11 @@ func (l *lab) openDisks(ctx context.Context) error {
 
 // mount mounts the filesystem of node of at the place of n.
 func (l *lab) mount(ctx context.Context, n *node, of int) error {
-	if _, err := run(ctx, "", "mount", "-o", "loop", l.nodes[of].image(), n.store()); err != nil {
+	err := withLoop(l.nodes[of].image(), func(device string) error {
+		_, err := run(ctx, "", "mount", "-t", "ext4", device, n.store())
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	n.mounted = of

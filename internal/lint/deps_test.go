@@ -103,8 +103,8 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"cache", "internal/demo", "internal/faultdev", "node", "node/blockdev", "node/keeper", "replication/raftgroup",
-		"replication/transport",
+		"cache", "internal/chaos", "internal/demo", "internal/faultdev", "node", "node/blockdev", "node/keeper",
+		"replication/raftgroup", "replication/transport",
 		"internal/vm/guest",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
