@@ -53,6 +53,9 @@ type repairer struct {
 
 	checked, found, repaired, failed, elsewhere atomic.Int64
 
+	// open are damaged blocks that were counted as found, and wait for somebody with a good copy. Under turn.
+	open map[engine.BlockVersion]bool
+
 	mu       sync.Mutex
 	suspects map[trivet.LBA]bool
 	wake     chan struct{} // capacity 1
@@ -61,7 +64,7 @@ type repairer struct {
 func newRepairer(r *Replica, net transport.Network) *repairer {
 	return &repairer{
 		r: r, net: net, vol: r.machine.vol, log: r.log, turn: make(chan struct{}, 1),
-		suspects: make(map[trivet.LBA]bool), wake: make(chan struct{}, 1),
+		open: make(map[engine.BlockVersion]bool), suspects: make(map[trivet.LBA]bool), wake: make(chan struct{}, 1),
 	}
 }
 
@@ -192,7 +195,7 @@ func (rp *repairer) fix(ctx context.Context, bad []engine.BadBlock) (out mended,
 
 func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended, error) {
 	out := mended{found: len(bad)}
-	rp.found.Add(int64(len(bad)))
+	rp.foundAgain(bad)
 	wants := make([]engine.BlockVersion, len(bad))
 	for i := range bad {
 		wants[i] = bad[i].BlockVersion
@@ -214,6 +217,7 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 			rp.vol.ReportDamage(fmt.Sprintf("block %d of %s is damaged on every replica", bad[i].LBA, rp.vol.ID()))
 		default:
 			out.open++
+			rp.leaveOpen(bad[i].BlockVersion)
 		}
 	}
 	n, err := rp.vol.Replace(repairs)
@@ -227,6 +231,23 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 		rp.log.Warn("repaired damaged blocks", "blocks", n, "lba", bad[0].LBA)
 	}
 	return out, nil
+}
+
+// foundAgain counts damaged blocks, except those that were counted when nobody could help. REQUIRES: its turn.
+func (rp *repairer) foundAgain(bad []engine.BadBlock) {
+	for i := range bad {
+		if !rp.open[bad[i].BlockVersion] {
+			rp.found.Add(1)
+		}
+		delete(rp.open, bad[i].BlockVersion)
+	}
+}
+
+// leaveOpen remembers a block that was counted and not made whole. REQUIRES: its turn.
+func (rp *repairer) leaveOpen(b engine.BlockVersion) {
+	if len(rp.open) < suspectsMax {
+		rp.open[b] = true
+	}
 }
 
 // counted takes note of repairs, and gives the replica up when there were too many.

@@ -185,6 +185,24 @@ func TestReadFromAnotherReplica(t *testing.T) {
 	})
 }
 
+// A damaged block that nobody could help with is found once, however often its repair is tried.
+func TestDamageIsFoundOnce(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		writeStamped(t, c, v, 64, 1)
+		leader, r := mustLeader(t, c)
+		mustRot(t, leader, 12, 1)
+		heal := c.Net.Lose(func(e transport.Envelope) bool { // whoever asks for the data of a version gets no answer
+			return e.Message.Kind == transport.KindVolumeScrub && !e.Reply && len(e.Message.Body) > replication.ScrubRequestBytes
+		})
+		assert.Equal(t, stamped(12, 1), mustRead(t, v, 12*trivet.BlockSize, 1))
+		require.NoError(t, sim.Sleep(t.Context(), 30*time.Second))
+		assert.Zero(t, r.Integrity().Repaired)
+		heal()
+		requireEventually(t, "it is repaired", func() bool { return r.Integrity().Repaired > 0 })
+		assert.Equal(t, replication.IntegrityStats{Found: 1, Repaired: 1, Elsewhere: 1}, r.Integrity())
+	})
+}
+
 // gated is a state machine that can be held.
 type gated struct {
 	raftgroup.StateMachine
