@@ -34,6 +34,8 @@ const (
 	figureSegment = 8 << 20
 	// blocksPerFlip is how many blocks there are for each bit that is flipped.
 	blocksPerFlip = 2
+	// figurePatience bounds what is waited for, in real time: a test that hangs is worse than one that fails.
+	figurePatience = 5 * time.Minute
 )
 
 // realNode is a machine whose disk is a directory.
@@ -160,9 +162,15 @@ func newFigure(t *testing.T, seed uint64, blockN int) *figure {
 		})
 	}
 	f.start(t, true)
-	r, err := f.leader(t.Context())
-	require.NoError(t, err)
-	require.NoError(t, r.Fence(t.Context(), 1))
+	began := time.Now()
+	for err := trivet.ErrNotLeader; err != nil; {
+		require.Less(t, time.Since(began), figurePatience)
+		r, none := f.leader(t.Context())
+		require.NoError(t, none)
+		if err = r.Fence(t.Context(), 1); !replaced(err) {
+			require.NoError(t, err)
+		}
+	}
 	return f
 }
 
@@ -189,6 +197,8 @@ func (f *figure) stop(t *testing.T) {
 }
 
 func (f *figure) leader(ctx context.Context) (*replication.Replica, error) {
+	ctx, cancel := context.WithTimeout(ctx, figurePatience)
+	defer cancel()
 	for {
 		for _, n := range f.nodes {
 			if r, ok := n.host.Replica(figureVolume); ok && r.Status().IsLeader {
@@ -203,12 +213,24 @@ func (f *figure) leader(ctx context.Context) (*replication.Replica, error) {
 	}
 }
 
+// scrub scrubs the volume, from the beginning when the leader has changed, or a replica could not take part: real time
+// passes, and the disk may be busy for seconds.
 func (f *figure) scrub(t *testing.T) replication.ScrubRange {
 	t.Helper()
-	sum, err := scrubAll(t.Context(), func() (*replication.Replica, error) { return f.leader(t.Context()) },
-		replication.ScrubOptions{})
-	require.NoError(t, err)
-	return sum
+	for began := time.Now(); ; {
+		sum, err := scrubAll(t.Context(), func() (*replication.Replica, error) { return f.leader(t.Context()) },
+			replication.ScrubOptions{})
+		if !replaced(err) && len(sum.Absent) == 0 {
+			require.NoError(t, err)
+			return sum
+		}
+		require.Less(t, time.Since(began), figurePatience, "%v, absent %v", err, sum.Absent)
+	}
+}
+
+// replaced reports whether an error says that a leader is none any more, or cannot reach a majority.
+func replaced(err error) bool {
+	return errors.Is(err, trivet.ErrNotLeader) || errors.Is(err, trivet.ErrUnavailable)
 }
 
 func (f *figure) open(t *testing.T) *replication.Volume {
@@ -336,6 +358,8 @@ func TestScrubFindsAllFlips(t *testing.T) {
 // awaitLevel waits until all replicas have applied what the one ahead has.
 func awaitLevel(t *testing.T, nodes []*realNode) {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), figurePatience)
+	defer cancel()
 	for {
 		indexes := map[uint64]bool{}
 		for _, n := range nodes {
@@ -347,7 +371,7 @@ func awaitLevel(t *testing.T, nodes []*realNode) {
 			return
 		}
 		select {
-		case <-t.Context().Done():
+		case <-ctx.Done():
 			t.Fatal("replicas do not come level")
 		case <-time.After(10 * time.Millisecond):
 		}
