@@ -103,25 +103,28 @@ func WritePlace(ctx context.Context, cfg EnrollConfig, file string) error {
 		ctx, cancel = context.WithTimeout(ctx, placePatience)
 		defer cancel()
 	}
-	for {
-		place, err := askPlace(ctx, cfg)
-		switch {
-		case err == nil:
+	for more := true; more; {
+		var place Place
+		if place, err = askPlace(ctx, cfg); err == nil {
 			if err := writePlace(file, place); err != nil {
 				return fmt.Errorf("write the place of node %s: %w", cfg.Node, err)
 			}
 			log.Info("wrote the place of this node", "zone", place.Zone, "rack", place.Rack, "file", file)
 			return nil
-		case errors.Is(err, trivet.ErrInvalid) && !before:
-			return fmt.Errorf("place of node %s: %w", cfg.Node, err)
-		case errors.Is(err, trivet.ErrInvalid), !w.again(ctx, err):
-			if before {
-				log.Warn("no answer where this node stands; the one of before is kept", "file", file, "err", err)
-				return nil
-			}
-			return fmt.Errorf("place of node %s: gave up: %w", cfg.Node, unavailable(err))
 		}
+		if errors.Is(err, trivet.ErrInvalid) {
+			break
+		}
+		more, err = w.again(ctx, err)
 	}
+	switch {
+	case before:
+		log.Warn("no answer where this node stands; the one of before is kept", "file", file, "err", err)
+		return nil
+	case errors.Is(err, trivet.ErrInvalid):
+		return fmt.Errorf("place of node %s: %w", cfg.Node, err)
+	}
+	return fmt.Errorf("place of node %s: gave up: %w", cfg.Node, unavailable(err))
 }
 
 func askPlace(ctx context.Context, cfg EnrollConfig) (p Place, err error) {

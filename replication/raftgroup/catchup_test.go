@@ -456,7 +456,7 @@ func (w forger) Call(ctx context.Context, to trivet.NodeID, m transport.Message)
 	return reply, err
 }
 
-// A leader believes a follower that is done only where it knows the entry as committed itself: else the
+// A leader believes a follower that is done only where it has the same entry itself: else the
 // library would count the follower for entries that it does not have.
 func TestLeaderChecksWhereTheFollowerIs(t *testing.T) {
 	for name, ahead := range map[string]int{"ahead": 5, "another term": 0} {
@@ -710,5 +710,31 @@ func TestImagesAreBounded(t *testing.T) {
 		require.ErrorIs(t, err, trivet.ErrNotFound)
 		a.stop()
 		require.Zero(t, a.mux.OpenImages())
+	})
+}
+
+// Of three replicas one is behind and one is gone for good, and the third has started again: it leads, and does not
+// know how far the group had committed, only what its own machine has. It cannot learn it without the one that is
+// behind, whose state is as far as that machine's once it has pulled it. That the leader has the same entry is
+// enough.
+func TestLeaderLearnsFromWhomItFilled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		l := c.leader()
+		_, err := l.machine.Flush()
+		require.NoError(t, err)
+		applied, _ := l.machine.Applied()
+		require.Greater(t, applied, raftgroup.SnapshotIndex(l.group))
+		gone := c.nodes[c.others(l.name)[0]]
+		gone.die()
+		l.die()
+		sent := countSnapshots(c)
+		l.mustOpen()
+		c.nodes["c"].mustOpen()
+		c.converge()
+		require.Equal(t, int64(1), sent.Load())
+		gone.mustOpen()
+		c.converge()
 	})
 }

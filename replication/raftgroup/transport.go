@@ -331,8 +331,7 @@ func (t *peerTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, _ *r
 // follower would be stuck until the next term, wherever it got to by other means.
 //
 // The library then takes the follower to be where the meta of the snapshot says (replication.go:370, 371),
-// and at this moment that becomes where the follower really is, provided that this leader knows the entry
-// as committed.
+// and at this moment that becomes where the follower really is, provided that this leader has the same entry there.
 func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress, req *raft.InstallSnapshotRequest,
 	resp *raft.InstallSnapshotResponse, data io.Reader,
 ) error {
@@ -349,13 +348,13 @@ func (t *peerTransport) InstallSnapshot(id raft.ServerID, to raft.ServerAddress,
 			resp.Term = r.term
 			return nil
 		case err == nil && r.done:
-			known, err := t.committed(req.Term, r.at)
+			same, err := t.matches(req.Term, r.at)
 			switch {
 			case errors.Is(err, trivet.ErrNotFound): // our log was cut beyond it: another round, from here
 				body = fetchAsk{term: req.Term, rec: t.g.snaps.record()}.encode()
 			case err != nil:
 				return fmt.Errorf("%s has pulled the state: %w", to, err)
-			case known:
+			case same:
 				offer.meta.Index, offer.meta.Term = r.at.index, r.at.term
 				req.LastLogIndex, req.LastLogTerm = r.at.index, r.at.term
 				resp.Term, resp.Success = req.Term, true
@@ -405,19 +404,21 @@ func (t *peerTransport) await(term uint64, id raft.ServerID, d time.Duration, wo
 	return nil
 }
 
-// committed reports whether an entry is one that this leader knows as committed. Not yet is no error: a
-// new leader learns it with its first entry. ErrNotFound: its log does not reach back so far.
-func (t *peerTransport) committed(term uint64, at logPosition) (bool, error) {
+// matches reports whether this leader's log has, durably, the entry at which a follower is. Then both have the same up
+// to there (log matching: Ongaro's thesis, 3.5), and it is no matter whether the leader knows it as committed: one that
+// has started again, and needs that follower for its quorum, will not know before it counts it. ErrNotFound: its log
+// does not reach back so far.
+func (t *peerTransport) matches(term uint64, at logPosition) (bool, error) {
 	i := t.g.running()
 	if i == nil || i.t != t || i.r.CurrentTerm() != term {
 		return false, fmt.Errorf("replica leads no more in term %d: %w", term, trivet.ErrNotLeader)
 	}
-	if at.index > i.r.CommitIndex() {
-		return false, nil
-	}
 	have, ok := t.g.seglog.term(at.index)
 	if rec := t.g.snaps.record(); !ok && rec.index == at.index {
 		have, ok = rec.term, true
+	}
+	if at.index > i.r.CommitIndex() {
+		return ok && have == at.term && at.index <= t.g.store.durable.index(), nil // gate 2 (durable.go)
 	}
 	switch {
 	case !ok:
