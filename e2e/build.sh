@@ -14,7 +14,7 @@ cd "$(dirname "$(readlink -f "$0")")"
 
 cache=${TRIVET_E2E_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/trivet-e2e}
 go=${GO:-go}
-parts=(kubernetes etcd provisioner attacher pause debian)
+parts=(kubernetes etcd provisioner attacher resizer snapshotter pause debian)
 debian_packages=(containerd runc containernetworking-plugins busybox-static)
 
 # version_of MODULE PATH prints the version of a module that is required.
@@ -35,6 +35,8 @@ sidecar_flags() {
   case $1 in
     provisioner) echo "-s -w -X main.version=$(version_of "$1" github.com/kubernetes-csi/external-provisioner/v6)" ;;
     attacher) echo "-s -w -X main.version=$(version_of "$1" github.com/kubernetes-csi/external-attacher/v4)" ;;
+    resizer) echo "-s -w -X main.version=$(version_of "$1" github.com/kubernetes-csi/external-resizer/v2)" ;;
+    snapshotter) echo "-s -w -X main.version=$(version_of "$1" github.com/kubernetes-csi/external-snapshotter/v8)" ;;
   esac
 }
 
@@ -43,7 +45,7 @@ recipe() {
   local module=build/$1
   case $1 in
     kubernetes) kubernetes_flags ;;
-    provisioner | attacher) sidecar_flags "$1" ;;
+    provisioner | attacher | resizer | snapshotter) sidecar_flags "$1" ;;
     etcd) module=build/kubernetes ;;
     pause) module=cmd/pause ;;
     debian)
@@ -82,6 +84,22 @@ make_provisioner() {
 make_attacher() {
   compile build/attacher "$(sidecar_flags attacher)" "$1/" \
     github.com/kubernetes-csi/external-attacher/v4/cmd/csi-attacher
+}
+make_resizer() {
+  compile build/resizer "$(sidecar_flags resizer)" "$1/" \
+    github.com/kubernetes-csi/external-resizer/v2/cmd/csi-resizer
+}
+# The snapshotter comes with what a cluster that takes snapshots has beside any driver: the controller and the kinds.
+make_snapshotter() {
+  local at=github.com/kubernetes-csi/external-snapshotter from
+  compile build/snapshotter "$(sidecar_flags snapshotter)" "$1/" \
+    $at/v8/cmd/csi-snapshotter $at/v8/cmd/snapshot-controller
+  mkdir "$1/snapshots"
+  from=$(cd build/snapshotter && "$go" list -m -f '{{.Dir}}' $at/client/v8)
+  cp "$from"/config/crd/*snapshot*.yaml "$1/snapshots/"
+  from=$(cd build/snapshotter && "$go" list -m -f '{{.Dir}}' $at/v8)
+  cp "$from"/deploy/kubernetes/snapshot-controller/{rbac,setup}-snapshot-controller.yaml "$1/snapshots/"
+  chmod 644 "$1"/snapshots/*
 }
 make_pause() { compile . "-s -w" "$1/pause" ./cmd/pause; }
 

@@ -15,6 +15,10 @@ const (
 	BusyboxImage     = "docker.io/library/busybox:latest"
 	ProvisionerImage = "registry.k8s.io/sig-storage/csi-provisioner:v6.4.0"
 	AttacherImage    = "registry.k8s.io/sig-storage/csi-attacher:v4.13.0"
+	ResizerImage     = "registry.k8s.io/sig-storage/csi-resizer:v2.3.0"
+	SnapshotterImage = "registry.k8s.io/sig-storage/csi-snapshotter:v8.7.0"
+
+	SnapshotControllerImage = "registry.k8s.io/sig-storage/snapshot-controller:v8.7.0"
 )
 
 // searchPath is the PATH of the lab's images.
@@ -36,6 +40,9 @@ func (c *Cluster) writeBaseImages(ctx context.Context) ([]string, error) {
 		busybox,
 		oneProgram(ProvisionerImage, c.cache.program("csi-provisioner")),
 		oneProgram(AttacherImage, c.cache.program("csi-attacher")),
+		oneProgram(ResizerImage, c.cache.program("csi-resizer")),
+		oneProgram(SnapshotterImage, c.cache.program("csi-snapshotter")),
+		oneProgram(SnapshotControllerImage, c.cache.program("snapshot-controller")),
 	} {
 		base, _, _ := strings.Cut(filepath.Base(img.Name), ":")
 		path := filepath.Join(dir, base+".tar")

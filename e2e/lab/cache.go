@@ -21,7 +21,7 @@ func (c cache) deb(path string) string { return filepath.Join(string(c), "deb", 
 // programs are what build.sh builds from Go modules.
 var programs = []string{
 	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl",
-	"csi-provisioner", "csi-attacher", "pause",
+	"csi-provisioner", "csi-attacher", "csi-resizer", "csi-snapshotter", "snapshot-controller", "pause",
 }
 
 // debs are the files of Debian packages that the lab runs.

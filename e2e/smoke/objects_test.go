@@ -2,7 +2,9 @@ package smoke_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/stretchr/testify/require"
@@ -29,6 +31,12 @@ spec:
 // claim is of mode Block, and waits until it runs.
 func (s *suite) pod(name, node, claim, script string) {
 	s.t.Helper()
+	s.podOf(lab.BusyboxImage, name, node, claim, script)
+}
+
+// podOf is pod with another image that has a shell.
+func (s *suite) podOf(image, name, node, claim, script string) {
+	s.t.Helper()
 	mount := "volumeMounts: [{name: data, mountPath: /data}]"
 	if s.get("pvc", claim, "{.spec.volumeMode}") == "Block" {
 		mount = "volumeDevices: [{name: data, devicePath: /dev/volume}]"
@@ -50,13 +58,67 @@ spec:
       command: %s
       %s
   volumes: [{name: data, persistentVolumeClaim: {claimName: %s}}]
-`, name, node, lab.BusyboxImage, command, mount, claim))
+`, name, node, image, command, mount, claim))
 	s.await("pod "+name+" running", func() error {
 		if phase := s.get("pod", name, "{.status.phase}"); phase != "Running" {
 			return fmt.Errorf("phase %s", phase)
 		}
 		return nil
 	})
+}
+
+// statefulSet starts a StatefulSet of one pod, which appends lines to a file of its claim, and waits until it does.
+func (s *suite) statefulSet(name string) {
+	s.t.Helper()
+	s.apply(fmt.Sprintf(`
+apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: %[1]s}
+spec:
+  serviceName: %[1]s
+  replicas: 1
+  selector: {matchLabels: {app: %[1]s}}
+  template:
+    metadata: {labels: {app: %[1]s}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+        - name: main
+          image: %[2]s
+          imagePullPolicy: Never
+          command: [sh, -c, %[3]s]
+          volumeMounts: [{name: data, mountPath: /data}]
+  volumeClaimTemplates:
+    - metadata: {name: data}
+      spec:
+        storageClassName: trivet-r3
+        accessModes: [ReadWriteOnce]
+        resources: {requests: {storage: 256Mi}}
+`, name, lab.BusyboxImage,
+		strconv.Quote("i=$(cat /data/log 2>/dev/null | wc -l)\n"+strings.TrimPrefix(writing, "i=0\n"))))
+	pod := name + "-0"
+	s.await("the pod writes", func() error {
+		if s.get("pod", pod, "{.status.phase}") != "Running" || s.kubectl("logs", pod, "--tail=1") == "" {
+			return errors.New("no line yet")
+		}
+		return nil
+	})
+	before := s.written(pod)
+	s.await("50 more synced lines", func() error {
+		if now := s.written(pod); now < before+50 {
+			return fmt.Errorf("%d lines", now)
+		}
+		return nil
+	})
+}
+
+// requireWholeLog checks that a pod of a StatefulSet has the lines that it had, in order.
+func (s *suite) requireWholeLog(pod string, lines int) {
+	s.t.Helper()
+	got, err := strconv.Atoi(s.inPod(pod, "sh", "-c", "wc -l </data/log"))
+	require.NoError(s.t, err)
+	require.GreaterOrEqual(s.t, got, lines, "no synced line is lost")
+	require.Equal(s.t, "0", s.inPod(pod, "sh", "-c", "awk '$1!=NR{n++} END{print n+0}' /data/log"), "in order")
 }
 
 // idle is the script of a pod whose work is done by inPod.
