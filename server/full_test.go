@@ -11,6 +11,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
+	"github.com/trivet-csi/trivet/internal/loopdev"
 	"github.com/trivet-csi/trivet/internal/testutil"
 	"github.com/trivet-csi/trivet/server"
 )
@@ -23,10 +24,13 @@ func smallDisk(t *testing.T, n int64) string {
 	require.NoError(t, err)
 	require.NoError(t, f.Truncate(n))
 	require.NoError(t, f.Close())
-	for _, args := range [][]string{{"mkfs.ext4", "-q", "-F", "-m0", image}, {"mount", "-o", "loop", image, dir}} {
-		out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput()
-		require.NoError(t, err, "%s", out)
-	}
+	require.NoError(t, loopdev.With(image, func(device string) error {
+		for _, args := range [][]string{{"mkfs.ext4", "-q", "-m0", device}, {"mount", "-t", "ext4", device, dir}} {
+			out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput()
+			require.NoError(t, err, "%s", out)
+		}
+		return nil
+	}))
 	t.Cleanup(func() {
 		out, err := exec.Command("umount", dir).CombinedOutput()
 		require.NoError(t, err, "%s", out)

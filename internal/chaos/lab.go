@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/trivet-csi/trivet/internal/loopdev"
 )
 
 const (
@@ -142,7 +144,7 @@ func (l *lab) openDisks(ctx context.Context) error {
 
 // mount mounts the filesystem of node of at the place of n.
 func (l *lab) mount(ctx context.Context, n *node, of int) error {
-	err := withLoop(l.nodes[of].image(), func(device string) error {
+	err := loopdev.With(l.nodes[of].image(), func(device string) error {
 		_, err := run(ctx, "", "mount", "-t", "ext4", device, n.store())
 		return err
 	})

@@ -1,4 +1,5 @@
-package main
+// Package loopdev gives files to loop devices of the machine, for programs that try others and their tests.
+package loopdev
 
 import (
 	"errors"
@@ -11,10 +12,11 @@ import (
 // loopTriesMax is how many loop devices are tried: another program may be quicker each time.
 const loopTriesMax = 100
 
-// withLoop gives a file to a loop device while do runs, and after that for as long as it is mounted. `mount -o loop`
-// would ask every loop device of the machine first, and hang as long as some other program's does not answer: one over
-// a FUSE file whose server is away.
-func withLoop(file string, do func(device string) error) error {
+// With gives a file to a loop device while do runs, and after that for as long as it is mounted. `mount -o loop`, and
+// mkfs.ext4 on a file, would ask loop devices of the machine first, and hang as long as some other program's does not
+// answer: one over a FUSE file whose server is away. The device's own number of a moment ago may be taken by then: it
+// tries a hundred times. Linux, root.
+func With(file string, do func(device string) error) error {
 	f, err := os.OpenFile(file, os.O_RDWR, 0)
 	if err != nil {
 		return err
