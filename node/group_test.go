@@ -254,8 +254,8 @@ func (b *groupBench) requireGroup(is ...int) {
 	for _, i := range is {
 		want = append(want, raftgroup.Member{Replica: ours(i), Node: v.Replica(ours(i)).Node})
 	}
-	b.until("a leader", func() bool { g, _ := b.leader(); return g != nil })
-	_, r := b.leader()
+	var r *replication.Replica
+	b.until("a leader", func() bool { _, r = b.leader(); return r != nil })
 	require.ElementsMatch(b.t, want, r.Status().Members)
 	b.until("the replicas are equal", func() bool {
 		digests := map[[32]byte]bool{}

@@ -34,6 +34,9 @@ func With(file string, do func(device string) error) error {
 		}
 		device := fmt.Sprintf("/dev/loop%d", number)
 		dev, err := os.OpenFile(device, os.O_RDWR, 0)
+		if errors.Is(err, unix.ENXIO) { // another program took it, and is giving it back
+			continue
+		}
 		if err != nil {
 			return err
 		}

@@ -344,6 +344,7 @@ func TestAttachTwice(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// Many attach and detach at once, and take loop devices that others are giving back.
 func TestAttachMany(t *testing.T) {
 	needKernel(t)
 	runDir := t.TempDir()
@@ -351,13 +352,17 @@ func TestAttachMany(t *testing.T) {
 	errs := make([]error, 6)
 	for i := range errs {
 		wg.Go(func() {
-			a, err := blockdev.Attach(t.Context(), blockdev.Config{
-				Name: trivet.VolumeID(i + 1).String(), RunDir: runDir, Device: faultdev.NewMem(int64(i+1) << 20),
-			})
-			if err == nil {
-				err = a.Detach(t.Context())
+			for range 20 {
+				a, err := blockdev.Attach(t.Context(), blockdev.Config{
+					Name: trivet.VolumeID(i + 1).String(), RunDir: runDir, Device: faultdev.NewMem(int64(i+1) << 20),
+				})
+				if err == nil {
+					err = a.Detach(t.Context())
+				}
+				if errs[i] = err; err != nil {
+					return
+				}
 			}
-			errs[i] = err
 		})
 	}
 	wg.Wait()

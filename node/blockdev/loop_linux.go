@@ -64,7 +64,7 @@ func configureLoop(ctx context.Context, file int, tag string, claim func(number 
 			return loopDevice{}, err
 		}
 		l, err := tryConfigure(file, tag, number)
-		if errors.Is(err, unix.EBUSY) { // another process was quicker
+		if errors.Is(err, unix.EBUSY) || errors.Is(err, errLoopGoing) { // another process was quicker
 			continue
 		}
 		return l, err
@@ -73,12 +73,19 @@ func configureLoop(ctx context.Context, file int, tag string, claim func(number 
 		loopTriesMax, trivet.ErrUnavailable)
 }
 
+// errLoopGoing: since the loop device was free, another process has taken it and is giving it back, and the kernel lets
+// nobody open it meanwhile.
+var errLoopGoing = errors.New("the loop device is being freed")
+
 func tryConfigure(file int, tag string, number int) (loopDevice, error) {
 	l, err := findLoop(number)
 	if err != nil {
 		return l, err
 	}
 	dev, err := os.OpenFile(l.path(), os.O_RDWR, 0)
+	if errors.Is(err, unix.ENXIO) {
+		return l, errLoopGoing
+	}
 	if err != nil {
 		return l, fmt.Errorf("open loop device: %w", err)
 	}
