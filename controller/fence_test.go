@@ -70,6 +70,32 @@ func TestFenceAway(t *testing.T) {
 	})
 }
 
+// A node that is away gets no attachment, even if it had the volume last: whoever moves its pods would have to fence it
+// once more, and the attacher asks for one when it finds that the volume was taken from there. What it holds it keeps.
+func TestAttachToANodeThatIsAway(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		b := newBench(t, 3)
+		v := b.create(t, "x", nil)
+		attach := func() error {
+			_, err := b.Attach(soon(t), v.ID, "n1", meta.SingleNodeMultiWriter, false)
+			return err
+		}
+		require.NoError(t, attach())
+		b.away(t, 1)
+		require.NoError(t, attach(), "it has it already")
+		_, err := b.FenceAway(soon(t), v.ID, "n1")
+		require.NoError(t, err)
+		err = attach()
+		require.ErrorIs(t, err, trivet.ErrUnavailable)
+		require.ErrorContains(t, err, "the node is away")
+		_, err = b.Attach(soon(t), v.ID, "n2", meta.SingleNodeMultiWriter, false)
+		require.NoError(t, err)
+		require.NoError(t, b.Detach(soon(t), v.ID, "n2"))
+		b.back(t, 1)
+		require.NoError(t, attach())
+	})
+}
+
 // TestFenceAwayMeetsAReturn: the node renews its lease between the read and the proposal. It keeps the volume.
 func TestFenceAwayMeetsAReturn(t *testing.T) {
 	inBubble(t, func(t *testing.T) {

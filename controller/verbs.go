@@ -107,7 +107,7 @@ func (c *Controller) Reclaim(ctx context.Context, id trivet.VolumeID, policy met
 //
 // ErrNotFound: no such volume or node. ErrInUse names the node that holds it. ErrExists: the node
 // holds it with another mode. ErrInvalid: it is not in a phase to be attached. ErrPending: it is
-// still being created.
+// still being created. ErrUnavailable: the node is away, or there is no quorum.
 func (c *Controller) Attach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID, mode meta.AccessMode,
 	readOnly bool,
 ) (meta.Volume, error) {
@@ -141,7 +141,8 @@ func (c *Controller) attach(ctx context.Context, a meta.Attach) (meta.Volume, er
 	}
 }
 
-// readToAttach reads the volume, and waits while the node's own earlier attachment is being fenced.
+// readToAttach reads the volume, and waits while the node's own earlier attachment is being fenced. A node that is away
+// gets no new attachment: nobody there would use it, and whoever moves its pods would have to fence it again.
 func (c *Controller) readToAttach(ctx context.Context, id trivet.VolumeID, node trivet.NodeID) (meta.Volume, error) {
 	what := fmt.Sprintf("attach %s to %s", id, node)
 	s, err := c.store.Read(ctx)
@@ -152,8 +153,13 @@ func (c *Controller) readToAttach(ctx context.Context, id trivet.VolumeID, node 
 	if !ok {
 		return v, fmt.Errorf("%s: volume: %w", what, trivet.ErrNotFound)
 	}
-	if _, ok := s.Node(node); !ok {
+	n, ok := s.Node(node)
+	switch {
+	case !ok:
 		return v, fmt.Errorf("%s: node: %w", what, trivet.ErrNotFound)
+	case !n.Alive(time.Now()) && v.GrantOf(node) == nil:
+		return v, fmt.Errorf("%s: the node is away, its lease ran out at %s: %w", what, n.LeaseUntil.Format(time.RFC3339),
+			trivet.ErrUnavailable)
 	}
 	if !ends(&v, node) {
 		return v, nil

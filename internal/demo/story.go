@@ -173,7 +173,8 @@ func (d *demo) killLeaderDuringCopy(ctx context.Context) error {
 		return errors.New("the leader was not killed")
 	}
 	note("the copy finished; the longest pause of a write or fsync was %d ms", pause.Milliseconds())
-	err = until(ctx, "another node leads", func() (bool, error) { // one that answers slowly is shown as the catalogue has it
+	// A replica that answers slowly is shown as the catalogue has it.
+	err = until(ctx, "another node leads", func() (bool, error) {
 		err := d.ask(ctx, d.server("node-c"), &v, "volume", "show", "demo")
 		return v.leader() != dead.name && v.leader() != "", err
 	})
