@@ -28,6 +28,9 @@ func TestEverything(t *testing.T) {
 	s.step("a node is drained", nodeIsDrained)
 	s.step("a rolling update under fio", rollingUpdate)
 	s.step("nothing is left", nothingIsLeft)
+	s.step("a pod is deleted while it writes", deletedWhileItWrites)
+	s.step("the API server is away for a minute", apiServerAway)
+	s.step("sidecars die in the middle of calls", sidecarsDie)
 	s.step("death of a node", deathOfNode)
 }
 

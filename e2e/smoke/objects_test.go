@@ -37,6 +37,18 @@ func (s *suite) pod(name, node, claim, script string) {
 // podOf is pod with another image that has a shell.
 func (s *suite) podOf(image, name, node, claim, script string) {
 	s.t.Helper()
+	s.makePod(image, name, node, claim, script)
+	s.awaitRunning(name)
+}
+
+// podWithoutWaiting makes a pod of busybox that does nothing, as pod does.
+func (s *suite) podWithoutWaiting(name, node, claim string) {
+	s.t.Helper()
+	s.makePod(lab.BusyboxImage, name, node, claim, idle)
+}
+
+func (s *suite) makePod(image, name, node, claim, script string) {
+	s.t.Helper()
 	mount := "volumeMounts: [{name: data, mountPath: /data}]"
 	if s.get("pvc", claim, "{.spec.volumeMode}") == "Block" {
 		mount = "volumeDevices: [{name: data, devicePath: /dev/volume}]"
@@ -59,6 +71,10 @@ spec:
       %s
   volumes: [{name: data, persistentVolumeClaim: {claimName: %s}}]
 `, name, node, image, command, mount, claim))
+}
+
+func (s *suite) awaitRunning(name string) {
+	s.t.Helper()
 	s.await("pod "+name+" running", func() error {
 		if phase := s.get("pod", name, "{.status.phase}"); phase != "Running" {
 			return fmt.Errorf("phase %s", phase)
@@ -103,13 +119,7 @@ spec:
 		}
 		return nil
 	})
-	before := s.written(pod)
-	s.await("50 more synced lines", func() error {
-		if now := s.written(pod); now < before+50 {
-			return fmt.Errorf("%d lines", now)
-		}
-		return nil
-	})
+	s.awaitLines(pod, 50)
 }
 
 // requireWholeLog checks that a pod of a StatefulSet has the lines that it had, in order.
