@@ -115,8 +115,12 @@ func (c *cluster) routes(mux *http.ServeMux) {
 	})
 	handle("PATCH /api/v1/nodes/{name}", func(r *http.Request) any { return c.patch(r, "taints") })
 	handle("PATCH /api/v1/nodes/{name}/status", func(r *http.Request) any { return c.patch(r, "volumesInUse") })
-	handle("GET /apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}", func(r *http.Request) any {
-		return one("coordination.k8s.io/v1", "Lease", c.leases[r.PathValue("name")])
+	handle("GET /apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases", func(*http.Request) any {
+		list := &coordinationv1.LeaseList{TypeMeta: kind("coordination.k8s.io/v1", "LeaseList")}
+		for _, l := range c.leases {
+			list.Items = append(list.Items, *l)
+		}
+		return list
 	})
 	handle("GET /api/v1/namespaces/{name}", func(r *http.Request) any {
 		return one("v1", "Namespace", c.namespaces[r.PathValue("name")])

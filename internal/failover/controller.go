@@ -29,9 +29,13 @@ const (
 
 const (
 	// DefaultAfter is longer than the ten seconds, and 4 % of jitter, after which a kubelet renews its Lease
-	// (pkg/kubelet/kubelet.go, nodeLeaseRenewIntervalFraction). With the six seconds of a server's lease it
-	// leaves ten of the thirty in which a pod is to run elsewhere for the fence, the attachment and the mount.
+	// (pkg/kubelet/kubelet.go, nodeLeaseRenewIntervalFraction).
 	DefaultAfter = 12 * time.Second
+
+	// awayMin is how long a server must have been without its lease, of six seconds, besides: a server that is replaced
+	// is back by then, if just then a kubelet is late. It leaves eighteen of the thirty seconds in which a pod is to run
+	// elsewhere for the fence, the attachment and the mount.
+	awayMin = 6 * time.Second
 
 	// afterPerLease is what After is at least, as a part of the duration of the kubelet's Lease, which it renews
 	// after a quarter of it: a site may have set another one than the default of 40 s.
@@ -82,7 +86,7 @@ type Controller struct {
 	cfg Config
 	log *slog.Logger
 
-	silent  map[trivet.NodeID]*silence // nodes that are away, as far as they have been watched
+	silent  map[trivet.NodeID]*silence // of all nodes, as far as they have been watched
 	tainted map[string]bool            // nodes with our taint; nil = not known, as this process did not lead
 	held    bool                       // most nodes are away, and that has been said
 }
@@ -117,25 +121,29 @@ func (c *Controller) Run(ctx context.Context) {
 	}
 }
 
-// Round looks once at every node that is away and, if this process leads, does what is to be done for those that
+// Round looks once at every node and, if this process leads, does what is to be done for those that
 // are dead. Run calls it.
 func (c *Controller) Round(ctx context.Context) error {
 	nodes, err := c.cfg.Catalogue.Nodes(ctx)
 	if err != nil {
 		return fmt.Errorf("which nodes are away: %w", err)
 	}
+	leases, err := c.cfg.API.NodeLeases(ctx)
+	if err != nil {
+		clear(c.silent) // they may have been heard of without our knowing
+		return err
+	}
+	c.listen(nodes, leases)
 	var away []trivet.NodeID
 	for _, n := range slices.Sorted(maps.Keys(nodes)) {
 		if nodes[n] {
 			away = append(away, n)
-		} else {
-			delete(c.silent, n)
 		}
 	}
 	var errs []error
 	var dead []corpse
 	for _, n := range away {
-		d, err := c.watch(ctx, n)
+		d, err := c.watch(ctx, n, leases[string(n)])
 		errs = append(errs, err)
 		if d != nil {
 			dead = append(dead, *d)

@@ -64,6 +64,24 @@ func TestFailover(t *testing.T) {
 	})
 }
 
+// TestSilenceBeginsWithTheLastWord: a node has been silent since its kubelet's last renewal, not since its server was
+// missed; but a server that is only replaced gets some time.
+func TestSilenceBeginsWithTheLastWord(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		c := died(t)
+		c.setAway("n1", false)
+		f := c.controller()
+		for range 3 {
+			c.renew("n1")
+			assert.Empty(t, c.watch(f, 10*time.Second))
+		}
+		assert.Empty(t, c.watch(f, 4*time.Second), "its server lives")
+		c.setAway("n1", true)
+		assert.Empty(t, c.watch(f, 4*time.Second))
+		assert.Equal(t, moved, c.watch(f, 4*time.Second))
+	})
+}
+
 // TestNothingBeforeTheFence: whatever else fails or works, no pod and no attachment goes, and no word is said of
 // volumes in use, before the fence of the volume is committed.
 func TestNothingBeforeTheFence(t *testing.T) {

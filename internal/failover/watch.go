@@ -3,6 +3,7 @@ package failover
 import (
 	"context"
 	"errors"
+	"maps"
 	"time"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -14,11 +15,13 @@ import (
 // silence is for how long nothing has been heard of a node by way of Kubernetes. It is measured by this process's
 // clock alone, between looks at an API server that answers: times that others wrote prove nothing when clocks
 // differ, and after an outage of the API server every Lease is old (the node lifecycle controller does the same,
-// pkg/controller/nodelifecycle, nodeHealthData).
+// pkg/controller/nodelifecycle, nodeHealthData). Nodes that are not away are listened to as well, so that one that
+// dies has been silent since its kubelet's last word, not since its server was missed.
 type silence struct {
 	renewed time.Time // of the kubelet's Lease, as last read; only compared for equality
 	since   time.Time // nothing has been heard since
 	looked  time.Time
+	away    time.Time // its server has been away since; zero: it is not
 
 	restUntil time.Time // what the node holds is not looked for: there was nothing
 }
@@ -30,23 +33,45 @@ type corpse struct {
 	reason string
 }
 
-// watch looks at a node that is away, and returns it if it counts as dead by now.
-func (c *Controller) watch(ctx context.Context, id trivet.NodeID) (*corpse, error) {
-	node, lease, err := c.look(ctx, id)
+// listen takes note of what was heard of the nodes; true for those that are away.
+func (c *Controller) listen(nodes map[trivet.NodeID]bool, leases map[string]*coordinationv1.Lease) {
+	maps.DeleteFunc(c.silent, func(id trivet.NodeID, _ *silence) bool { _, known := nodes[id]; return !known })
 	now := time.Now()
-	s := c.silent[id]
+	for id, away := range nodes {
+		s := c.silent[id]
+		if s == nil {
+			s = &silence{since: now}
+			c.silent[id] = s
+		} else if now.Sub(s.looked) > gapMax {
+			s.since = now
+		}
+		s.looked = now
+		if away {
+			continue // watch
+		}
+		lease := leases[string(id)]
+		if renewed := renewTime(lease); lease == nil || !renewed.Equal(s.renewed) || !s.away.IsZero() {
+			s.renewed, s.since = renewed, now // one that is back is watched from the beginning
+		}
+		s.away, s.restUntil = time.Time{}, time.Time{}
+	}
+}
+
+// watch looks at a node that is away, and returns it if it counts as dead by now. REQUIRES: listen.
+func (c *Controller) watch(ctx context.Context, id trivet.NodeID, lease *coordinationv1.Lease) (*corpse, error) {
+	s, now := c.silent[id], time.Now()
+	if s.away.IsZero() {
+		c.log.Info("failover: the server of a node has lost its lease", "node", string(id), "after", c.cfg.After.String())
+		s.away = now
+	}
+	node, err := c.cfg.API.Node(ctx, string(id))
 	switch {
+	case errors.Is(err, trivet.ErrNotFound):
+		node = nil
 	case err != nil: // it may have been heard of without our knowing
 		delete(c.silent, id)
 		return nil, err
-	case s == nil:
-		c.log.Info("failover: the server of a node has lost its lease", "node", string(id), "after", c.cfg.After.String())
-		s = &silence{since: now}
-		c.silent[id] = s
-	case now.Sub(s.looked) > gapMax:
-		s.since = now
 	}
-	s.looked = now
 	if node != nil && hasTaint(node, corev1.TaintNodeOutOfService) {
 		return &corpse{id: id, node: node, reason: "it is tainted " + corev1.TaintNodeOutOfService}, nil
 	}
@@ -60,7 +85,7 @@ func (c *Controller) watch(ctx context.Context, id trivet.NodeID) (*corpse, erro
 			s.since = now
 		}
 	}
-	if now.Sub(s.since) < after {
+	if now.Sub(s.since) < after || now.Sub(s.away) < awayMin {
 		return nil, nil //nolint:nilnil // not dead, or not yet
 	}
 	reason := "its kubelet does not renew its Lease"
@@ -70,22 +95,6 @@ func (c *Controller) watch(ctx context.Context, id trivet.NodeID) (*corpse, erro
 		reason = "it is not Ready"
 	}
 	return &corpse{id: id, node: node, reason: reason}, nil
-}
-
-// look reads the node and the Lease of its kubelet; nil for what is not there.
-func (c *Controller) look(ctx context.Context, id trivet.NodeID) (*corev1.Node, *coordinationv1.Lease, error) {
-	node, err := c.cfg.API.Node(ctx, string(id))
-	if errors.Is(err, trivet.ErrNotFound) {
-		node, err = nil, nil
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	lease, err := c.cfg.API.NodeLease(ctx, string(id))
-	if errors.Is(err, trivet.ErrNotFound) {
-		lease, err = nil, nil
-	}
-	return node, lease, err
 }
 
 func renewTime(l *coordinationv1.Lease) time.Time {

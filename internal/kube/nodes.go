@@ -64,9 +64,15 @@ func (a *API) patchNode(ctx context.Context, n *corev1.Node, subresource string,
 	return wrapAny("patch Node", n.Name, r.Do(ctx).Error())
 }
 
-// NodeLease returns the Lease that the kubelet of a node renews.
-func (a *API) NodeLease(ctx context.Context, node string) (*coordinationv1.Lease, error) {
-	return a.lease(ctx, nodeLeases, node)
+// NodeLeases returns the Leases that kubelets renew, by the names of their nodes.
+func (a *API) NodeLeases(ctx context.Context) (map[string]*coordinationv1.Lease, error) {
+	list := &coordinationv1.LeaseList{}
+	err := a.coordination.Get().Namespace(nodeLeases).Resource("leases").Do(ctx).Into(list)
+	leases := make(map[string]*coordinationv1.Lease, len(list.Items))
+	for i := range list.Items {
+		leases[list.Items[i].Name] = &list.Items[i]
+	}
+	return leases, wrapAny("list Leases in", nodeLeases, err)
 }
 
 func (a *API) lease(ctx context.Context, namespace, name string) (*coordinationv1.Lease, error) {
