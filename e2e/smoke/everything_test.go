@@ -73,16 +73,7 @@ const xfsClass = "xfs"
 // xfsClaim makes a claim of that class, of 512 MiB: mkfs.xfs wants 300.
 func (s *suite) xfsClaim(name, mode string) {
 	s.t.Helper()
-	s.apply(fmt.Sprintf(`
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata: {name: %s}
-spec:
-  storageClassName: %s
-  volumeMode: %s
-  accessModes: [ReadWriteOnce]
-  resources: {requests: {storage: 512Mi}}
-`, name, xfsClass, mode))
+	s.claimOf(name, xfsClass, mode, "512Mi", "")
 }
 
 // Data sources of claims.
@@ -94,17 +85,7 @@ const (
 // claimFrom makes a claim that begins with what its source holds.
 func (s *suite) claimFrom(name, class, mode, size, source string) {
 	s.t.Helper()
-	s.apply(fmt.Sprintf(`
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata: {name: %s}
-spec:
-  storageClassName: %s
-  volumeMode: %s
-  accessModes: [ReadWriteOnce]
-  dataSource: {%s}
-  resources: {requests: {storage: %s}}
-`, name, class, mode, source, size))
+	s.claimOf(name, class, mode, size, "dataSource: {"+source+"}")
 }
 
 // The claim from which snapshots and clones are made, and the pod that has it.

@@ -130,12 +130,6 @@ spec:
 			return nil
 		})
 	}
-	s.await("no volume is left", func() error {
-		all, err := s.volumes()
-		if err == nil && len(all) > 0 {
-			err = fmt.Errorf("volumes %+v", all)
-		}
-		return err
-	})
+	s.awaitNoVolume()
 	s.requireTraceless()
 }

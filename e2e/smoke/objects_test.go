@@ -15,6 +15,12 @@ import (
 // claim makes a PersistentVolumeClaim.
 func (s *suite) claim(name, class, mode string) {
 	s.t.Helper()
+	s.claimOf(name, class, mode, "256Mi", "")
+}
+
+// claimOf is claim of another size, with one more field of its spec, or "".
+func (s *suite) claimOf(name, class, mode, size, field string) {
+	s.t.Helper()
 	s.apply(fmt.Sprintf(`
 apiVersion: v1
 kind: PersistentVolumeClaim
@@ -23,8 +29,9 @@ spec:
   storageClassName: %s
   volumeMode: %s
   accessModes: [ReadWriteOnce]
-  resources: {requests: {storage: 256Mi}}
-`, name, class, mode))
+  resources: {requests: {storage: %s}}
+  %s
+`, name, class, mode, size, field))
 }
 
 // pod starts a pod of busybox on a node, with a claim at /data, or as the device /dev/volume when the
@@ -209,6 +216,18 @@ func (s *suite) awaitUp() map[string]clusterNode {
 		return nil
 	})
 	return byName
+}
+
+// awaitNoVolume waits until Trivet knows of no volume.
+func (s *suite) awaitNoVolume() {
+	s.t.Helper()
+	s.await("no volume is left", func() error {
+		all, err := s.volumes()
+		if err == nil && len(all) > 0 {
+			err = fmt.Errorf("volumes %+v", all)
+		}
+		return err
+	})
 }
 
 // requireTraceless fails unless no node has a trace of a volume: no mount, no loop device of ours, no

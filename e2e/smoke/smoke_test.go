@@ -83,13 +83,7 @@ func reclaimDelete(s *suite) {
 	pv := s.bound(firstClaim)
 	s.kubectl("delete", "pvc", firstClaim, "--timeout="+waitMax.String())
 	s.awaitGone("pv", pv)
-	s.await("volume gone", func() error {
-		all, err := s.volumes()
-		if err == nil && len(all) > 0 {
-			err = fmt.Errorf("volumes %+v", all)
-		}
-		return err
-	})
+	s.awaitNoVolume()
 	assert.Empty(s.t, s.kubectl("get", "volumeattachments", "-o", "name"))
 	s.requireTraceless()
 }
@@ -365,13 +359,7 @@ func (s *suite) loadExampleImages() {
 }
 
 func nothingIsLeft(s *suite) {
-	s.await("no volume is left", func() error {
-		all, err := s.volumes()
-		if err == nil && len(all) > 0 {
-			err = fmt.Errorf("volumes %+v", all)
-		}
-		return err
-	})
+	s.awaitNoVolume()
 	s.requireTraceless()
 	var list struct{ Items []any }
 	require.NoError(s.t, json.Unmarshal([]byte(s.kubectl("get", "pv,volumeattachments", "-o", "json")), &list))
