@@ -206,8 +206,8 @@ func TestEnrollWaits(t *testing.T) {
 	assert.Equal(t, int32(5), tries.Load())
 	waits := strings.Count(e.log.String(), "msg=waiting")
 	assert.Equal(t, 2, waits, e.log.String())
-	assert.Contains(t, e.log.String(), "503")
-	assert.Contains(t, e.log.String(), "401")
+	assert.Contains(t, e.log.String(), "answered 503")
+	assert.Contains(t, e.log.String(), "answered 401")
 	assert.NotContains(t, e.log.String(), "expired one")
 }
 
@@ -248,7 +248,7 @@ func TestEnrollSaysWhyItGaveUp(t *testing.T) {
 	})
 	err := kube.Enroll(ctx, e.cfg)
 	require.ErrorIs(t, err, trivet.ErrUnavailable)
-	require.ErrorContains(t, err, "503")
+	require.ErrorContains(t, err, "answered 503")
 }
 
 // What waiting does not mend is an error at once.
@@ -318,8 +318,8 @@ func TestEnrollKeepsItsToken(t *testing.T) {
 	// Nor is a redirection followed.
 	err = enroll(listen(e.ca, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, e.cfg.Issuer+"/v1/certificate", http.StatusTemporaryRedirect)
-	}), "307")
-	require.ErrorContains(t, err, "307")
+	}), "answered 307")
+	require.ErrorContains(t, err, "answered 307")
 	assert.Empty(t, e.api.reviews)
 }
 
