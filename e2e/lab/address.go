@@ -23,6 +23,7 @@ const (
 	clusterDomain  = "cluster.local"
 
 	bridgeName = "tve2e"
+	bridgeMAC  = "02:00:0a:d5:00:01" // of our own making (bit 1 of the first byte): 10.213.0.1
 	cgroupName = "trivet-e2e"
 
 	nodesMax = 100

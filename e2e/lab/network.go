@@ -25,10 +25,12 @@ func ipAll(ctx context.Context, commands ...string) error {
 	return nil
 }
 
-// makeBridge makes the bridge, with the addresses of host, API server and name server.
+// makeBridge makes the bridge, with the addresses of host, API server and name server. Its MAC address is set: otherwise
+// the kernel takes the lowest of its cables', and when the node of that one dies, the others go on sending to an address
+// that nobody has, for as long as their neighbour tables hold it (half a minute and more).
 func makeBridge(ctx context.Context) error {
 	err := ipAll(ctx,
-		"link add "+bridgeName+" type bridge",
+		"link add "+bridgeName+" address "+bridgeMAC+" type bridge",
 		"addr add "+hostAddress+"/24 dev "+bridgeName,
 		"addr add "+apiAddress+"/32 dev "+bridgeName,
 		"addr add "+dnsAddress+"/32 dev "+bridgeName,
