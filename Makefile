@@ -17,7 +17,7 @@ export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
 .PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-mutants sim-long chaos \
-	models image e2e-build e2e e2e-smoke vm-test tools deps clean manifests chart binaries
+	models image e2e-build e2e e2e-smoke e2e-upstream vm-test tools deps clean manifests chart binaries
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,6 +124,10 @@ e2e-smoke: e2e-build image ## the manifests in deploy/ on a real Kubernetes of t
 
 e2e: e2e-build image ## the manifests with all sidecars, deploy/full: snapshots, clones, growth, drain, update (root; 10 minutes)
 	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestEverything -count=1 -timeout 30m -v
+
+e2e-upstream: image ## Kubernetes' own tests of storage drivers, into docs/conformance.md (root; 1 hour, 30 minutes more to build once)
+	e2e/build.sh --upstream
+	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestUpstream -count=1 -timeout 170m -v
 
 vm-test: ## kernel NBD and ublk in a guest of a Debian kernel: attach, kill -9, resume, fsck, grow (3 minutes)
 	kernel=$$(internal/vm/fetch.sh) && $(GO) run ./internal/vm/vmtest -kernel "$$kernel" -run '$(VMRUN)' -v ./node/blockdev

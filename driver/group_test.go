@@ -75,6 +75,12 @@ func TestCreateGroupCodes(t *testing.T) {
 		row{"parameter", with(func(r *request) {
 			r.Parameters, r.SourceVolumeIds = map[string]string{"ttl": "1h"}, []string{foreign}
 		}), codes.InvalidArgument, "ttl"},
+		row{"policy of the class among its parameters", with(func(r *request) {
+			r.Parameters = map[string]string{"deletionPolicy": "Retain"}
+		}), codes.OK, ""},
+		row{"unknown policy among the parameters", with(func(r *request) {
+			r.Parameters = map[string]string{"deletionPolicy": "Never"}
+		}), codes.InvalidArgument, "deletionPolicy"},
 		row{"metadata of the sidecar", with(func(r *request) {
 			r.Parameters = map[string]string{"csi.storage.k8s.io/volumegroupsnapshot/name": "g"}
 		}), codes.OK, ""},

@@ -75,9 +75,20 @@ func checkSnapshotRequest(req *csi.CreateSnapshotRequest) error {
 	return err
 }
 
+// paramDeletionPolicy is a field of a class, beside its parameters. Kubernetes' own tests write it into those of a
+// VolumeGroupSnapshotClass, too, and expect a driver not to mind.
+const paramDeletionPolicy = "deletionPolicy"
+
 // checkSnapshotParameters refuses a parameter that would have no effect. Snapshots have none.
 func checkSnapshotParameters(params map[string]string) error {
 	for _, key := range slices.Sorted(maps.Keys(params)) { // sorted: the same error each time
+		if key == paramDeletionPolicy {
+			if v := params[key]; v != "Delete" && v != "Retain" {
+				return fmt.Errorf("parameter %q: %q: want Delete or Retain, as the class's field of that name: %w",
+					key, v, trivet.ErrInvalid)
+			}
+			continue
+		}
 		if !strings.HasPrefix(strings.ToLower(key), metadataPrefix) {
 			return fmt.Errorf("parameter %q is unknown; snapshots have no parameters: %w", key, trivet.ErrInvalid)
 		}

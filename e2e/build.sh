@@ -4,6 +4,8 @@
 #   build.sh           build what is missing; print the seconds of each
 #   build.sh --check   exit 0 if nothing is missing, else print one line and exit 1
 #   build.sh --print   print the folder in which the lab finds everything (there or not)
+#   build.sh --upstream        build, besides, Kubernetes' own tests of storage drivers, with what runs them
+#   build.sh --print-upstream  print the folder of these (there or not)
 #
 # The cache, ${TRIVET_E2E_CACHE:-${XDG_CACHE_HOME:-~/.cache}/trivet-e2e}, holds a folder for each part and
 # one, all-HASH, of hard links to the files of the present parts. The name of a part has a hash over
@@ -44,7 +46,7 @@ sidecar_flags() {
 recipe() {
   local module=build/$1
   case $1 in
-    kubernetes) kubernetes_flags ;;
+    kubernetes | upstream) kubernetes_flags ;;
     provisioner | attacher | resizer | snapshotter) sidecar_flags "$1" ;;
     etcd) module=build/kubernetes ;;
     pause) module=cmd/pause ;;
@@ -101,6 +103,14 @@ make_snapshotter() {
   cp "$from"/deploy/kubernetes/snapshot-controller/{rbac,setup}-snapshot-controller.yaml "$1/snapshots/"
   chmod 644 "$1"/snapshots/*
 }
+# The tests of all of Kubernetes would be several times as large; build/upstream imports those of storage drivers.
+make_upstream() {
+  compile build/upstream "$(kubernetes_flags)" "$1/" github.com/onsi/ginkgo/v2/ginkgo k8s.io/kubernetes/test/images/agnhost
+  (
+    cd build/upstream
+    GOFLAGS=-mod=readonly CGO_ENABLED=0 "$go" test -c -vet=off -trimpath -ldflags "$(cd ../.. && kubernetes_flags)" -o "$1/upstream.test" .
+  )
+}
 make_pause() { compile . "-s -w" "$1/pause" ./cmd/pause; }
 
 # Debian's packages are unpacked, not installed: nothing of the machine's own changes.
@@ -130,8 +140,8 @@ need_host() {
 
 go_version=$("$go" version)
 declare -A folder
-for part in "${parts[@]}"; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
-all=$cache/all-$(printf '%s\n' "${folder[@]}" | sort | sed 's|.*/||' | hash_of)
+for part in "${parts[@]}" upstream; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
+all=$cache/all-$(for part in "${parts[@]}"; do echo "${folder[$part]}"; done | sort | sed 's|.*/||' | hash_of)
 
 # build PART builds it unless it is there. (Not in an `if` or `||`: there bash would ignore errors inside.)
 build() {
@@ -164,6 +174,7 @@ join_parts() {
 
 case ${1:-} in
   --print) echo "$all" ;;
+  --print-upstream) echo "${folder[upstream]}" ;;
   --check)
     [ -d "$all" ] && exit 0
     missing=()
@@ -171,11 +182,12 @@ case ${1:-} in
     echo "e2e: not built yet: ${missing[*]:-the joint folder}; e2e/build.sh builds it (the first time about 20 minutes)"
     exit 1
     ;;
-  "")
+  "" | --upstream)
     mkdir -p "$cache"
     need_host
     for part in "${parts[@]}"; do build "$part"; done
     join_parts
+    [ -z "${1:-}" ] || build upstream
     ;;
   *)
     echo "build.sh: unknown argument $1; see the comment at its top" >&2

@@ -53,9 +53,23 @@ func (c cache) check() error {
 
 // FindCache returns the folder of binaries that build.sh in the folder e2e names; whether everything
 // is in it, [Up] checks.
-func FindCache(ctx context.Context, e2e string) (string, error) {
+func FindCache(ctx context.Context, e2e string) (string, error) { return askBuild(ctx, e2e, "--print") }
+
+// FindUpstream returns the folder of Kubernetes' own tests of storage drivers, which build.sh --upstream builds.
+func FindUpstream(ctx context.Context, e2e string) (string, error) {
+	dir, err := askBuild(ctx, e2e, "--print-upstream")
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("upstream's tests: %w; run e2e/build.sh --upstream", err)
+	}
+	return dir, nil
+}
+
+func askBuild(ctx context.Context, e2e, question string) (string, error) {
 	script := filepath.Join(e2e, "build.sh")
-	out, err := exec.CommandContext(ctx, script, "--print").Output()
+	out, err := exec.CommandContext(ctx, script, question).Output()
 	if err != nil {
 		return "", fmt.Errorf("ask %s for the folder of binaries: %w", script, withStderr(err))
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -29,27 +30,42 @@ func (c *Cluster) programsImage(ctx context.Context, name string, programs []str
 		return Image{}, err
 	}
 	img.Name = name
+	img.Files = slices.DeleteFunc(img.Files, func(f ImageFile) bool { // the real one is to be found
+		return slices.Contains(programs, filepath.Base(f.Path))
+	})
+	files, err := hostFiles(ctx, programs)
+	if err != nil {
+		return Image{}, err
+	}
+	img.Files = append(img.Files, files...)
+	return img, nil
+}
+
+// hostFiles returns programs of this machine, in bin, and the shared objects that they load, where they are here.
+func hostFiles(ctx context.Context, programs []string) ([]ImageFile, error) {
+	var files []ImageFile
 	have := map[string]bool{}
-	add := func(source string) {
-		if at := strings.TrimPrefix(source, "/"); !have[at] {
+	add := func(at, source string) {
+		if !have[at] {
 			have[at] = true
-			img.Files = append(img.Files, ImageFile{Path: at, Mode: 0o755, Source: source})
+			files = append(files, ImageFile{Path: at, Mode: 0o755, Source: source})
 		}
 	}
 	for _, program := range programs {
 		path, err := exec.LookPath(program)
 		if err != nil {
-			return Image{}, err
+			return nil, err
 		}
 		objects, err := sharedObjects(ctx, path)
 		if err != nil {
-			return Image{}, err
+			return nil, err
 		}
-		for _, source := range append(objects, path) {
-			add(source)
+		for _, source := range objects {
+			add(strings.TrimPrefix(source, "/"), source)
 		}
+		add("bin/"+program, path)
 	}
-	return img, nil
+	return files, nil
 }
 
 // sharedObjects returns the absolute paths of what the dynamic loader would load for a program, itself included.

@@ -23,3 +23,25 @@ func (c *Cluster) KillNode(ctx context.Context, name string) error {
 		return true, nil
 	})
 }
+
+// KillDaemon kills the kubelet, or containerd, of a node. The node's init starts it again a second later, as systemd would.
+func (c *Cluster) KillDaemon(ctx context.Context, nodeName, daemon string) error {
+	n, err := c.node(nodeName)
+	if err != nil {
+		return err
+	}
+	all, err := marked(c.dir)
+	if err != nil {
+		return err
+	}
+	for _, p := range all {
+		if p.Name != daemon || !descendsFromAny(p.PID, map[int]bool{n.Init.PID: true}) {
+			continue
+		}
+		if err := p.kill(); err != nil {
+			return err
+		}
+		return until(ctx, daemon+" of node "+nodeName+" is dead", func(context.Context) (bool, error) { return !p.alive(), nil })
+	}
+	return fmt.Errorf("kill %s of node %s: it does not run", daemon, nodeName)
+}

@@ -34,6 +34,9 @@ func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd 
 	return cmd
 }
 
+// ProgramsDir is the folder with the lab's own programs, kubectl among them.
+func (c *Cluster) ProgramsDir() string { return string(c.cache) }
+
 // NodePID is the process number, seen from the host, of the init of a node: entering its namespaces
 // is entering the node, and killing it is cutting the node's power.
 func (c *Cluster) NodePID(name string) (int, error) {

@@ -29,6 +29,8 @@ func TestEverything(t *testing.T) {
 	s.step("a rolling update under fio", rollingUpdate)
 	s.step("nothing is left", nothingIsLeft)
 	s.step("a pod is deleted while it writes", deletedWhileItWrites)
+	s.step("a claim and its snapshot go while they are restored", sourceGoesWhileRestored)
+	s.step("a kubelet dies", kubeletDies)
 	s.step("the API server is away for a minute", apiServerAway)
 	s.step("sidecars die in the middle of calls", sidecarsDie)
 	s.step("death of a node", deathOfNode)

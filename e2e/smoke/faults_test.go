@@ -44,6 +44,69 @@ func deletedWhileItWrites(s *suite) {
 	s.requireTraceless()
 }
 
+// kubeletDies kills a node's kubelet, three times, under a pod that writes, with a claim on its way to that node.
+func kubeletDies(s *suite) {
+	node := s.Nodes()[0]
+	s.claim("steady", "trivet-r3", "Filesystem")
+	s.pod("steady", node, "steady", writing)
+	uid := s.get("pod", "steady", "{.metadata.uid}")
+	for round := range 3 {
+		name := fmt.Sprintf("new-%d", round)
+		s.claim(name, "trivet-r3", "Filesystem")
+		s.podWithoutWaiting(name, node, name)
+		require.NoError(s.t, s.KillDaemon(s.t.Context(), node, "kubelet"))
+		s.awaitRunning(name)
+		s.inPod(name, "sh", "-c", "echo kept >/data/word && sync")
+		s.kubectl("delete", "pod", name, "--wait=false")
+		require.NoError(s.t, s.KillDaemon(s.t.Context(), node, "kubelet"))
+		s.awaitGone("pod", name)
+		s.kubectl("delete", "pvc/"+name, "--timeout="+waitMax.String())
+	}
+	lines := s.awaitLines("steady", 20)
+	require.NotContains(s.t, s.kubectl("logs", "steady"), "ERROR")
+	assert.Equal(s.t, uid, s.get("pod", "steady", "{.metadata.uid}"))
+	s.deletePod("steady")
+	s.pod("reader", s.Nodes()[1], "steady", idle)
+	s.requireWholeLog("reader", lines)
+	s.deletePod("reader")
+	s.kubectl("delete", "pvc/steady", "--timeout="+waitMax.String())
+	s.requireTraceless()
+}
+
+// sourceGoesWhileRestored deletes a claim and its snapshot while another claim is being made from it.
+func sourceGoesWhileRestored(s *suite) {
+	nodes := s.Nodes()
+	for round := range 3 {
+		source, snapshot, restored := fmt.Sprintf("going-%d", round), fmt.Sprintf("of-going-%d", round), fmt.Sprintf("kept-%d", round)
+		s.xfsClaim(source, "Filesystem")
+		s.pod(source, nodes[0], source, idle)
+		s.inPod(source, "sh", "-c", "dd if=/dev/urandom of=/data/file bs=64k count=64 && sync")
+		want := s.inPod(source, "md5sum", "/data/file")
+		s.apply(fmt.Sprintf(`
+apiVersion: snapshot.storage.k8s.io/v1
+kind: VolumeSnapshot
+metadata: {name: %s}
+spec:
+  volumeSnapshotClassName: trivet
+  source: {persistentVolumeClaimName: %s}
+`, snapshot, source))
+		s.awaitReadyToUse("volumesnapshot", snapshot)
+		s.claimFrom(restored, xfsClass, "Filesystem", "512Mi", ofSnapshot+snapshot)
+		s.podWithoutWaiting(restored, nodes[1], restored)
+		s.kubectl("delete", "pod", source, "--wait=false", "--force")
+		s.kubectl("delete", "pvc/"+source, "volumesnapshot/"+snapshot, "--wait=false")
+		s.awaitGone("volumesnapshot", snapshot)
+		s.awaitGone("pvc", source)
+		// Kubernetes keeps a snapshot while a claim is made from it; were it gone before, the claim could not be made.
+		s.awaitRunning(restored)
+		assert.Equal(s.t, want, s.inPod(restored, "md5sum", "/data/file"))
+		s.deletePod(restored)
+		s.kubectl("delete", "pvc/"+restored, "--timeout="+waitMax.String())
+	}
+	s.awaitNoVolume()
+	s.requireTraceless()
+}
+
 // apiServerAway has nobody reach the API server for a minute: pods go on, nothing is moved, and what is asked for
 // afterwards is done.
 func apiServerAway(s *suite) {

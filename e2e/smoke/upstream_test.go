@@ -1,0 +1,165 @@
+package smoke_test
+
+import (
+	"bufio"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/trivet-csi/trivet/e2e/conformance"
+	"github.com/trivet-csi/trivet/e2e/lab"
+)
+
+const (
+	conformancePage = "../../docs/conformance.md"
+	driverFile      = "testdata/driver.yaml"
+
+	immediateClass = "xfs-immediate"
+
+	// Most of the time of a spec is waiting for a kubelet.
+	upstreamProcesses = "6"
+	upstreamTimeout   = 90 * time.Minute
+)
+
+var focusFlag = flag.String("upstream.focus", "", "regular expression of the only specs to run; the page is left as it is")
+
+// TestUpstream runs Kubernetes' own suite of external storage drivers, External.Storage, and writes what became of
+// each spec to docs/conformance.md: `make e2e-upstream`.
+func TestUpstream(t *testing.T) {
+	s := start(t)
+	u := upstream{suite: s, reports: filepath.Join(s.Dir(), "logs", "upstream")}
+	s.step("install with all sidecars", installEverything)
+	s.step("load upstream's images", loadUpstreamImages)
+	s.apply(fmt.Sprintf(`
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: %s}
+provisioner: csi.trivet.dev
+allowVolumeExpansion: true
+volumeBindingMode: Immediate
+parameters: {replicas: "3", csi.storage.k8s.io/fstype: xfs}
+`, immediateClass))
+	require.NoError(t, os.MkdirAll(u.reports, 0o755))
+
+	if *focusFlag != "" {
+		p := u.run("some", driverFile, "--focus=External.Storage.*"+*focusFlag, `--skip=\[Disruptive\]`, "--procs="+upstreamProcesses)
+		u.require(p)
+		return
+	}
+	passes := []conformance.Pass{
+		u.run("parallel", driverFile, "--focus=External.Storage", `--skip=\[Serial\]|\[Disruptive\]|\] capacity`,
+			"--procs="+upstreamProcesses),
+		u.run("serial", driverFile, `--focus=External.Storage.*\[Serial\]`, `--skip=\[Disruptive\]`),
+		u.run("late", bindsLate(t), `--focus=External.Storage.*\] (topology|capacity)`, `--skip=\[Disruptive\]`, "--procs=3"),
+	}
+	disruptive := u.run("disruptive", driverFile, `--focus=External.Storage.*\[Disruptive\]`, "--dry-run")
+	require.NoError(t, conformance.Write(conformancePage, passes, disruptive.Specs))
+	for _, p := range passes {
+		u.require(p)
+	}
+	s.step("nothing is left", nothingIsLeft)
+}
+
+// loadUpstreamImages gives the nodes images of the names that the suite wants, made here: Ginkgo's pods find in them
+// what the real ones have, as far as specs of storage use it.
+func loadUpstreamImages(s *suite) {
+	programs, err := lab.FindUpstream(s.t.Context(), e2eFolder)
+	require.NoError(s.t, err)
+	require.NoError(s.t, s.LoadUpstreamImages(s.t.Context(), programs))
+}
+
+// bindsLate writes driver.yaml for a class that waits for a pod, with a topology key: there is capacity of such classes
+// only. Volumes of Trivet have no topology, so any node can attach them; were there a key in every pass, the suite would
+// leave out the specs that move a volume to another node.
+func bindsLate(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(driverFile)
+	require.NoError(t, err)
+	text := string(b)
+	for _, change := range [][2]string{
+		{immediateClass, xfsClass},
+		{
+			"  Capabilities:\n",
+			"  TopologyKeys: [topology.csi.trivet.dev/node]\n  NumAllowedTopologies: 1\n  Capabilities:\n    topology: true\n",
+		},
+	} {
+		require.Contains(t, text, change[0])
+		text = strings.Replace(text, change[0], change[1], 1)
+	}
+	path := filepath.Join(t.TempDir(), "driver.yaml")
+	require.NoError(t, os.WriteFile(path, []byte(text), 0o644))
+	return path
+}
+
+// upstream runs passes of the suite.
+type upstream struct {
+	*suite
+	reports string // folder of their reports and logs
+}
+
+// run runs one pass with Ginkgo's flags and returns what became of its specs, whether or not they passed.
+func (u *upstream) run(name, driver string, flags ...string) conformance.Pass {
+	u.t.Helper()
+	began := time.Now()
+	programs, err := lab.FindUpstream(u.t.Context(), e2eFolder)
+	require.NoError(u.t, err)
+	driver, err = filepath.Abs(driver)
+	require.NoError(u.t, err)
+	argv := append(flags, "--no-color", "--timeout="+upstreamTimeout.String(), "--output-dir="+u.reports,
+		"--json-report="+name+".json", "--output-interceptor-mode=none", filepath.Join(programs, "upstream.test"), "--",
+		"-kubeconfig="+u.Kubeconfig(), "-provider=local", "-storage.testdriver="+driver, "-report-dir="+u.reports)
+	cmd := exec.CommandContext(u.t.Context(), filepath.Join(programs, "ginkgo"), argv...)
+	cmd.Env = append(os.Environ(), "PATH="+u.ProgramsDir()+":"+os.Getenv("PATH"))
+	cmd.Dir = u.reports
+	// Ginkgo's workers are not killed with it, but end when it is asked to.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = time.Minute
+	log, err := os.Create(filepath.Join(u.reports, name+".log"))
+	require.NoError(u.t, err)
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Run(); err != nil {
+		u.t.Logf("pass %s: %v", name, err) // its report says what failed
+	}
+	specs, err := conformance.Read(filepath.Join(u.reports, name+".json"))
+	if err != nil {
+		require.FailNow(u.t, "pass "+name, "%v\n%s", err, lastLines(log.Name(), 30))
+	}
+	p := conformance.Pass{Name: name, Specs: specs, Seconds: time.Since(began).Seconds()}
+	u.t.Logf("pass %s: %s", name, p.Summary())
+	return p
+}
+
+// require fails the test for every spec that failed.
+func (u *upstream) require(p conformance.Pass) {
+	u.t.Helper()
+	for _, spec := range conformance.Failed(p.Specs) {
+		assert.Fail(u.t, p.Name+": "+spec.Suite+": "+spec.Name, "%s: %s", spec.State, spec.Reason)
+	}
+}
+
+// lastLines returns the last n lines of a file.
+func lastLines(path string, n int) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	var lines []string
+	for in := bufio.NewScanner(f); in.Scan(); {
+		lines = append(lines, in.Text())
+		if len(lines) > n {
+			lines = lines[1:]
+		}
+	}
+	return fmt.Sprintf("%s:\n%s", path, strings.Join(lines, "\n"))
+}
