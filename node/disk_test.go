@@ -63,6 +63,22 @@ func TestDiskLockEndsBesideAFork(t *testing.T) {
 	require.NoError(t, unlockDisk(again))
 }
 
+// TestRunDirIsFreeBesideAFork: so is the run directory once its node is closed.
+func TestRunDirIsFreeBesideAFork(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	lock, err := lockDisk(dir)
+	require.NoError(t, err)
+	child, err := unix.Dup(int(lock.Fd()))
+	require.NoError(t, err)
+	defer unix.Close(child) //nolint:errcheck // nothing was written
+	n := &Node{lock: lock}
+	require.NoError(t, n.unlock())
+	again, err := lockDisk(dir)
+	require.NoError(t, err)
+	require.NoError(t, unlockDisk(again))
+}
+
 func TestDiskFormatOpenReopen(t *testing.T) {
 	t.Parallel()
 	dir, id := mustFormat(t)

@@ -357,7 +357,7 @@ func (n *Node) unlock() error {
 	if n.lock == nil {
 		return nil
 	}
-	return n.lock.Close()
+	return unlockDisk(n.lock)
 }
 
 // Attach opens the volume and shows it as a kernel block device, whose path it returns. The same
