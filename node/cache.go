@@ -45,6 +45,8 @@ type caches struct {
 	pool    *cache.Pool
 	log     *slog.Logger
 	poke    chan struct{} // a cache has let go of memory that others may take
+
+	deadline time.Duration // of dirty blocks; 0 = the default of package cache
 }
 
 func newCaches(cfg *Config) *caches {
@@ -107,7 +109,8 @@ func (c *caches) open(group trivet.Device, v *meta.Volume, at *attached, meters 
 	}
 	want.Bytes = c.pool.Ask(v.ID, want.Bytes, weight)
 	d, err := cache.Open(group, at.lock, cache.Config{
-		Cluster: c.cluster, Volume: v.ID, Epoch: at.epoch, Resume: at.goesOn, Settings: want, Meters: meters, Logger: c.log,
+		Cluster: c.cluster, Volume: v.ID, Epoch: at.epoch, Resume: at.goesOn, Settings: want, Deadline: c.deadline,
+		Meters: meters, Logger: c.log,
 	})
 	if err != nil {
 		c.pool.Leave(v.ID)

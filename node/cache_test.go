@@ -72,6 +72,7 @@ func (b *cacheBench) start(incarnation int) {
 	b.process(b.t, n.Incarnation)
 	a := b.mounts.attacher
 	a.caches = newCaches(&Config{CacheDir: b.dir, CacheBytes: 4 << 20, Cluster: trivet.ClusterID(testUUID(1))})
+	a.caches.deadline = time.Hour // nothing is written back before a test wants it, however slow the machine is
 	a.openGroup = func(c replication.VolumeConfig) (groupDevice, error) {
 		return &epochDevice{Device: b.disk, cat: b.cat, epoch: c.Epoch}, nil
 	}
