@@ -29,6 +29,7 @@ type fakeCatalogue struct {
 	down    bool
 	changed chan struct{}
 	log     []meta.Command
+	awaited []func(*meta.State) bool // of once
 }
 
 func newFakeCatalogue() *fakeCatalogue {
@@ -76,6 +77,27 @@ func (c *fakeCatalogue) Propose(_ context.Context, cmd meta.Command) (meta.Resul
 func (c *fakeCatalogue) notifyLocked() {
 	close(c.changed)
 	c.changed = make(chan struct{})
+	st := c.machine.State()
+	c.awaited = slices.DeleteFunc(c.awaited, func(seen func(*meta.State) bool) bool { return seen(st) })
+}
+
+// once returns a channel that is closed by the first state, from the present one on, for which is holds. Whoever waits
+// for a change may find the next one in its place; this misses none.
+func (c *fakeCatalogue) once(is func(*meta.State) bool) <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	came := make(chan struct{})
+	seen := func(st *meta.State) bool {
+		if is(st) {
+			close(came)
+			return true
+		}
+		return false
+	}
+	if !seen(c.machine.State()) {
+		c.awaited = append(c.awaited, seen)
+	}
+	return came
 }
 
 // must applies a command on behalf of somebody else.

@@ -110,26 +110,19 @@ func (m *forgetful) Apply(entries []raftgroup.Entry) ([]any, error) {
 	return m.StateMachine.Apply(entries)
 }
 
-// reasonOf waits for the catalogue to give a reason for what has become of a replica.
+// reasonOf waits for the catalogue to give a reason for what has become of a replica, which is not there for long.
 func (b *groupBench) reasonOf(id trivet.ReplicaID) <-chan string {
 	reason := make(chan string, 1)
-	go func() {
-		for {
-			changed := b.cat.Changed()
-			v := b.cat.volume(vol)
-			for _, r := range append(slices.Clone(v.Replicas), v.Retired...) {
-				if r.ID == id && r.Reason != "" {
-					reason <- r.Reason
-					return
-				}
-			}
-			select {
-			case <-changed:
-			case <-b.t.Context().Done():
-				return
+	b.cat.once(func(st *meta.State) bool {
+		v, _ := st.Volume(vol)
+		for _, r := range append(slices.Clone(v.Replicas), v.Retired...) {
+			if r.ID == id && r.Reason != "" {
+				reason <- r.Reason
+				return true
 			}
 		}
-	}()
+		return false
+	})
 	return reason
 }
 
