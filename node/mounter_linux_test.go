@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/loopdev"
 	"github.com/trivet-csi/trivet/node"
 	"github.com/trivet-csi/trivet/node/blockdev"
 )
@@ -54,14 +54,10 @@ func mustLoop(t *testing.T, sizeBytes int64) string {
 	file := filepath.Join(t.TempDir(), "image")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
 	require.NoError(t, os.Truncate(file, sizeBytes))
-	out, err := exec.CommandContext(t.Context(), "losetup", "--find", "--show", file).CombinedOutput()
-	require.NoError(t, err, "%s", out)
-	device := strings.TrimSpace(string(out))
-	t.Cleanup(func() {
-		out, err := exec.CommandContext(context.WithoutCancel(t.Context()), "losetup", "-d", device).CombinedOutput()
-		assert.NoError(t, err, "%s", out)
-	})
-	return device
+	device, err := loopdev.Open(file)
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, device.Close()) })
+	return device.Name()
 }
 
 func TestBindDirectory(t *testing.T) {
@@ -216,10 +212,8 @@ func TestMissingTools(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, os.Symlink(path, filepath.Join(bin, tool)))
 	}
-	path := os.Getenv("PATH")
 	t.Setenv("PATH", bin)
 	err := node.NewMounter().FormatAndMount(t.Context(), device, target, "xfs", nil)
-	t.Setenv("PATH", path) // for losetup -d
 	require.ErrorIs(t, err, node.ErrUnsupported)
 	require.ErrorContains(t, err, "mkfs.xfs is not installed")
 	require.ErrorContains(t, err, "xfsprogs")
