@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -12,7 +13,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -135,8 +138,6 @@ func TestNBDRefusesRequests(t *testing.T) {
 // TestNBDBadInput is S6: a client that breaks the protocol is cut off; others are not.
 func TestNBDBadInput(t *testing.T) {
 	t.Parallel()
-	r := startNBD(t, 1<<20)
-	good := goNBD(t, r.dial(t), "vol-1")
 	flags := binary.BigEndian.AppendUint32(nil, nbdFixedNewstyle)
 	ready := append(bytes.Clone(flags), nbdOption(nbdOptGo, nbdInfoData("vol-1"))...)
 	flood := bytes.Clone(flags)
@@ -160,14 +161,26 @@ func TestNBDBadInput(t *testing.T) {
 		"vast payload of a read": slices.Concat(flags, nbdOption(nbdOptExtended, nil),
 			nbdOption(nbdOptGo, nbdInfoData("vol-1")), nbdExtHeader(nbdCmdRead, nbdFlagPayloadLen, 1, 0, 1<<62)),
 	} {
-		conn := r.dial(t)
-		_, _ = conn.Write(bad) // the server may hang up before it has all
-		require.NoError(t, conn.SetReadDeadline(time.Now().Add(8*time.Second)), name)
-		_, err := io.Copy(io.Discard, conn)
-		if err != nil { // data left unread turn the end into a reset
-			require.ErrorIs(t, err, unix.ECONNRESET, name)
-		}
-		require.NoError(t, good.WriteAt(t.Context(), make([]byte, 4096), 0), "%s: others must not notice", name)
+		synctest.Test(t, func(t *testing.T) {
+			s := &nbdServer{
+				export: nbdExport{name: "vol-1", device: faultdev.NewMem(1 << 20)}, log: slog.New(slog.DiscardHandler),
+				slots: make(chan struct{}, nbdClientsMax),
+			}
+			var served sync.WaitGroup
+			dial := func() net.Conn {
+				client, server := net.Pipe()
+				served.Go(func() { s.handle(t.Context(), server) })
+				return client
+			}
+			good, conn, began := goNBD(t, dial(), "vol-1"), dial(), time.Now()
+			go func() { _, _ = conn.Write(bad) }() // the server may hang up before it has all
+			_, err := io.Copy(io.Discard, conn)
+			require.NoError(t, err, name)
+			require.Zero(t, time.Since(began), "%s: it is not given any time", name)
+			require.NoError(t, good.WriteAt(t.Context(), make([]byte, 4096), 0), "%s: others must not notice", name)
+			require.NoError(t, errors.Join(conn.Close(), good.conn.Close()))
+			served.Wait()
+		})
 	}
 }
 
