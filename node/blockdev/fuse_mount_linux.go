@@ -138,15 +138,19 @@ const (
 	busyPatience = 2 * time.Second
 
 	retryEvery = 10 * time.Millisecond
+
+	// retryLeast is the part of the tries for which patience has time that are made however long they take: time in
+	// which the machine stood still gave nobody else the chance to go away.
+	retryLeast = 8
 )
 
 // retry calls try until it returns false, patience is over or ctx ends, and returns the last
 // error.
 func retry(ctx context.Context, patience time.Duration, try func() (again bool, err error)) error {
 	deadline := time.Now().Add(patience)
-	for {
+	for left := patience / retryEvery / retryLeast; ; left-- {
 		again, err := try()
-		if !again || time.Now().After(deadline) {
+		if !again || left <= 0 && time.Now().After(deadline) {
 			return err
 		}
 		select {

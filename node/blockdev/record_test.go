@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -120,4 +122,27 @@ func TestFolderIsFreeBesideAFork(t *testing.T) {
 	again, err := lockFolder(dir.path, false)
 	require.NoError(t, err)
 	again.unlock()
+}
+
+// TestRetryOutlastsAStandstill: a machine that stood still was not patient meanwhile. Who is in use for good is told so.
+func TestRetryOutlastsAStandstill(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		tries, began := 0, time.Now()
+		brief := func() (bool, error) {
+			if tries++; tries == 2 {
+				<-time.After(time.Minute)
+			}
+			if tries < 10 {
+				return true, trivet.ErrInUse
+			}
+			return false, nil
+		}
+		require.NoError(t, retry(t.Context(), busyPatience, brief))
+		require.Less(t, time.Since(began), time.Minute+busyPatience)
+		began = time.Now()
+		forGood := func() (bool, error) { return true, trivet.ErrInUse }
+		require.ErrorIs(t, retry(t.Context(), busyPatience, forGood), trivet.ErrInUse)
+		require.InDelta(t, busyPatience, time.Since(began), float64(retryEvery))
+	})
 }
