@@ -125,8 +125,9 @@ func (m *mounts) growKernel(ctx context.Context, id trivet.VolumeID) error {
 
 // expand makes device and filesystem of a volume at path as large as the volume.
 func (m *mounts) expand(ctx context.Context, id trivet.VolumeID, path string, requiredBytes int64) (int64, error) {
+	growing := m.growing.has(id) // before as well: growKernels may be done by the time that it is seen to be in the way
 	unlock, err := m.ops.try(id)
-	if err != nil && m.growing.has(id) { // by growKernels, as a rule: every expansion in use meets it, and it is short
+	if err != nil && (growing || m.growing.has(id)) { // every expansion in use meets growKernels, which is short
 		unlock, err = m.ops.wait(ctx, id)
 	}
 	if err != nil {

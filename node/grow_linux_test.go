@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -55,6 +56,7 @@ func growInUse(t *testing.T, fsType string) {
 		require.ErrorContains(t, err, "CAP_SYS_RESOURCE")
 		close(stop)
 		writing.Wait()
+		awaitGrown(t, u.n)
 		assert.EqualValues(t, grown, sizeOfDevice(t, u.n.Device(vol)), "the device has grown all the same")
 		u.down()
 		u.up(fsType)
@@ -68,6 +70,7 @@ func growInUse(t *testing.T, fsType string) {
 	}
 	close(stop)
 	writing.Wait()
+	awaitGrown(t, u.n)
 	assert.EqualValues(t, grown, sizeOfDevice(t, u.n.Device(vol)))
 	after, err := u.n.Stats(t.Context(), vol, u.target)
 	require.NoError(t, err)
@@ -85,6 +88,12 @@ func growInUse(t *testing.T, fsType string) {
 	require.ErrorIs(t, err, trivet.ErrNotFound)
 	c.detach()
 	c.remove()
+}
+
+// awaitGrown waits until the node is done with growing devices, or what is asked of it next may be put off.
+func awaitGrown(t *testing.T, n *clusterNode) {
+	t.Helper()
+	require.Eventually(t, func() bool { return len(n.mounts.growing.list()) == 0 }, time.Minute, time.Millisecond)
 }
 
 func sizeOfDevice(t *testing.T, path string) int64 {
