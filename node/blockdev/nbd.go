@@ -2,6 +2,7 @@ package blockdev
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -54,6 +55,8 @@ type NBDConfig struct {
 
 	// Logger; nil discards.
 	Logger *slog.Logger
+
+	wait time.Duration // for a handshake; 0 = nbdHandshakeWait
 }
 
 // ServeNBD serves a Device to the NBD clients of a listener until ctx ends; then it returns nil, with
@@ -77,7 +80,7 @@ func ServeNBD(ctx context.Context, ln net.Listener, cfg NBDConfig) error {
 	s := &nbdServer{
 		export: nbdExport{name: cfg.Export, device: cfg.Device, readOnly: cfg.ReadOnly}, tls: cfg.TLS,
 		log:   log.With("component", "nbd", "volume", cfg.Export),
-		slots: make(chan struct{}, nbdClientsMax),
+		slots: make(chan struct{}, nbdClientsMax), wait: cfg.wait,
 	}
 	defer context.AfterFunc(ctx, func() { _ = ln.Close() })() // Accept tells
 	s.log.Info("nbd server listens", "address", ln.Addr().String(), "tls", cfg.TLS != nil)
@@ -93,6 +96,7 @@ type nbdServer struct {
 	tls    *tls.Config
 	log    *slog.Logger
 	slots  chan struct{} // one token a client
+	wait   time.Duration // for a handshake; 0 = nbdHandshakeWait
 
 	mu      sync.Mutex
 	greeted []net.Conn // that negotiate; the oldest first
@@ -174,7 +178,7 @@ func (s *nbdServer) handle(ctx context.Context, conn net.Conn) {
 
 func (s *nbdServer) serveConn(ctx context.Context, conn net.Conn) error {
 	defer s.ungreet(conn)
-	if err := conn.SetDeadline(time.Now().Add(nbdHandshakeWait)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(cmp.Or(s.wait, nbdHandshakeWait))); err != nil {
 		return fmt.Errorf("set deadline: %w", err)
 	}
 	stream, r := conn, bufio.NewReaderSize(conn, nbdReaderBytes)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -406,7 +407,7 @@ func startNBDWith(t *testing.T, sizeBytes int64, adjust func(*NBDConfig)) *nbdRi
 	}
 	ln, err := ListenNBD(ctx, r.socket)
 	require.NoError(t, err)
-	cfg := NBDConfig{Export: "vol-1", Device: r.dev}
+	cfg := NBDConfig{Export: "vol-1", Device: r.dev, wait: time.Hour} // however slow the machine is
 	adjust(&cfg)
 	go func() { r.done <- ServeNBD(ctx, ln, cfg) }()
 	t.Cleanup(func() {
