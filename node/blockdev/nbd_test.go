@@ -291,6 +291,7 @@ func TestNBDDroppedClientCancelsItsRequests(t *testing.T) {
 	client, server := net.Pipe()
 	s := &nbdServer{
 		export: nbdExport{name: "v", device: dev}, log: slog.New(slog.DiscardHandler), slots: make(chan struct{}, 1),
+		wait: time.Hour,
 	}
 	done := make(chan struct{})
 	go func() {
