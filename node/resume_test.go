@@ -189,9 +189,10 @@ func TestResumeWaitsForTheCatalogue(t *testing.T) {
 		go func() { b.mounts.resume(t.Context(), l); close(done) }()
 		synctest.Wait()
 		b.cat.setDown(false)
-		for b.cat.volume(vol).Attached.Incarnation != b.mounts.attacher.process {
-			<-b.cat.Changed()
-		}
+		<-b.cat.once(func(st *meta.State) bool {
+			v, _ := st.Volume(vol)
+			return v.Attached.Incarnation == b.mounts.attacher.process
+		})
 		synctest.Wait()
 		b.fence()
 		synctest.Wait()

@@ -124,7 +124,7 @@ func TestFolderIsFreeBesideAFork(t *testing.T) {
 	again.unlock()
 }
 
-// TestRetryOutlastsAStandstill: a machine that stood still was not patient meanwhile. Who is in use for good is told so.
+// TestRetryOutlastsAStandstill: a machine that stood still was not patient meanwhile. Who is in use for good is told.
 func TestRetryOutlastsAStandstill(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
