@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -274,6 +275,11 @@ func serve(t *testing.T, i *kube.Issuer) (address string, stop func() error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
+	return l.Addr().String(), serveOn(t, i, l)
+}
+
+func serveOn(t *testing.T, i *kube.Issuer, l net.Listener) (stop func() error) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- i.Serve(ctx, l) }()
@@ -282,59 +288,102 @@ func serve(t *testing.T, i *kube.Issuer) (address string, stop func() error) {
 		return <-ended
 	})
 	t.Cleanup(func() { require.NoError(t, stop()) })
-	return l.Addr().String(), stop
+	return stop
 }
 
-// Serve speaks TLS 1.3 only, answers what is under way when it stops, and then is gone.
+// pipes is a listener in memory, for a bubble.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), closed: make(chan struct{})} }
+
+func (p *pipes) dial(context.Context, string, string) (net.Conn, error) {
+	near, far := net.Pipe()
+	select {
+	case p.conns <- far:
+		return near, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Accept implements net.Listener.
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-p.conns:
+		return conn, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.closed) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix"} }
+
+// Serve speaks TLS 1.3 only, answers what is under way when it stops, and then is gone. In a bubble: who is slow to
+// answer is not waited for long.
 func TestServe(t *testing.T) {
 	t.Parallel()
-	ca := newCA(t)
-	entered, leave := make(chan struct{}), make(chan struct{})
-	slow := reviewFunc(func(context.Context, string) (*authv1.TokenReviewStatus, error) {
-		close(entered)
-		<-leave
-		return nil, errors.New("no")
-	})
-	address, stop := serve(t, newIssuer(t, ca, slow, nil))
-	cfg, err := pki.IssuerClientConfig(ca.CertPEM(), "http/1.1")
-	require.NoError(t, err)
-	_, err = tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12})
-	require.ErrorContains(t, err, "protocol version")
+	synctest.Test(t, func(t *testing.T) {
+		ca := newCA(t)
+		entered, leave := make(chan struct{}), make(chan struct{})
+		slow := reviewFunc(func(context.Context, string) (*authv1.TokenReviewStatus, error) {
+			close(entered)
+			<-leave
+			return nil, errors.New("no")
+		})
+		l := newPipes()
+		stop := serveOn(t, newIssuer(t, ca, slow, nil), l)
+		cfg, err := pki.IssuerClientConfig(ca.CertPEM(), "http/1.1")
+		require.NoError(t, err)
+		conn, err := l.dial(t.Context(), "", "")
+		require.NoError(t, err)
+		old := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12})
+		require.ErrorContains(t, old.HandshakeContext(t.Context()), "protocol version")
+		require.NoError(t, conn.Close())
 
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: cfg, DisableKeepAlives: true}}
-	codes := make(chan int, 1)
-	go func() {
-		_, csr, err := pki.NewRequest()
-		assert.NoError(t, err)
-		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+address+"/v1/certificate",
-			bytes.NewReader(csr))
-		assert.NoError(t, err)
-		r.Header.Set("Authorization", "Bearer t")
-		resp, err := client.Do(r)
-		if !assert.NoError(t, err) {
-			codes <- 0 // the test must end
-			return
+		client := &http.Client{Transport: &http.Transport{
+			DialContext: l.dial, TLSClientConfig: cfg, DisableKeepAlives: true,
+		}}
+		codes := make(chan int, 1)
+		go func() {
+			_, csr, err := pki.NewRequest()
+			assert.NoError(t, err)
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://issuer/v1/certificate",
+				bytes.NewReader(csr))
+			assert.NoError(t, err)
+			r.Header.Set("Authorization", "Bearer t")
+			resp, err := client.Do(r)
+			if !assert.NoError(t, err) {
+				codes <- 0 // the test must end
+				return
+			}
+			codes <- resp.StatusCode
+			resp.Body.Close()
+		}()
+		<-entered
+		stopped := make(chan error, 1)
+		go func() { stopped <- stop() }()
+		synctest.Wait()
+		_, err = l.dial(t.Context(), "", "")
+		require.ErrorIs(t, err, net.ErrClosed, "it listens no more")
+		select {
+		case <-stopped:
+			t.Error("Serve returned before it answered")
+			stopped <- nil
+		default:
 		}
-		codes <- resp.StatusCode
-		resp.Body.Close()
-	}()
-	<-entered
-	stopped := make(chan error, 1)
-	go func() { stopped <- stop() }()
-	require.Eventually(t, func() bool { // it listens no more
-		conn, err := net.DialTimeout("tcp", address, time.Second)
-		if err == nil {
-			conn.Close()
-		}
-		return err != nil
-	}, time.Minute, time.Millisecond)
-	select {
-	case <-stopped:
-		t.Error("Serve returned before it answered")
-		stopped <- nil
-	case <-time.After(100 * time.Millisecond): // time in which it could make that mistake
-	}
-	close(leave)
-	assert.Equal(t, http.StatusServiceUnavailable, <-codes)
-	require.NoError(t, <-stopped)
+		close(leave)
+		assert.Equal(t, http.StatusServiceUnavailable, <-codes)
+		require.NoError(t, <-stopped)
+	})
 }
