@@ -38,7 +38,8 @@ func openPlugin(t *testing.T) *plugin {
 	t.Helper()
 	requireMachine(t)
 	endpoint := startCluster(t)
-	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(again))
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, conn.Close()) })
 	p := &plugin{

@@ -23,6 +23,7 @@ import (
 	"github.com/onsi/gomega"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
 
 	"github.com/trivet-csi/trivet/internal/testutil"
 	"github.com/trivet-csi/trivet/server"
@@ -50,7 +51,7 @@ func Run(t *testing.T, access string) {
 	failOnLeftMounts(t, dir)
 
 	c := sanity.NewTestConfig()
-	c.Address = endpoint
+	c.Address, c.DialOptions = endpoint, append(c.DialOptions, grpc.WithUnaryInterceptor(again))
 	c.TestVolumeSize, c.TestVolumeExpandSize = volumeBytes, 2*volumeBytes
 	c.TestVolumeAccessType = access
 	c.TestVolumeParameters = map[string]string{"replicas": "3"}

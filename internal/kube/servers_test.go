@@ -46,8 +46,8 @@ func startServers(t *testing.T, ca *pki.CA, names ...string) []*server.Server {
 	return servers
 }
 
-// patient is Admins that ask until all servers have greeted: one that a busy machine keeps from it for askTimeout counts
-// as away, and then another one would be chosen.
+// patient is Admins that ask until all servers have greeted: one that a busy machine keeps from it for askTimeout is
+// taken for away, and then another one would be chosen.
 type patient struct {
 	*kube.Admins
 

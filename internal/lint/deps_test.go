@@ -92,7 +92,8 @@ var homes = []struct {
 	{"github.com/kubernetes-csi/csi-lib-utils", []string{"driver"}},
 	{"github.com/kubernetes-csi/csi-test", []string{"sanity"}},
 	{"google.golang.org/grpc", []string{
-		"api", "cmd/trivet", "driver", "internal/demo", "internal/failover", "internal/kube", "internal/testutil", "server",
+		"api", "cmd/trivet", "driver", "internal/demo", "internal/failover", "internal/kube", "internal/testutil", "sanity",
+		"server",
 	}},
 	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
 	{"github.com/anishathalye/porcupine", []string{"internal/chaos", "internal/sim"}},
