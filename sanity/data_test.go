@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+
+	"github.com/trivet-csi/trivet/internal/csicall"
 )
 
 // plugin is the driver of one node as kubelet and the sidecars use it.
@@ -39,7 +41,7 @@ func openPlugin(t *testing.T) *plugin {
 	requireMachine(t)
 	endpoint := startCluster(t)
 	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithUnaryInterceptor(again))
+		grpc.WithUnaryInterceptor(csicall.Again))
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, conn.Close()) })
 	p := &plugin{

@@ -25,6 +25,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 
+	"github.com/trivet-csi/trivet/internal/csicall"
 	"github.com/trivet-csi/trivet/internal/testutil"
 	"github.com/trivet-csi/trivet/server"
 )
@@ -51,7 +52,7 @@ func Run(t *testing.T, access string) {
 	failOnLeftMounts(t, dir)
 
 	c := sanity.NewTestConfig()
-	c.Address, c.DialOptions = endpoint, append(c.DialOptions, grpc.WithUnaryInterceptor(again))
+	c.Address, c.DialOptions = endpoint, append(c.DialOptions, grpc.WithUnaryInterceptor(csicall.Again))
 	c.TestVolumeSize, c.TestVolumeExpandSize = volumeBytes, 2*volumeBytes
 	c.TestVolumeAccessType = access
 	c.TestVolumeParameters = map[string]string{"replicas": "3"}

@@ -8,8 +8,6 @@ import (
 	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 )
 
 // TestCheckPath: a target on which nothing is mounted is a failure, not a directory.
@@ -65,30 +63,5 @@ func TestReasonsToSkip(t *testing.T) {
 		"prefix ListSnapshots not supported":                        false,
 	} {
 		assert.Equal(t, want, later.MatchString(reason), reason)
-	}
-}
-
-// TestMayWorkLater: what the driver can do never is not asked for again.
-func TestMayWorkLater(t *testing.T) {
-	t.Parallel()
-	const noRoom = "place 3 replicas of 67108864 bytes: 2 of 3 nodes qualify"
-	for _, tt := range []struct {
-		method string
-		code   codes.Code
-		text   string
-		want   bool
-	}{
-		{"ControllerPublishVolume", codes.Unavailable, "the node is away", true},
-		{"CreateVolume", codes.Aborted, "another call works on it", true},
-		{"ListVolumes", codes.Aborted, "list again with an empty token", false},
-		{"CreateVolume", codes.ResourceExhausted, noRoom + "; down: node-1: no space", true},
-		{"CreateVolume", codes.ResourceExhausted, noRoom + "; too little room: node-1: no space", false},
-		{"NodeUnstageVolume", codes.FailedPrecondition, "unmount /x: a process uses it: in use", true},
-		{"NodeUnpublishVolume", codes.FailedPrecondition, "unmount /x: a process uses it: in use", true},
-		{"DeleteVolume", codes.FailedPrecondition, "attached: in use", false},
-		{"NodeStageVolume", codes.Internal, "mkfs", false},
-		{"CreateVolume", codes.InvalidArgument, "", false},
-	} {
-		assert.Equal(t, tt.want, mayWorkLater(tt.method, status.Error(tt.code, tt.text)), "%+v", tt)
 	}
 }

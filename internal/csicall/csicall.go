@@ -1,4 +1,6 @@
-package sanity
+// Package csicall calls a CSI driver as kubelet and the sidecars do, for programs and tests that stand in for them: a
+// call whose answer is that it may work later is made again for a minute. Any other error is the caller's at once.
+package csicall
 
 import (
 	"context"
@@ -11,15 +13,14 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// A call whose answer is that it may work later is made again, as kubelet and the sidecars do: a machine that stands
-// still for some seconds costs a node its lease and a volume its leader.
 const (
 	patience   = time.Minute
 	retryPause = 100 * time.Millisecond
 )
 
-// again is the interceptor for that.
-func again(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, call grpc.UnaryInvoker,
+// Again is an interceptor for connections to a driver. A machine that stands still for some seconds costs a node its
+// lease and a volume its leader; what a call in such a moment wanted it gets a little later.
+func Again(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, call grpc.UnaryInvoker,
 	opts ...grpc.CallOption,
 ) error {
 	for began := time.Now(); ; {
