@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -17,6 +18,8 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/trivet-csi/trivet/internal/csicall"
 )
 
 // server is one `trivet server` process and a connection to its CSI socket.
@@ -67,6 +70,20 @@ func (d *demo) ask(ctx context.Context, s *server, v any, args ...string) error 
 	return json.Unmarshal(out, v)
 }
 
+// patience is how long something may take on a machine that is busy with something else for some seconds: a volume has
+// no leader then, and a node no lease.
+const patience = time.Minute
+
+// askAgain is ask until it works. What is asked for must be the same when it is asked for twice.
+func (d *demo) askAgain(ctx context.Context, s *server, v any, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return until(ctx, "trivet "+strings.Join(args, " ")+" works", func() (bool, error) {
+		err := d.ask(ctx, s, v, args...)
+		return err == nil, err
+	})
+}
+
 func (d *demo) makeCerts(ctx context.Context, names []string) error {
 	ca := filepath.Join(d.dir, "ca")
 	commands := [][]string{
@@ -84,11 +101,13 @@ func (d *demo) makeCerts(ctx context.Context, names []string) error {
 	return nil
 }
 
-// freeAddresses returns n loopback addresses that nobody listens on just now.
+// freeAddresses returns n addresses that nobody listens on just now, of a loopback address that hardly anybody else
+// uses: a server that starts again finds its own free.
 func freeAddresses(ctx context.Context, n int) (addresses []string, err error) {
 	var lc net.ListenConfig
+	host := net.IPv4(127, byte(1+rand.IntN(254)), byte(rand.IntN(256)), byte(1+rand.IntN(254))).String()
 	for range n {
-		l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+		l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, "0"))
 		if err != nil {
 			return nil, err
 		}
@@ -128,7 +147,8 @@ func (d *demo) start(s *server) error {
 		close(exited)
 	}(s.cmd, s.exited)
 	if s.conn == nil {
-		s.conn, err = grpc.NewClient("unix://"+s.socket(d), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		s.conn, err = grpc.NewClient("unix://"+s.socket(d), grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithUnaryInterceptor(csicall.Again))
 	}
 	return err
 }
@@ -158,10 +178,10 @@ func (s *server) end(sig syscall.Signal) error {
 	select {
 	case <-s.exited:
 		return nil
-	case <-time.After(30 * time.Second):
+	case <-time.After(patience):
 		_ = s.cmd.Process.Kill()
 		<-s.exited
-		return fmt.Errorf("server %s did not end on %v within 30 s", s.name, sig)
+		return fmt.Errorf("server %s did not end on %v within %v", s.name, sig, patience)
 	}
 }
 

@@ -19,7 +19,7 @@ const (
 	plotEvery  = 250 * time.Millisecond // one bar of the plot
 	plotFree   = 6                      // bars without a limit, before and after
 	plotHeld   = 12                     // bars with it, from the first that keeps to it
-	plotSettle = 60                     // bars until then, at most: seconds of a busy machine, one bar of an idle one
+	plotSettle = 240                    // bars until then, at most: seconds of a busy machine, one bar of an idle one
 	plotWidth  = 40                     // characters
 	ratesFile  = "rates"                // what the plot writes, again and again
 )
@@ -60,7 +60,7 @@ func (d *demo) limitLive(ctx context.Context) error {
 	if err := rates.start(); err != nil {
 		return err
 	}
-	free, held, after, err := d.rates(ctx, rates)
+	free, held, after, heldFor, err := d.rates(ctx, rates)
 	if err = errors.Join(err, rates.stop()); err != nil {
 		return err
 	}
@@ -73,21 +73,25 @@ func (d *demo) limitLive(ctx context.Context) error {
 	for _, n := range held {
 		sum += n
 	}
-	if allowed := barMost*int64(len(held)) + 2<<20; sum > allowed {
-		return fmt.Errorf("with a limit of %d bytes/s the pod wrote %d bytes, at most %d are right", limitBytes, sum, allowed)
+	if allowed := int64(limitBytes*heldFor.Seconds()*5/4) + 2<<20; sum > allowed {
+		return fmt.Errorf("with a limit of %d bytes/s the pod wrote %d bytes in %v, at most %d are right", limitBytes, sum,
+			heldFor, allowed)
 	}
 	return os.Remove(rates.path)
 }
 
-func (d *demo) rates(ctx context.Context, rates *rateMeter) (free, held, after []int64, err error) {
+// rates returns what was written in each interval without a limit, with one, and without one again, and how long the
+// last plotHeld of those with one were together: longer than they should be when this process had to wait.
+func (d *demo) rates(ctx context.Context, rates *rateMeter) (
+	free, held, after []int64, heldFor time.Duration, err error,
+) {
 	set := func(limit string) error {
-		_, err := d.trivet(ctx, "volume", "set", "demo", "bandwidthLimit="+limit,
-			"--server", d.servers[0].address, "--certs", filepath.Join(d.dir, "client"))
-		return err
+		var v volumeView
+		return d.askAgain(ctx, d.servers[0], &v, "volume", "set", "demo", "bandwidthLimit="+limit)
 	}
 	free = rates.watch(ctx, plotFree)
 	if err = set("8Mi"); err != nil {
-		return nil, nil, nil, err
+		return nil, nil, nil, 0, err
 	}
 	for kept := 0; kept < 2 && len(held) < plotSettle; { // what was written before the node heard of it is on its way
 		held = append(held, rates.watch(ctx, 1)...)
@@ -96,12 +100,14 @@ func (d *demo) rates(ctx context.Context, rates *rateMeter) (free, held, after [
 		}
 	}
 	note("it holds after %.2f s", float64(max(0, len(held)-2))*plotEvery.Seconds())
+	began := time.Now()
 	held = append(held, rates.watch(ctx, plotHeld)...)
+	heldFor = time.Since(began)
 	if err = set(""); err != nil {
-		return nil, nil, nil, err
+		return nil, nil, nil, 0, err
 	}
 	after = rates.watch(ctx, plotFree)
-	return free, held, after, ctx.Err()
+	return free, held, after, heldFor, ctx.Err()
 }
 
 func plot(name string, bars []int64, most int64) {
