@@ -201,7 +201,7 @@ func flipBit(fs *vfs.MemFS, dir string, rnd *rand.Rand) (string, error) {
 // written returns the first byte at or after an offset, the file taken for a ring, that is not zero; -1 when
 // all are.
 func written(fs *vfs.MemFS, name string, from int64) (int64, error) {
-	b, err := fs.UnsafeGetFileDataBuffer(name)
+	b, err := contents(fs, name)
 	if err != nil {
 		return 0, err
 	}

@@ -2,7 +2,10 @@ package sim
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -44,18 +47,52 @@ func (n *Node) Excuse() {
 	}
 }
 
+// rotIn goes by the filesystem and its locks: the log may write to the file meanwhile, or remove it.
 func rotIn(mem *vfs.MemFS, name string, block []byte) (hits int, err error) {
-	b, err := mem.UnsafeGetFileDataBuffer(name)
+	b, err := contents(mem, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
 	if err != nil {
 		return 0, err
 	}
 	for off := 0; off+len(block) <= len(b); off += len(block) {
-		if bytes.Equal(b[off:off+len(block)], block) {
-			b[off+len(block)/2] ^= 1
-			hits++
+		if !bytes.Equal(b[off:off+len(block)], block) {
+			continue
+		}
+		f, err := mem.OpenReadWrite(name, vfs.WriteCategoryUnspecified)
+		if err != nil {
+			return hits, err
+		}
+		at := off + len(block)/2
+		if _, err = f.WriteAt([]byte{b[at] ^ 1}, int64(at)); err != nil {
+			return hits, errors.Join(err, f.Close())
+		}
+		hits++
+		if err := f.Close(); err != nil { // without a sync: a crash forgets it
+			return hits, err
 		}
 	}
 	return hits, nil
+}
+
+// contents returns what a file holds.
+func contents(mem *vfs.MemFS, name string) ([]byte, error) {
+	f, err := mem.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }() // memory
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, st.Size())
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) { // it has shrunk
+		return nil, err
+	}
+	return b[:n], nil
 }
 
 // Tamper changes the state of the machine's replica behind the back of its group, as no fault of a disk could: for
