@@ -18,6 +18,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/driver"
+	"github.com/trivet-csi/trivet/internal/testutil"
 )
 
 // upstream is a server of the cluster as a proxy sees it, on a TCP port without TLS, which is not the
@@ -53,7 +54,8 @@ func newUpstream(t *testing.T) *upstream {
 		grpc.StreamInterceptor(driver.InterceptStream(nil)))
 	driver.RegisterController(u.grpc, u.ctrl, func() bool { return true }, "9", 0)
 	driver.RegisterSnapshotMetadata(u.grpc, u.changes)
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	// Not 127.0.0.1: the port of one that has stopped may be another test's there, who answers in its place.
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(testutil.Loopback(), "0"))
 	require.NoError(t, err)
 	served := make(chan error, 1)
 	go func() { served <- u.grpc.Serve(l) }()

@@ -22,7 +22,7 @@ const (
 	imageBytes = 1 << 30 // sparse; what is written of it is far less
 
 	// stepTimeout bounds one command of the set-up or of the teardown.
-	stepTimeout = 30 * time.Second
+	stepTimeout = time.Minute
 
 	// settleWait is how long the kernel may take to let go of a filesystem.
 	settleWait = time.Minute

@@ -41,7 +41,7 @@ func TestHistory(t *testing.T) {
 			t.Parallel()
 			h := newHistory(1)
 			tt.play(h)
-			err := h.Check(10 * time.Second)
+			err := h.Check(time.Minute)
 			require.Equal(t, tt.ok, err == nil, "%v", err)
 		})
 	}
