@@ -350,7 +350,7 @@ type helper struct {
 
 func startHelper(t *testing.T, do string, kind Kind, devFile, runDir string) *helper {
 	t.Helper()
-	h := &helper{cmd: exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestVMHelper$", "-test.timeout=3m")}
+	h := &helper{cmd: exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestVMHelper$", "-test.timeout=10m")}
 	h.cmd.Env = append(os.Environ(), vmHelperEnv+"="+do, vmKindEnv+"="+string(kind), vmDevEnv+"="+devFile,
 		vmRunEnv+"="+runDir)
 	h.cmd.Stderr = os.Stderr

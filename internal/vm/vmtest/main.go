@@ -1,7 +1,7 @@
 // Command vmtest runs Go tests in a guest (package vm): it builds the init and the packages' test
 // binaries, boots, and exits with 0 if all passed.
 //
-//	vmtest -kernel FOLDER [-run REGEXP] [-limit 15m] [-v] PACKAGE...
+//	vmtest -kernel FOLDER [-run REGEXP] [-limit 30m] [-v] PACKAGE...
 package main
 
 import (
@@ -42,7 +42,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.kernel, "kernel", "", "folder of an unpacked kernel package; fetch.sh prints one")
 	flag.StringVar(&o.run, "run", "", "run only tests that match, as go test -run")
-	flag.DurationVar(&o.limit, "limit", 15*time.Minute, "end the guest after this long, and fail")
+	flag.DurationVar(&o.limit, "limit", 30*time.Minute, "end the guest after this long, and fail")
 	flag.BoolVar(&o.verbose, "v", false, "print each test")
 	flag.StringVar(&o.overlay, "overlay", "", "build the tests with this overlay, as go build -overlay")
 	flag.Parse()
