@@ -3,6 +3,7 @@ package kube_test
 import (
 	"encoding/json"
 	"encoding/pem"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/internal/kube"
+	"github.com/trivet-csi/trivet/internal/testutil"
 )
 
 const (
@@ -66,7 +68,7 @@ func newAPIServer(t *testing.T) *apiServer {
 		put(s, w, r, s.maps, &corev1.ConfigMap{}, false)
 	})
 	mux.HandleFunc("POST /apis/authentication.k8s.io/v1/tokenreviews", s.review)
-	s.http = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.http = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		before := s.before
 		s.mu.Unlock()
@@ -82,6 +84,12 @@ func newAPIServer(t *testing.T) *apiServer {
 		}
 		mux.ServeHTTP(w, r)
 	}))
+	// Not 127.0.0.1: the port of one that is closed may be another test's there, who answers in its place.
+	require.NoError(t, s.http.Listener.Close())
+	var err error
+	s.http.Listener, err = (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(testutil.Loopback(), "0"))
+	require.NoError(t, err)
+	s.http.StartTLS()
 	t.Cleanup(s.http.Close)
 	return s
 }
@@ -91,7 +99,8 @@ func (s *apiServer) client() *kube.API {
 	s.t.Helper()
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.http.Certificate().Raw})
 	api, err := kube.NewAPI(&rest.Config{
-		Host: s.http.URL, BearerToken: apiToken, TLSClientConfig: rest.TLSClientConfig{CAData: ca},
+		Host: s.http.URL, BearerToken: apiToken,
+		TLSClientConfig: rest.TLSClientConfig{CAData: ca, ServerName: "example.com"}, // which httptest's is of
 	}, namespace)
 	require.NoError(s.t, err)
 	return api
