@@ -11,6 +11,11 @@ import (
 const (
 	stallQuiet = 2 * time.Second  // a write takes longer: stop sending and answering heartbeats
 	stallFatal = 10 * time.Second // and longer: stop the process
+
+	// stallTicks looks at a write that hangs, a second apart, come before it is taken for hung: after a machine stood
+	// still, as one does that is moved to other hardware, each write under way has taken long, and ends a moment later.
+	stallTick  = time.Second
+	stallTicks = int((stallFatal - stallQuiet) / stallTick)
 )
 
 // diskGuard stands before every write of a group. After the first failed write it refuses all
@@ -33,6 +38,8 @@ type diskGuard struct {
 	starts map[uint64]time.Time // of the writes under way
 	quiet  *time.Timer
 	dead   *time.Timer
+	oldest uint64 // the write that dead looks at
+	ticks  int    // how often it has
 }
 
 // run does one write. It returns the error of the write, or of an earlier one.
@@ -63,7 +70,7 @@ func (d *diskGuard) begin() (uint64, error) {
 	if d.quiet == nil {
 		d.starts = make(map[uint64]time.Time)
 		d.quiet = time.AfterFunc(stallQuiet, d.timeQuiet)
-		d.dead = time.AfterFunc(stallFatal, d.timeDead)
+		d.dead = time.AfterFunc(stallQuiet, d.timeDead)
 	}
 	d.nextID++
 	d.starts[d.nextID] = time.Now()
@@ -84,7 +91,7 @@ func (d *diskGuard) end(id uint64) {
 
 // armLocked sets the timers for the oldest write under way.
 func (d *diskGuard) armLocked() {
-	age, busy := d.ageLocked()
+	oldest, age, busy := d.oldestLocked()
 	if !busy {
 		d.quiet.Stop()
 		d.dead.Stop()
@@ -93,15 +100,24 @@ func (d *diskGuard) armLocked() {
 	if age < stallQuiet {
 		d.quiet.Reset(stallQuiet - age)
 	}
-	d.dead.Reset(max(stallFatal-age, 0))
+	if oldest != d.oldest {
+		d.oldest, d.ticks = oldest, 0
+		d.dead.Reset(max(stallQuiet-age, 0) + stallTick)
+	}
 }
 
-// ageLocked returns how long the oldest write under way has taken.
-func (d *diskGuard) ageLocked() (age time.Duration, busy bool) {
-	for _, t := range d.starts {
-		age = max(age, time.Since(t))
+// oldestLocked returns the oldest write under way and how long it has taken.
+func (d *diskGuard) oldestLocked() (id uint64, age time.Duration, busy bool) {
+	var began time.Time
+	for i, t := range d.starts {
+		if !busy || i < id {
+			id, began, busy = i, t, true
+		}
 	}
-	return age, len(d.starts) > 0
+	if !busy {
+		return 0, 0, false
+	}
+	return id, time.Since(began), true
 }
 
 func (d *diskGuard) timeQuiet() {
@@ -112,9 +128,18 @@ func (d *diskGuard) timeQuiet() {
 
 func (d *diskGuard) timeDead() {
 	d.mu.Lock()
-	age, _ := d.ageLocked()
+	oldest, age, busy := d.oldestLocked()
+	if !busy || oldest != d.oldest || d.closed {
+		d.mu.Unlock()
+		return // armed for another meanwhile, or for none
+	}
+	d.ticks++
+	hung := age >= stallFatal && d.ticks >= stallTicks
+	if !hung {
+		d.dead.Reset(stallTick)
+	}
 	d.mu.Unlock()
-	if age >= stallFatal {
+	if hung {
 		d.fail(fmt.Errorf("a write to the log hangs since %v: %w", age, trivet.ErrUnavailable))
 	}
 }
@@ -164,7 +189,7 @@ func (d *diskGuard) failed() error {
 func (d *diskGuard) stalled() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	age, _ := d.ageLocked()
+	_, age, _ := d.oldestLocked()
 	return d.err != nil || age >= stallQuiet
 }
 

@@ -204,6 +204,38 @@ func TestGuardFatal(t *testing.T) {
 	})
 }
 
+// After a standstill of the machine, in which no time passed for the disk, a write that ends soon is not taken for hung;
+// one that does not is.
+func TestGuardOutlastsAStandstill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var fatal atomic.Int32
+		d := &diskGuard{fatal: func(error) { fatal.Add(1) }}
+		standstill := func(id uint64) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.starts[id] = d.starts[id].Add(-time.Minute)
+		}
+		id, err := d.begin()
+		require.NoError(t, err)
+		elapse(stallQuiet + 2*stallTick)
+		standstill(id)
+		elapse(3 * stallTick)
+		require.Zero(t, fatal.Load())
+		d.end(id)
+		elapse(time.Minute)
+		require.Zero(t, fatal.Load())
+
+		id, err = d.begin()
+		require.NoError(t, err)
+		standstill(id)
+		elapse(stallFatal - time.Millisecond)
+		require.Zero(t, fatal.Load(), "no tick of the one before counts")
+		elapse(time.Millisecond)
+		synctest.Wait()
+		require.Equal(t, int32(1), fatal.Load())
+	})
+}
+
 func testRecord(index uint64) snapshotRecord {
 	return snapshotRecord{
 		index: index, term: 2, machine: index - 1,
