@@ -45,14 +45,19 @@ func Lock(path string) (*Locked, error) {
 	}
 }
 
-// take locks the file and reads its header. False: the file was removed meanwhile.
-func (l *Locked) take() (bool, error) {
+// take locks the file and reads its header. False: the file was removed meanwhile. It keeps the lock only if it is ours.
+func (l *Locked) take() (ours bool, err error) {
 	if err := unix.Flock(int(l.f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return false, fmt.Errorf("another process has it: %w", trivet.ErrInUse)
 		}
 		return false, err
 	}
+	defer func() {
+		if !ours {
+			_ = l.unlock() // closing tells what is wrong with the file
+		}
+	}()
 	mine, err := l.f.Stat()
 	if err != nil {
 		return false, err
@@ -142,11 +147,11 @@ func (l *Locked) writeHeader() error {
 }
 
 // Close unlocks the file and leaves it.
-func (l *Locked) Close() error {
-	// Not by closing alone: a child that is between fork and exec holds the descriptor, and so the lock, a moment longer.
-	err := unix.Flock(int(l.f.Fd()), unix.LOCK_UN)
-	return errors.Join(err, l.f.Close())
-}
+func (l *Locked) Close() error { return errors.Join(l.unlock(), l.f.Close()) }
+
+// unlock gives the lock up, which closing alone may not: a child that is between fork and exec holds the descriptor, and
+// so the lock, a moment longer.
+func (l *Locked) unlock() error { return unix.Flock(int(l.f.Fd()), unix.LOCK_UN) }
 
 // Remove removes the file and unlocks it, whatever is in it.
 func (l *Locked) Remove() error {

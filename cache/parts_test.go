@@ -5,10 +5,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -85,6 +87,24 @@ func TestNewerFormatIsRefused(t *testing.T) {
 	require.FileExists(t, path)
 	m.b[0]++
 	require.NoError(t, os.WriteFile(path, m.b, 0o600))
+	_, err = Lock(path)
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
+}
+
+// TestRefusedFileIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its program.
+// A file that was refused is free all the same, and refused for the same reason again.
+func TestRefusedFileIsFreeBesideAFork(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "c")
+	require.NoError(t, os.WriteFile(path, []byte(strings.Repeat("no cache", 100)), 0o600))
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	require.NoError(t, err)
+	child, err := unix.Dup(int(f.Fd())) // the same open file, as in a child
+	require.NoError(t, err)
+	defer unix.Close(child) //nolint:errcheck // nothing was written
+	_, err = (&Locked{path: path, f: f}).take()
+	require.ErrorIs(t, err, trivet.ErrCorrupt)
+	require.NoError(t, f.Close())
 	_, err = Lock(path)
 	require.ErrorIs(t, err, trivet.ErrCorrupt)
 }
