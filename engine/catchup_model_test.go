@@ -370,15 +370,18 @@ func TestCatchUp(t *testing.T) {
 	if testing.Short() {
 		seeds = 3
 	}
-	cuts, crashes := 0, 0
 	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			c := newCatchup(t, seed)
 			defer c.close()
-			for range steps {
+			// How much of the chance a step uses up hangs on what a crash leaves, so a seed is not the same each time: it
+			// goes on until it has shown something.
+			few := func() bool { return c.cuts <= 10 || c.crashes <= 5 }
+			for i := 0; i < steps || few() && i < 10*steps; i++ {
 				c.step()
 				c.checkClaims()
 			}
+			require.False(t, few(), "%d interruptions, %d crashes: the test is void", c.cuts, c.crashes)
 			src := c.sources[0]
 			c.grow()
 			c.apply(src, len(c.log))
@@ -392,11 +395,8 @@ func TestCatchUp(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, a, b)
 			t.Logf("%d bytes moved, %d interruptions, %d crashes", c.moved, c.cuts, c.crashes)
-			cuts, crashes = cuts+c.cuts, crashes+c.crashes
 		})
 	}
-	require.Greater(t, cuts, int(seeds)*10, "the test is void")
-	require.Greater(t, crashes, int(seeds)*5)
 }
 
 func (c *catchup) step() {

@@ -44,6 +44,7 @@ func (g *genVolume) now() map[trivet.Generation][]uint32 { return g.shows[len(g.
 type genModel struct {
 	t     *testing.T
 	rng   *rand.Rand
+	lost  *rand.Rand // by crashes; how much is drawn from it hangs on what Pebble has written by then
 	fs    [2]*vfs.MemFS
 	e     [2]*engine.Engine
 	vols  map[trivet.VolumeID]*genVolume
@@ -57,6 +58,7 @@ const genBlocks = 40
 
 func newGenModel(t *testing.T, seed uint64) *genModel {
 	m := &genModel{t: t, rng: seeds(t, seed), vols: map[trivet.VolumeID]*genVolume{}, next: 1, did: map[string]int{}}
+	m.lost = rand.New(rand.NewPCG(seed, 1))
 	for i := range m.e {
 		m.fs[i] = vfs.NewCrashableMem()
 		m.open(i)
@@ -262,7 +264,7 @@ func (m *genModel) step() {
 
 // crash loses what was not flushed, of one disk.
 func (m *genModel) crash(i int) {
-	fs := m.fs[i].CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsynced[m.rng.IntN(len(unsynced))], RNG: m.rng})
+	fs := m.fs[i].CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsynced[m.rng.IntN(len(unsynced))], RNG: m.lost})
 	require.NoError(m.t, m.e[i].Close())
 	m.fs[i] = fs
 	m.open(i)
