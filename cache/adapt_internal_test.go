@@ -49,13 +49,13 @@ func (f *farDisk) forget() {
 	f.most, f.longest = 0, 0
 }
 
-// openWriteBack opens a writeBack cache over next, in a file of its own.
+// openWriteBack opens a writeBack cache over next, in a file of its own. Nothing is written back because it is old.
 func openWriteBack(t *testing.T, next trivet.Device, set Settings) *Device {
 	t.Helper()
 	l, err := Lock(t.TempDir() + "/c")
 	require.NoError(t, err)
 	set.Mode = WriteBack
-	d, err := Open(next, l, Config{Cluster: "c", Volume: 7, Epoch: 1, Settings: set})
+	d, err := Open(next, l, Config{Cluster: "c", Volume: 7, Epoch: 1, Settings: set, Deadline: time.Hour})
 	require.NoError(t, err)
 	return d
 }
