@@ -786,39 +786,43 @@ func TestOSDir(t *testing.T) {
 
 // What waits to be used again goes back to the filesystem, but for two files a lane; the log goes on, and opens again.
 func TestShrink(t *testing.T) {
-	dir := NewMemDir()
-	opts := testOptions(dir, 1)
-	opts.Lanes = 1
-	require.NoError(t, Format(opts))
-	l := mustOpen(t, opts)
-	g := l.Group(1)
-	last := uint64(0)
-	for range 40 {
-		last++
-		require.NoError(t, g.Append([]Entry{testEntry(1, last, 1, 0, 2)}))
-	}
-	require.NoError(t, g.TrimPrefix(last-1))
-	before, err := dir.List()
-	require.NoError(t, err)
-	free := l.FreeBytes() / l.SegmentBytes()
-	require.Greater(t, free, int64(shrinkKeep+3))
-	bytes, err := l.Shrink(3)
-	require.NoError(t, err)
-	require.Equal(t, 3*l.SegmentBytes(), bytes)
-	bytes, err = l.Shrink(1000)
-	require.NoError(t, err)
-	require.Equal(t, (free-shrinkKeep-3)*l.SegmentBytes(), bytes)
-	after, err := dir.List()
-	require.NoError(t, err)
-	require.Len(t, after, len(before)-int(free)+shrinkKeep)
-	for range 20 {
-		last++
-		require.NoError(t, g.Append([]Entry{testEntry(1, last, 1, 0, 2)}))
-	}
-	require.NoError(t, l.Close())
-	l = mustOpen(t, opts)
-	first, end := l.Group(1).FirstLast()
-	require.Equal(t, []uint64{40, last}, []uint64{first, end})
+	synctest.Test(t, func(t *testing.T) { // no mark comes between two appends, and no file is being made when they count
+		dir := NewMemDir()
+		opts := testOptions(dir, 1)
+		opts.Lanes = 1
+		require.NoError(t, Format(opts))
+		l := mustOpen(t, opts)
+		g := l.Group(1)
+		last := uint64(0)
+		for range 40 {
+			last++
+			require.NoError(t, g.Append([]Entry{testEntry(1, last, 1, 0, 2)}))
+		}
+		require.NoError(t, g.TrimPrefix(last-1))
+		synctest.Wait()
+		before, err := dir.List()
+		require.NoError(t, err)
+		free := l.FreeBytes() / l.SegmentBytes()
+		require.Greater(t, free, int64(shrinkKeep+3))
+		bytes, err := l.Shrink(3)
+		require.NoError(t, err)
+		require.Equal(t, 3*l.SegmentBytes(), bytes)
+		bytes, err = l.Shrink(1000)
+		require.NoError(t, err)
+		require.Equal(t, (free-shrinkKeep-3)*l.SegmentBytes(), bytes)
+		after, err := dir.List()
+		require.NoError(t, err)
+		require.Len(t, after, len(before)-int(free)+shrinkKeep)
+		for range 20 {
+			last++
+			require.NoError(t, g.Append([]Entry{testEntry(1, last, 1, 0, 2)}))
+		}
+		require.NoError(t, l.Close())
+		l = mustOpen(t, opts)
+		first, end := l.Group(1).FirstLast()
+		require.Equal(t, []uint64{40, last}, []uint64{first, end})
+		require.NoError(t, l.Close())
+	})
 }
 
 // A file for entries to come leaves of the filesystem what must stay free.

@@ -142,7 +142,7 @@ func (c *child) stop() error {
 
 // awaitSocket waits until somebody listens, or the child is gone.
 func awaitSocket(ctx context.Context, socket string, c *child) error {
-	const patience, every = 30 * time.Second, 20 * time.Millisecond
+	const patience, every = time.Minute, 20 * time.Millisecond
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var d net.Dialer
