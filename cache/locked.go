@@ -45,7 +45,8 @@ func Lock(path string) (*Locked, error) {
 	}
 }
 
-// take locks the file and reads its header. False: the file was removed meanwhile. It keeps the lock only if it is ours.
+// take locks the file and reads its header. False: the file was removed meanwhile. Only what is ours
+// stays locked.
 func (l *Locked) take() (ours bool, err error) {
 	if err := unix.Flock(int(l.f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -149,8 +150,8 @@ func (l *Locked) writeHeader() error {
 // Close unlocks the file and leaves it.
 func (l *Locked) Close() error { return errors.Join(l.unlock(), l.f.Close()) }
 
-// unlock gives the lock up, which closing alone may not: a child that is between fork and exec holds the descriptor, and
-// so the lock, a moment longer.
+// unlock gives the lock up, which closing alone may not: a child that is between fork and exec holds the descriptor,
+// and so the lock, a moment longer.
 func (l *Locked) unlock() error { return unix.Flock(int(l.f.Fd()), unix.LOCK_UN) }
 
 // Remove removes the file and unlocks it, whatever is in it.

@@ -91,8 +91,8 @@ func TestNewerFormatIsRefused(t *testing.T) {
 	require.ErrorIs(t, err, trivet.ErrCorrupt)
 }
 
-// TestRefusedFileIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its program.
-// A file that was refused is free all the same, and refused for the same reason again.
+// TestRefusedFileIsFreeBesideAFork: a child that another goroutine starts has all descriptors until it runs its
+// program. A file that was refused is free all the same, and refused for the same reason again.
 func TestRefusedFileIsFreeBesideAFork(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "c")
