@@ -48,9 +48,23 @@ type realNode struct {
 	host *replication.Host
 }
 
-func openReal(t *testing.T, hub *transport.Memory, id trivet.NodeID, dir string, reported *atomic.Int64) *realNode {
+// countSilence counts the questions of scrubs and repairs that got no answer, as when the machine stood still.
+type countSilence struct {
+	*transport.MemoryNode
+	n *atomic.Int64
+}
+
+func (c countSilence) Call(ctx context.Context, to trivet.NodeID, m transport.Message) (transport.Message, error) {
+	out, err := c.MemoryNode.Call(ctx, to, m)
+	if err != nil && m.Kind == transport.KindVolumeScrub {
+		c.n.Add(1)
+	}
+	return out, err
+}
+
+func (f *figure) openReal(t *testing.T, id trivet.NodeID, dir string) *realNode {
 	t.Helper()
-	n := &realNode{id: id, dir: dir, net: hub.Node(id)}
+	n := &realNode{id: id, dir: dir, net: f.hub.Node(id)}
 	opts := segment.Options{
 		Dir: segment.NewOSDir(filepath.Join(dir, "log")), Disk: "00000000-0000-4000-8000-00000000d15c", Lanes: 1,
 		SegmentBytes: figureSegment, DataLane: true, Hold: true,
@@ -66,13 +80,13 @@ func openReal(t *testing.T, hub *transport.Memory, id trivet.NodeID, dir string,
 	n.eng, err = engine.Open(engine.Config{
 		FS: vfs.Default, Dir: filepath.Join(dir, "engine"), CacheBytes: 1 << 20, MemTableBytes: 4 << 20, Log: n.log,
 		Fatal: fatal, OnCorruption: func(err error) {
-			reported.Add(1)
+			f.reported.Add(1)
 			t.Errorf("damage was not repaired on %s: %v", id, err)
 		},
 	})
 	require.NoError(t, err)
 	n.host, err = replication.NewHost(replication.HostConfig{
-		Network: n.net, Mux: raftgroup.NewMux(n.net), Fatal: fatal,
+		Network: countSilence{n.net, &f.silent}, Mux: raftgroup.NewMux(n.net), Fatal: fatal,
 		Timing: raftgroup.Timing{Heartbeat: 2 * time.Second}, // five test processes may share this machine
 	})
 	require.NoError(t, err)
@@ -105,7 +119,8 @@ func figureBlock(p []byte, seed uint64, lba trivet.LBA) {
 	}
 }
 
-// flipOnDisk changes one bit in each of the given blocks' copy in the files of a disk, and returns how many it found.
+// flipOnDisk changes one bit in each of the given blocks, in every copy that the files of a disk have of it, and returns
+// how many blocks it found. A write that was sent again, as to a new leader, stands in two entries of the log.
 func flipOnDisk(t *testing.T, dir string, seed uint64, lbas map[trivet.LBA]int) int {
 	t.Helper()
 	first := map[uint64]trivet.LBA{} // the first eight bytes of a block are like no other's
@@ -116,7 +131,7 @@ func flipOnDisk(t *testing.T, dir string, seed uint64, lbas map[trivet.LBA]int) 
 	}
 	names, err := filepath.Glob(filepath.Join(dir, "log", "*"))
 	require.NoError(t, err)
-	hits := 0
+	found := map[trivet.LBA]bool{}
 	for _, name := range names {
 		b, err := os.ReadFile(name)
 		require.NoError(t, err)
@@ -130,12 +145,12 @@ func flipOnDisk(t *testing.T, dir string, seed uint64, lbas map[trivet.LBA]int) 
 			bit := lbas[lba]
 			_, err := f.WriteAt([]byte{b[off+bit/8] ^ 1<<(bit%8)}, int64(off+bit/8))
 			require.NoError(t, err)
-			hits++
+			found[lba] = true
 		}
 		require.NoError(t, f.Sync())
 		require.NoError(t, f.Close())
 	}
-	return hits
+	return len(found)
 }
 
 // figure is a volume on three machines with real disks.
@@ -147,6 +162,7 @@ type figure struct {
 	dirs     []string
 	nodes    []*realNode
 	reported atomic.Int64 // damage that was not repaired
+	silent   atomic.Int64 // questions of scrubs and repairs without an answer
 }
 
 func newFigure(t *testing.T, seed uint64, blockN int) *figure {
@@ -178,7 +194,7 @@ func (f *figure) start(t *testing.T, create bool) {
 	t.Helper()
 	f.nodes = nil
 	for i, m := range f.members {
-		n := openReal(t, f.hub, m.Node, f.dirs[i], &f.reported)
+		n := f.openReal(t, m.Node, f.dirs[i])
 		f.nodes = append(f.nodes, n)
 		spec := n.spec(f.members, f.size)
 		if create {
@@ -213,18 +229,19 @@ func (f *figure) leader(ctx context.Context) (*replication.Replica, error) {
 	}
 }
 
-// scrub scrubs the volume, from the beginning when the leader has changed, or a replica could not take part: real time
-// passes, and the disk may be busy for seconds.
+// scrub scrubs the volume, from the beginning when the leader has changed, or a replica could not take part, or did not
+// answer when it was asked for its copy of what is left: real time passes, and the disk may be busy for seconds.
 func (f *figure) scrub(t *testing.T) replication.ScrubRange {
 	t.Helper()
 	for began := time.Now(); ; {
+		silent := f.silent.Load()
 		sum, err := scrubAll(t.Context(), func() (*replication.Replica, error) { return f.leader(t.Context()) },
 			replication.ScrubOptions{})
-		if !replaced(err) && len(sum.Absent) == 0 {
+		if !replaced(err) && len(sum.Absent) == 0 && (sum.Left == 0 || f.silent.Load() == silent) {
 			require.NoError(t, err)
 			return sum
 		}
-		require.Less(t, time.Since(began), figurePatience, "%v, absent %v", err, sum.Absent)
+		require.Less(t, time.Since(began), figurePatience, "%v, absent %v, %d left", err, sum.Absent, sum.Left)
 	}
 }
 
@@ -237,6 +254,7 @@ func (f *figure) open(t *testing.T) *replication.Volume {
 	t.Helper()
 	v, err := replication.OpenVolume(replication.VolumeConfig{
 		ID: figureVolume, SizeBytes: f.size, Epoch: 1, Members: f.members, Network: f.hub.Node("client"),
+		IOTimeout: figurePatience,
 	})
 	require.NoError(t, err)
 	return v
