@@ -113,8 +113,12 @@ func writers(t *testing.T, v *replication.Volume, n int) (stop func()) {
 		})
 	}
 	return func() {
-		before := rounds.Load()
-		_ = sim.Sleep(ctx, 2*time.Second) // its error is that of a test that ended
+		before := rounds.Load() // there may be no leader yet
+		for began := time.Now(); rounds.Load() == before && time.Since(began) < time.Minute; {
+			if sim.Sleep(ctx, 2*time.Second) != nil {
+				break // the test has ended
+			}
+		}
 		assert.Greater(t, rounds.Load(), before, "writers got nowhere at the end")
 		cancel()
 		done.Wait()

@@ -119,8 +119,8 @@ func figureBlock(p []byte, seed uint64, lba trivet.LBA) {
 	}
 }
 
-// flipOnDisk changes one bit in each of the given blocks, in every copy that the files of a disk have of it, and returns
-// how many blocks it found. A write that was sent again, as to a new leader, stands in two entries of the log.
+// flipOnDisk changes one bit in each of the given blocks, in every copy that the files of a disk have of it, and
+// returns how many blocks it found. A write that was sent again, as to a new leader, stands in two entries of the log.
 func flipOnDisk(t *testing.T, dir string, seed uint64, lbas map[trivet.LBA]int) int {
 	t.Helper()
 	first := map[uint64]trivet.LBA{} // the first eight bytes of a block are like no other's
@@ -229,8 +229,8 @@ func (f *figure) leader(ctx context.Context) (*replication.Replica, error) {
 	}
 }
 
-// scrub scrubs the volume, from the beginning when the leader has changed, or a replica could not take part, or did not
-// answer when it was asked for its copy of what is left: real time passes, and the disk may be busy for seconds.
+// scrub scrubs the volume, from the beginning when the leader has changed, or a replica could not take part, or did
+// not answer when it was asked for its copy of what is left: real time passes, and the disk may be busy for seconds.
 func (f *figure) scrub(t *testing.T) replication.ScrubRange {
 	t.Helper()
 	for began := time.Now(); ; {
