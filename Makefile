@@ -31,7 +31,7 @@ test: build ## run every test (root and /dev/fuse give the ones on real devices 
 	cd e2e && GOFLAGS= $(GO) test -short ./...
 
 race: ## run the unit tests under the race detector (-short)
-	$(GO) test -race -short -timeout 25m $(TESTED)
+	GO=$(GO) internal/testutil/race.sh $(TESTED)
 
 check: ## format, vet, lint, tidy and generated code: all clean (what CI runs first)
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
