@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,7 @@ type agentConfig struct {
 	Damages map[trivet.DiskID]*damages
 	// ParkAfter is how long a replica of a volume that nobody needs runs on; negative = for good.
 	ParkAfter time.Duration
+	Lease     time.Duration // 0 = leaseLen
 	// ScrubEvery is how often each volume is scrubbed; 0 = never.
 	ScrubEvery time.Duration
 	Logger     *slog.Logger
@@ -243,7 +245,7 @@ func (a *Agent) renew(ctx context.Context, registered *bool) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, leaseLen)
 	defer cancel()
-	until := time.Now().Add(leaseLen)
+	until := time.Now().Add(cmp.Or(a.cfg.Lease, leaseLen))
 	if *registered {
 		_, err := propose(ctx, a.cat, meta.Command{RenewLease: &meta.RenewLease{
 			Node: a.cfg.ID, Incarnation: a.cfg.Self.Incarnation, Until: until, Disks: disks, Fills: a.fillsHere(),

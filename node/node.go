@@ -95,6 +95,10 @@ type Config struct {
 	// again when the volume is attached; negative = never stopped (DefaultConfig: 30 s).
 	ParkAfter time.Duration
 
+	// Lease is how long this node counts as alive after it has last been heard of; 0 = 6 s. It is for tests that must not
+	// fail when the machine stands still for a while.
+	Lease time.Duration
+
 	// ScrubEvery is how often all that a volume's replicas hold is read and compared, in use or not; negative = only when
 	// somebody asks for it (DefaultConfig: 7 days).
 	ScrubEvery time.Duration
@@ -264,7 +268,7 @@ func (n *Node) openMounts(ctx context.Context) error {
 func (n *Node) agentConfig() (agentConfig, error) {
 	c := agentConfig{
 		ID: n.cfg.ID, Usage: n.usage, Verify: n.verify, Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
-		ParkAfter: n.cfg.ParkAfter, ScrubEvery: max(n.cfg.ScrubEvery, 0),
+		ParkAfter: n.cfg.ParkAfter, Lease: n.cfg.Lease, ScrubEvery: max(n.cfg.ScrubEvery, 0),
 		Self: meta.Node{
 			ID: n.cfg.ID, Address: n.cfg.Address, Zone: n.cfg.Zone, Rack: n.cfg.Rack, MetaReplica: n.cfg.MetaReplica,
 			Incarnation: n.cfg.Incarnation,

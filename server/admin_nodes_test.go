@@ -115,7 +115,7 @@ func TestAdminNodes(t *testing.T) {
 // TestAdminForgetsNode: a node that is gone for good is taken off the record once its lease has run out, and its name
 // is kept until it is allowed again.
 func TestAdminForgetsNode(t *testing.T) {
-	c := testutil.StartCluster(t, 4, nil)
+	c := testutil.StartCluster(t, 4, testutil.ShortLease)
 	c.Stop(3)
 	require.Eventually(t, func() bool { return forget(t, c, "node-3") == nil }, eventuallyTimeout, 200*time.Millisecond)
 	list, err := c.Admin(1).ListNodes(t.Context(), &api.ListNodesRequest{})

@@ -23,32 +23,71 @@ import (
 )
 
 // startOverMemory starts three servers whose traffic goes through an in-memory network with faults.
-func startOverMemory(t *testing.T) (*testutil.Cluster, *transport.Memory) {
+func startOverMemory(t *testing.T, change ...func(*server.Config)) (*testutil.Cluster, *transport.Memory) {
 	t.Helper()
 	hub := transport.NewMemory(1)
 	t.Cleanup(func() { require.NoError(t, hub.Close()) })
 	return testutil.StartCluster(t, 3, func(_ int, cfg *server.Config) {
 		cfg.Network = hub.Node(cfg.Node)
+		for _, c := range change {
+			c(cfg)
+		}
 	}), hub
+}
+
+// again makes a call until its answer is another than that the same call should be made again, as every client has to:
+// nobody could say, a node is away for a moment, or another operation is under way.
+func again(t *testing.T, call func() error) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), eventuallyTimeout)
+	defer cancel()
+	for {
+		err := call()
+		code := status.Code(err)
+		passes := code == codes.Unavailable || code == codes.Aborted ||
+			code == codes.ResourceExhausted && strings.Contains(err.Error(), "; down: ")
+		if !passes || ctx.Err() != nil {
+			return err
+		}
+		pauseFor(ctx)
+	}
 }
 
 func create(t *testing.T, c *testutil.Cluster, name string) *api.Volume {
 	t.Helper()
-	v, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: name, SizeBytes: 64 << 20})
-	require.NoError(t, err)
+	return createBy(t, c, &api.CreateVolumeRequest{Name: name, SizeBytes: 64 << 20})
+}
+
+func createBy(t *testing.T, c *testutil.Cluster, r *api.CreateVolumeRequest) (v *api.Volume) {
+	t.Helper()
+	require.NoError(t, again(t, func() (err error) { v, err = c.Admin(0).CreateVolume(t.Context(), r); return err }))
 	require.Len(t, v.GetReplicas(), 3)
 	return v
+}
+
+// serve has a server serve a volume until stop is called or the test ends.
+func serve(t *testing.T, admin api.AdminClient, r *api.ServeVolumeRequest) (ready *api.ServeVolumeResponse, stop func()) {
+	t.Helper()
+	require.NoError(t, again(t, func() error {
+		ctx, cancel := context.WithCancel(t.Context())
+		stop = cancel
+		stream, err := admin.ServeVolume(ctx, r)
+		if err == nil {
+			ready, err = stream.Recv()
+		}
+		if err != nil {
+			cancel()
+		}
+		return err
+	}))
+	return ready, stop
 }
 
 // serveNBD serves a volume on server i until the returned function is called.
 func serveNBD(t *testing.T, c *testutil.Cluster, i int, name string) (*nbdClient, func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
 	socket := c.Path(fmt.Sprintf("%s-%d.nbd", name, i))
-	stream, err := c.Admin(i).ServeVolume(ctx, &api.ServeVolumeRequest{Name: name, Socket: socket})
-	require.NoError(t, err)
-	ready, err := stream.Recv()
-	require.NoError(t, err)
+	ready, cancel := serve(t, c.Admin(i), &api.ServeVolumeRequest{Name: name, Socket: socket})
 	assert.Contains(t, ready.GetUri(), socket)
 	client, err := dialNBD(t.Context(), socket, name)
 	require.NoError(t, err)
@@ -109,13 +148,15 @@ func leaderOf(t *testing.T, c *testutil.Cluster, ask int, name string) int {
 }
 
 // moveLeader moves the leadership of a volume. A move that an attach had asked for may be under way and
-// come in between: then once more.
+// come in between, or an election: then once more.
 func moveLeader(t *testing.T, c *testutil.Cluster, name string, to int) {
 	t.Helper()
 	require.Eventually(t, func() bool {
-		_, err := c.Admin(0).MoveLeader(t.Context(), &api.MoveLeaderRequest{Name: name, Node: fmt.Sprintf("node-%d", to)})
+		ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+		defer cancel()
+		_, err := c.Admin(0).MoveLeader(ctx, &api.MoveLeaderRequest{Name: name, Node: fmt.Sprintf("node-%d", to)})
 		return err == nil && leaderOf(t, c, 0, name) == to
-	}, time.Minute, 50*time.Millisecond)
+	}, 2*time.Minute, 50*time.Millisecond)
 }
 
 func TestVolumeOutlivesItsLeader(t *testing.T) {
@@ -175,7 +216,10 @@ func TestAttachElsewhereNamesTheHolder(t *testing.T) {
 	create(t, c, "v")
 	_, stop := serveNBD(t, c, 1, "v")
 	defer stop()
-	_, err := c.Admin(0).AttachVolume(t.Context(), &api.VolumeRequest{Name: "v"})
+	err := again(t, func() error {
+		_, err := c.Admin(0).AttachVolume(t.Context(), &api.VolumeRequest{Name: "v"})
+		return err
+	})
 	require.Equal(t, codes.FailedPrecondition, status.Code(err))
 	assert.Contains(t, err.Error(), "node-1")
 	_, err = c.Admin(0).DeleteVolume(t.Context(), &api.VolumeRequest{Name: "v"})
@@ -241,20 +285,19 @@ func TestDeleteLeavesNothing(t *testing.T) {
 
 func TestReclaim(t *testing.T) {
 	c, _ := startOverMemory(t)
-	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{
+	createBy(t, c, &api.CreateVolumeRequest{
 		Name: "kept", SizeBytes: 16 << 20, Parameters: map[string]string{"reclaimPolicy": "retain"},
 	})
-	require.NoError(t, err)
 	client, stop := serveNBD(t, c, 0, "kept")
 	mustWrite(t, client, 0, 's')
 	stop()
 	var v *api.Volume
-	require.Eventually(t, func() bool { // aborted for as long as the detach holds the volume's lock
+	require.NoError(t, again(t, func() (err error) { // aborted for as long as the detach holds the volume's lock
 		v, err = c.Admin(0).ReleaseVolume(t.Context(), &api.VolumeRequest{Name: "kept"})
-		return err == nil
-	}, time.Minute, 20*time.Millisecond)
+		return err
+	}))
 	require.Equal(t, "Released", v.GetPhase())
-	v, err = c.Admin(0).ReclaimVolume(t.Context(), &api.ReclaimVolumeRequest{Name: "kept", Policy: "recycle"})
+	v, err := c.Admin(0).ReclaimVolume(t.Context(), &api.ReclaimVolumeRequest{Name: "kept", Policy: "recycle"})
 	require.NoError(t, err)
 	require.Eventually(t, func() bool {
 		v, err = c.Admin(0).GetVolume(t.Context(), &api.VolumeRequest{Name: v.GetId()})

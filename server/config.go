@@ -73,6 +73,8 @@ type Config struct {
 
 	// ParkAfter is how long the replicas of a detached volume run on; 0 = 30 s, negative = for good.
 	ParkAfter time.Duration
+	// Lease is that of node.Config; no flag sets it.
+	Lease time.Duration
 	// ScrubEvery is how often each volume is read and compared on all its replicas; 0 = 7 days, negative = only when
 	// asked.
 	ScrubEvery time.Duration

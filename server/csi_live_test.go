@@ -18,6 +18,7 @@ import (
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/driver"
 	"github.com/trivet-csi/trivet/internal/pki"
+	"github.com/trivet-csi/trivet/server"
 )
 
 // csiController is a csi-controller, as sidecars see it: a proxy that reaches a server of the cluster over mutual TLS.
@@ -38,37 +39,41 @@ func csiController(t *testing.T, address, dir string) *grpc.ClientConn {
 // rangesOf reads a stream of GetMetadataDelta to its end: offsets and sizes.
 func rangesOf(t *testing.T, c csi.SnapshotMetadataClient, req *csi.GetMetadataDeltaRequest) (all []int64) {
 	t.Helper()
-	stream, err := c.GetMetadataDelta(t.Context(), req)
-	require.NoError(t, err)
-	for {
-		m, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return all
+	require.NoError(t, again(t, func() error {
+		all = nil
+		stream, err := c.GetMetadataDelta(t.Context(), req)
+		for err == nil {
+			var m *csi.GetMetadataDeltaResponse
+			if m, err = stream.Recv(); errors.Is(err, io.EOF) {
+				return nil
+			}
+			for _, x := range m.GetBlockMetadata() {
+				all = append(all, x.GetByteOffset(), x.GetSizeBytes())
+			}
 		}
-		require.NoError(t, err)
-		for _, x := range m.GetBlockMetadata() {
-			all = append(all, x.GetByteOffset(), x.GetSizeBytes())
-		}
-	}
+		return err
+	}))
+	return all
 }
 
 // TestCSILive is a volume in use on three real servers, seen through csi-controller: its attributes change, the
 // metadata of its snapshots tells what was written, and its health what fails.
 func TestCSILive(t *testing.T) {
 	t.Parallel()
-	c := snapshotCluster(t)
+	c := snapshotCluster(t, func(cfg *server.Config) { cfg.Lease = 15 * time.Second })
 	ctx := t.Context()
 	conn := csiController(t, c.Config(0).Advertise, c.Path("client"))
 	ctrl, metadata := csi.NewControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
-	made, err := ctrl.CreateVolume(ctx, &csi.CreateVolumeRequest{
+	create := &csi.CreateVolumeRequest{
 		Name: "v", CapacityRange: &csi.CapacityRange{RequiredBytes: 64 << 20},
 		VolumeCapabilities: []*csi.VolumeCapability{{
 			AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER},
 			AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
 		}},
 		MutableParameters: map[string]string{"iopsLimit": "5000"},
-	})
-	require.NoError(t, err)
+	}
+	var made *csi.CreateVolumeResponse
+	require.NoError(t, again(t, func() (err error) { made, err = ctrl.CreateVolume(ctx, create); return err }))
 	handle := made.GetVolume().GetVolumeId()
 	client, stop := serveNBD(t, c, 0, "v")
 	defer stop()
@@ -110,7 +115,7 @@ func TestCSILive(t *testing.T) {
 		}
 		return out
 	}
-	require.Empty(t, health())
+	require.Eventually(t, func() bool { return len(health()) == 0 }, eventuallyTimeout, 50*time.Millisecond)
 	c.Stop(2)
 	require.Eventually(t, func() bool {
 		got := health()

@@ -2,12 +2,15 @@ package server_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
@@ -32,8 +35,11 @@ func smallDisk(t *testing.T, n int64) string {
 		return nil
 	}))
 	t.Cleanup(func() {
-		out, err := exec.Command("umount", dir).CombinedOutput()
-		require.NoError(t, err, "%s", out)
+		require.Eventually(t, func() bool { // a program that another test starts has its files until it runs
+			err := unix.Unmount(dir, 0)
+			require.True(t, err == nil || errors.Is(err, unix.EBUSY), "%v", err)
+			return err == nil
+		}, time.Minute, 20*time.Millisecond)
 	})
 	return dir
 }
@@ -53,12 +59,12 @@ func TestFullDisk(t *testing.T) {
 	c := testutil.StartCluster(t, 3, func(i int, cfg *server.Config) {
 		cfg.Disks, cfg.LogLanes, cfg.LogSegmentBytes = []string{disks[i]}, 0, 0 // as the size of the disk has it
 	})
-	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "full", SizeBytes: 780 << 20})
-	require.NoError(t, err)
+	createBy(t, c, &api.CreateVolumeRequest{Name: "full", SizeBytes: 780 << 20})
 	client, stop := serveNBD(t, c, 0, "full")
 	mustWrite(t, client, 0, 'k')
 
 	const chunk = 1 << 20
+	var err error
 	data, filled := make([]byte, chunk), int64(0)
 	for ; filled < 779; filled++ {
 		for i := range data {
@@ -81,7 +87,7 @@ func TestFullDisk(t *testing.T) {
 // writeSomeTo makes a volume, as soon as there is room for one, and writes to it.
 func writeSomeTo(t *testing.T, c *testutil.Cluster, name string) error {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), eventuallyTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*eventuallyTimeout)
 	defer cancel()
 	var err error
 	for ctx.Err() == nil {

@@ -22,7 +22,10 @@ import (
 // writes before each step and reads everything after it.
 func TestReplicasComeAndGo(t *testing.T) {
 	t.Parallel()
-	c := testutil.StartCluster(t, 4, func(_ int, cfg *server.Config) { cfg.ReplaceAfter = time.Second })
+	c := testutil.StartCluster(t, 4, func(_ int, cfg *server.Config) {
+		// A machine that stands still for less than that has no replica replaced for it.
+		cfg.Lease, cfg.ReplaceAfter = 12*time.Second, 3*time.Second
+	})
 	ctx := t.Context()
 	create(t, c, "v")
 	client, stop := serveNBD(t, c, 0, "v")
@@ -61,9 +64,13 @@ func TestReplicasComeAndGo(t *testing.T) {
 	}
 	step("wiped disk", func() {
 		wiped, _ := elsewhere()
+		before := replicaOn(t, c, "v", wiped)
 		c.Stop(number(wiped))
 		require.NoError(t, os.RemoveAll(filepath.Join(c.Config(number(wiped)).DataDir, "disk")))
 		c.Start(number(wiped))
+		require.Eventually(t, func() bool { // until its server has said so, it is taken for there
+			return replicaOn(t, c, "v", wiped) != before
+		}, 2*time.Minute, 50*time.Millisecond)
 		awaitReplicas(t, c, "v", 3)
 	})
 	step("move", func() {
@@ -114,17 +121,34 @@ func TestReplicasComeAndGo(t *testing.T) {
 	})
 }
 
-// placesOf returns the nodes of a volume's replicas, whatever their state.
-func placesOf(t *testing.T, c *testutil.Cluster, name string) (nodes []string) {
+// replicasOf returns a volume's replicas, whatever their state.
+func replicasOf(t *testing.T, c *testutil.Cluster, name string) []*api.Replica {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	v, err := c.Admin(0).GetVolume(ctx, &api.VolumeRequest{Name: name})
 	require.NoError(t, err)
-	for _, r := range v.GetReplicas() {
+	return v.GetReplicas()
+}
+
+// placesOf returns the nodes of a volume's replicas.
+func placesOf(t *testing.T, c *testutil.Cluster, name string) (nodes []string) {
+	t.Helper()
+	for _, r := range replicasOf(t, c, name) {
 		nodes = append(nodes, r.GetNode())
 	}
 	return nodes
+}
+
+// replicaOn returns the replica of a volume on a node, or "".
+func replicaOn(t *testing.T, c *testutil.Cluster, name, node string) string {
+	t.Helper()
+	for _, r := range replicasOf(t, c, name) {
+		if r.GetNode() == node {
+			return r.GetId()
+		}
+	}
+	return ""
 }
 
 // awaitGone waits until a node has no replica of a volume.

@@ -111,13 +111,15 @@ func TestOneServerForEachDirectory(t *testing.T) {
 	t.Parallel()
 	c := newCerts(t)
 	cfg := c.config("node-1")
-	open(t, cfg)
+	s := open(t, cfg)
 	_, err := server.Open(t.Context(), cfg)
 	require.ErrorIs(t, err, trivet.ErrInUse)
 
+	require.NoError(t, s.Close()) // or files would come and go while they are copied
 	other := cfg
 	other.DataDir = filepath.Join(t.TempDir(), "data")
 	require.NoError(t, os.CopyFS(other.DataDir, os.DirFS(cfg.DataDir)))
+	open(t, cfg)
 	_, err = server.Open(t.Context(), other)
 	require.Error(t, err)
 	assert.ErrorContains(t, err, "cop", "the message says that it is a copy")

@@ -1,7 +1,6 @@
 package server_test
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -32,8 +31,7 @@ func TestReadOnlyMany(t *testing.T) {
 		t.Skip("needs root and /dev/fuse")
 	}
 	c := testutil.StartCluster(t, 3, nil)
-	v, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{Name: "x", SizeBytes: 64 << 20})
-	require.NoError(t, err)
+	v := create(t, c, "x")
 	writer, stop := serveNBD(t, c, 0, "x")
 	mustWrite(t, writer, 3, 'a')
 	stop()
@@ -52,10 +50,13 @@ func TestReadOnlyMany(t *testing.T) {
 	}
 	controller := csi.NewControllerClient(conns[0])
 	publish := func(i int) map[string]string {
-		resp, err := controller.ControllerPublishVolume(t.Context(), &csi.ControllerPublishVolumeRequest{
-			VolumeId: v.GetId(), NodeId: string(c.Config(i).Node), VolumeCapability: capability,
-		})
-		require.NoError(t, err)
+		var resp *csi.ControllerPublishVolumeResponse
+		require.NoError(t, again(t, func() (err error) {
+			resp, err = controller.ControllerPublishVolume(t.Context(), &csi.ControllerPublishVolumeRequest{
+				VolumeId: v.GetId(), NodeId: string(c.Config(i).Node), VolumeCapability: capability,
+			})
+			return err
+		}))
 		return resp.GetPublishContext()
 	}
 	for i := range 3 {
@@ -83,10 +84,7 @@ func TestReadOnlyMany(t *testing.T) {
 	for i := range 3 {
 		home := c.Path(string(c.Config(i).Node))
 		unstageBlock(t, csi.NewNodeClient(conns[i]), v.GetId(), home)
-		_, err := controller.ControllerUnpublishVolume(t.Context(), &csi.ControllerUnpublishVolumeRequest{
-			VolumeId: v.GetId(), NodeId: string(c.Config(i).Node),
-		})
-		require.NoError(t, err)
+		unpublish(t, controller, v.GetId(), string(c.Config(i).Node))
 		for j := i + 1; j < 3; j++ {
 			requireReads(t, filepath.Join(c.Path(string(c.Config(j).Node)), "target"), 3, 'a')
 		}
@@ -117,12 +115,8 @@ func requireReadersByNBD(t *testing.T, c *testutil.Cluster) {
 
 func serveReadOnly(t *testing.T, c *testutil.Cluster, i int) (*nbdClient, func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
 	socket := c.Path(fmt.Sprintf("ro-%d.nbd", i))
-	stream, err := c.Admin(i).ServeVolume(ctx, &api.ServeVolumeRequest{Name: "x", Socket: socket, ReadOnly: true})
-	require.NoError(t, err)
-	_, err = stream.Recv()
-	require.NoError(t, err)
+	_, cancel := serve(t, c.Admin(i), &api.ServeVolumeRequest{Name: "x", Socket: socket, ReadOnly: true})
 	client, err := dialNBD(t.Context(), socket, "x")
 	require.NoError(t, err)
 	return client, func() {
@@ -142,24 +136,41 @@ func stageBlock(t *testing.T, node csi.NodeClient, id, home string, capability *
 	t.Helper()
 	staging, target := filepath.Join(home, "staging"), filepath.Join(home, "target")
 	require.NoError(t, os.MkdirAll(staging, 0o700))
-	_, err := node.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{
-		VolumeId: id, StagingTargetPath: staging, VolumeCapability: capability, PublishContext: published,
-	})
-	require.NoError(t, err)
-	_, err = node.NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{
-		VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: capability,
-		PublishContext: published, Readonly: true,
-	})
-	require.NoError(t, err)
+	require.NoError(t, again(t, func() error {
+		_, err := node.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{
+			VolumeId: id, StagingTargetPath: staging, VolumeCapability: capability, PublishContext: published,
+		})
+		return err
+	}))
+	readOnly := capability.GetAccessMode().GetMode() == csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
+	require.NoError(t, again(t, func() error {
+		_, err := node.NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{
+			VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: capability,
+			PublishContext: published, Readonly: readOnly,
+		})
+		return err
+	}))
 	return target
+}
+
+func unpublish(t *testing.T, controller csi.ControllerClient, id, node string) {
+	t.Helper()
+	require.NoError(t, again(t, func() error {
+		_, err := controller.ControllerUnpublishVolume(t.Context(), &csi.ControllerUnpublishVolumeRequest{
+			VolumeId: id, NodeId: node,
+		})
+		return err
+	}))
 }
 
 func unstageBlock(t *testing.T, node csi.NodeClient, id, home string) {
 	t.Helper()
-	_, err := node.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{
-		VolumeId: id, TargetPath: filepath.Join(home, "target"),
-	})
-	require.NoError(t, err)
+	require.NoError(t, again(t, func() error {
+		_, err := node.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{
+			VolumeId: id, TargetPath: filepath.Join(home, "target"),
+		})
+		return err
+	}))
 	require.Eventually(t, func() bool { // a probe of the new block device may have it open
 		_, err := node.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{
 			VolumeId: id, StagingTargetPath: filepath.Join(home, "staging"),

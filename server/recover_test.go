@@ -13,6 +13,7 @@ import (
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/controller/meta"
 	"github.com/trivet-csi/trivet/internal/testutil"
+	"github.com/trivet-csi/trivet/server"
 )
 
 // Two of the three nodes with a volume are gone for good, and an operator gives them up; the volume, which had grown
@@ -22,7 +23,8 @@ func TestRecoverVolume(t *testing.T) {
 	if testing.Short() {
 		t.Skip("five servers, and leases that run out")
 	}
-	c := testutil.StartCluster(t, 5, nil)
+	// A machine that stands still for less than that loses no lease.
+	c := testutil.StartCluster(t, 5, func(_ int, cfg *server.Config) { cfg.Lease = 15 * time.Second })
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	cordon := func(on bool) { // the catalogue's voters are the first three: it is to live on
@@ -32,8 +34,7 @@ func TestRecoverVolume(t *testing.T) {
 		}
 	}
 	cordon(true)
-	_, err := c.Admin(0).CreateVolume(ctx, &api.CreateVolumeRequest{Name: "v", SizeBytes: 64 << 20})
-	require.NoError(t, err)
+	create(t, c, "v")
 	v, err := c.Admin(1).ExpandVolume(ctx, &api.ExpandVolumeRequest{Name: "v", SizeBytes: 128 << 20})
 	require.NoError(t, err)
 	assert.EqualValues(t, 128<<20, v.GetSizeBytes())
@@ -86,12 +87,11 @@ func TestRecoverCatalogue(t *testing.T) {
 	if testing.Short() {
 		t.Skip("three servers, and leases that run out")
 	}
-	c := testutil.StartCluster(t, 3, nil)
+	c := testutil.StartCluster(t, 3, testutil.ShortLease)
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	_, err := c.Admin(0).CreateVolume(ctx, &api.CreateVolumeRequest{Name: "v", SizeBytes: 64 << 20})
-	require.NoError(t, err)
-	_, err = c.Admin(0).RecoverCatalogue(ctx, &api.RecoverCatalogueRequest{AcceptDataLoss: true})
+	create(t, c, "v")
+	_, err := c.Admin(0).RecoverCatalogue(ctx, &api.RecoverCatalogueRequest{AcceptDataLoss: true})
 	require.ErrorContains(t, err, "3 of its 3 voters live")
 	c.Stop(1)
 	c.Stop(2)

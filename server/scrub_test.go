@@ -59,11 +59,18 @@ func TestScrubAndVerify(t *testing.T) {
 		return st
 	}
 	run := func(verify bool) *api.ScrubStatus {
-		st, err := c.Admin(1).ScrubVolume(t.Context(), &api.ScrubVolumeRequest{Name: "v", Verify: verify})
-		require.NoError(t, err)
-		done := await(st.GetPass())
-		require.Empty(t, done.GetAbsent())
-		return done
+		repaired := int64(0)
+		for try := 0; ; try++ {
+			st, err := c.Admin(1).ScrubVolume(t.Context(), &api.ScrubVolumeRequest{Name: "v", Verify: verify})
+			require.NoError(t, err)
+			done := await(st.GetPass())
+			repaired += done.GetRepaired()
+			done.Repaired = repaired
+			if len(done.GetAbsent()) == 0 {
+				return done
+			}
+			require.Less(t, try, 5, "%v", done) // a node that stands still for long takes no part
+		}
 	}
 	clean := run(true)
 	require.Zero(t, clean.GetFound(), "%v", clean)

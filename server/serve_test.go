@@ -35,15 +35,17 @@ func TestServeOnTheNetwork(t *testing.T) {
 		t.Skip("runs a cluster and other programs")
 	}
 	c := testutil.StartCluster(t, 1, nil)
-	_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{
-		Name: "db", SizeBytes: 64 << 20, Parameters: map[string]string{"replicas": "1"},
-	})
-	require.NoError(t, err)
+	require.NoError(t, again(t, func() error {
+		_, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{
+			Name: "db", SizeBytes: 64 << 20, Parameters: map[string]string{"replicas": "1"},
+		})
+		return err
+	}))
 	dir := t.TempDir()
 	operators := writeX509(t, filepath.Join(dir, "operators"))
 	image, back := filepath.Join(dir, "image"), filepath.Join(dir, "back")
 	data := make([]byte, 64<<20)
-	_, err = rand.Read(data[5<<20 : 9<<20])
+	_, err := rand.Read(data[5<<20 : 9<<20])
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(image, data, 0o600))
 
@@ -114,16 +116,11 @@ func listOverTLS(t *testing.T, address string, config *tls.Config) error {
 // serveTLS serves a volume until the end of the test.
 func serveTLS(t *testing.T, admin api.AdminClient, r *api.ServeVolumeRequest) *url.URL {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	stream, err := admin.ServeVolume(ctx, r)
-	require.NoError(t, err)
-	resp, err := stream.Recv()
-	require.NoError(t, err)
+	resp, stop := serve(t, admin, r)
 	t.Cleanup(func() {
-		cancel()
-		_, _ = stream.Recv()                // cancelled
+		stop()
 		require.Eventually(t, func() bool { // the server detaches
-			v, err := admin.GetVolume(context.WithoutCancel(ctx), &api.VolumeRequest{Name: r.GetName()})
+			v, err := admin.GetVolume(context.WithoutCancel(t.Context()), &api.VolumeRequest{Name: r.GetName()})
 			return err == nil && v.GetAttachedNode() == ""
 		}, time.Minute, 50*time.Millisecond)
 		awaitUnlocked(t, admin, r.GetName())
@@ -162,7 +159,7 @@ func run(t *testing.T, program string, args ...string) string {
 	if err != nil {
 		t.Skipf("needs the program %s", program)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, path, args...).CombinedOutput()
 	require.NoError(t, err, "%s %s: %s", program, strings.Join(args, " "), out)
@@ -172,7 +169,7 @@ func run(t *testing.T, program string, args ...string) string {
 // tryRun runs a program that should fail.
 func tryRun(t *testing.T, program string, args ...string) error {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	err := exec.CommandContext(ctx, program, args...).Run()
 	require.NoError(t, ctx.Err(), "it hangs")

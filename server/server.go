@@ -226,6 +226,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	cfg.Network, cfg.Mux, cfg.Timing, cfg.IOTimeout = s.network, s.mux, s.cfg.Timing, s.cfg.IOTimeout
 	cfg.OverlapFlush, cfg.Stages = s.cfg.OverlapFlush, s.stages
 	cfg.Logger, cfg.Fatal, cfg.CatchUpBytesPerSecond = s.log, s.cfg.Fatal, s.cfg.CatchUpBytesPerSecond
+	cfg.Lease = s.cfg.Lease
 	if s.cfg.ParkAfter != 0 {
 		cfg.ParkAfter = s.cfg.ParkAfter
 	}

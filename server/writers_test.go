@@ -2,11 +2,9 @@ package server_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -33,10 +31,9 @@ func TestTwoWriters(t *testing.T) {
 		t.Skip("needs root and /dev/fuse")
 	}
 	c := testutil.StartCluster(t, 3, nil)
-	v, err := c.Admin(0).CreateVolume(t.Context(), &api.CreateVolumeRequest{
+	v := createBy(t, c, &api.CreateVolumeRequest{
 		Name: "vm", SizeBytes: 64 << 20, Parameters: map[string]string{"cacheMode": "writeBack"},
 	})
-	require.NoError(t, err)
 	m := &migration{t: t, c: c, volume: v.GetId()}
 	for i := range 3 {
 		conn, err := grpc.NewClient(c.CSI(i), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -47,7 +44,7 @@ func TestTwoWriters(t *testing.T) {
 	first := m.stage(0)
 	m.write(first, 3, 'a')
 	second := m.stage(1)
-	_, err = m.publish(2)
+	_, err := m.publish(2)
 	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
 	require.ErrorContains(t, err, "node-0, node-1")
 	for i, device := range []string{first, second, first, second} {
@@ -75,15 +72,12 @@ func requireSharedByNBD(t *testing.T, c *testutil.Cluster) {
 	t.Helper()
 	var clients [2]*nbdClient
 	for i := range clients {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
 		socket := c.Path(fmt.Sprintf("shared-%d.nbd", i))
-		stream, err := c.Admin(i).ServeVolume(ctx, &api.ServeVolumeRequest{
+		_, stop := serve(t, c.Admin(i), &api.ServeVolumeRequest{
 			Name: "vm", Socket: socket, Shared: true, With: fmt.Sprintf("node-%d", 1-i),
 		})
-		require.NoError(t, err)
-		_, err = stream.Recv()
-		require.NoError(t, err)
+		defer stop()
+		var err error
 		clients[i], err = dialNBD(t.Context(), socket, "vm")
 		require.NoError(t, err)
 		defer clients[i].close()
@@ -113,8 +107,12 @@ func (m *migration) capability() *csi.VolumeCapability {
 func (m *migration) node(i int) string { return string(m.c.Config(i).Node) }
 
 func (m *migration) publish(i int) (map[string]string, error) {
-	resp, err := csi.NewControllerClient(m.conns[0]).ControllerPublishVolume(m.t.Context(),
-		&csi.ControllerPublishVolumeRequest{VolumeId: m.volume, NodeId: m.node(i), VolumeCapability: m.capability()})
+	var resp *csi.ControllerPublishVolumeResponse
+	err := again(m.t, func() (err error) {
+		resp, err = csi.NewControllerClient(m.conns[0]).ControllerPublishVolume(m.t.Context(),
+			&csi.ControllerPublishVolumeRequest{VolumeId: m.volume, NodeId: m.node(i), VolumeCapability: m.capability()})
+		return err
+	})
 	return resp.GetPublishContext(), err
 }
 
@@ -124,26 +122,13 @@ func (m *migration) stage(i int) string {
 	published, err := m.publish(i)
 	require.NoError(m.t, err)
 	home, node := m.c.Path(m.node(i)), csi.NewNodeClient(m.conns[i])
-	staging, target := filepath.Join(home, "staging"), filepath.Join(home, "target")
-	require.NoError(m.t, os.MkdirAll(staging, 0o700))
-	_, err = node.NodeStageVolume(m.t.Context(), &csi.NodeStageVolumeRequest{
-		VolumeId: m.volume, StagingTargetPath: staging, VolumeCapability: m.capability(), PublishContext: published,
-	})
-	require.NoError(m.t, err)
-	_, err = node.NodePublishVolume(m.t.Context(), &csi.NodePublishVolumeRequest{
-		VolumeId: m.volume, StagingTargetPath: staging, TargetPath: target, VolumeCapability: m.capability(),
-		PublishContext: published,
-	})
-	require.NoError(m.t, err)
-	return target
+	return stageBlock(m.t, node, m.volume, home, m.capability(), published)
 }
 
 func (m *migration) leave(i int) {
 	m.t.Helper()
 	unstageBlock(m.t, csi.NewNodeClient(m.conns[i]), m.volume, m.c.Path(m.node(i)))
-	_, err := csi.NewControllerClient(m.conns[0]).ControllerUnpublishVolume(m.t.Context(),
-		&csi.ControllerUnpublishVolumeRequest{VolumeId: m.volume, NodeId: m.node(i)})
-	require.NoError(m.t, err)
+	unpublish(m.t, csi.NewControllerClient(m.conns[0]), m.volume, m.node(i))
 }
 
 // dd copies a block from one file to another by a process of its own, past the kernel's page cache, as whoever shares a
