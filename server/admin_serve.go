@@ -64,6 +64,7 @@ func (a *admin) ServeVolume(r *api.ServeVolumeRequest, stream grpc.ServerStreami
 	// The client is gone, so its context is too: the detach gets one of its own.
 	detach, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTimeout)
 	defer cancel()
+	defer context.AfterFunc(a.s.calls, cancel)()
 	return errors.Join(serveErr, a.s.controller.Detach(detach, v.ID, a.s.cfg.Node))
 }
 

@@ -64,6 +64,9 @@ type Server struct {
 	cancel context.CancelFunc // ends group
 	group  errgroup.Group     // join loop, gRPC and the port
 
+	calls    context.Context // of what a call does after its own has ended; ends with the catalogue
+	endCalls context.CancelFunc
+
 	joinMu sync.Mutex // one birth or joining at a time
 
 	mu     sync.Mutex
@@ -86,6 +89,8 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("server config: %w", err)
 	}
 	s := &Server{cfg: cfg, log: cfg.Logger.With("node", string(cfg.Node)), stages: stage.NewRegistry()}
+	//nolint:forbidigo // ended by Close
+	s.calls, s.endCalls = context.WithCancel(context.Background())
 	if err := s.open(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("start server %s: %w", cfg.Node, err), s.Close())
 	}
@@ -181,7 +186,7 @@ func (s *Server) openPort(ctx context.Context) error {
 			transport.ALPN: {pki.RoleNode}, alpnGRPC: {pki.RoleNode, pki.RoleClient},
 		}),
 	}
-	s.grpc = grpc.NewServer(grpc.Creds(shaken{}), grpc.MaxConcurrentStreams(adminStreamsMax),
+	s.grpc = grpc.NewServer(grpc.Creds(shaken{}), grpc.MaxConcurrentStreams(adminStreamsMax), grpc.WaitForHandlers(true),
 		grpc.ChainUnaryInterceptor(authorizeUnary, driver.Intercept(s.log), s.membersOnly),
 		grpc.ChainStreamInterceptor(authorizeStream, driver.InterceptStream(s.log)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingMin, PermitWithoutStream: true}))
@@ -318,8 +323,9 @@ func (s *Server) Close() error {
 	if m != nil {
 		errs = append(errs, m.close())
 	}
-	if s.grpc != nil {
-		s.grpc.Stop()
+	var stopped sync.WaitGroup
+	if s.grpc != nil { // it waits for calls, of which some go on until the catalogue is closed
+		stopped.Go(s.grpc.Stop)
 	}
 	if s.metrics != nil {
 		errs = append(errs, s.metrics.close())
@@ -327,6 +333,8 @@ func (s *Server) Close() error {
 	if s.catalogue != nil {
 		errs = append(errs, s.catalogue.Close())
 	}
+	s.endCalls()
+	stopped.Wait()
 	if s.peers != nil {
 		errs = append(errs, s.peers.Close())
 	}
