@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -76,8 +77,8 @@ func (f *fleet) reserve(p *process) *serving {
 	return s
 }
 
-// writeUnflushed writes random blocks and never flushes, until ctx ends or the connection breaks.
-func (o *oracle) writeUnflushed(ctx context.Context, c *nbdClient, r *rand.Rand) error {
+// writeUnflushed writes random blocks and never flushes, until ctx ends or the connection breaks. wrote counts them.
+func (o *oracle) writeUnflushed(ctx context.Context, c *nbdClient, r *rand.Rand, wrote *atomic.Int64) error {
 	for ctx.Err() == nil {
 		lba := r.IntN(crashBlocksN)
 		o.seq++
@@ -86,6 +87,7 @@ func (o *oracle) writeUnflushed(ctx context.Context, c *nbdClient, r *rand.Rand)
 			return err
 		}
 		o.written[lba] = o.seq
+		wrote.Add(1)
 	}
 	return nil
 }
@@ -112,13 +114,13 @@ func (o *oracle) checkAcknowledged(c *nbdClient) error {
 // killUnderWrites writes without a flush and kills the server of the writer with SIGKILL.
 func (f *fleet) killUnderWrites(t *testing.T, o *oracle, s *serving, r *rand.Rand) {
 	t.Helper()
-	before := o.seq
-	done := make(chan error, 1)
-	go func() { done <- o.writeUnflushed(t.Context(), s.client, r) }()
-	pause(t, time.Duration(200+r.IntN(500))*time.Millisecond)
+	var wrote atomic.Int64
+	done, writing := make(chan error, 1), time.Duration(200+r.IntN(500))*time.Millisecond
+	go func() { done <- o.writeUnflushed(t.Context(), s.client, r, &wrote) }()
+	pause(t, writing)
+	require.Eventually(t, func() bool { return wrote.Load() > 100 }, eventuallyTimeout, time.Millisecond)
 	s.by.end(t, syscall.SIGKILL)
 	require.Error(t, <-done, "the writer's own server died")
-	require.Greater(t, o.seq, before+100)
 	s.end()
 }
 

@@ -66,7 +66,9 @@ func createBy(t *testing.T, c *testutil.Cluster, r *api.CreateVolumeRequest) (v 
 }
 
 // serve has a server serve a volume until stop is called or the test ends.
-func serve(t *testing.T, admin api.AdminClient, r *api.ServeVolumeRequest) (ready *api.ServeVolumeResponse, stop func()) {
+func serve(t *testing.T, admin api.AdminClient, r *api.ServeVolumeRequest) (
+	ready *api.ServeVolumeResponse, stop func(),
+) {
 	t.Helper()
 	require.NoError(t, again(t, func() error {
 		ctx, cancel := context.WithCancel(t.Context())

@@ -129,7 +129,7 @@ func (p *process) end(t testing.TB, sig syscall.Signal) {
 	require.NoError(t, p.cmd.Process.Signal(sig))
 	select {
 	case <-p.exited:
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		_ = p.cmd.Process.Kill()
 		t.Errorf("%s did not end on %v", p.cfg.Node, sig)
 	}

@@ -102,10 +102,14 @@ func TestControllerFindsTheMember(t *testing.T) {
 	direct := connect(t, member.Address(), certs.dir(pki.RoleClient, "admin"), pki.RoleClient)
 	_, err = api.NewAdminClient(direct).InitCluster(t.Context(), &api.InitClusterRequest{})
 	require.NoError(t, err)
-	for range 20 {
-		_, err = csi.NewControllerClient(conn).ControllerGetCapabilities(t.Context(),
+	ask := func() error {
+		_, err := csi.NewControllerClient(conn).ControllerGetCapabilities(t.Context(),
 			&csi.ControllerGetCapabilitiesRequest{})
-		require.NoError(t, err)
+		return err
+	}
+	require.NoError(t, again(t, ask)) // until there is a connection with the member, too
+	for range 20 {
+		require.NoError(t, ask())
 	}
 }
 

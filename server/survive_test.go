@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -248,23 +249,38 @@ func TestPodSurvivesItsServer(t *testing.T) {
 			out []byte
 			err error
 		}
-		done := make(chan result, 1)
-		go func() {
-			out, err := exec.Command("fio", "--name=x", "--directory="+f.target, "--ioengine=libaio", "--direct=1",
-				"--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--iodepth=16", "--size=48m", "--fsync=32", "--loops=6",
-				"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0").CombinedOutput()
-			done <- result{out, err}
+		done, last := make(chan result, 1), make(chan struct{})
+		noMore := sync.OnceFunc(func() { close(last) })
+		t.Cleanup(noMore)
+		go func() { // again and again: it must not end before the last hit, however quick it is
+			for {
+				out, err := exec.Command("fio", "--name=x", "--directory="+f.target, "--ioengine=libaio", "--direct=1",
+					"--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--iodepth=16", "--size=48m", "--fsync=32", "--loops=3",
+					"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0").CombinedOutput()
+				select {
+				case <-last:
+				default:
+					if err == nil {
+						continue
+					}
+				}
+				done <- result{out, err}
+				return
+			}
 		}()
 		for round, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGKILL, syscall.SIGTERM} {
 			next := writtenTo(t, device) + 16<<20
 			require.Eventually(t, func() bool {
-				require.Empty(t, done, "fio ended before its server was hit often enough")
-				return writtenTo(t, device) > next
-			}, time.Minute, 5*time.Millisecond, "%s, round %d: no progress", fs.name, round)
+				return len(done) > 0 || writtenTo(t, device) > next
+			}, 2*time.Minute, 5*time.Millisecond, "%s, round %d: no progress", fs.name, round)
+			if len(done) > 0 {
+				break // fio failed
+			}
 			f.process.end(t, sig)
 			f.start(f.process)
 			f.kubeletAsks(fs.name)
 		}
+		noMore()
 		r := <-done
 		require.NoError(t, r.err, "%s", r.out)
 		require.Equal(t, device, f.device(), "the same device all along")
@@ -281,7 +297,9 @@ func (f *kept) kubeletAsks(fsType string) {
 	node := csi.NewNodeClient(f.csi)
 	f.eventually("publish again", func(ctx context.Context) error {
 		_, err := node.NodePublishVolume(ctx, f.publishRequest(fsType, nil))
-		if c := status.Code(err); c != codes.OK && c != codes.Unavailable && c != codes.Aborted {
+		switch status.Code(err) {
+		case codes.OK, codes.Unavailable, codes.Aborted, codes.DeadlineExceeded:
+		default:
 			require.NoError(f.t, err)
 		}
 		return err

@@ -200,11 +200,13 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	r := <-done
 	require.NoError(t, r.err, "%s", r.out)
 
-	var kept []keptView
-	text := u.ask(newer, "keeper", "list", "--socket="+u.socket(), "--output=json")
-	require.NoError(t, json.Unmarshal([]byte(text), &kept))
-	require.Len(t, kept, 1)
-	require.Equal(t, "serving", kept[0].Server)
+	require.Eventually(t, func() bool { // fio may have ended before the last server took over
+		var kept []keptView
+		text := u.ask(newer, "keeper", "list", "--socket="+u.socket(), "--output=json")
+		require.NoError(t, json.Unmarshal([]byte(text), &kept))
+		require.Len(t, kept, 1)
+		return kept[0].Server == "serving"
+	}, 2*time.Minute, 100*time.Millisecond)
 	require.NoError(t, unix.Unmount(dir, 0))
 	out, err = exec.CommandContext(t.Context(), "fsck.ext4", "-f", "-n", device).CombinedOutput()
 	require.NoError(t, err, "%s", out)
