@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"path/filepath"
 	"runtime"
@@ -49,6 +50,7 @@ func (b *book) set(node trivet.NodeID, address string) {
 type cluster struct {
 	ca     *pki.CA
 	dir    string
+	host   string // an address of this machine that hardly anybody else uses: a port that is left there refuses
 	book   *book
 	limits transport.Limits
 	dial   func(ctx context.Context, address string) (net.Conn, error)
@@ -60,7 +62,8 @@ func newCluster(t *testing.T) *cluster {
 	ca, err := pki.NewCA(testCluster, pki.For(pki.CAValidity))
 	require.NoError(t, err)
 	return &cluster{
-		ca: ca, dir: t.TempDir(), book: &book{addresses: map[trivet.NodeID]string{}},
+		ca: ca, dir: t.TempDir(), host: fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)),
+		book: &book{addresses: map[trivet.NodeID]string{}},
 		// Real time passes in these tests, on machines that may stand still for seconds.
 		limits: transport.Limits{DialTimeout: time.Minute, DeadAfter: time.Minute},
 	}
@@ -113,7 +116,7 @@ func (c *cluster) start(t *testing.T, name trivet.NodeID) *node {
 	t.Helper()
 	creds := c.credentials(t, pki.RoleNode, string(name), pki.For(time.Hour))
 	n := &node{Peers: c.peersOf(t, name, creds), creds: creds, served: make(chan error, 1000), plain: c.plain}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", net.JoinHostPort(c.host, "0"))
 	require.NoError(t, err)
 	n.listener = l
 	c.book.set(name, l.Addr().String())
