@@ -204,8 +204,8 @@ func TestGuardFatal(t *testing.T) {
 	})
 }
 
-// After a standstill of the machine, in which no time passed for the disk, a write that ends soon is not taken for hung;
-// one that does not is.
+// After a standstill of the machine, in which no time passed for the disk, a write that ends soon is not taken for
+// hung; one that does not is.
 func TestGuardOutlastsAStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var fatal atomic.Int32
