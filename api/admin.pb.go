@@ -982,6 +982,7 @@ type CreateVolumeRequest struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	Parameters    map[string]string      `protobuf:"bytes,3,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels        map[string]string      `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // of a new volume: one that is there already keeps its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1037,6 +1038,73 @@ func (x *CreateVolumeRequest) GetParameters() map[string]string {
 	return nil
 }
 
+func (x *CreateVolumeRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+type SetLabelsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // name or volume ID
+	Labels        map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Remove        []string               `protobuf:"bytes,3,rep,name=remove,proto3" json:"remove,omitempty"` // keys
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetLabelsRequest) Reset() {
+	*x = SetLabelsRequest{}
+	mi := &file_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetLabelsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetLabelsRequest) ProtoMessage() {}
+
+func (x *SetLabelsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetLabelsRequest.ProtoReflect.Descriptor instead.
+func (*SetLabelsRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SetLabelsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetLabelsRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *SetLabelsRequest) GetRemove() []string {
+	if x != nil {
+		return x.Remove
+	}
+	return nil
+}
+
 type VolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                          // name or volume ID
@@ -1049,7 +1117,7 @@ type VolumeRequest struct {
 
 func (x *VolumeRequest) Reset() {
 	*x = VolumeRequest{}
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1129,7 @@ func (x *VolumeRequest) String() string {
 func (*VolumeRequest) ProtoMessage() {}
 
 func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1142,7 @@ func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
 func (*VolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *VolumeRequest) GetName() string {
@@ -1113,7 +1181,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1125,7 +1193,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1138,19 +1206,20 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type ListVolumesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Usage         bool                   `protobuf:"varint,1,opt,name=usage,proto3" json:"usage,omitempty"` // with Volume.usage, counted in the last minute
+	Usage         bool                   `protobuf:"varint,1,opt,name=usage,proto3" json:"usage,omitempty"`      // with Volume.usage, counted in the last minute
+	Selector      string                 `protobuf:"bytes,2,opt,name=selector,proto3" json:"selector,omitempty"` // of labels, as Kubernetes writes them; empty: all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1162,7 +1231,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1175,7 +1244,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListVolumesRequest) GetUsage() bool {
@@ -1183,6 +1252,13 @@ func (x *ListVolumesRequest) GetUsage() bool {
 		return x.Usage
 	}
 	return false
+}
+
+func (x *ListVolumesRequest) GetSelector() string {
+	if x != nil {
+		return x.Selector
+	}
+	return ""
 }
 
 type ListVolumesResponse struct {
@@ -1194,7 +1270,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1282,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1295,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1251,13 +1327,14 @@ type Volume struct {
 	WantSizeBytes    int64                  `protobuf:"varint,18,opt,name=want_size_bytes,json=wantSizeBytes,proto3" json:"want_size_bytes,omitempty"` // the size it grows to; 0 = it does not
 	UsedBytes        int64                  `protobuf:"varint,19,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`               // of its blocks that hold data, once, however many replicas; -1 = nobody said
 	Usage            *VolumeUsage           `protobuf:"bytes,20,opt,name=usage,proto3" json:"usage,omitempty"`                                         // only of GetVolume, and of ListVolumes if asked for; absent: nobody could say
+	Labels           map[string]string      `protobuf:"bytes,21,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1346,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1359,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Volume) GetId() string {
@@ -1425,6 +1502,13 @@ func (x *Volume) GetUsage() *VolumeUsage {
 	return nil
 }
 
+func (x *Volume) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type Replica struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1445,7 +1529,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1541,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1554,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Replica) GetId() string {
@@ -1560,7 +1644,7 @@ type ReclaimVolumeRequest struct {
 
 func (x *ReclaimVolumeRequest) Reset() {
 	*x = ReclaimVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1656,7 @@ func (x *ReclaimVolumeRequest) String() string {
 func (*ReclaimVolumeRequest) ProtoMessage() {}
 
 func (x *ReclaimVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1669,7 @@ func (x *ReclaimVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReclaimVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ReclaimVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ReclaimVolumeRequest) GetName() string {
@@ -1612,7 +1696,7 @@ type MoveLeaderRequest struct {
 
 func (x *MoveLeaderRequest) Reset() {
 	*x = MoveLeaderRequest{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1708,7 @@ func (x *MoveLeaderRequest) String() string {
 func (*MoveLeaderRequest) ProtoMessage() {}
 
 func (x *MoveLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1721,7 @@ func (x *MoveLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveLeaderRequest.ProtoReflect.Descriptor instead.
 func (*MoveLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *MoveLeaderRequest) GetName() string {
@@ -1664,7 +1748,7 @@ type SetReplicasRequest struct {
 
 func (x *SetReplicasRequest) Reset() {
 	*x = SetReplicasRequest{}
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1760,7 @@ func (x *SetReplicasRequest) String() string {
 func (*SetReplicasRequest) ProtoMessage() {}
 
 func (x *SetReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1773,7 @@ func (x *SetReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetReplicasRequest.ProtoReflect.Descriptor instead.
 func (*SetReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetReplicasRequest) GetName() string {
@@ -1717,7 +1801,7 @@ type MoveReplicaRequest struct {
 
 func (x *MoveReplicaRequest) Reset() {
 	*x = MoveReplicaRequest{}
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1813,7 @@ func (x *MoveReplicaRequest) String() string {
 func (*MoveReplicaRequest) ProtoMessage() {}
 
 func (x *MoveReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1826,7 @@ func (x *MoveReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveReplicaRequest.ProtoReflect.Descriptor instead.
 func (*MoveReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *MoveReplicaRequest) GetName() string {
@@ -1775,7 +1859,7 @@ type NodeRequest struct {
 
 func (x *NodeRequest) Reset() {
 	*x = NodeRequest{}
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +1871,7 @@ func (x *NodeRequest) String() string {
 func (*NodeRequest) ProtoMessage() {}
 
 func (x *NodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +1884,7 @@ func (x *NodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRequest.ProtoReflect.Descriptor instead.
 func (*NodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *NodeRequest) GetNode() string {
@@ -1821,7 +1905,7 @@ type CordonNodeRequest struct {
 
 func (x *CordonNodeRequest) Reset() {
 	*x = CordonNodeRequest{}
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1833,7 +1917,7 @@ func (x *CordonNodeRequest) String() string {
 func (*CordonNodeRequest) ProtoMessage() {}
 
 func (x *CordonNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1846,7 +1930,7 @@ func (x *CordonNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CordonNodeRequest.ProtoReflect.Descriptor instead.
 func (*CordonNodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CordonNodeRequest) GetNode() string {
@@ -1880,7 +1964,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +1976,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +1989,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NodeStatus) GetNode() *Node {
@@ -1938,7 +2022,7 @@ type Remaining struct {
 
 func (x *Remaining) Reset() {
 	*x = Remaining{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +2034,7 @@ func (x *Remaining) String() string {
 func (*Remaining) ProtoMessage() {}
 
 func (x *Remaining) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +2047,7 @@ func (x *Remaining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remaining.ProtoReflect.Descriptor instead.
 func (*Remaining) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Remaining) GetVolume() string {
@@ -2025,7 +2109,7 @@ type AttachVolumeResponse struct {
 
 func (x *AttachVolumeResponse) Reset() {
 	*x = AttachVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2121,7 @@ func (x *AttachVolumeResponse) String() string {
 func (*AttachVolumeResponse) ProtoMessage() {}
 
 func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2134,7 @@ func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeResponse.ProtoReflect.Descriptor instead.
 func (*AttachVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttachVolumeResponse) GetVolume() *Volume {
@@ -2077,7 +2161,7 @@ type DetachVolumeRequest struct {
 
 func (x *DetachVolumeRequest) Reset() {
 	*x = DetachVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2089,7 +2173,7 @@ func (x *DetachVolumeRequest) String() string {
 func (*DetachVolumeRequest) ProtoMessage() {}
 
 func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2102,7 +2186,7 @@ func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DetachVolumeRequest) GetName() string {
@@ -2136,7 +2220,7 @@ type ServeVolumeRequest struct {
 
 func (x *ServeVolumeRequest) Reset() {
 	*x = ServeVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2148,7 +2232,7 @@ func (x *ServeVolumeRequest) String() string {
 func (*ServeVolumeRequest) ProtoMessage() {}
 
 func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2161,7 +2245,7 @@ func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ServeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ServeVolumeRequest) GetName() string {
@@ -2236,7 +2320,7 @@ type ServeVolumeResponse struct {
 
 func (x *ServeVolumeResponse) Reset() {
 	*x = ServeVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2248,7 +2332,7 @@ func (x *ServeVolumeResponse) String() string {
 func (*ServeVolumeResponse) ProtoMessage() {}
 
 func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2261,7 +2345,7 @@ func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ServeVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ServeVolumeResponse) GetUri() string {
@@ -2293,7 +2377,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2305,7 +2389,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2318,7 +2402,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Snapshot) GetId() string {
@@ -2429,7 +2513,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2525,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2538,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateSnapshotRequest) GetVolume() string {
@@ -2480,7 +2564,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2492,7 +2576,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2505,7 +2589,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListSnapshotsRequest) GetVolume() string {
@@ -2524,7 +2608,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2620,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2633,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -2568,7 +2652,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2664,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2677,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SnapshotRequest) GetName() string {
@@ -2611,7 +2695,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2707,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2720,7 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 type ForgetNodeRequest struct {
@@ -2649,7 +2733,7 @@ type ForgetNodeRequest struct {
 
 func (x *ForgetNodeRequest) Reset() {
 	*x = ForgetNodeRequest{}
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +2745,7 @@ func (x *ForgetNodeRequest) String() string {
 func (*ForgetNodeRequest) ProtoMessage() {}
 
 func (x *ForgetNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +2758,7 @@ func (x *ForgetNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNodeRequest.ProtoReflect.Descriptor instead.
 func (*ForgetNodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{39}
+	return file_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ForgetNodeRequest) GetNode() string {
@@ -2700,7 +2784,7 @@ type ForgetNodeResponse struct {
 
 func (x *ForgetNodeResponse) Reset() {
 	*x = ForgetNodeResponse{}
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2796,7 @@ func (x *ForgetNodeResponse) String() string {
 func (*ForgetNodeResponse) ProtoMessage() {}
 
 func (x *ForgetNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2809,7 @@ func (x *ForgetNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNodeResponse.ProtoReflect.Descriptor instead.
 func (*ForgetNodeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{40}
+	return file_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ForgetNodeResponse) GetForgotten() []string {
@@ -2764,7 +2848,7 @@ type CacheReport struct {
 
 func (x *CacheReport) Reset() {
 	*x = CacheReport{}
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2776,7 +2860,7 @@ func (x *CacheReport) String() string {
 func (*CacheReport) ProtoMessage() {}
 
 func (x *CacheReport) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2789,7 +2873,7 @@ func (x *CacheReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheReport.ProtoReflect.Descriptor instead.
 func (*CacheReport) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{41}
+	return file_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CacheReport) GetNode() string {
@@ -2944,7 +3028,7 @@ type HitCount struct {
 
 func (x *HitCount) Reset() {
 	*x = HitCount{}
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2956,7 +3040,7 @@ func (x *HitCount) String() string {
 func (*HitCount) ProtoMessage() {}
 
 func (x *HitCount) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2969,7 +3053,7 @@ func (x *HitCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HitCount.ProtoReflect.Descriptor instead.
 func (*HitCount) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{42}
+	return file_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *HitCount) GetEviction() string {
@@ -3004,7 +3088,7 @@ type ScrubVolumeRequest struct {
 
 func (x *ScrubVolumeRequest) Reset() {
 	*x = ScrubVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3016,7 +3100,7 @@ func (x *ScrubVolumeRequest) String() string {
 func (*ScrubVolumeRequest) ProtoMessage() {}
 
 func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3029,7 +3113,7 @@ func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ScrubVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{43}
+	return file_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ScrubVolumeRequest) GetName() string {
@@ -3078,7 +3162,7 @@ type ScrubStatus struct {
 
 func (x *ScrubStatus) Reset() {
 	*x = ScrubStatus{}
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3090,7 +3174,7 @@ func (x *ScrubStatus) String() string {
 func (*ScrubStatus) ProtoMessage() {}
 
 func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3103,7 +3187,7 @@ func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubStatus.ProtoReflect.Descriptor instead.
 func (*ScrubStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{44}
+	return file_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ScrubStatus) GetId() string {
@@ -3230,7 +3314,7 @@ type ExpandVolumeRequest struct {
 
 func (x *ExpandVolumeRequest) Reset() {
 	*x = ExpandVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3242,7 +3326,7 @@ func (x *ExpandVolumeRequest) String() string {
 func (*ExpandVolumeRequest) ProtoMessage() {}
 
 func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3255,7 +3339,7 @@ func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpandVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ExpandVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{45}
+	return file_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ExpandVolumeRequest) GetName() string {
@@ -3295,7 +3379,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3307,7 +3391,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3320,7 +3404,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{46}
+	return file_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListAuditRequest) GetLocal() bool {
@@ -3340,7 +3424,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3436,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3449,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{47}
+	return file_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AuditLog) GetBase() string {
@@ -3399,7 +3483,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +3495,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +3508,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{48}
+	return file_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AuditRecord) GetSeq() uint64 {
@@ -3498,7 +3582,7 @@ type ShowDisksRequest struct {
 
 func (x *ShowDisksRequest) Reset() {
 	*x = ShowDisksRequest{}
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3510,7 +3594,7 @@ func (x *ShowDisksRequest) String() string {
 func (*ShowDisksRequest) ProtoMessage() {}
 
 func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3523,7 +3607,7 @@ func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksRequest.ProtoReflect.Descriptor instead.
 func (*ShowDisksRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{49}
+	return file_admin_proto_rawDescGZIP(), []int{50}
 }
 
 type ShowDisksResponse struct {
@@ -3536,7 +3620,7 @@ type ShowDisksResponse struct {
 
 func (x *ShowDisksResponse) Reset() {
 	*x = ShowDisksResponse{}
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3548,7 +3632,7 @@ func (x *ShowDisksResponse) String() string {
 func (*ShowDisksResponse) ProtoMessage() {}
 
 func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3561,7 +3645,7 @@ func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksResponse.ProtoReflect.Descriptor instead.
 func (*ShowDisksResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{50}
+	return file_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ShowDisksResponse) GetNode() string {
@@ -3599,7 +3683,7 @@ type DiskUse struct {
 
 func (x *DiskUse) Reset() {
 	*x = DiskUse{}
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3611,7 +3695,7 @@ func (x *DiskUse) String() string {
 func (*DiskUse) ProtoMessage() {}
 
 func (x *DiskUse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3624,7 +3708,7 @@ func (x *DiskUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskUse.ProtoReflect.Descriptor instead.
 func (*DiskUse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{51}
+	return file_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DiskUse) GetId() string {
@@ -3720,7 +3804,7 @@ type RecoverCatalogueRequest struct {
 
 func (x *RecoverCatalogueRequest) Reset() {
 	*x = RecoverCatalogueRequest{}
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3732,7 +3816,7 @@ func (x *RecoverCatalogueRequest) String() string {
 func (*RecoverCatalogueRequest) ProtoMessage() {}
 
 func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3745,7 +3829,7 @@ func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueRequest.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{52}
+	return file_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RecoverCatalogueRequest) GetAcceptDataLoss() bool {
@@ -3770,7 +3854,7 @@ type RecoverCatalogueResponse struct {
 
 func (x *RecoverCatalogueResponse) Reset() {
 	*x = RecoverCatalogueResponse{}
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3782,7 +3866,7 @@ func (x *RecoverCatalogueResponse) String() string {
 func (*RecoverCatalogueResponse) ProtoMessage() {}
 
 func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3795,7 +3879,7 @@ func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueResponse.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{53}
+	return file_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RecoverCatalogueResponse) GetCluster() string {
@@ -3857,7 +3941,7 @@ type RecoverVolumeRequest struct {
 
 func (x *RecoverVolumeRequest) Reset() {
 	*x = RecoverVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3869,7 +3953,7 @@ func (x *RecoverVolumeRequest) String() string {
 func (*RecoverVolumeRequest) ProtoMessage() {}
 
 func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3882,7 +3966,7 @@ func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{54}
+	return file_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RecoverVolumeRequest) GetName() string {
@@ -3915,7 +3999,7 @@ type RecoverVolumeResponse struct {
 
 func (x *RecoverVolumeResponse) Reset() {
 	*x = RecoverVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3927,7 +4011,7 @@ func (x *RecoverVolumeResponse) String() string {
 func (*RecoverVolumeResponse) ProtoMessage() {}
 
 func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3940,7 +4024,7 @@ func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{55}
+	return file_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RecoverVolumeResponse) GetVolume() *Volume {
@@ -4012,7 +4096,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4024,7 +4108,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4037,7 +4121,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{56}
+	return file_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() string {
@@ -4087,7 +4171,7 @@ type CloneVolumeRequest struct {
 
 func (x *CloneVolumeRequest) Reset() {
 	*x = CloneVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4099,7 +4183,7 @@ func (x *CloneVolumeRequest) String() string {
 func (*CloneVolumeRequest) ProtoMessage() {}
 
 func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4112,7 +4196,7 @@ func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CloneVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{57}
+	return file_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *CloneVolumeRequest) GetSource() string {
@@ -4154,7 +4238,7 @@ type DiffSnapshotsRequest struct {
 
 func (x *DiffSnapshotsRequest) Reset() {
 	*x = DiffSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4166,7 +4250,7 @@ func (x *DiffSnapshotsRequest) String() string {
 func (*DiffSnapshotsRequest) ProtoMessage() {}
 
 func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4179,7 +4263,7 @@ func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*DiffSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{58}
+	return file_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *DiffSnapshotsRequest) GetFrom() string {
@@ -4213,7 +4297,7 @@ type DiffPage struct {
 
 func (x *DiffPage) Reset() {
 	*x = DiffPage{}
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4225,7 +4309,7 @@ func (x *DiffPage) String() string {
 func (*DiffPage) ProtoMessage() {}
 
 func (x *DiffPage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4238,7 +4322,7 @@ func (x *DiffPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffPage.ProtoReflect.Descriptor instead.
 func (*DiffPage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{59}
+	return file_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *DiffPage) GetExtents() []*Extent {
@@ -4265,7 +4349,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4277,7 +4361,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4290,7 +4374,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{60}
+	return file_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -4323,7 +4407,7 @@ type SnapshotGroup struct {
 
 func (x *SnapshotGroup) Reset() {
 	*x = SnapshotGroup{}
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4335,7 +4419,7 @@ func (x *SnapshotGroup) String() string {
 func (*SnapshotGroup) ProtoMessage() {}
 
 func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4348,7 +4432,7 @@ func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroup.ProtoReflect.Descriptor instead.
 func (*SnapshotGroup) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{61}
+	return file_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *SnapshotGroup) GetId() string {
@@ -4410,7 +4494,7 @@ type CreateSnapshotGroupRequest struct {
 
 func (x *CreateSnapshotGroupRequest) Reset() {
 	*x = CreateSnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4422,7 +4506,7 @@ func (x *CreateSnapshotGroupRequest) String() string {
 func (*CreateSnapshotGroupRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4435,7 +4519,7 @@ func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{62}
+	return file_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CreateSnapshotGroupRequest) GetName() string {
@@ -4460,7 +4544,7 @@ type ListSnapshotGroupsRequest struct {
 
 func (x *ListSnapshotGroupsRequest) Reset() {
 	*x = ListSnapshotGroupsRequest{}
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4472,7 +4556,7 @@ func (x *ListSnapshotGroupsRequest) String() string {
 func (*ListSnapshotGroupsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4485,7 +4569,7 @@ func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{63}
+	return file_admin_proto_rawDescGZIP(), []int{64}
 }
 
 type ListSnapshotGroupsResponse struct {
@@ -4497,7 +4581,7 @@ type ListSnapshotGroupsResponse struct {
 
 func (x *ListSnapshotGroupsResponse) Reset() {
 	*x = ListSnapshotGroupsResponse{}
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4509,7 +4593,7 @@ func (x *ListSnapshotGroupsResponse) String() string {
 func (*ListSnapshotGroupsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4522,7 +4606,7 @@ func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{64}
+	return file_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ListSnapshotGroupsResponse) GetGroups() []*SnapshotGroup {
@@ -4541,7 +4625,7 @@ type SnapshotGroupRequest struct {
 
 func (x *SnapshotGroupRequest) Reset() {
 	*x = SnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4553,7 +4637,7 @@ func (x *SnapshotGroupRequest) String() string {
 func (*SnapshotGroupRequest) ProtoMessage() {}
 
 func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4566,7 +4650,7 @@ func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{65}
+	return file_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *SnapshotGroupRequest) GetName() string {
@@ -4584,7 +4668,7 @@ type DeleteSnapshotGroupResponse struct {
 
 func (x *DeleteSnapshotGroupResponse) Reset() {
 	*x = DeleteSnapshotGroupResponse{}
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4596,7 +4680,7 @@ func (x *DeleteSnapshotGroupResponse) String() string {
 func (*DeleteSnapshotGroupResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4609,7 +4693,7 @@ func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotGroupResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotGroupResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66}
+	return file_admin_proto_rawDescGZIP(), []int{67}
 }
 
 // VolumeUsage says what the blocks of a volume are there for, in bytes of data, once, however many replicas.
@@ -4629,7 +4713,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4641,7 +4725,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4654,7 +4738,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{67}
+	return file_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *VolumeUsage) GetUsedBytes() int64 {
@@ -4716,7 +4800,7 @@ type FenceVolumeRequest struct {
 
 func (x *FenceVolumeRequest) Reset() {
 	*x = FenceVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4728,7 +4812,7 @@ func (x *FenceVolumeRequest) String() string {
 func (*FenceVolumeRequest) ProtoMessage() {}
 
 func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4741,7 +4825,7 @@ func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeRequest.ProtoReflect.Descriptor instead.
 func (*FenceVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{68}
+	return file_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *FenceVolumeRequest) GetVolume() string {
@@ -4767,7 +4851,7 @@ type FenceVolumeResponse struct {
 
 func (x *FenceVolumeResponse) Reset() {
 	*x = FenceVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4779,7 +4863,7 @@ func (x *FenceVolumeResponse) String() string {
 func (*FenceVolumeResponse) ProtoMessage() {}
 
 func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4792,7 +4876,7 @@ func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeResponse.ProtoReflect.Descriptor instead.
 func (*FenceVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{69}
+	return file_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *FenceVolumeResponse) GetEpoch() uint64 {
@@ -4891,15 +4975,26 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12\x1d\n" +
 	"\n" +
-	"free_bytes\x18\x04 \x01(\x03R\tfreeBytes\"\xdb\x01\n" +
+	"free_bytes\x18\x04 \x01(\x03R\tfreeBytes\"\xde\x02\n" +
 	"\x13CreateVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12R\n" +
 	"\n" +
 	"parameters\x18\x03 \x03(\v22.trivet.api.v1.CreateVolumeRequest.ParametersEntryR\n" +
-	"parameters\x1a=\n" +
+	"parameters\x12F\n" +
+	"\x06labels\x18\x04 \x03(\v2..trivet.api.v1.CreateVolumeRequest.LabelsEntryR\x06labels\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbe\x01\n" +
+	"\x10SetLabelsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12C\n" +
+	"\x06labels\x18\x02 \x03(\v2+.trivet.api.v1.SetLabelsRequest.LabelsEntryR\x06labels\x12\x16\n" +
+	"\x06remove\x18\x03 \x03(\tR\x06remove\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"l\n" +
 	"\rVolumeRequest\x12\x12\n" +
@@ -4907,11 +5002,12 @@ const file_admin_proto_rawDesc = "" +
 	"\tskip_wipe\x18\x02 \x01(\bR\bskipWipe\x12\x16\n" +
 	"\x06shared\x18\x03 \x01(\bR\x06shared\x12\x12\n" +
 	"\x04with\x18\x04 \x01(\tR\x04with\"\x16\n" +
-	"\x14DeleteVolumeResponse\"*\n" +
+	"\x14DeleteVolumeResponse\"F\n" +
 	"\x12ListVolumesRequest\x12\x14\n" +
-	"\x05usage\x18\x01 \x01(\bR\x05usage\"F\n" +
+	"\x05usage\x18\x01 \x01(\bR\x05usage\x12\x1a\n" +
+	"\bselector\x18\x02 \x01(\tR\bselector\"F\n" +
 	"\x13ListVolumesResponse\x12/\n" +
-	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\x86\x06\n" +
+	"\avolumes\x18\x01 \x03(\v2\x15.trivet.api.v1.VolumeR\avolumes\"\xfc\x06\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -4937,8 +5033,12 @@ const file_admin_proto_rawDesc = "" +
 	"\x0fwant_size_bytes\x18\x12 \x01(\x03R\rwantSizeBytes\x12\x1d\n" +
 	"\n" +
 	"used_bytes\x18\x13 \x01(\x03R\tusedBytes\x120\n" +
-	"\x05usage\x18\x14 \x01(\v2\x1a.trivet.api.v1.VolumeUsageR\x05usage\x1a=\n" +
+	"\x05usage\x18\x14 \x01(\v2\x1a.trivet.api.v1.VolumeUsageR\x05usage\x129\n" +
+	"\x06labels\x18\x15 \x03(\v2!.trivet.api.v1.Volume.LabelsEntryR\x06labels\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
 	"\aReplica\x12\x0e\n" +
@@ -5234,7 +5334,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\"+\n" +
 	"\x13FenceVolumeResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xac\x19\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xf1\x19\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -5256,7 +5356,8 @@ const file_admin_proto_rawDesc = "" +
 	"\fAttachVolume\x12\x1c.trivet.api.v1.VolumeRequest\x1a#.trivet.api.v1.AttachVolumeResponse\x12I\n" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
 	"\vServeVolume\x12!.trivet.api.v1.ServeVolumeRequest\x1a\".trivet.api.v1.ServeVolumeResponse0\x01\x12C\n" +
-	"\tSetVolume\x12\x1f.trivet.api.v1.SetVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12S\n" +
+	"\tSetVolume\x12\x1f.trivet.api.v1.SetVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12C\n" +
+	"\tSetLabels\x12\x1f.trivet.api.v1.SetLabelsRequest\x1a\x15.trivet.api.v1.Volume\x12S\n" +
 	"\rExplainVolume\x12#.trivet.api.v1.ExplainVolumeRequest\x1a\x1b.trivet.api.v1.VolumeReport0\x01\x12O\n" +
 	"\x0eCreateSnapshot\x12$.trivet.api.v1.CreateSnapshotRequest\x1a\x17.trivet.api.v1.Snapshot\x12Z\n" +
 	"\rListSnapshots\x12#.trivet.api.v1.ListSnapshotsRequest\x1a$.trivet.api.v1.ListSnapshotsResponse\x12F\n" +
@@ -5292,7 +5393,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 81)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
@@ -5309,182 +5410,191 @@ var file_admin_proto_goTypes = []any{
 	(*Node)(nil),                        // 12: trivet.api.v1.Node
 	(*Disk)(nil),                        // 13: trivet.api.v1.Disk
 	(*CreateVolumeRequest)(nil),         // 14: trivet.api.v1.CreateVolumeRequest
-	(*VolumeRequest)(nil),               // 15: trivet.api.v1.VolumeRequest
-	(*DeleteVolumeResponse)(nil),        // 16: trivet.api.v1.DeleteVolumeResponse
-	(*ListVolumesRequest)(nil),          // 17: trivet.api.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),         // 18: trivet.api.v1.ListVolumesResponse
-	(*Volume)(nil),                      // 19: trivet.api.v1.Volume
-	(*Replica)(nil),                     // 20: trivet.api.v1.Replica
-	(*ReclaimVolumeRequest)(nil),        // 21: trivet.api.v1.ReclaimVolumeRequest
-	(*MoveLeaderRequest)(nil),           // 22: trivet.api.v1.MoveLeaderRequest
-	(*SetReplicasRequest)(nil),          // 23: trivet.api.v1.SetReplicasRequest
-	(*MoveReplicaRequest)(nil),          // 24: trivet.api.v1.MoveReplicaRequest
-	(*NodeRequest)(nil),                 // 25: trivet.api.v1.NodeRequest
-	(*CordonNodeRequest)(nil),           // 26: trivet.api.v1.CordonNodeRequest
-	(*NodeStatus)(nil),                  // 27: trivet.api.v1.NodeStatus
-	(*Remaining)(nil),                   // 28: trivet.api.v1.Remaining
-	(*AttachVolumeResponse)(nil),        // 29: trivet.api.v1.AttachVolumeResponse
-	(*DetachVolumeRequest)(nil),         // 30: trivet.api.v1.DetachVolumeRequest
-	(*ServeVolumeRequest)(nil),          // 31: trivet.api.v1.ServeVolumeRequest
-	(*ServeVolumeResponse)(nil),         // 32: trivet.api.v1.ServeVolumeResponse
-	(*Snapshot)(nil),                    // 33: trivet.api.v1.Snapshot
-	(*CreateSnapshotRequest)(nil),       // 34: trivet.api.v1.CreateSnapshotRequest
-	(*ListSnapshotsRequest)(nil),        // 35: trivet.api.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),       // 36: trivet.api.v1.ListSnapshotsResponse
-	(*SnapshotRequest)(nil),             // 37: trivet.api.v1.SnapshotRequest
-	(*DeleteSnapshotResponse)(nil),      // 38: trivet.api.v1.DeleteSnapshotResponse
-	(*ForgetNodeRequest)(nil),           // 39: trivet.api.v1.ForgetNodeRequest
-	(*ForgetNodeResponse)(nil),          // 40: trivet.api.v1.ForgetNodeResponse
-	(*CacheReport)(nil),                 // 41: trivet.api.v1.CacheReport
-	(*HitCount)(nil),                    // 42: trivet.api.v1.HitCount
-	(*ScrubVolumeRequest)(nil),          // 43: trivet.api.v1.ScrubVolumeRequest
-	(*ScrubStatus)(nil),                 // 44: trivet.api.v1.ScrubStatus
-	(*ExpandVolumeRequest)(nil),         // 45: trivet.api.v1.ExpandVolumeRequest
-	(*ListAuditRequest)(nil),            // 46: trivet.api.v1.ListAuditRequest
-	(*AuditLog)(nil),                    // 47: trivet.api.v1.AuditLog
-	(*AuditRecord)(nil),                 // 48: trivet.api.v1.AuditRecord
-	(*ShowDisksRequest)(nil),            // 49: trivet.api.v1.ShowDisksRequest
-	(*ShowDisksResponse)(nil),           // 50: trivet.api.v1.ShowDisksResponse
-	(*DiskUse)(nil),                     // 51: trivet.api.v1.DiskUse
-	(*RecoverCatalogueRequest)(nil),     // 52: trivet.api.v1.RecoverCatalogueRequest
-	(*RecoverCatalogueResponse)(nil),    // 53: trivet.api.v1.RecoverCatalogueResponse
-	(*RecoverVolumeRequest)(nil),        // 54: trivet.api.v1.RecoverVolumeRequest
-	(*RecoverVolumeResponse)(nil),       // 55: trivet.api.v1.RecoverVolumeResponse
-	(*RestoreSnapshotRequest)(nil),      // 56: trivet.api.v1.RestoreSnapshotRequest
-	(*CloneVolumeRequest)(nil),          // 57: trivet.api.v1.CloneVolumeRequest
-	(*DiffSnapshotsRequest)(nil),        // 58: trivet.api.v1.DiffSnapshotsRequest
-	(*DiffPage)(nil),                    // 59: trivet.api.v1.DiffPage
-	(*Extent)(nil),                      // 60: trivet.api.v1.Extent
-	(*SnapshotGroup)(nil),               // 61: trivet.api.v1.SnapshotGroup
-	(*CreateSnapshotGroupRequest)(nil),  // 62: trivet.api.v1.CreateSnapshotGroupRequest
-	(*ListSnapshotGroupsRequest)(nil),   // 63: trivet.api.v1.ListSnapshotGroupsRequest
-	(*ListSnapshotGroupsResponse)(nil),  // 64: trivet.api.v1.ListSnapshotGroupsResponse
-	(*SnapshotGroupRequest)(nil),        // 65: trivet.api.v1.SnapshotGroupRequest
-	(*DeleteSnapshotGroupResponse)(nil), // 66: trivet.api.v1.DeleteSnapshotGroupResponse
-	(*VolumeUsage)(nil),                 // 67: trivet.api.v1.VolumeUsage
-	(*FenceVolumeRequest)(nil),          // 68: trivet.api.v1.FenceVolumeRequest
-	(*FenceVolumeResponse)(nil),         // 69: trivet.api.v1.FenceVolumeResponse
-	nil,                                 // 70: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                                 // 71: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                                 // 72: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                                 // 73: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                                 // 74: trivet.api.v1.Volume.ParametersEntry
-	nil,                                 // 75: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                                 // 76: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*SetLabelsRequest)(nil),            // 15: trivet.api.v1.SetLabelsRequest
+	(*VolumeRequest)(nil),               // 16: trivet.api.v1.VolumeRequest
+	(*DeleteVolumeResponse)(nil),        // 17: trivet.api.v1.DeleteVolumeResponse
+	(*ListVolumesRequest)(nil),          // 18: trivet.api.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),         // 19: trivet.api.v1.ListVolumesResponse
+	(*Volume)(nil),                      // 20: trivet.api.v1.Volume
+	(*Replica)(nil),                     // 21: trivet.api.v1.Replica
+	(*ReclaimVolumeRequest)(nil),        // 22: trivet.api.v1.ReclaimVolumeRequest
+	(*MoveLeaderRequest)(nil),           // 23: trivet.api.v1.MoveLeaderRequest
+	(*SetReplicasRequest)(nil),          // 24: trivet.api.v1.SetReplicasRequest
+	(*MoveReplicaRequest)(nil),          // 25: trivet.api.v1.MoveReplicaRequest
+	(*NodeRequest)(nil),                 // 26: trivet.api.v1.NodeRequest
+	(*CordonNodeRequest)(nil),           // 27: trivet.api.v1.CordonNodeRequest
+	(*NodeStatus)(nil),                  // 28: trivet.api.v1.NodeStatus
+	(*Remaining)(nil),                   // 29: trivet.api.v1.Remaining
+	(*AttachVolumeResponse)(nil),        // 30: trivet.api.v1.AttachVolumeResponse
+	(*DetachVolumeRequest)(nil),         // 31: trivet.api.v1.DetachVolumeRequest
+	(*ServeVolumeRequest)(nil),          // 32: trivet.api.v1.ServeVolumeRequest
+	(*ServeVolumeResponse)(nil),         // 33: trivet.api.v1.ServeVolumeResponse
+	(*Snapshot)(nil),                    // 34: trivet.api.v1.Snapshot
+	(*CreateSnapshotRequest)(nil),       // 35: trivet.api.v1.CreateSnapshotRequest
+	(*ListSnapshotsRequest)(nil),        // 36: trivet.api.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 37: trivet.api.v1.ListSnapshotsResponse
+	(*SnapshotRequest)(nil),             // 38: trivet.api.v1.SnapshotRequest
+	(*DeleteSnapshotResponse)(nil),      // 39: trivet.api.v1.DeleteSnapshotResponse
+	(*ForgetNodeRequest)(nil),           // 40: trivet.api.v1.ForgetNodeRequest
+	(*ForgetNodeResponse)(nil),          // 41: trivet.api.v1.ForgetNodeResponse
+	(*CacheReport)(nil),                 // 42: trivet.api.v1.CacheReport
+	(*HitCount)(nil),                    // 43: trivet.api.v1.HitCount
+	(*ScrubVolumeRequest)(nil),          // 44: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),                 // 45: trivet.api.v1.ScrubStatus
+	(*ExpandVolumeRequest)(nil),         // 46: trivet.api.v1.ExpandVolumeRequest
+	(*ListAuditRequest)(nil),            // 47: trivet.api.v1.ListAuditRequest
+	(*AuditLog)(nil),                    // 48: trivet.api.v1.AuditLog
+	(*AuditRecord)(nil),                 // 49: trivet.api.v1.AuditRecord
+	(*ShowDisksRequest)(nil),            // 50: trivet.api.v1.ShowDisksRequest
+	(*ShowDisksResponse)(nil),           // 51: trivet.api.v1.ShowDisksResponse
+	(*DiskUse)(nil),                     // 52: trivet.api.v1.DiskUse
+	(*RecoverCatalogueRequest)(nil),     // 53: trivet.api.v1.RecoverCatalogueRequest
+	(*RecoverCatalogueResponse)(nil),    // 54: trivet.api.v1.RecoverCatalogueResponse
+	(*RecoverVolumeRequest)(nil),        // 55: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),       // 56: trivet.api.v1.RecoverVolumeResponse
+	(*RestoreSnapshotRequest)(nil),      // 57: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),          // 58: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),        // 59: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),                    // 60: trivet.api.v1.DiffPage
+	(*Extent)(nil),                      // 61: trivet.api.v1.Extent
+	(*SnapshotGroup)(nil),               // 62: trivet.api.v1.SnapshotGroup
+	(*CreateSnapshotGroupRequest)(nil),  // 63: trivet.api.v1.CreateSnapshotGroupRequest
+	(*ListSnapshotGroupsRequest)(nil),   // 64: trivet.api.v1.ListSnapshotGroupsRequest
+	(*ListSnapshotGroupsResponse)(nil),  // 65: trivet.api.v1.ListSnapshotGroupsResponse
+	(*SnapshotGroupRequest)(nil),        // 66: trivet.api.v1.SnapshotGroupRequest
+	(*DeleteSnapshotGroupResponse)(nil), // 67: trivet.api.v1.DeleteSnapshotGroupResponse
+	(*VolumeUsage)(nil),                 // 68: trivet.api.v1.VolumeUsage
+	(*FenceVolumeRequest)(nil),          // 69: trivet.api.v1.FenceVolumeRequest
+	(*FenceVolumeResponse)(nil),         // 70: trivet.api.v1.FenceVolumeResponse
+	nil,                                 // 71: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 72: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 73: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 74: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 75: trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	nil,                                 // 76: trivet.api.v1.SetLabelsRequest.LabelsEntry
+	nil,                                 // 77: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 78: trivet.api.v1.Volume.LabelsEntry
+	nil,                                 // 79: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 80: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	70, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	71, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	41, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	71, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	42, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
+	72, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	72, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	73, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	73, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	19, // 9: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	74, // 10: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
-	20, // 11: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	20, // 12: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	67, // 13: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
-	12, // 14: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	28, // 15: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	19, // 16: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	33, // 17: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
-	42, // 18: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
-	48, // 19: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
-	51, // 20: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
-	19, // 21: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	75, // 22: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	76, // 23: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
-	60, // 24: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
-	33, // 25: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
-	61, // 26: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
-	4,  // 27: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 28: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 29: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 30: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 31: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	17, // 32: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	15, // 33: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 34: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	15, // 35: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	21, // 36: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	22, // 37: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	23, // 38: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	24, // 39: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	26, // 40: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	25, // 41: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	15, // 42: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	30, // 43: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	31, // 44: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 45: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	1,  // 46: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	34, // 47: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	35, // 48: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	37, // 49: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	37, // 50: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 51: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	43, // 52: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	15, // 53: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	45, // 54: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
-	46, // 55: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
-	49, // 56: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	54, // 57: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	52, // 58: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
-	56, // 59: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
-	58, // 60: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
-	57, // 61: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
-	62, // 62: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
-	63, // 63: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
-	65, // 64: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	65, // 65: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	68, // 66: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
-	5,  // 67: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 68: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 69: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 70: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	19, // 71: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	18, // 72: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	19, // 73: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	16, // 74: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	19, // 75: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	19, // 76: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	19, // 77: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	19, // 78: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	19, // 79: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	27, // 80: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	27, // 81: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 82: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	19, // 83: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	32, // 84: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	19, // 85: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	2,  // 86: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	33, // 87: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	36, // 88: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	33, // 89: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 90: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	40, // 91: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	44, // 92: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	44, // 93: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	19, // 94: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	47, // 95: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	50, // 96: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	55, // 97: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	53, // 98: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
-	19, // 99: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	59, // 100: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	19, // 101: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	61, // 102: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	64, // 103: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
-	61, // 104: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	66, // 105: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
-	69, // 106: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
-	67, // [67:107] is the sub-list for method output_type
-	27, // [27:67] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	74, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	75, // 9: trivet.api.v1.CreateVolumeRequest.labels:type_name -> trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	76, // 10: trivet.api.v1.SetLabelsRequest.labels:type_name -> trivet.api.v1.SetLabelsRequest.LabelsEntry
+	20, // 11: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
+	77, // 12: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	21, // 13: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
+	21, // 14: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	68, // 15: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
+	78, // 16: trivet.api.v1.Volume.labels:type_name -> trivet.api.v1.Volume.LabelsEntry
+	12, // 17: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	29, // 18: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	20, // 19: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	34, // 20: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
+	43, // 21: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	49, // 22: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
+	52, // 23: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
+	20, // 24: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	79, // 25: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	80, // 26: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	61, // 27: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	34, // 28: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
+	62, // 29: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
+	4,  // 30: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 31: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 32: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 33: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 34: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	18, // 35: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	16, // 36: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	16, // 37: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	16, // 38: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	22, // 39: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	23, // 40: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	24, // 41: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	25, // 42: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	27, // 43: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	26, // 44: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	16, // 45: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	31, // 46: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	32, // 47: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 48: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	15, // 49: trivet.api.v1.Admin.SetLabels:input_type -> trivet.api.v1.SetLabelsRequest
+	1,  // 50: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	35, // 51: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	36, // 52: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	38, // 53: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	38, // 54: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	40, // 55: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	44, // 56: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	16, // 57: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	46, // 58: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	47, // 59: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	50, // 60: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	55, // 61: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	53, // 62: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
+	57, // 63: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	59, // 64: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	58, // 65: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	63, // 66: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
+	64, // 67: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
+	66, // 68: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	66, // 69: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	69, // 70: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
+	5,  // 71: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 72: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 73: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 74: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	20, // 75: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	19, // 76: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	20, // 77: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	17, // 78: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	20, // 79: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	20, // 80: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	20, // 81: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	20, // 82: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	20, // 83: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	28, // 84: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	28, // 85: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	30, // 86: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	20, // 87: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	33, // 88: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	20, // 89: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	20, // 90: trivet.api.v1.Admin.SetLabels:output_type -> trivet.api.v1.Volume
+	2,  // 91: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	34, // 92: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	37, // 93: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	34, // 94: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	39, // 95: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	41, // 96: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	45, // 97: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	45, // 98: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	20, // 99: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	48, // 100: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	51, // 101: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	56, // 102: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	54, // 103: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
+	20, // 104: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	60, // 105: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	20, // 106: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	62, // 107: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	65, // 108: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	62, // 109: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	67, // 110: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	70, // 111: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
+	71, // [71:112] is the sub-list for method output_type
+	30, // [30:71] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -5498,7 +5608,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   77,
+			NumMessages:   81,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

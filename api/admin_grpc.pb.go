@@ -41,6 +41,7 @@ const (
 	Admin_DetachVolume_FullMethodName        = "/trivet.api.v1.Admin/DetachVolume"
 	Admin_ServeVolume_FullMethodName         = "/trivet.api.v1.Admin/ServeVolume"
 	Admin_SetVolume_FullMethodName           = "/trivet.api.v1.Admin/SetVolume"
+	Admin_SetLabels_FullMethodName           = "/trivet.api.v1.Admin/SetLabels"
 	Admin_ExplainVolume_FullMethodName       = "/trivet.api.v1.Admin/ExplainVolume"
 	Admin_CreateSnapshot_FullMethodName      = "/trivet.api.v1.Admin/CreateSnapshot"
 	Admin_ListSnapshots_FullMethodName       = "/trivet.api.v1.Admin/ListSnapshots"
@@ -109,6 +110,8 @@ type AdminClient interface {
 	// SetVolume changes parameters of a volume, all or none, in use or not. It returns once that is
 	// decided; the node that has the volume attached follows at once.
 	SetVolume(ctx context.Context, in *SetVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// SetLabels gives a volume labels and takes others away, all or none.
+	SetLabels(ctx context.Context, in *SetLabelsRequest, opts ...grpc.CallOption) (*Volume, error)
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(ctx context.Context, in *ExplainVolumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VolumeReport], error)
@@ -367,6 +370,16 @@ func (c *adminClient) SetVolume(ctx context.Context, in *SetVolumeRequest, opts 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Volume)
 	err := c.cc.Invoke(ctx, Admin_SetVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) SetLabels(ctx context.Context, in *SetLabelsRequest, opts ...grpc.CallOption) (*Volume, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Volume)
+	err := c.cc.Invoke(ctx, Admin_SetLabels_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -646,6 +659,8 @@ type AdminServer interface {
 	// SetVolume changes parameters of a volume, all or none, in use or not. It returns once that is
 	// decided; the node that has the volume attached follows at once.
 	SetVolume(context.Context, *SetVolumeRequest) (*Volume, error)
+	// SetLabels gives a volume labels and takes others away, all or none.
+	SetLabels(context.Context, *SetLabelsRequest) (*Volume, error)
 	// ExplainVolume watches a volume on every node that serves it, and says where its requests spend
 	// their time: a report for each window, until the caller has enough.
 	ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error
@@ -767,6 +782,9 @@ func (UnimplementedAdminServer) ServeVolume(*ServeVolumeRequest, grpc.ServerStre
 }
 func (UnimplementedAdminServer) SetVolume(context.Context, *SetVolumeRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetVolume not implemented")
+}
+func (UnimplementedAdminServer) SetLabels(context.Context, *SetLabelsRequest) (*Volume, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetLabels not implemented")
 }
 func (UnimplementedAdminServer) ExplainVolume(*ExplainVolumeRequest, grpc.ServerStreamingServer[VolumeReport]) error {
 	return status.Error(codes.Unimplemented, "method ExplainVolume not implemented")
@@ -1183,6 +1201,24 @@ func _Admin_SetVolume_Handler(srv interface{}, ctx context.Context, dec func(int
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).SetVolume(ctx, req.(*SetVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_SetLabels_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetLabelsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SetLabels(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SetLabels_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SetLabels(ctx, req.(*SetLabelsRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1629,6 +1665,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetVolume",
 			Handler:    _Admin_SetVolume_Handler,
+		},
+		{
+			MethodName: "SetLabels",
+			Handler:    _Admin_SetLabels_Handler,
 		},
 		{
 			MethodName: "CreateSnapshot",

@@ -31,6 +31,8 @@ type CreateRequest struct {
 
 	Params map[string]string // ParseParams
 
+	Labels map[string]string // CheckLabels; of a new volume: one that is there already keeps its own
+
 	// Mutable goes before the parameters that a copy has of its source (WithMutable). Without Source it is not looked at.
 	Mutable map[string]string
 
@@ -107,6 +109,9 @@ func (c *Controller) createVolume(ctx context.Context, r CreateRequest) (meta.Vo
 	if err := trivet.ValidateName(r.Name); err != nil {
 		return meta.Volume{}, err
 	}
+	if err := CheckLabels(r.Labels); err != nil {
+		return meta.Volume{}, err
+	}
 	unlock, err := c.busy.lock("volume name " + r.Name)
 	if err != nil {
 		return meta.Volume{}, err
@@ -155,6 +160,7 @@ func (c *Controller) reserve(ctx context.Context, w *creation) (meta.Volume, err
 	want := meta.Volume{
 		ID: trivet.NewVolumeID(), Name: w.Name, SizeBytes: w.bytes, Reclaim: w.params.Reclaim,
 		Params: w.params.Map(), Request: cmp.Or(w.request, w.params.Fingerprint()+w.Source.String()), Created: time.Now(),
+		Labels: w.Labels,
 	}
 	if w.from != nil {
 		want.Source, want.WantReplicas = &meta.Source{Snapshot: w.from.ID}, w.params.Replicas

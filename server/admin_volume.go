@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -42,7 +43,7 @@ func (a *admin) show(ctx context.Context, id trivet.VolumeID) (*api.Volume, erro
 func (a *admin) volume(ctx context.Context, v meta.Volume, ask bool) *api.Volume {
 	out := &api.Volume{
 		Id: v.ID.String(), Name: v.Name, SizeBytes: v.SizeBytes, Phase: string(v.Phase), Reason: v.Reason,
-		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Epoch: uint64(v.Epoch),
+		ReclaimPolicy: string(v.Reclaim), Parameters: v.Params, Labels: v.Labels, Epoch: uint64(v.Epoch),
 		Created: v.Created.Format(time.RFC3339), WantReplicas: int32(v.Want()), WantSizeBytes: v.WantSizeBytes,
 	}
 	out.AttachedNode = string(v.Holder())
@@ -117,7 +118,7 @@ func (a *admin) CreateVolume(ctx context.Context, r *api.CreateVolumeRequest) (*
 			trivet.ErrInvalid)
 	}
 	v, err := a.s.controller.CreateVolume(ctx, controller.CreateRequest{
-		Name: r.GetName(), RequiredBytes: r.GetSizeBytes(), Params: r.GetParameters(),
+		Name: r.GetName(), RequiredBytes: r.GetSizeBytes(), Params: r.GetParameters(), Labels: r.GetLabels(),
 	})
 	if err != nil {
 		return nil, err
@@ -127,10 +128,15 @@ func (a *admin) CreateVolume(ctx context.Context, r *api.CreateVolumeRequest) (*
 
 // ListVolumes implements api.AdminServer.
 func (a *admin) ListVolumes(ctx context.Context, r *api.ListVolumesRequest) (*api.ListVolumesResponse, error) {
+	matches, err := controller.ParseSelector(r.GetSelector())
+	if err != nil {
+		return nil, err
+	}
 	volumes, err := a.s.controller.Volumes(ctx)
 	if err != nil {
 		return nil, err
 	}
+	volumes = slices.DeleteFunc(slices.Clone(volumes), func(v meta.Volume) bool { return !matches(v.Labels) })
 	resp := &api.ListVolumesResponse{}
 	for _, v := range volumes {
 		resp.Volumes = append(resp.Volumes, a.volume(ctx, v, false))

@@ -285,6 +285,51 @@ func TestDeleteLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestLabels(t *testing.T) {
+	c, _ := startOverMemory(t)
+	createBy(t, c, &api.CreateVolumeRequest{
+		Name: "gold", SizeBytes: 16 << 20, Labels: map[string]string{"tier": "gold", "old": ""},
+	})
+	create(t, c, "plain")
+	names := func(selector string) (names []string) {
+		require.NoError(t, again(t, func() error {
+			list, err := c.Admin(2).ListVolumes(t.Context(), &api.ListVolumesRequest{Selector: selector})
+			names = nil
+			for _, v := range list.GetVolumes() {
+				names = append(names, v.GetName())
+			}
+			return err
+		}))
+		return names
+	}
+	require.ElementsMatch(t, []string{"gold", "plain"}, names(""))
+	require.Equal(t, []string{"gold"}, names("tier=gold,old"))
+	var v *api.Volume
+	require.NoError(t, again(t, func() (err error) {
+		v, err = c.Admin(1).SetLabels(t.Context(), &api.SetLabelsRequest{
+			Name: "gold", Labels: map[string]string{"team": "shop"}, Remove: []string{"old"},
+		})
+		return err
+	}))
+	require.Equal(t, map[string]string{"tier": "gold", "team": "shop"}, v.GetLabels())
+	require.Empty(t, names("old"))
+	require.Equal(t, []string{"plain"}, names("!tier"))
+	for _, call := range []func() error{
+		func() error {
+			_, err := c.Admin(0).SetLabels(t.Context(), &api.SetLabelsRequest{Name: "gold", Remove: []string{"bad key"}})
+			return err
+		},
+		func() error {
+			_, err := c.Admin(0).ListVolumes(t.Context(), &api.ListVolumesRequest{Selector: "bad key"})
+			return err
+		},
+	} {
+		err := again(t, call)
+		require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "bad key")
+	}
+}
+
 func TestReclaim(t *testing.T) {
 	c, _ := startOverMemory(t)
 	createBy(t, c, &api.CreateVolumeRequest{

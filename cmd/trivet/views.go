@@ -18,6 +18,7 @@ type volumeView struct {
 	Reason     string            `json:"reason,omitempty"`
 	Reclaim    string            `json:"reclaimPolicy"`
 	Parameters map[string]string `json:"parameters,omitempty"`
+	Labels     map[string]string `json:"labels,omitempty"`
 	Replicas   []replicaView     `json:"replicas"`
 	Want       int32             `json:"wantReplicas"`
 	Retired    []replicaView     `json:"retired,omitempty"`       // their data is still to be removed
@@ -69,7 +70,7 @@ type diskView struct {
 func volumeOf(v *api.Volume) volumeView {
 	view := volumeView{
 		ID: v.GetId(), Name: v.GetName(), SizeBytes: v.GetSizeBytes(), Phase: v.GetPhase(), Reason: v.GetReason(),
-		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Epoch: v.GetEpoch(),
+		Reclaim: v.GetReclaimPolicy(), Parameters: v.GetParameters(), Labels: v.GetLabels(), Epoch: v.GetEpoch(),
 		Attached: v.GetAttachedNode(), Device: v.GetDevice(), Created: v.GetCreated(), Replicas: []replicaView{},
 		Want: v.GetWantReplicas(), Pending: v.GetPending(), AttachedTo: v.GetAttachedNodes(),
 		ReadOnly: v.GetAttachedReadOnly(), WantSize: v.GetWantSizeBytes(), Used: v.GetUsedBytes(),

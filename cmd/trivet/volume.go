@@ -15,7 +15,7 @@ func newVolume(o *options) *cobra.Command {
 		newVolumeCreate(o), newVolumeList(o), newVolumeShow(o), newVolumeAttach(o), newVolumeDetach(o),
 		newVolumeServe(o), newVolumeDelete(o), newVolumeMoveLeader(o), newVolumeReclaim(o), newVolumeSetReplicas(o),
 		newVolumeSet(o), newVolumeExplain(o), newVolumeScrub(o), newVolumeVerify(o), newVolumeResize(o), newVolumeClone(o),
-		newVolumePV(o),
+		newVolumePV(o), newVolumeLabel(o),
 		newVolumeVerb(o, "release NAME", "End the claim of a volume; its reclaim policy decides what follows",
 			func(ctx context.Context, c *client, args []string) (*api.Volume, error) {
 				return c.ReleaseVolume(ctx, &api.VolumeRequest{Name: args[0]})
@@ -42,6 +42,9 @@ func (o *options) showVolume(cmd *cobra.Command, v *api.Volume) error {
 	fmt.Fprintf(out, "replicas wanted: %d\n", view.Want)
 	if len(view.Parameters) > 0 {
 		fmt.Fprintf(out, "parameters: %s\n", pairsText(view.Parameters))
+	}
+	if len(view.Labels) > 0 {
+		fmt.Fprintf(out, "labels: %s\n", pairsText(view.Labels))
 	}
 	view.Usage.print(out)
 	if view.WantSize > 0 {
@@ -77,8 +80,8 @@ func newVolumeVerb(o *options, use, short string,
 
 func newVolumeCreate(o *options) *cobra.Command {
 	var (
-		size   string
-		params []string
+		size           string
+		params, labels []string
 	)
 	cmd := &cobra.Command{
 		Use:   "create NAME --size SIZE",
@@ -95,9 +98,13 @@ func newVolumeCreate(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			named, err := parsePairs("--label", labels)
+			if err != nil {
+				return err
+			}
 			return o.call(cmd, func(ctx context.Context, c *client) error {
 				v, err := c.CreateVolume(ctx, &api.CreateVolumeRequest{
-					Name: args[0], SizeBytes: sizeBytes, Parameters: parameters,
+					Name: args[0], SizeBytes: sizeBytes, Parameters: parameters, Labels: named,
 				})
 				if err != nil {
 					return err
@@ -108,21 +115,23 @@ func newVolumeCreate(o *options) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&size, "size", "", "size, as 10Gi or 512Mi")
 	cmd.Flags().StringArrayVar(&params, "param", nil, "StorageClass parameter KEY=VALUE; may be given several times")
+	cmd.Flags().StringArrayVar(&labels, "label", nil, "label KEY=VALUE of a new volume; may be given several times")
 	if err := cmd.MarkFlagRequired("size"); err != nil {
-		panic(err) // the flag is defined two lines above
+		panic(err) // the flag is defined a few lines above
 	}
 	return cmd
 }
 
 func newVolumeList(o *options) *cobra.Command {
 	var wide bool
+	var selector string
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the volumes",
 		Args:  exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.call(cmd, func(ctx context.Context, c *client) error {
-				resp, err := c.ListVolumes(ctx, &api.ListVolumesRequest{Usage: wide})
+				resp, err := c.ListVolumes(ctx, &api.ListVolumesRequest{Usage: wide, Selector: selector})
 				if err != nil {
 					return err
 				}
@@ -138,6 +147,7 @@ func newVolumeList(o *options) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&wide, "wide", false, "with what their blocks are there for, counted in the last minute")
+	cmd.Flags().StringVarP(&selector, "selector", "l", "", "only those whose labels match, as 'tier=gold,env in (prod,test),!old'")
 	return cmd
 }
 

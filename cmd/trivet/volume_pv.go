@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -114,7 +115,7 @@ func newVolumePV(o *options) *cobra.Command {
 	f.StringVar(&p.class, "storage-class", "", "storageClassName, which a claim must have too (default: none)")
 	f.StringVar(&p.claim, "claim", "", "NAMESPACE/NAME of the only claim that may bind it (default: any)")
 	f.StringVar(&p.reclaim, "reclaim-policy", pvRetain, "Retain, or Delete: the volume goes with its claim")
-	f.StringArrayVar(&p.labels, "label", nil, "label KEY=VALUE, for the selector of a claim; may be given several times")
+	f.StringArrayVar(&p.labels, "label", nil, "label KEY=VALUE besides the volume's own, for the selector of a claim; may be given several times")
 	return cmd
 }
 
@@ -142,10 +143,13 @@ func persistentVolume(v *api.Volume, p pvOptions) (pvManifest, error) {
 	if err := p.check(); err != nil {
 		return none, err
 	}
-	labels, err := parsePairs("--label", p.labels)
+	own, err := parsePairs("--label", p.labels)
 	if err != nil {
 		return none, err
 	}
+	labels := map[string]string{} // the volume's, unless others are given
+	maps.Copy(labels, v.GetLabels())
+	maps.Copy(labels, own)
 	claim, err := p.claimRef()
 	if err != nil {
 		return none, err

@@ -41,6 +41,13 @@ func TestPersistentVolume(t *testing.T) {
 			volume: func(v *api.Volume) { v.Parameters = map[string]string{paramFSType: "xfs"} },
 			want:   func(pv *corev1.PersistentVolume) { pv.Spec.CSI.FSType = "xfs" },
 		},
+		"its labels": {
+			volume: func(v *api.Volume) { v.Labels = map[string]string{"tier": "gold", "team": "shop"} },
+			option: func(p *pvOptions) { p.labels = []string{"tier=silver", "a=b"} },
+			want: func(pv *corev1.PersistentVolume) {
+				pv.Labels = map[string]string{"tier": "silver", "team": "shop", "a": "b"}
+			},
+		},
 		"block": {
 			volume: func(v *api.Volume) { v.Parameters = map[string]string{paramFSType: "xfs"} },
 			option: func(p *pvOptions) { p.block = true },

@@ -55,6 +55,7 @@ func (c *CreateVolume) apply(d *draft) error {
 		Reclaim:   asked.Reclaim,
 		Claimed:   c.Claim,
 		Params:    asked.Params,
+		Labels:    asked.Labels,
 		Request:   asked.Request,
 		Created:   instant(asked.Created),
 		Replicas:  asked.Replicas,

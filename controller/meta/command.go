@@ -34,6 +34,7 @@ type Command struct {
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
 	SetParams     *SetParams     `json:"setParams,omitempty"`
+	SetLabels     *SetLabels     `json:"setLabels,omitempty"`
 
 	CreateSnapshot   *CreateSnapshot   `json:"createSnapshot,omitempty"`
 	ReportSnapshot   *ReportSnapshot   `json:"reportSnapshot,omitempty"`
@@ -103,7 +104,7 @@ type RenewLease struct {
 // its replicas lies on the disk of a Ready one of the snapshot's volume, else ErrPending: they have moved. It may
 // begin with fewer than WantReplicas, which is given then.
 type CreateVolume struct {
-	// ID, Name, SizeBytes, Reclaim, Params, Request, Created, Replicas (state Creating), Source (Snapshot)
+	// ID, Name, SizeBytes, Reclaim, Params, Labels, Request, Created, Replicas (state Creating), Source (Snapshot)
 	Volume Volume `json:"volume"`
 	// Claim makes it Bound (not Available) once its replicas are ready: CSI creates for a claim.
 	Claim bool `json:"claim,omitempty"`
@@ -295,6 +296,16 @@ type SetParams struct {
 	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
 	// Replicas is that of SetReplicas, in the same step: 1, 3 or 5; 0 = as many as before.
 	Replicas int `json:"replicas,omitempty"`
+}
+
+// SetLabels gives a volume labels and takes others away. Their syntax is for the proposer to know; here they are text,
+// and the empty text is a value. ErrInvalid when it would have too many; ErrPending as in Release. Nothing that is not
+// so already: no effect.
+type SetLabels struct {
+	Volume     trivet.VolumeID   `json:"volume"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Remove     []string          `json:"remove,omitempty"`     // keys; none of Labels
+	IfRevision Revision          `json:"ifRevision,omitempty"` // as in Release
 }
 
 // ForgetNode takes a node that does not come back off the record. Its retired replicas, and what it had of volumes

@@ -136,6 +136,12 @@ func randomMore(r *rand.Rand, d drawn) []func() meta.Command {
 	return []func() meta.Command{
 		func() meta.Command { return meta.Command{ForgetNode: randomForget(r, d.n)} },
 		func() meta.Command { return meta.Command{SetParams: randomParams(r, d.volume, d.v.Revision)} },
+		func() meta.Command {
+			return meta.Command{SetLabels: &meta.SetLabels{
+				Volume: d.volume, Labels: map[string]string{"tier": []string{"", "1", "2"}[r.Intn(3)]},
+				Remove: []string{"a", "b", "c"}[:r.Intn(3)], IfRevision: d.v.Revision * meta.Revision(r.Intn(2)),
+			}}
+		},
 		func() meta.Command { return randomScrub(r, &d.v, d.volume) },
 		func() meta.Command {
 			if len(d.v.Replicas) == 0 || r.Intn(4) > 0 {

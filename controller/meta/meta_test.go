@@ -207,6 +207,9 @@ func TestGolden(t *testing.T) {
 	mustApply(t, m, growing)
 	mustApply(t, m, meta.Command{ReportSize: &meta.ReportSize{Volume: 8, SizeBytes: 3 << 30}})
 	commands["command-grow.v1"] = growing
+	commands["command-labels.v1"] = meta.Command{
+		SetLabels: &meta.SetLabels{Volume: 7, IfRevision: 9, Labels: map[string]string{"tier": "gold"}, Remove: []string{"old"}},
+	}
 	detach := meta.Command{Time: day, By: "n1", Detach: &meta.Detach{Volume: 7, Node: "n2", Forced: true}}
 	gone := meta.NewMachine(m.State())
 	mustApply(t, gone, detach)
@@ -287,6 +290,11 @@ func TestCodecRefuses(t *testing.T) {
 		"four replicas":          {SetParams: &meta.SetParams{Volume: 1, Replicas: 4}},
 		"a nameless parameter":   {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"": "1"}}},
 		"no text":                {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": "\xff"}}},
+		"no labels":              {SetLabels: &meta.SetLabels{Volume: 1}},
+		"a nameless label":       {SetLabels: &meta.SetLabels{Volume: 1, Labels: map[string]string{"": "1"}}},
+		"a label both ways":      {SetLabels: &meta.SetLabels{Volume: 1, Labels: map[string]string{"a": ""}, Remove: []string{"a"}}},
+		"no text to remove":      {SetLabels: &meta.SetLabels{Volume: 1, Remove: []string{"\xff"}}},
+		"labels of nothing":      {SetLabels: &meta.SetLabels{Labels: map[string]string{"a": "1"}}},
 		"parameters of nothing":  {SetParams: &meta.SetParams{Params: map[string]string{"a": "1"}}},
 		"draining, not cordoned": {CordonNode: &meta.CordonNode{Node: "n1", Draining: true}},
 		"joining reported":       report(1, 1, meta.ReplicaJoining),
@@ -309,6 +317,49 @@ func TestParamsReadBack(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, m.State(), read)
 	}
+}
+
+// TestLabels: what a volume was made with, changed, taken away, and read back from an image each time.
+func TestLabels(t *testing.T) {
+	t.Parallel()
+	m := cluster(t)
+	v := volume(1, meta.ReclaimDelete, 1)
+	v.Labels = map[string]string{"tier": "gold", "old": ""}
+	mustApply(t, m, meta.Command{CreateVolume: &meta.CreateVolume{Volume: v}})
+	for _, tt := range []struct {
+		set    map[string]string
+		remove []string
+		want   map[string]string
+	}{
+		{map[string]string{"tier": "gold"}, []string{"none"}, map[string]string{"tier": "gold", "old": ""}},
+		{map[string]string{"tier": "", "a": "1"}, []string{"old"}, map[string]string{"tier": "", "a": "1"}},
+		{nil, []string{"a", "tier"}, nil},
+		{map[string]string{"b": "2"}, nil, map[string]string{"b": "2"}},
+	} {
+		before, _ := m.State().Volume(1)
+		set := meta.Command{SetLabels: &meta.SetLabels{
+			Volume: 1, Labels: tt.set, Remove: tt.remove, IfRevision: before.Revision,
+		}}
+		mustApply(t, m, set)
+		now, _ := m.State().Volume(1)
+		assert.Equal(t, tt.want, now.Labels)
+		read, err := meta.DecodeImage(mustImage(t, m.State()))
+		require.NoError(t, err)
+		assert.Equal(t, m.State(), read)
+		if now.Revision != before.Revision {
+			require.ErrorIs(t, m.Apply(set).Err, trivet.ErrPending, "a late copy")
+		}
+	}
+	many := map[string]string{}
+	for i := range 64 {
+		many[fmt.Sprint(i)] = ""
+	}
+	res := m.Apply(meta.Command{SetLabels: &meta.SetLabels{Volume: 1, Labels: many}})
+	require.ErrorIs(t, res.Err, trivet.ErrInvalid, "65 with the one that is there")
+	many["more"] = ""
+	v = volume(2, meta.ReclaimDelete, 1)
+	v.Labels = many
+	require.ErrorIs(t, m.Apply(meta.Command{CreateVolume: &meta.CreateVolume{Volume: v}}).Err, trivet.ErrInvalid)
 }
 
 // TestImageRefusesWhatCannotBe: a valid frame around a volume with two replicas on their way (I11), one that

@@ -183,6 +183,7 @@ type Volume struct {
 	Claimed   bool              `json:"claimed,omitempty"` // has an owner: Creating turns into Bound, not Available
 	Reclaim   ReclaimPolicy     `json:"reclaim"`
 	Params    map[string]string `json:"params,omitempty"` // canonical parameters (see controller/params.go)
+	Labels    map[string]string `json:"labels,omitempty"` // for people and for selectors; nothing here goes by them
 	Request   string            `json:"request"`          // fingerprint of the create request, for idempotency
 	Created   time.Time         `json:"created"`
 	Replicas  []Replica         `json:"replicas"`
@@ -344,6 +345,7 @@ func (v *Volume) Holder() trivet.NodeID {
 func (v *Volume) Clone() Volume {
 	c := *v
 	c.Params = maps.Clone(v.Params)
+	c.Labels = maps.Clone(v.Labels)
 	c.Replicas = slices.Clone(v.Replicas)
 	c.Retired = slices.Clone(v.Retired)
 	c.Also = slices.Clone(v.Also)

@@ -14,6 +14,7 @@ const (
 	textBytesMax   = 1024 // addresses, paths, parameter values
 	disksMax       = 64   // per node
 	paramsMax      = 64   // per volume
+	labelsMax      = 64   // per volume
 	replacedMax    = 8    // remembered incarnations per node
 	replicasMax    = 6    // per volume: five, and the one that replaces another
 	retiredMax     = 32   // per volume
@@ -52,6 +53,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.CordonNode)
 	add(&set, c.ForgetNode)
 	add(&set, c.SetParams)
+	add(&set, c.SetLabels)
 	add(&set, c.CreateSnapshot)
 	add(&set, c.ReportSnapshot)
 	add(&set, c.DeleteSnapshot)
@@ -167,6 +169,7 @@ func (c *CreateVolume) validate() error {
 	return firstError(
 		v.Source.validate(len(v.Replicas), v.WantReplicas),
 		validateParams(v.Params),
+		validateLabels(v.Labels),
 		validateVolume(v.ID),
 		trivet.ValidateName(v.Name),
 		validatePolicy(v.Reclaim),

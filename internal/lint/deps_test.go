@@ -100,7 +100,7 @@ var homes = []struct {
 	{"github.com/anishathalye/porcupine", []string{"internal/chaos", "internal/sim"}},
 	{"github.com/prometheus/", []string{"server"}},
 	{"k8s.io/api", []string{"internal/failover", "internal/kube"}},
-	{"k8s.io/apimachinery", []string{"internal/failover", "internal/kube"}},
+	{"k8s.io/apimachinery", []string{"controller", "internal/failover", "internal/kube"}},
 	{"k8s.io/client-go", []string{"internal/kube"}},
 	{"k8s.io/kubelet", []string{"driver"}},
 	{"k8s.io/mount-utils", []string{"node"}},
