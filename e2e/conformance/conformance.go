@@ -146,8 +146,14 @@ is written by ` + "`make e2e-upstream`" + `; what the suite is told of Trivet is
 
 `
 
+// Left are specs that were in no pass.
+type Left struct {
+	Why   string
+	Specs []Spec
+}
+
 // Write writes the page: what became of the specs of all passes, and the names of those that were in none.
-func Write(path string, passes []Pass, left []Spec) error {
+func Write(path string, passes []Pass, left ...Left) error {
 	var b strings.Builder
 	b.WriteString(intro)
 	var all []Spec
@@ -158,8 +164,11 @@ func Write(path string, passes []Pass, left []Spec) error {
 	b.WriteString("\n")
 	b.WriteString(Tables(all))
 	if len(left) > 0 {
-		b.WriteString("\n## Not run\n\nThese stop kubelets and nodes by SSH, which the nodes of this cluster do not have.\n\n")
-		for _, s := range left {
+		b.WriteString("\n## Not run\n")
+	}
+	for _, l := range left {
+		fmt.Fprintf(&b, "\n%s\n\n", l.Why)
+		for _, s := range l.Specs {
 			fmt.Fprintf(&b, "- %s: %s\n", s.Suite, s.Name)
 		}
 	}

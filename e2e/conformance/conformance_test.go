@@ -57,7 +57,7 @@ func TestPage(t *testing.T) {
 
 	p := conformance.Pass{Name: "parallel", Specs: specs, Seconds: 61}
 	page := filepath.Join(t.TempDir(), "page.md")
-	require.NoError(t, conformance.Write(page, []conformance.Pass{p}, specs[:1]))
+	require.NoError(t, conformance.Write(page, []conformance.Pass{p}, conformance.Left{Why: "No SSH.", Specs: specs[:1]}))
 	text, err := os.ReadFile(page)
 	require.NoError(t, err)
 	for _, want := range []string{
@@ -65,8 +65,7 @@ func TestPage(t *testing.T) {
 		"| ephemeral | 0 | 1 | 1 |\n| volumes | 1 | 0 | 0 |\n| **all** | **1** | **1** | **1** |\n",
 		"## Skipped by rules of their own\n\nno inline volumes\n\n- ephemeral: Generic",
 		"## Failed\n\nnever ended\n\n- ephemeral: Generic",
-		"## Not run\n",
-		"\n- volumes: Dynamic PV (xfs): should store data\n",
+		"## Not run\n\nNo SSH.\n\n- volumes: Dynamic PV (xfs): should store data\n",
 	} {
 		assert.Contains(t, string(text), want)
 	}

@@ -36,10 +36,13 @@ func TestEverything(t *testing.T) {
 	s.step("death of a node", deathOfNode)
 }
 
-func installEverything(s *suite) {
+func installEverything(s *suite) { installFrom(s, filepath.Join(deploy, "full")) }
+
+// installFrom installs Trivet with all sidecars by a kustomization, and waits until it serves.
+func installFrom(s *suite, folder string) {
 	began := time.Now()
 	require.NoError(s.t, s.InstallSnapshots(s.t.Context()))
-	s.kubectl("apply", "-k", filepath.Join(deploy, "full"))
+	s.kubectl("apply", "-k", folder)
 	wait := "--timeout=" + waitMax.String()
 	s.kubectl("-n", namespace, "wait", "--for=condition=complete", "job/trivet-init", wait)
 	s.kubectl("-n", namespace, "wait", "--for=jsonpath={.status.numberReady}=3", "daemonset/trivet-node", wait)
