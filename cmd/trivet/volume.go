@@ -147,7 +147,8 @@ func newVolumeList(o *options) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&wide, "wide", false, "with what their blocks are there for, counted in the last minute")
-	cmd.Flags().StringVarP(&selector, "selector", "l", "", "only those whose labels match, as 'tier=gold,env in (prod,test),!old'")
+	cmd.Flags().StringVarP(&selector, "selector", "l", "",
+		"only those whose labels match, as 'tier=gold,env in (prod,test),!old'")
 	return cmd
 }
 

@@ -115,7 +115,8 @@ func newVolumePV(o *options) *cobra.Command {
 	f.StringVar(&p.class, "storage-class", "", "storageClassName, which a claim must have too (default: none)")
 	f.StringVar(&p.claim, "claim", "", "NAMESPACE/NAME of the only claim that may bind it (default: any)")
 	f.StringVar(&p.reclaim, "reclaim-policy", pvRetain, "Retain, or Delete: the volume goes with its claim")
-	f.StringArrayVar(&p.labels, "label", nil, "label KEY=VALUE besides the volume's own, for the selector of a claim; may be given several times")
+	f.StringArrayVar(&p.labels, "label", nil,
+		"label KEY=VALUE besides the volume's own, for the selector of a claim; may be given several times")
 	return cmd
 }
 

@@ -208,7 +208,9 @@ func TestGolden(t *testing.T) {
 	mustApply(t, m, meta.Command{ReportSize: &meta.ReportSize{Volume: 8, SizeBytes: 3 << 30}})
 	commands["command-grow.v1"] = growing
 	commands["command-labels.v1"] = meta.Command{
-		SetLabels: &meta.SetLabels{Volume: 7, IfRevision: 9, Labels: map[string]string{"tier": "gold"}, Remove: []string{"old"}},
+		SetLabels: &meta.SetLabels{
+			Volume: 7, IfRevision: 9, Labels: map[string]string{"tier": "gold"}, Remove: []string{"old"},
+		},
 	}
 	detach := meta.Command{Time: day, By: "n1", Detach: &meta.Detach{Volume: 7, Node: "n2", Forced: true}}
 	gone := meta.NewMachine(m.State())
@@ -285,14 +287,16 @@ func TestCodecRefuses(t *testing.T) {
 		"itself": {AddReplica: &meta.AddReplica{Volume: 1, IfRevision: 1, Replica: meta.Replica{
 			ID: replicaID(1), Node: "n1", Disk: diskID(1), Replaces: replicaID(1),
 		}}},
-		"two replicas":           {SetReplicas: &meta.SetReplicas{Volume: 1, Count: 2}},
-		"no parameters":          {SetParams: &meta.SetParams{Volume: 1}},
-		"four replicas":          {SetParams: &meta.SetParams{Volume: 1, Replicas: 4}},
-		"a nameless parameter":   {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"": "1"}}},
-		"no text":                {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": "\xff"}}},
-		"no labels":              {SetLabels: &meta.SetLabels{Volume: 1}},
-		"a nameless label":       {SetLabels: &meta.SetLabels{Volume: 1, Labels: map[string]string{"": "1"}}},
-		"a label both ways":      {SetLabels: &meta.SetLabels{Volume: 1, Labels: map[string]string{"a": ""}, Remove: []string{"a"}}},
+		"two replicas":         {SetReplicas: &meta.SetReplicas{Volume: 1, Count: 2}},
+		"no parameters":        {SetParams: &meta.SetParams{Volume: 1}},
+		"four replicas":        {SetParams: &meta.SetParams{Volume: 1, Replicas: 4}},
+		"a nameless parameter": {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"": "1"}}},
+		"no text":              {SetParams: &meta.SetParams{Volume: 1, Params: map[string]string{"a": "\xff"}}},
+		"no labels":            {SetLabels: &meta.SetLabels{Volume: 1}},
+		"a nameless label":     {SetLabels: &meta.SetLabels{Volume: 1, Labels: map[string]string{"": "1"}}},
+		"a label both ways": {SetLabels: &meta.SetLabels{
+			Volume: 1, Labels: map[string]string{"a": ""}, Remove: []string{"a"},
+		}},
 		"no text to remove":      {SetLabels: &meta.SetLabels{Volume: 1, Remove: []string{"\xff"}}},
 		"labels of nothing":      {SetLabels: &meta.SetLabels{Labels: map[string]string{"a": "1"}}},
 		"parameters of nothing":  {SetParams: &meta.SetParams{Params: map[string]string{"a": "1"}}},

@@ -99,7 +99,7 @@ var homes = []struct {
 	{"google.golang.org/protobuf", []string{"api", "cmd/trivet", "driver", "server"}},
 	{"github.com/anishathalye/porcupine", []string{"internal/chaos", "internal/sim"}},
 	{"github.com/prometheus/", []string{"server"}},
-	{"k8s.io/api", []string{"internal/failover", "internal/kube"}},
+	{"k8s.io/api/", []string{"internal/failover", "internal/kube"}},
 	{"k8s.io/apimachinery", []string{"controller", "internal/failover", "internal/kube"}},
 	{"k8s.io/client-go", []string{"internal/kube"}},
 	{"k8s.io/kubelet", []string{"driver"}},
