@@ -104,9 +104,13 @@ func Read(path string) ([]Spec, error) {
 	return specs, nil
 }
 
+// paths are absolute ones of the machine on which the suite ran.
+var paths = regexp.MustCompile(`(^|\s|=)(?:/[\w.@+-]+)+/([\w.@+-]+)`)
+
+// firstLine returns the first line of a text, with names of files in place of their paths.
 func firstLine(text string) string {
 	line, _, _ := strings.Cut(strings.TrimSpace(text), "\n")
-	return strings.TrimSpace(line)
+	return paths.ReplaceAllString(strings.TrimSpace(line), "$1$2")
 }
 
 // pattern is the node between the driver and the specs: "[Testpattern: Dynamic PV (xfs)] volume-expand", with labels.

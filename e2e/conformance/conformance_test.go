@@ -40,7 +40,7 @@ func TestPage(t *testing.T) {
 		spec("passed", dynamic, "should store data", "")+","+
 		spec("skipped", dynamic, "left out by the focus", "")+","+
 		spec("skipped", ephemeral, "should grow", `no inline volumes\n  at x.go:1`)+","+
-		spec("timedout", ephemeral, "should end", `never ended`))
+		spec("timedout", ephemeral, "should end", `error running /a/b-1/kubectl --config=/c/d https://h:1/x/y in /`))
 	require.NoError(t, err)
 	assert.Equal(t, []conformance.Spec{
 		{Suite: "volumes", Name: "Dynamic PV (xfs): should store data", State: "passed", Seconds: 1.5},
@@ -50,7 +50,7 @@ func TestPage(t *testing.T) {
 		},
 		{
 			Suite: "ephemeral", Name: "Generic Ephemeral-volume (default fs) [Feature:X]: should end", State: "timedout",
-			Reason: "never ended", Seconds: 1.5,
+			Reason: "error running kubectl --config=d https://h:1/x/y in /", Seconds: 1.5,
 		},
 	}, specs)
 	require.Equal(t, specs[2:], conformance.Failed(specs))
@@ -64,7 +64,7 @@ func TestPage(t *testing.T) {
 		"- parallel: 3 specs: 1 passed, 1 skipped, 1 failed; 61 s\n",
 		"| ephemeral | 0 | 1 | 1 |\n| volumes | 1 | 0 | 0 |\n| **all** | **1** | **1** | **1** |\n",
 		"## Skipped by rules of their own\n\nno inline volumes\n\n- ephemeral: Generic",
-		"## Failed\n\nnever ended\n\n- ephemeral: Generic",
+		"## Failed\n\nerror running kubectl --config=d https://h:1/x/y in /\n\n- ephemeral: Generic",
 		"## Not run\n\nNo SSH.\n\n- volumes: Dynamic PV (xfs): should store data\n",
 	} {
 		assert.Contains(t, string(text), want)

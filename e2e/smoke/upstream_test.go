@@ -68,22 +68,25 @@ parameters: {replicas: "3", csi.storage.k8s.io/fstype: %s}
 		u.run("parallel", driverFile, "--focus=External.Storage", `--skip=\[Serial\]|\] (capacity|volumegroup)|`+notHere, parallel),
 		u.run("serial", driverOf(t, ext4Immediate, false), `--focus=External.Storage.*\[Serial\]`, "--skip="+notHere),
 		// There is capacity of classes that wait for a pod only.
-		u.run("late binding", driverOf(t, xfsClass, true), `--focus=External.Storage.*\] (topology|capacity)`, "--skip="+notHere,
+		u.run("capacity", driverOf(t, xfsClass, false), `--focus=External.Storage.*\] capacity`, "--skip="+notHere),
+		u.run("topology", driverOf(t, xfsClass, true), "--focus=External.Storage.*"+lateTopology, "--skip="+notHere,
 			parallel),
 		// These, and one of the serial ones, restore claims of 1 MiB, for which an xfs is too large.
 		u.run("small", driverOf(t, ext4Immediate, false), `--focus=External.Storage.*\] volumegroup`, `--skip=\[Serial\]|`+notHere,
 			parallel),
 	}
-	left := func(label, why string) conformance.Left {
-		p := u.run("left", driverFile, "--focus=External.Storage.*"+label, "--dry-run")
+	left := func(driver, specs, why string, flags ...string) conformance.Left {
+		p := u.run("left", driver, append(flags, "--focus=External.Storage.*"+specs, "--dry-run")...)
 		return conformance.Left{Why: why, Specs: p.Specs}
 	}
 	require.NoError(t, conformance.Write(conformancePage, passes,
-		left(`\[Disruptive\]`, "These stop kubelets by SSH, which the nodes of this cluster do not have."),
-		left(`\[Feature:SELinux\]`, "These need a kernel with SELinux."),
-		left(`\[Feature:snapshotmetadata\]`, "The pod of these builds a program from a branch of a repository, and this "+
+		left(driverOf(t, xfsClass, true), `immediate binding\)\] topology`, "These want volumes that some nodes cannot attach; "+
+			"every node can attach every volume of Trivet."),
+		left(driverFile, `\[Disruptive\]`, "These stop kubelets by SSH, which the nodes of this cluster do not have."),
+		left(driverFile, `\[Feature:SELinux\]`, "These need a kernel with SELinux.", `--skip=\[Disruptive\]`),
+		left(driverFile, `\[Feature:snapshotmetadata\]`, "The pod of these builds a program from a branch of a repository, and this "+
 			"cluster reaches no network. Tests of driver/ and server/ look at the allocated and changed blocks of snapshots."),
-		left("any volume data source", "These need the images of a volume populator and of the volume-data-source-validator, "+
+		left(driverFile, "any volume data source", "These need the images of a volume populator and of the volume-data-source-validator, "+
 			"which are not made here."),
 	))
 	for _, p := range passes {
@@ -100,9 +103,11 @@ func loadUpstreamImages(s *suite) {
 	require.NoError(s.t, s.LoadUpstreamImages(s.t.Context(), programs))
 }
 
-// driverOf writes driver.yaml for another class. With topology it has a topology key: volumes of Trivet have no topology,
-// so any node can attach them; were there a key in every pass, the suite would leave out the specs that move a volume to
-// another node.
+// lateTopology are the specs of a class that waits for a pod and has allowedTopologies.
+const lateTopology = `delayed binding\)\] topology`
+
+// driverOf writes driver.yaml for another class. With topology it has a topology key; were there one in every pass, the
+// suite would leave out the specs that move a volume to another node.
 func driverOf(t *testing.T, class string, topology bool) string {
 	t.Helper()
 	b, err := os.ReadFile(driverFile)
