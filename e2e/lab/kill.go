@@ -24,24 +24,34 @@ func (c *Cluster) KillNode(ctx context.Context, name string) error {
 	})
 }
 
-// KillDaemon kills the kubelet, or containerd, of a node. The node's init starts it again a second later, as systemd would.
+// KillDaemon kills the kubelet, or containerd, of a node, once it runs. The node's init starts it again a second later, as
+// systemd would.
 func (c *Cluster) KillDaemon(ctx context.Context, nodeName, daemon string) error {
 	n, err := c.node(nodeName)
 	if err != nil {
 		return err
 	}
-	all, err := marked(c.dir)
+	var victim process
+	err = until(ctx, daemon+" of node "+nodeName+" runs", func(context.Context) (bool, error) {
+		all, err := marked(c.dir)
+		if err != nil {
+			return false, err
+		}
+		for _, p := range all {
+			if p.Name == daemon && descendsFromAny(p.PID, map[int]bool{n.Init.PID: true}) {
+				victim = p
+				return true, nil
+			}
+		}
+		return false, nil
+	})
 	if err != nil {
 		return err
 	}
-	for _, p := range all {
-		if p.Name != daemon || !descendsFromAny(p.PID, map[int]bool{n.Init.PID: true}) {
-			continue
-		}
-		if err := p.kill(); err != nil {
-			return err
-		}
-		return until(ctx, daemon+" of node "+nodeName+" is dead", func(context.Context) (bool, error) { return !p.alive(), nil })
+	if err := victim.kill(); err != nil {
+		return err
 	}
-	return fmt.Errorf("kill %s of node %s: it does not run", daemon, nodeName)
+	return until(ctx, daemon+" of node "+nodeName+" is dead", func(context.Context) (bool, error) {
+		return !victim.alive(), nil
+	})
 }

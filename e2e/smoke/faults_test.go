@@ -62,6 +62,10 @@ func kubeletDies(s *suite) {
 		s.awaitGone("pod", name)
 		s.kubectl("delete", "pvc/"+name, "--timeout="+waitMax.String())
 	}
+	s.await("the kubelet answers", func() error {
+		_, err := s.Kubectl(s.t.Context(), "logs", "steady", "--tail=1")
+		return err
+	})
 	lines := s.awaitLines("steady", 20)
 	require.NotContains(s.t, s.kubectl("logs", "steady"), "ERROR")
 	assert.Equal(s.t, uid, s.get("pod", "steady", "{.metadata.uid}"))
