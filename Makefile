@@ -125,7 +125,7 @@ e2e-smoke: e2e-build image ## the manifests in deploy/ on a real Kubernetes of t
 e2e: e2e-build image ## the manifests with all sidecars, deploy/full: snapshots, clones, growth, drain, update (root; 10 minutes)
 	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestEverything -count=1 -timeout 30m -v
 
-e2e-upstream: image ## Kubernetes' own tests of storage drivers, into docs/conformance.md (root; 1 hour, 30 minutes more to build once)
+e2e-upstream: image ## Kubernetes' own tests of storage drivers, into docs/conformance.md (root; 30 minutes, and some to build once)
 	e2e/build.sh --upstream
 	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestUpstream -count=1 -timeout 170m -v
 

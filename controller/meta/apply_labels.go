@@ -61,19 +61,4 @@ func (l *SetLabels) apply(d *draft) error {
 	return nil
 }
 
-// validateLabels is validateParams for labels.
-func validateLabels(labels map[string]string) error {
-	if len(labels) > labelsMax {
-		return fmt.Errorf("%d labels, at most %d are allowed: %w", len(labels), labelsMax, trivet.ErrInvalid)
-	}
-	for _, k := range slices.Sorted(maps.Keys(labels)) { // sorted: the same error on every member
-		if k == "" {
-			return fmt.Errorf("label without a name: %w", trivet.ErrInvalid)
-		}
-		err := firstError(validateText("label", k, textBytesMax), validateText("label "+k, labels[k], textBytesMax))
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
+func validateLabels(labels map[string]string) error { return validatePairs("label", labels, labelsMax) }

@@ -71,16 +71,20 @@ func (p *SetParams) apply(d *draft) error {
 	return nil
 }
 
-// validateParams bounds what parameters may add to the catalogue, and refuses what JSON could not carry.
 func validateParams(params map[string]string) error {
-	if len(params) > paramsMax {
-		return fmt.Errorf("%d parameters, at most %d are allowed: %w", len(params), paramsMax, trivet.ErrInvalid)
+	return validatePairs("parameter", params, paramsMax)
+}
+
+// validatePairs bounds what parameters or labels may add to the catalogue, and refuses what JSON could not carry.
+func validatePairs(what string, pairs map[string]string, most int) error {
+	if len(pairs) > most {
+		return fmt.Errorf("%d %ss, at most %d are allowed: %w", len(pairs), what, most, trivet.ErrInvalid)
 	}
-	for _, k := range slices.Sorted(maps.Keys(params)) { // sorted: the same error on every member
+	for _, k := range slices.Sorted(maps.Keys(pairs)) { // sorted: the same error on every member
 		if k == "" {
-			return fmt.Errorf("parameter without a name: %w", trivet.ErrInvalid)
+			return fmt.Errorf("%s without a name: %w", what, trivet.ErrInvalid)
 		}
-		err := firstError(validateText("parameter", k, textBytesMax), validateText(k, params[k], textBytesMax))
+		err := firstError(validateText(what, k, textBytesMax), validateText(what+" "+k, pairs[k], textBytesMax))
 		if err != nil {
 			return err
 		}

@@ -61,15 +61,7 @@ func installFrom(s *suite, folder string) {
 	for _, file := range []string{"storageclass.yaml", "volumeattributesclass.yaml", "snapshots/classes.yaml"} {
 		s.kubectl("apply", "-f", filepath.Join(deploy, "examples", file))
 	}
-	s.apply(fmt.Sprintf(`
-apiVersion: storage.k8s.io/v1
-kind: StorageClass
-metadata: {name: %s}
-provisioner: csi.trivet.dev
-allowVolumeExpansion: true
-volumeBindingMode: WaitForFirstConsumer
-parameters: {replicas: "3", csi.storage.k8s.io/fstype: xfs}
-`, xfsClass))
+	s.growingClass(xfsClass, "xfs", "WaitForFirstConsumer")
 }
 
 // xfsClass is a class of xfs: ext4 grows in use only with rights that not every machine of a lab has; the VM tests grow it.
@@ -103,14 +95,7 @@ func snapshotIsRestored(s *suite) {
 	s.inPod(sourceClaim, "sh", "-c",
 		"dd if=/dev/urandom of=/data/file bs=64k count=128 && echo before >/data/word && sync")
 	want := s.inPod(sourceClaim, "md5sum", "/data/file")
-	s.apply(`
-apiVersion: snapshot.storage.k8s.io/v1
-kind: VolumeSnapshot
-metadata: {name: early}
-spec:
-  volumeSnapshotClassName: trivet
-  source: {persistentVolumeClaimName: source}
-`)
+	s.snapshot("early", sourceClaim)
 	s.awaitReadyToUse("volumesnapshot", "early")
 	s.inPod(sourceClaim, "sh", "-c", "echo after >/data/word && rm /data/file && sync")
 

@@ -86,14 +86,7 @@ func sourceGoesWhileRestored(s *suite) {
 		s.pod(source, nodes[0], source, idle)
 		s.inPod(source, "sh", "-c", "dd if=/dev/urandom of=/data/file bs=64k count=64 && sync")
 		want := s.inPod(source, "md5sum", "/data/file")
-		s.apply(fmt.Sprintf(`
-apiVersion: snapshot.storage.k8s.io/v1
-kind: VolumeSnapshot
-metadata: {name: %s}
-spec:
-  volumeSnapshotClassName: trivet
-  source: {persistentVolumeClaimName: %s}
-`, snapshot, source))
+		s.snapshot(snapshot, source)
 		s.awaitReadyToUse("volumesnapshot", snapshot)
 		s.claimFrom(restored, xfsClass, "Filesystem", "512Mi", ofSnapshot+snapshot)
 		s.podWithoutWaiting(restored, nodes[1], restored)
@@ -172,14 +165,7 @@ func sidecarsDie(s *suite) {
 		killed += s.killSidecars()
 		s.awaitRunning(name)
 		s.inPod(name, "sh", "-c", "echo kept >/data/word && sync")
-		s.apply(fmt.Sprintf(`
-apiVersion: snapshot.storage.k8s.io/v1
-kind: VolumeSnapshot
-metadata: {name: %s}
-spec:
-  volumeSnapshotClassName: trivet
-  source: {persistentVolumeClaimName: %s}
-`, snapshot, name))
+		s.snapshot(snapshot, name)
 		s.kubectl("patch", "pvc", name, "-p", `{"spec":{"resources":{"requests":{"storage":"1Gi"}}}}`)
 		killed += s.killSidecars()
 		s.awaitReadyToUse("volumesnapshot", snapshot)

@@ -34,6 +34,33 @@ spec:
 `, name, class, mode, size, field))
 }
 
+// growingClass makes a StorageClass of three replicas whose claims may grow.
+func (s *suite) growingClass(name, fsType, binding string) {
+	s.t.Helper()
+	s.apply(fmt.Sprintf(`
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: %s}
+provisioner: csi.trivet.dev
+allowVolumeExpansion: true
+volumeBindingMode: %s
+parameters: {replicas: "3", csi.storage.k8s.io/fstype: %s}
+`, name, binding, fsType))
+}
+
+// snapshot asks for a snapshot of a claim.
+func (s *suite) snapshot(name, claim string) {
+	s.t.Helper()
+	s.apply(fmt.Sprintf(`
+apiVersion: snapshot.storage.k8s.io/v1
+kind: VolumeSnapshot
+metadata: {name: %s}
+spec:
+  volumeSnapshotClassName: trivet
+  source: {persistentVolumeClaimName: %s}
+`, name, claim))
+}
+
 // pod starts a pod of busybox on a node, with a claim at /data, or as the device /dev/volume when the
 // claim is of mode Block, and waits until it runs.
 func (s *suite) pod(name, node, claim, script string) {

@@ -46,15 +46,7 @@ func TestUpstream(t *testing.T) {
 	s.step("install with all sidecars", func(s *suite) { installFrom(s, limitedFolder) })
 	s.step("load upstream's images", loadUpstreamImages)
 	for class, fsType := range map[string]string{xfsImmediate: "xfs", ext4Immediate: "ext4"} {
-		s.apply(fmt.Sprintf(`
-apiVersion: storage.k8s.io/v1
-kind: StorageClass
-metadata: {name: %s}
-provisioner: csi.trivet.dev
-allowVolumeExpansion: true
-volumeBindingMode: Immediate
-parameters: {replicas: "3", csi.storage.k8s.io/fstype: %s}
-`, class, fsType))
+		s.growingClass(class, fsType, "Immediate")
 	}
 	require.NoError(t, os.MkdirAll(u.reports, 0o755))
 
