@@ -58,6 +58,7 @@ type cleaner struct {
 	cancel context.CancelFunc
 	loop   sync.WaitGroup
 
+	gaveAt time.Time // under turn: the last giveBack
 	paceAt time.Time // under turn: until when what was copied is paid for
 	wrote  int64     // of space, when that was reckoned
 	copied atomic.Int64
@@ -67,7 +68,9 @@ func newCleaner(e *Engine, target float64) *cleaner {
 	if target <= 0 {
 		target = cleanTargetDefault
 	}
-	c := &cleaner{e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e}}
+	c := &cleaner{
+		e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e}, gaveAt: time.Now(),
+	}
 	c.life, c.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the engine's life, ended by stop
 	return c
 }
@@ -96,11 +99,13 @@ func (c *cleaner) stop() {
 }
 
 func (c *cleaner) run() {
-	pause := time.NewTimer(0)
+	pause, later := time.NewTimer(0), time.NewTimer(0)
 	defer pause.Stop()
+	defer later.Stop()
 	for {
 		select {
 		case <-c.wake:
+		case <-later.C:
 		case <-c.life.Done():
 			return
 		}
@@ -119,6 +124,7 @@ func (c *cleaner) run() {
 		case <-c.life.Done():
 			return
 		}
+		later.Reset(c.giveBackIn())
 	}
 }
 
@@ -143,21 +149,6 @@ func (e *Engine) Clean() (CleanStats, error) {
 	return stats, nil
 }
 
-// giveBack makes what is in memory durable and gives back the segments that nothing refers to then.
-func (e *Engine) giveBack() (int, error) {
-	if err := e.enterWrite(); err != nil {
-		return 0, err
-	}
-	defer e.exit()
-	if !e.live.anyDead() {
-		return 0, nil
-	}
-	if err := e.flush(); err != nil {
-		return 0, err
-	}
-	return e.live.release(e.flushed.Load()), nil
-}
-
 // round is one pass: choose, copy, flush, give back.
 func (c *cleaner) round(ctx context.Context, paced bool) (stats CleanStats, err error) {
 	select {
@@ -175,7 +166,10 @@ func (c *cleaner) round(ctx context.Context, paced bool) (stats CleanStats, err 
 	if len(victims) > 0 {
 		err = c.empty(ctx, victims, paced, &stats)
 	}
-	n, backErr := c.e.giveBack()
+	if paced && !c.giveBackIsDue() {
+		return stats, err
+	}
+	n, backErr := c.giveBack()
 	stats.Released = n
 	return stats, errors.Join(err, backErr)
 }
@@ -357,10 +351,4 @@ func (c *cleaner) pace(ctx context.Context, n int64, paced bool) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-func (l *live) anyDead() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.dead) > 0
 }

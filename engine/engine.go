@@ -24,7 +24,8 @@ type Config struct {
 	FS         vfs.FS // vfs.Default when nil
 	Dir        string // made when missing; one engine at a time
 	CacheBytes int64  // block cache; 0 = 64 MiB
-	// MemTableBytes is the size of the write buffer; 0 = 64 MiB. Up to four of them are in memory.
+	// MemTableBytes is the size of the write buffer; 0 = 64 MiB, with a Log 16 MiB. Up to four of them are in
+	// memory.
 	MemTableBytes int64
 	// JournalBytes bounds the change journal of each volume; 0 = 16 MiB, enough for the last 600 000 batches
 	// of one extent. A replica that was away for longer than the journal reaches back gets everything anew.
@@ -140,6 +141,9 @@ func Open(cfg Config) (*Engine, error) {
 	}
 	if cfg.MemTableBytes == 0 {
 		cfg.MemTableBytes = memTableBytesDefault
+		if cfg.Log != nil {
+			cfg.MemTableBytes = memTableRefBytes
+		}
 	}
 	if cfg.SweepRate == 0 {
 		cfg.SweepRate = sweepRateDefault

@@ -10,12 +10,16 @@ import (
 const (
 	cacheBytesDefault    = 64 << 20
 	memTableBytesDefault = 64 << 20
-	memTableN            = 4 // memtables in memory before writes stall
+	// memTableRefBytes is the default where blocks stand in the log: references of 640 MiB of random writes. The log is
+	// cut, and so the map flushed, before.
+	memTableRefBytes = 16 << 20
+	memTableN        = 4 // memtables in memory before writes stall
 
 	tableBlockBytesDefault = 16 << 10 // three or four blocks of ours
 
 	indexBlockBytes   = 256 << 10
 	l0TableBytes      = 16 << 20
+	l0RefTableBytes   = 2 << 20 // a compaction of writes in order rewrites few tables of the next level
 	tableBytesMax     = 128 << 20
 	baseLevelBytes    = 256 << 20
 	l0CompactSublevel = 4 // Pebble counts twice the sublevels: two overlapping tables
@@ -59,6 +63,10 @@ func options(cfg Config, h *health) *pebble.Options {
 	o.Experimental.CompactionScheduler = h.compactions
 	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionNone })
 	size := int64(l0TableBytes)
+	if cfg.Log != nil {
+		size = l0RefTableBytes
+		o.FlushSplitBytes = size
+	}
 	for i := range o.Levels {
 		o.Levels[i].BlockSize = cfg.tableBlockBytes
 		o.Levels[i].IndexBlockSize = indexBlockBytes

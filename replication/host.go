@@ -330,6 +330,7 @@ func (h *Host) groupConfig(s *ReplicaSpec) raftgroup.Config {
 		Timing:        h.cfg.Timing,
 		OverlapFlush:  h.cfg.OverlapFlush,
 		SnapshotBytes: h.cfg.SnapshotBytes,
+		Tight:         s.Disk.Engine.Tight,
 		CatchUpLimit:  h.catchUp,
 		Background:    s.Disk.background(),
 		BootTime:      h.cfg.BootTime,

@@ -53,10 +53,18 @@ func (g *Group) compact() {
 			return
 		}
 		now := g.store.appendedBytes()
-		if i := g.running(); i != nil && now-base >= g.cfg.SnapshotBytes && g.snapshot(i, g.trailing(i)) {
+		if i := g.running(); i != nil && now-base >= g.cutBytes() && g.snapshot(i, g.trailing(i)) {
 			base = now
 		}
 	}
+}
+
+// cutBytes is how much is written from one compaction to the next.
+func (g *Group) cutBytes() int64 {
+	if g.cfg.Tight != nil && g.cfg.Tight() {
+		return min(g.cfg.CutBytes, g.cfg.SnapshotBytes)
+	}
+	return g.cfg.CutBytes
 }
 
 // Rest cuts the log of a replica that is about to be closed for long: to the last few entries, whatever followers

@@ -229,6 +229,36 @@ func TestStateAndLogMustAgree(t *testing.T) {
 	})
 }
 
+// TestCutBytes: the log is compacted, for which the machine is flushed, once CutBytes were written, and down to
+// SnapshotBytes; already after these while the disk runs full.
+func TestCutBytes(t *testing.T) {
+	const kept = 64 << 10 // bytes: 16 entries
+	for _, tight := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newCluster(t, "a")
+			c.configure = func(cfg *raftgroup.Config) {
+				cfg.SnapshotBytes, cfg.CutBytes = kept, 20*kept
+				cfg.Tight = func() bool { return tight }
+			}
+			a := c.nodes["a"]
+			require.NoError(t, raftgroup.Create(a.config(), members("a")))
+			a.mustOpen()
+			c.leader()
+			first, last := raftgroup.LogBounds(a.group)
+			for range 200 {
+				a.mustSet("k", "v")
+			}
+			synctest.Wait()
+			now, _ := raftgroup.LogBounds(a.group)
+			require.Equal(t, tight, now > first, "after 200 entries")
+			for range 200 {
+				a.mustSet("k", "v")
+			}
+			a.compacted(last + 200)
+		})
+	}
+}
+
 func copyDir(t *testing.T, from, to *vfs.MemFS, dir string) {
 	t.Helper()
 	require.NoError(t, to.MkdirAll(dir, 0o755))

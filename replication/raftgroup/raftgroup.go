@@ -17,6 +17,7 @@
 package raftgroup
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -43,6 +44,7 @@ const (
 
 	heartbeatDefault     = time.Second
 	snapshotBytesDefault = 64 << 20
+	cutBytesDefault      = 256 << 20
 	appendEntriesMax     = 32      // entries in one AppendEntries
 	appendBytesMax       = 4 << 20 // bytes of entries in one AppendEntries; one entry may pass it
 	commitTimeout        = time.Second
@@ -135,10 +137,13 @@ type Config struct {
 	// refer to them there (Entry.Stored). It must be total, and always answer the same for the same data.
 	PayloadAt func(data []byte) int
 	Timing    Timing
-	// SnapshotBytes of log after which the log is compacted (and a snapshot record written), each entry
-	// counted in pages of 4 KiB, as it takes them on the disk. 0 = 64 MiB.
-	// Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
+	// SnapshotBytes of log stay when it is compacted, each entry counted in pages of 4 KiB, as it takes them on the disk.
+	// 0 = 64 MiB. Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
 	SnapshotBytes int64
+	// CutBytes of log are written from one compaction to the next: it flushes the machine and writes a snapshot record.
+	// 0 = SnapshotBytes, or 256 MiB where these are 0 too. No more than SnapshotBytes while Tight, if set, reports that the disk runs full.
+	CutBytes int64
+	Tight    func() bool
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; what is answered and applied
 	// still waits for both (durable.go). Members may differ in it.
 	OverlapFlush bool
@@ -205,6 +210,8 @@ func (c Config) Validate() error {
 		what = fmt.Sprintf("lease %v is not below the heartbeat %v", t.Lease, t.Heartbeat)
 	case c.SnapshotBytes < 0:
 		what = "snapshot bytes are negative"
+	case c.CutBytes < 0:
+		what = "cut bytes are negative"
 	default:
 		return nil
 	}
@@ -237,7 +244,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.SnapshotBytes == 0 {
 		c.SnapshotBytes = snapshotBytesDefault
+		c.CutBytes = cmp.Or(c.CutBytes, cutBytesDefault)
 	}
+	c.CutBytes = cmp.Or(c.CutBytes, c.SnapshotBytes)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}

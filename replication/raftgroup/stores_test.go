@@ -450,6 +450,7 @@ func TestConfigValidate(t *testing.T) {
 		"lease":   func(c *Config) { c.Timing = Timing{Heartbeat: time.Second, Lease: time.Second} },
 		"beat":    func(c *Config) { c.Timing.Heartbeat = time.Millisecond },
 		"bytes":   func(c *Config) { c.SnapshotBytes = -1 },
+		"cut":     func(c *Config) { c.CutBytes = -1 },
 	} {
 		c := good
 		change(&c)

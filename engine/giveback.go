@@ -1,0 +1,73 @@
+package engine
+
+import "time"
+
+const (
+	// giveBackAge is for how long a segment that nothing refers to may wait to be given back.
+	giveBackAge = 5 * time.Second
+
+	// Segments are given back sooner once they are giveBackSegmentsMax, or take a giveBackDivisor-th of the room that is
+	// left, but not for fewer than giveBackSegmentsMin. Giving back flushes the map, and two flushes have the tables of
+	// the next level merged, the whole map under random writes: at 128 MiB of writes to a flush that was a
+	// quarter of the CPU of a busy node (docs/benchmarks.md).
+	giveBackSegmentsMin = 2
+	giveBackSegmentsMax = 16
+	giveBackDivisor     = 32
+)
+
+// giveBack makes what is in memory durable and gives back the segments that nothing refers to then.
+func (e *Engine) giveBack() (int, error) {
+	if err := e.enterWrite(); err != nil {
+		return 0, err
+	}
+	defer e.exit()
+	if e.live.deadN() == 0 {
+		return 0, nil
+	}
+	if err := e.flush(); err != nil {
+		return 0, err
+	}
+	return e.live.release(e.flushed.Load()), nil
+}
+
+// giveBack is Engine.giveBack, remembered. REQUIRES: turn.
+func (c *cleaner) giveBack() (int, error) {
+	c.gaveAt = time.Now()
+	return c.e.giveBack()
+}
+
+// giveBackIsDue reports whether the segments that nothing refers to are worth a flush of the map now. REQUIRES: turn.
+func (c *cleaner) giveBackIsDue() bool {
+	n := c.e.live.deadN()
+	return n > 0 && (c.pressure.Load() || time.Since(c.gaveAt) >= giveBackAge || n >= c.e.space.giveBackAt())
+}
+
+// giveBackIn is the time after which the background has to look whether something waits to be given back; long when
+// nothing does.
+func (c *cleaner) giveBackIn() time.Duration {
+	if c.e.live.deadN() == 0 {
+		return time.Hour
+	}
+	return giveBackAge
+}
+
+// giveBackAt is the number of segments that are worth a flush.
+func (s *space) giveBackAt() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unknown {
+		return giveBackSegmentsMin
+	}
+	n := s.left / giveBackDivisor / s.log.SegmentBytes()
+	return int(min(max(n, giveBackSegmentsMin), giveBackSegmentsMax))
+}
+
+// Tight reports whether the disk runs full: cleaning is not held back then. False without a log.
+func (e *Engine) Tight() bool { return e.clean != nil && e.clean.pressure.Load() }
+
+// deadN is how many segments nothing refers to.
+func (l *live) deadN() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.dead)
+}
