@@ -141,7 +141,7 @@ func (e *Engine) Clean() (CleanStats, error) {
 	if e.clean != nil {
 		stats, err = e.clean.round(context.Background(), false) //nolint:forbidigo // it does not wait
 	} else {
-		stats.Released, err = e.giveBack()
+		stats.Released, err = e.giveBack(true)
 	}
 	if err != nil {
 		return stats, fmt.Errorf("clean log: %w", err)
@@ -166,10 +166,7 @@ func (c *cleaner) round(ctx context.Context, paced bool) (stats CleanStats, err 
 	if len(victims) > 0 {
 		err = c.empty(ctx, victims, paced, &stats)
 	}
-	if paced && !c.giveBackIsDue() {
-		return stats, err
-	}
-	n, backErr := c.giveBack()
+	n, backErr := c.giveBack(paced)
 	stats.Released = n
 	return stats, errors.Join(err, backErr)
 }

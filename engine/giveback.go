@@ -6,17 +6,18 @@ const (
 	// giveBackAge is for how long a segment that nothing refers to may wait to be given back.
 	giveBackAge = 5 * time.Second
 
-	// Segments are given back sooner once they are giveBackSegmentsMax, or take a giveBackDivisor-th of the room that is
+	// Segments are given back sooner once they are giveBackSegmentsMax, or take a sixteenth of the room that is
 	// left, but not for fewer than giveBackSegmentsMin. Giving back flushes the map, and two flushes have the tables of
 	// the next level merged, the whole map under random writes: at 128 MiB of writes to a flush that was a
 	// quarter of the CPU of a busy node (docs/benchmarks.md).
 	giveBackSegmentsMin = 2
 	giveBackSegmentsMax = 16
-	giveBackDivisor     = 32
+	giveBackDivisor     = 16
 )
 
-// giveBack makes what is in memory durable and gives back the segments that nothing refers to then.
-func (e *Engine) giveBack() (int, error) {
+// giveBack gives back the segments that nothing refers to, in memory or on disk. With flush what is in memory is made
+// durable first, if there are any.
+func (e *Engine) giveBack(flush bool) (int, error) {
 	if err := e.enterWrite(); err != nil {
 		return 0, err
 	}
@@ -24,16 +25,26 @@ func (e *Engine) giveBack() (int, error) {
 	if e.live.deadN() == 0 {
 		return 0, nil
 	}
-	if err := e.flush(); err != nil {
-		return 0, err
+	if flush {
+		if err := e.flush(); err != nil {
+			return 0, err
+		}
 	}
 	return e.live.release(e.flushed.Load()), nil
 }
 
-// giveBack is Engine.giveBack, remembered. REQUIRES: turn.
-func (c *cleaner) giveBack() (int, error) {
+// giveBack is Engine.giveBack. Paced, it flushes only if that is worth it, and else gives back what flushes for the sake of
+// others, as of a group that cuts its log, have set free. REQUIRES: turn.
+func (c *cleaner) giveBack(paced bool) (released int, err error) {
+	if paced {
+		released, err = c.e.giveBack(false)
+		if err != nil || !c.giveBackIsDue() {
+			return released, err
+		}
+	}
 	c.gaveAt = time.Now()
-	return c.e.giveBack()
+	n, err := c.e.giveBack(true)
+	return released + n, err
 }
 
 // giveBackIsDue reports whether the segments that nothing refers to are worth a flush of the map now. REQUIRES: turn.

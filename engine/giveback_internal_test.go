@@ -47,6 +47,14 @@ func TestGiveBackIsWorthIt(t *testing.T) {
 		require.True(t, kept(0, giveBackAge), "for long")
 
 		die(1)
+		require.NoError(t, e.Flush())
+		write(t, v, x, 0, 8)
+		flushed = e.flushed.Load()
+		e.clean.poke()
+		require.True(t, kept(0, cleanPause+time.Millisecond), "somebody else flushed")
+		require.Equal(t, flushed, e.flushed.Load())
+
+		die(1)
 		e.clean.setPressure(true)
 		require.True(t, kept(0, cleanPause+time.Millisecond), "the disk runs full")
 		require.True(t, e.Tight())
