@@ -91,6 +91,7 @@ type Volume struct {
 	scout   scout
 	session *session
 	slots   chan struct{} // one per request in flight
+	bounds  *bounds
 	stats   stats
 	size    atomic.Int64
 	epoch   atomic.Uint64 // of what is sent; Renew raises it
@@ -129,6 +130,7 @@ func OpenVolume(cfg VolumeConfig) (*Volume, error) {
 	v.epoch.Store(uint64(cfg.Epoch))
 	v.level, _ = levelOf(cfg.ReadConsistency)                     // Validate has refused what is none
 	v.life, v.end = context.WithCancelCause(context.Background()) // outlives every call
+	v.bounds = &bounds{life: v.life, timeout: cfg.IOTimeout}
 	return v, nil
 }
 
@@ -245,6 +247,7 @@ func (v *Volume) Close() error {
 	v.end(fmt.Errorf("%s: %w", v.cfg.ID, trivet.ErrClosed))
 	v.mu.Unlock()
 	v.calls.Wait()
+	v.bounds.close()
 	return nil
 }
 
@@ -285,7 +288,7 @@ func (v *Volume) renew(ctx context.Context, fenced trivet.Epoch) error {
 	}
 }
 
-// call runs f with a context that ends after IOTimeout, with Close or with a fence.
+// call runs f with a context that ends after IOTimeout, with Close or with a fence. Others have the same one.
 func (v *Volume) call(ctx context.Context, f func(ctx context.Context) error) error {
 	v.mu.Lock()
 	if v.life.Err() != nil {
@@ -296,14 +299,9 @@ func (v *Volume) call(ctx context.Context, f func(ctx context.Context) error) er
 	v.mu.Unlock()
 	defer v.calls.Done()
 
-	ctx, timedOut := context.WithTimeoutCause(ctx, v.cfg.IOTimeout, errIOTimeout)
-	defer timedOut()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := context.AfterFunc(v.life, func() { cancel(context.Cause(v.life)) })
-	defer stop()
-
-	err := f(ctx)
+	bound := v.bounds.enter(ctx)
+	defer v.bounds.leave(bound)
+	err := f(bound.ctx)
 	if errors.Is(err, trivet.ErrFenced) {
 		v.end(fmt.Errorf("%s at epoch %d: %w", v.cfg.ID, v.epoch.Load(), trivet.ErrFenced))
 		v.log.Warn("volume is fenced: another attachment owns it", "err", err)
