@@ -61,7 +61,7 @@ func (g *Group) compact() {
 
 // cutBytes is how much is written from one compaction to the next.
 func (g *Group) cutBytes() int64 {
-	if g.cfg.Tight != nil && g.cfg.Tight() {
+	if g.tight() {
 		return min(g.cfg.CutBytes, g.cfg.SnapshotBytes)
 	}
 	return g.cfg.CutBytes
@@ -132,3 +132,5 @@ func (g *Group) trailing(i *instance) uint64 {
 	}
 	return max(keep, trailingMin)
 }
+
+func (g *Group) tight() bool { return g.cfg.Tight != nil && g.cfg.Tight() }

@@ -7,8 +7,10 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -230,33 +232,44 @@ func TestStateAndLogMustAgree(t *testing.T) {
 }
 
 // TestCutBytes: the log is compacted, for which the machine is flushed, once CutBytes were written, and down to
-// SnapshotBytes; already after these while the disk runs full.
+// SnapshotBytes; already after these while the disk runs full, also where nothing is written any more.
 func TestCutBytes(t *testing.T) {
-	const kept = 64 << 10 // bytes: 16 entries
-	for _, tight := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			c := newCluster(t, "a")
-			c.configure = func(cfg *raftgroup.Config) {
-				cfg.SnapshotBytes, cfg.CutBytes = kept, 20*kept
-				cfg.Tight = func() bool { return tight }
-			}
-			a := c.nodes["a"]
-			require.NoError(t, raftgroup.Create(a.config(), members("a")))
-			a.mustOpen()
-			c.leader()
-			first, last := raftgroup.LogBounds(a.group)
-			for range 200 {
+	synctest.Test(t, func(t *testing.T) {
+		const kept = 64 << 10 // bytes: 16 entries
+		var tight atomic.Bool
+		c := newCluster(t, "a")
+		c.configure = func(cfg *raftgroup.Config) {
+			cfg.SnapshotBytes, cfg.CutBytes, cfg.Tight = kept, 20*kept, tight.Load
+		}
+		a := c.nodes["a"]
+		require.NoError(t, raftgroup.Create(a.config(), members("a")))
+		a.mustOpen()
+		c.leader()
+		write := func(n int) (last uint64) {
+			for range n {
 				a.mustSet("k", "v")
 			}
 			synctest.Wait()
-			now, _ := raftgroup.LogBounds(a.group)
-			require.Equal(t, tight, now > first, "after 200 entries")
-			for range 200 {
-				a.mustSet("k", "v")
-			}
-			a.compacted(last + 200)
-		})
-	}
+			_, last = raftgroup.LogBounds(a.group)
+			return last
+		}
+		first, _ := raftgroup.LogBounds(a.group)
+		at := write(200)
+		time.Sleep(time.Minute)
+		now, _ := raftgroup.LogBounds(a.group)
+		require.Equal(t, first, now, "after 200 entries")
+		write(200)
+		a.compacted(at)
+
+		at = write(150)
+		time.Sleep(time.Minute)
+		now, _ = raftgroup.LogBounds(a.group)
+		require.Less(t, now, at-100)
+		tight.Store(true)
+		a.compacted(at - 100)
+		at = write(150)
+		a.compacted(at - 100)
+	})
 }
 
 func copyDir(t *testing.T, from, to *vfs.MemFS, dir string) {

@@ -118,6 +118,9 @@ func (m *Mux) tick() {
 	now := time.Now()
 	due := make(map[trivet.NodeID][]pulse)
 	for _, g := range m.groups() {
+		if g.tight() {
+			g.pokeCompact() // who appends nothing any more keeps too much as well
+		}
 		if i := g.running(); i != nil && i.enter() {
 			i.tick(now, due)
 			i.leave()
