@@ -2,6 +2,7 @@ package raftgroup
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/hashicorp/raft"
 )
@@ -20,6 +21,9 @@ const (
 	restEntries = 16
 	restBytes   = 64 << 10
 )
+
+// appliedShare of SnapshotBytes are read at the most at a start for nothing.
+const appliedShare = 8
 
 // appendedShare of SnapshotBytes is appended before the compactor is woken to look whether it is enough.
 const appendedShare = 64
@@ -134,3 +138,23 @@ func (g *Group) trailing(i *instance) uint64 {
 }
 
 func (g *Group) tight() bool { return g.cfg.Tight != nil && g.cfg.Tight() }
+
+// leaveApplied has the library begin where the state machine stands, when that is far beyond the last snapshot record: it
+// would read every entry in between and hand it to a machine that has it. The log stays as it is, for those that lag.
+// REQUIRES: the library does not run; checkState has found log and state to belong together.
+func (g *Group) leaveApplied() error {
+	at := g.snaps.record().index
+	applied, term := g.cfg.Machine.Applied()
+	if applied <= at || g.seglog.sizeAfter(at)-g.seglog.sizeAfter(applied) < g.cfg.SnapshotBytes/appliedShare {
+		return nil
+	}
+	flushed, err := g.cfg.Machine.Flush() // all of it, as it was read from the disk just now
+	if err != nil {
+		return fmt.Errorf("leave applied entries: %w", err)
+	}
+	rec := snapshotRecord{index: applied, term: term, machine: applied, config: g.store.configAt(applied)}
+	if flushed != applied || rec.config.index == 0 {
+		return nil // the entries will do
+	}
+	return g.snaps.put(rec)
+}

@@ -139,7 +139,9 @@ func (g *Group) open() error {
 	if owing {
 		err = g.checkHome()
 	} else if err = g.checkState(); err == nil {
-		err = g.leaveRot()
+		if err = g.leaveRot(); err == nil {
+			err = g.leaveApplied()
+		}
 	}
 	if err != nil {
 		return err

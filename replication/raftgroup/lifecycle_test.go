@@ -272,6 +272,47 @@ func TestCutBytes(t *testing.T) {
 	})
 }
 
+// TestStartLeavesApplied: a start reads no more entries than it must that the machine has, whatever the log keeps.
+func TestStartLeavesApplied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		c.configure = func(cfg *raftgroup.Config) { cfg.SnapshotBytes, cfg.CutBytes = 512<<10, 64<<20 }
+		for name, n := range c.nodes {
+			require.NoError(t, raftgroup.Create(n.config(), members("a", "b", "c")), name)
+			n.mustOpen()
+		}
+		a := c.leader()
+		for k := range 100 {
+			a.mustSet(fmt.Sprint(k), "1")
+		}
+		first, last := raftgroup.LogBounds(a.group)
+		fresh := raftgroup.SnapshotIndex(a.group)
+		_, err := a.machine.Flush()
+		require.NoError(t, err)
+		applied, _ := a.machine.Applied()
+		require.Greater(t, applied, fresh+90)
+		a.stop()
+		a.mustOpen()
+		require.Equal(t, applied, raftgroup.SnapshotIndex(a.group))
+		now, _ := raftgroup.LogBounds(a.group)
+		require.Equal(t, first, now, "for those that lag")
+		require.GreaterOrEqual(t, applied, last-1)
+
+		a = c.leader()
+		a.mustSet("x", "1") // less than is worth a record
+		a.mustSet("y", "1")
+		_, err = a.machine.Flush()
+		require.NoError(t, err)
+		before := raftgroup.SnapshotIndex(a.group)
+		a.stop()
+		a.mustOpen()
+		require.Equal(t, before, raftgroup.SnapshotIndex(a.group))
+		a = c.leader()
+		a.mustSet("z", "1")
+		c.converge()
+	})
+}
+
 func copyDir(t *testing.T, from, to *vfs.MemFS, dir string) {
 	t.Helper()
 	require.NoError(t, to.MkdirAll(dir, 0o755))

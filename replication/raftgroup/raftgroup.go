@@ -138,7 +138,7 @@ type Config struct {
 	PayloadAt func(data []byte) int
 	Timing    Timing
 	// SnapshotBytes of log stay when it is compacted, each entry counted in pages of 4 KiB, as it takes them on the disk.
-	// 0 = 64 MiB. Up to four times as much is kept for followers that lag, and 16 times for one that pulls the state.
+	// 0 = 64 MiB. Up to three times as much is kept for followers that lag, and 16 times for one that pulls the state.
 	SnapshotBytes int64
 	// CutBytes of log are written from one compaction to the next: it flushes the machine and writes a snapshot record.
 	// 0 = SnapshotBytes, or 256 MiB where these are 0 too. No more than SnapshotBytes while Tight, if set, reports that the disk runs full.
