@@ -3,354 +3,105 @@ package main
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	"io"
 	"os"
 	"path/filepath"
-	"runtime"
-	"syscall"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/trivet-csi/trivet"
-	"github.com/trivet-csi/trivet/engine"
-	"github.com/trivet-csi/trivet/engine/segment"
 )
 
-const (
-	volumeID = trivet.VolumeID(1)
-	replica  = trivet.ReplicaID("00000000-0000-4000-8000-000000000001")
-	diskID   = trivet.DiskID("00000000-0000-4000-8000-000000000002")
+// bench runs phases. Each has a directory of its own, which is removed before the next.
+type bench struct {
+	o     options
+	base  string
+	out   io.Writer
+	notes io.Writer // progress
+	began time.Time
+	bufs  [][]byte // of entries
 
-	// retainedN entries stay in the log behind what is durable, and it is cut each trimN entries, as raftgroup does
-	// in bytes: 64 MiB of entries of 64 KiB.
-	retainedN = 1024
-	trimN     = 1024
-)
-
-type options struct {
-	dir         string
-	mib         int64
-	overwrites  int
-	entryBlocks int
-	run         bool
-	openBlocks  int
+	removeOnce sync.Once
+	removeErr  error
 }
 
-// store is a log and an engine on it.
-type store struct {
-	refs bool
-	dir  string
-	log  *segment.Log
-	eng  *engine.Engine
-	vol  *engine.Volume
-	grp  *segment.Group
-	rng  *rand.Rand
-}
-
-func openStore(dir string, refs bool, sizeBytes int64) (*store, error) {
-	opts := segment.Options{
-		Dir: segment.NewOSDir(filepath.Join(dir, "log")), Disk: diskID, Lanes: 4, SegmentBytes: 16 << 20,
-		DataLane: refs, Hold: refs,
-	}
-	log, err := segment.Open(opts)
-	if errors.Is(err, trivet.ErrNotFound) {
-		if err = segment.Format(opts); err == nil {
-			log, err = segment.Open(opts)
-		}
-	}
+func newBench(o options, out, notes io.Writer) (*bench, error) {
+	base, err := os.MkdirTemp(o.dir, "enginebench-")
 	if err != nil {
 		return nil, err
 	}
-	s := &store{refs: refs, dir: dir, log: log, grp: log.Group(volumeID), rng: rand.New(rand.NewPCG(1, 2))}
-	cfg := engine.Config{Dir: filepath.Join(dir, "engine"), Fatal: func(err error) { panic(err) }}
-	if refs {
-		cfg.Log = log
-	}
-	if s.eng, err = engine.Open(cfg); err != nil {
-		return nil, errors.Join(err, log.Close())
-	}
-	if err = s.eng.CreateVolume(volumeID, replica, sizeBytes); err == nil {
-		s.vol, err = s.eng.OpenVolume(volumeID)
-	}
-	if err != nil {
-		return nil, errors.Join(err, s.close())
-	}
-	return s, nil
-}
-
-func (s *store) close() error { return errors.Join(s.eng.Close(), s.log.Close()) }
-
-// entry appends one entry with blocks at lbas, and applies it, as a replica does.
-func (s *store) entry(lbas []trivet.LBA, payload []byte) error {
-	st := s.vol.State()
-	st.AppliedIndex++
-	st.AppliedTerm = 1
-	e := segment.Entry{Index: st.AppliedIndex, Term: 1, Payload: payload}
-	if err := s.grp.Append([]segment.Entry{e}); err != nil {
-		return err
-	}
-	at, err := s.grp.Locate(st.AppliedIndex)
-	if err != nil {
-		return err
-	}
-	defer s.log.Unpin(at.Segment)
-	if !s.refs {
-		at.Bytes = 0
-	}
-	b := s.vol.NewBatch()
-	for i, lba := range lbas {
-		from := i * trivet.BlockSize
-		if err := b.Refer(lba, payload[from:from+trivet.BlockSize], at, int64(from)); err != nil {
-			return errors.Join(err, b.Close())
-		}
-	}
-	if err := b.Commit(st); err != nil {
-		return err
-	}
-	if st.AppliedIndex%trimN == 0 {
-		return s.trim(st.AppliedIndex)
-	}
-	return nil
-}
-
-func (s *store) trim(index uint64) error {
-	if err := s.eng.Flush(); err != nil {
-		return err
-	}
-	if index <= retainedN {
-		return nil
-	}
-	return s.grp.TrimPrefix(index - retainedN)
-}
-
-// cost is what a phase took.
-type cost struct {
-	blocks  int64
-	wall    time.Duration
-	cpu     time.Duration
-	mallocs uint64
-}
-
-func snapshot() (cost, error) {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return cost{}, err
-	}
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return cost{
-		wall: time.Duration(time.Now().UnixNano()), cpu: time.Duration(u.Utime.Nano() + u.Stime.Nano()),
-		mallocs: m.Mallocs,
+	return &bench{
+		o: o, base: base, out: out, notes: notes, began: time.Now(),
+		bufs: payloads(8, o.entryBlocks*trivet.BlockSize, newRand(1)),
 	}, nil
 }
 
-func (c cost) since(b cost) cost {
-	return cost{blocks: c.blocks, wall: c.wall - b.wall, cpu: c.cpu - b.cpu, mallocs: c.mallocs - b.mallocs}
+// remove removes all that is on the disk.
+func (b *bench) remove() error {
+	b.removeOnce.Do(func() { b.removeErr = os.RemoveAll(b.base) })
+	return b.removeErr
 }
 
-// payloads are buffers of random content: the log keeps an entry's until it is evicted, so they are never written
-// again.
-func payloads(n, bytes int, rng *rand.Rand) [][]byte {
-	out := make([][]byte, n)
-	for i := range out {
-		out[i] = segment.Buffer(int64(bytes))
-		for k := 0; k < bytes; k += 8 {
-			x := rng.Uint64()
-			for j := range 8 {
-				out[i][k+j] = byte(x >> (8 * j))
-			}
-		}
-	}
-	return out
+// note says what is going on.
+func (b *bench) note(format string, args ...any) {
+	fmt.Fprintf(b.notes, "%6.1f s  %s\n", time.Since(b.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// overwrite writes n blocks in entries.
-func (s *store) overwrite(o options, n int64) (cost, error) {
-	total := o.mib << 20 / trivet.BlockSize
-	bufs := payloads(8, o.entryBlocks*trivet.BlockSize, s.rng)
-	lbas := make([]trivet.LBA, o.entryBlocks)
-	before, err := snapshot()
-	if err != nil {
-		return cost{}, err
-	}
-	done := int64(0)
-	for i := 0; done < n; i++ {
-		first := trivet.LBA(s.rng.Int64N(total - int64(o.entryBlocks) + 1))
-		for k := range lbas {
-			lbas[k] = first + trivet.LBA(k)
-			if !o.run {
-				lbas[k] = trivet.LBA(s.rng.Int64N(total))
-			}
-		}
-		if err := s.entry(lbas, bufs[i%len(bufs)]); err != nil {
-			return cost{}, err
-		}
-		done += int64(o.entryBlocks)
-	}
-	if err := s.eng.Flush(); err != nil {
-		return cost{}, err
-	}
-	after, err := snapshot()
-	after.blocks = done
-	return after.since(before), err
-}
-
-// written is what the log and the store have written, in bytes.
-func (s *store) written() int64 {
-	n := s.eng.WrittenBytes()
-	for _, l := range s.log.Stats() {
-		n += l.WrittenBytes
-	}
-	return n
-}
-
-// space is what the files take.
-func (s *store) space() (n int64, err error) {
-	err = filepath.Walk(s.dir, func(_ string, info os.FileInfo, err error) error {
-		if err == nil && !info.IsDir() {
-			n += info.Size()
-		}
-		if errors.Is(err, os.ErrNotExist) {
-			return nil // compacted away meanwhile
-		}
-		return err
-	})
-	return n, err
-}
-
-type result struct {
-	write    cost
-	amp      float64
-	space    int64
-	usage    engine.LogUsage
-	openTook time.Duration
-}
-
-func bench(o options) error {
-	base, err := os.MkdirTemp(o.dir, "enginebench-")
-	if err != nil {
+func (b *bench) run() error {
+	chosen := strings.Split(b.o.phases, ",")
+	need := b.o.needBytes(chosen)
+	b.note("%s: up to %d MiB of the disk are needed", b.base, need>>20)
+	if err := checkRoom(b.base, need); err != nil {
 		return err
 	}
-	defer os.RemoveAll(base) //nolint:errcheck // nothing of it is needed
-	var res [2]result
-	for i, refs := range []bool{true, false} {
-		if res[i], err = measure(filepath.Join(base, fmt.Sprint(i)), refs, o); err != nil {
-			return err
+	fmt.Fprintf(b.out, "volume of %d MiB, %d overwrites in entries of %d blocks, runs %t, segments of %d MiB\n",
+		b.o.mib, b.o.overwrites, b.o.entryBlocks, b.o.run, b.o.segmentMiB)
+	for _, p := range chosen {
+		dir := filepath.Join(b.base, p)
+		if err := errors.Join(b.phase(p, dir), os.RemoveAll(dir)); err != nil {
+			return fmt.Errorf("%s: %w", p, err)
 		}
 	}
-	report(o, res[0], res[1])
+	b.note("done")
 	return nil
 }
 
-func measure(dir string, refs bool, o options) (r result, err error) {
-	s, err := openStore(dir, refs, o.mib<<20)
-	if err != nil {
-		return r, err
-	}
-	defer func() { err = errors.Join(err, s.close()) }()
-	total := o.mib << 20 / trivet.BlockSize
-	fill := o
-	fill.run = true
-	if _, err := s.overwrite(fill, total); err != nil { // mostly there, and the caches are warm
-		return r, err
-	}
-	before := s.written()
-	if r.write, err = s.overwrite(o, int64(o.overwrites)*total); err != nil {
-		return r, err
-	}
-	for range 64 { // settled: what cleaning still owes counts
-		stats, err := s.eng.Clean()
-		if err != nil {
-			return r, err
-		}
-		if stats.CopiedBytes == 0 {
-			break
-		}
-	}
-	r.amp = float64(s.written()-before) / float64(r.write.blocks*trivet.BlockSize)
-	if r.space, err = s.space(); err != nil {
-		return r, err
-	}
-	r.usage = s.eng.LogUsage()
-	if refs {
-		r.openTook, err = openTime(dir+"-open", o)
-	}
-	return r, err
-}
-
-// openTime makes a store of many live blocks and times its start. The blocks stand in few places: a start reads the
-// map only.
-func openTime(dir string, o options) (time.Duration, error) {
-	s, err := openStore(dir, true, 100<<30)
-	if err != nil {
-		return 0, err
-	}
-	p := payloads(1, 16*trivet.BlockSize, s.rng)[0]
-	step := trivet.LBA(100<<30/trivet.BlockSize) / trivet.LBA(o.openBlocks)
-	lbas := make([]trivet.LBA, 16)
-	for k := 0; k < o.openBlocks; k += len(lbas) {
-		for i := range lbas {
-			lbas[i] = trivet.LBA(k+i) * step
-		}
-		if k == 0 {
-			err = s.entry(lbas, p)
-		} else {
-			err = s.again(lbas, p)
-		}
-		if err != nil {
-			return 0, errors.Join(err, s.close())
-		}
-	}
-	if err := s.close(); err != nil {
-		return 0, err
-	}
-	began := time.Now()
-	if s, err = openStore(dir, true, 100<<30); err != nil {
-		return 0, err
-	}
-	took := time.Since(began)
-	return took, s.close()
-}
-
-// again applies an entry whose blocks stand where those of the first do.
-func (s *store) again(lbas []trivet.LBA, payload []byte) error {
-	at, err := s.grp.Locate(1)
-	if err != nil {
+func (b *bench) phase(name, dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	defer s.log.Unpin(at.Segment)
-	st := s.vol.State()
-	st.AppliedIndex++
-	b := s.vol.NewBatch()
-	for i, lba := range lbas {
-		from := i * trivet.BlockSize
-		if err := b.Refer(lba, payload[from:from+trivet.BlockSize], at, int64(from)); err != nil {
-			return errors.Join(err, b.Close())
-		}
+	switch name {
+	case "write":
+		return b.write(dir)
+	case "read":
+		return b.read(dir)
+	case "snapshots":
+		return b.snapshots(dir)
+	case "latency":
+		return b.latency(dir)
 	}
-	return b.Commit(st)
+	return b.crash(dir)
 }
 
-func report(o options, refs, values result) {
-	row := func(what string, a, b float64, format string) {
-		ratio := "-"
-		if b != 0 {
-			ratio = fmt.Sprintf("%.2f", a/b)
+// needBytes is the most of the disk that a phase takes: three times a volume that is written over, since cleaning keeps
+// up with 70 % of live blocks and a burst comes on top, and the first segments of all lanes.
+func (o *options) needBytes(chosen []string) (need int64) {
+	for _, p := range chosen {
+		n := 3 * o.mib << 20
+		switch p {
+		case "snapshots":
+			n = 2*o.snapVolumeBytes()*(1+snapOverwrites) + 2*int64(o.spreadBlocks)*trivet.BlockSize
+		case "latency":
+			n += int64(o.entries*o.entryBlocks) * trivet.BlockSize
+		case "crash":
+			n = o.backlogMiB << 20 * 5 / 4
 		}
-		fmt.Fprintf(os.Stdout, "%-44s "+format+"  "+format+"  %6s\n", what, a, b, ratio)
+		need = max(need, n+512<<20+10*o.segmentMiB<<20)
 	}
-	us := func(c cost) float64 { return float64(c.cpu.Microseconds()) / float64(c.blocks) }
-	rate := func(c cost) float64 { return float64(c.blocks*trivet.BlockSize) / 1e6 / c.wall.Seconds() }
-	mallocs := func(c cost) float64 { return float64(c.mallocs) / float64(c.blocks) }
-	fmt.Fprintf(os.Stdout, "volume of %d MiB, %d overwrites in entries of %d blocks, runs %t\n",
-		o.mib, o.overwrites, o.entryBlocks, o.run)
-	fmt.Fprintf(os.Stdout, "%-44s %9s  %9s  %6s\n", "", "refs", "values", "ratio")
-	row("log + apply, MB/s (one writer, waits)", rate(refs.write), rate(values.write), "%9.1f")
-	row("CPU a block, µs, cleaning included", us(refs.write), us(values.write), "%9.2f")
-	row("allocations a block", mallocs(refs.write), mallocs(values.write), "%9.2f")
-	row("bytes written for each byte, settled", refs.amp, values.amp, "%9.2f")
-	row("files, MiB", float64(refs.space)/(1<<20), float64(values.space)/(1<<20), "%9.0f")
-	u, mib := refs.usage, func(n int64) float64 { return float64(n) / (1 << 20) }
-	fmt.Fprintf(os.Stdout, "of the log, MiB: live %.0f, retained %.0f, garbage and padding %.0f, free files %.0f\n",
-		mib(u.LiveBytes), mib(u.RetainedBytes), mib(u.GarbageBytes), mib(u.FreeBytes))
-	row(fmt.Sprintf("start with %d live blocks, s", o.openBlocks), refs.openTook.Seconds(), 0, "%9.2f")
+	return need
+}
+
+func (b *bench) config(dir string) storeConfig {
+	return storeConfig{dir: dir, refs: true, segmentBytes: b.o.segmentMiB << 20}
 }

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+
+	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/engine"
+)
+
+// orderedPasses is how often the volume is written over in order.
+const orderedPasses = 2
+
+// writeResult is what one kind of store took.
+type writeResult struct {
+	random     cost
+	orderedAmp float64
+	randomAmp  float64
+	files      int64 // bytes
+	usage      engine.LogUsage
+}
+
+// write measures overwrites of a full volume, in order and at random, of references and of values.
+func (b *bench) write(dir string) error {
+	var res [2]writeResult
+	for i, kind := range []string{"references", "values"} {
+		cfg := b.config(filepath.Join(dir, kind))
+		cfg.refs = kind == "references"
+		if err := os.Mkdir(cfg.dir, 0o700); err != nil {
+			return err
+		}
+		var err error
+		if res[i], err = b.overwrites(cfg, kind); err != nil {
+			return fmt.Errorf("%s: %w", kind, err)
+		}
+		if err := os.RemoveAll(cfg.dir); err != nil {
+			return err
+		}
+	}
+	b.reportWrites(res[0], res[1])
+	return nil
+}
+
+func (b *bench) overwrites(cfg storeConfig, kind string) (w writeResult, err error) {
+	s, r, err := openOne(cfg, b.o.mib<<20)
+	if err != nil {
+		return w, err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	b.note("write: %s: %d MiB are filled", kind, b.o.mib)
+	ordered := inOrder(r.blockN)
+	if _, err := r.write(r.blockN, b.o.entryBlocks, ordered, b.bufs); err != nil {
+		return w, err
+	}
+	b.note("write: %s: %d times over, in order", kind, orderedPasses)
+	if _, w.orderedAmp, err = b.amplification(r, orderedPasses, ordered); err != nil {
+		return w, err
+	}
+	b.note("write: %s: %d times over, at random", kind, b.o.overwrites)
+	random := atRandom(r.blockN, newRand(3))
+	if b.o.run {
+		random = inRuns(r.blockN, newRand(3))
+	}
+	if w.random, w.randomAmp, err = b.amplification(r, b.o.overwrites, random); err != nil {
+		return w, err
+	}
+	w.usage = s.eng.LogUsage()
+	w.files, err = s.files()
+	return w, err
+}
+
+// amplification writes a volume over, and returns what that cost and how many bytes were written for each one of
+// blocks, with what cleaning still owes at the end.
+func (b *bench) amplification(r *replica, passes int, next places) (c cost, amp float64, err error) {
+	if err := r.s.settle(); err != nil {
+		return c, 0, err
+	}
+	written := r.s.written()
+	before, err := costNow()
+	if err != nil {
+		return c, 0, err
+	}
+	done, err := r.write(int64(passes)*r.blockN, b.o.entryBlocks, next, b.bufs)
+	if err != nil {
+		return c, 0, err
+	}
+	after, err := costNow()
+	if err != nil {
+		return c, 0, err
+	}
+	if err := r.s.settle(); err != nil {
+		return c, 0, err
+	}
+	c = after.since(before)
+	c.blocks = done
+	return c, float64(r.s.written()-written) / float64(done*trivet.BlockSize), nil
+}
+
+// spaceRatio is what files take for each byte of live blocks; what the log retains for itself does not count.
+func spaceRatio(files int64, u engine.LogUsage) float64 {
+	if u.LiveBytes == 0 {
+		return math.NaN()
+	}
+	return float64(files-u.RetainedBytes) / float64(u.LiveBytes)
+}
+
+func (b *bench) reportWrites(refs, values writeResult) {
+	us := func(c cost) float64 { return float64(c.cpu.Nanoseconds()) / 1e3 / float64(c.blocks) }
+	rate := func(c cost) float64 { return float64(c.blocks*trivet.BlockSize) / 1e6 / c.wall.Seconds() }
+	mallocs := func(c cost) float64 { return float64(c.mallocs) / float64(c.blocks) }
+	mib := func(n int64) float64 { return float64(n) / (1 << 20) }
+	printFigures(b.out, "write", "values", []figure{
+		compared("log + apply, MB/s (one writer, waits)", 1, rate(refs.random), rate(values.random), atLeast(1.5)),
+		compared("CPU a block, µs, cleaning included", 2, us(refs.random), us(values.random), valueAtMost(9)),
+		compared("allocations a block", 2, mallocs(refs.random), mallocs(values.random), valueAtMost(0)),
+		compared("bytes written for each byte, in order, settled", 2, refs.orderedAmp, values.orderedAmp, valueAtMost(1.15)),
+		compared("bytes written for each byte, random, settled", 2, refs.randomAmp, values.randomAmp, valueAtMost(2.2)),
+		compared("files, MiB", 0, mib(refs.files), mib(values.files), wanted{}),
+		alone("files but for the retained log / live blocks", 2, spaceRatio(refs.files, refs.usage), atMost(1.5)),
+	})
+	u := refs.usage
+	fmt.Fprintf(b.out, "of the log, MiB: live %.0f, retained %.0f, garbage and padding %.0f, free files %.0f\n",
+		mib(u.LiveBytes), mib(u.RetainedBytes), mib(u.GarbageBytes), mib(u.FreeBytes))
+}
