@@ -69,7 +69,8 @@ func newCleaner(e *Engine, target float64) *cleaner {
 		target = cleanTargetDefault
 	}
 	c := &cleaner{
-		e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e}, gaveAt: time.Now(),
+		e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e},
+		gaveAt: time.Now(),
 	}
 	c.life, c.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the engine's life, ended by stop
 	return c

@@ -33,8 +33,8 @@ func (e *Engine) giveBack(flush bool) (int, error) {
 	return e.live.release(e.flushed.Load()), nil
 }
 
-// giveBack is Engine.giveBack. Paced, it flushes only if that is worth it, and else gives back what flushes for the sake of
-// others, as of a group that cuts its log, have set free. REQUIRES: turn.
+// giveBack is Engine.giveBack. Paced, it flushes only if that is worth it, and else gives back what flushes for the
+// sake of others, as of a group that cuts its log, have set free. REQUIRES: turn.
 func (c *cleaner) giveBack(paced bool) (released int, err error) {
 	if paced {
 		released, err = c.e.giveBack(false)

@@ -141,7 +141,8 @@ type Config struct {
 	// 0 = 64 MiB. Up to three times as much is kept for followers that lag, and 16 times for one that pulls the state.
 	SnapshotBytes int64
 	// CutBytes of log are written from one compaction to the next: it flushes the machine and writes a snapshot record.
-	// 0 = SnapshotBytes, or 256 MiB where these are 0 too. No more than SnapshotBytes while Tight, if set, reports that the disk runs full.
+	// 0 = SnapshotBytes, or 256 MiB where these are 0 too. No more than SnapshotBytes while Tight, if set, reports that
+	// the disk runs full.
 	CutBytes int64
 	Tight    func() bool
 	// OverlapFlush lets a leader send entries while its own disk still flushes them; what is answered and applied
