@@ -16,7 +16,8 @@ const (
 )
 
 // bounds hands out the contexts of a Volume's calls. Calls of one caller's context that begin within
-// IOTimeout/boundShare share one: three contexts and a timer for each request were a twentieth of the CPU of random writes.
+// IOTimeout/boundShare share one: three contexts and a timer for each request were a twentieth of the CPU of random
+// writes.
 type bounds struct {
 	life    context.Context // of the Volume; the cause of its end is that of all bounds
 	timeout time.Duration
