@@ -139,8 +139,9 @@ func (g *Group) trailing(i *instance) uint64 {
 
 func (g *Group) tight() bool { return g.cfg.Tight != nil && g.cfg.Tight() }
 
-// leaveApplied has the library begin where the state machine stands, when that is far beyond the last snapshot record: it
-// would read every entry in between and hand it to a machine that has it. The log stays as it is, for those that lag.
+// leaveApplied has the library begin where the state machine stands, when that is far beyond the last snapshot record:
+// it would read every entry in between and hand it to a machine that has it. The log stays as it is, for those that
+// lag.
 // REQUIRES: the library does not run; checkState has found log and state to belong together.
 func (g *Group) leaveApplied() error {
 	at := g.snaps.record().index
