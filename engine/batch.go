@@ -36,9 +36,10 @@ type Batch struct {
 	touched []extent // all of it, for the journal; the buffer is the volume's
 	written []extent // only while older generations may exist: what Zero cannot find in the store yet
 
-	changes []change   // for live, in order; the buffer is the volume's
-	claims  []*segLive // segments that the batch refers to
-	refN    int64      // blocks that it does
+	changes []change    // for live, in order; the buffer is the volume's
+	claims  []*segLive  // segments that the batch refers to
+	claimed [2]*segLive // the memory of claims, while they are few
+	refN    int64       // blocks that it does
 
 	older bool               // something else than this generation may show through
 	back  *trivet.Generation // of Rollback
@@ -55,7 +56,9 @@ func (v *Volume) NewBatch() *Batch {
 	gen, touched, changes := v.rec.state.Generation, v.touched[:0], v.changes[:0]
 	older := gen > 0 || len(v.rec.layers) > 0
 	v.mu.Unlock()
-	return &Batch{v: v, gen: gen, older: older, b: v.e.newBatch(), touched: touched, changes: changes}
+	b := &Batch{v: v, gen: gen, older: older, b: v.e.newBatch(), touched: touched, changes: changes}
+	b.claims = b.claimed[:0]
+	return b
 }
 
 func (e *Engine) newBatch() *pebble.Batch {
@@ -370,10 +373,7 @@ func (b *Batch) applyLocked(old, next *record) error {
 	v.mu.Lock()
 	next.layers, next.sweep = v.rec.layers, v.rec.sweep
 	v.mu.Unlock()
-	deleted := slices.ContainsFunc(old.state.Snapshots, func(x Snapshot) bool {
-		_, kept := next.state.snapshotAt(x.Generation)
-		return !kept
-	})
+	deleted := !next.state.keepsAllOf(&old.state)
 	var fresh []extent
 	var note func(extent)
 	if len(b.touched) > 0 && (&record{state: old.state, layers: next.layers}).leavesOlder() {

@@ -3,7 +3,6 @@ package engine
 import (
 	"encoding/binary"
 	"fmt"
-	"slices"
 	"sort"
 
 	"github.com/trivet-csi/trivet"
@@ -45,13 +44,29 @@ func (s *State) checkSnapshots() error {
 	return nil
 }
 
+// sameN is how many snapshots both begin with: all of them but in commits that take or delete one, so that others do
+// not have to look for each.
+func (s *State) sameN(old *State) (n int) {
+	for n < len(s.Snapshots) && n < len(old.Snapshots) && s.Snapshots[n] == old.Snapshots[n] {
+		n++
+	}
+	return n
+}
+
+// keepsAllOf reports whether every generation that old keeps is kept.
+func (s *State) keepsAllOf(old *State) bool {
+	for _, x := range old.Snapshots[s.sameN(old):] {
+		if _, kept := s.snapshotAt(x.Generation); !kept {
+			return false
+		}
+	}
+	return true
+}
+
 // snapshotsFollow returns ErrInvalid for a snapshot that nothing was kept for: one that appears has the generation that
 // ends with this commit, and one that stays has its ID.
 func (s *State) snapshotsFollow(old *State) error {
-	if slices.Equal(s.Snapshots, old.Snapshots) {
-		return nil
-	}
-	for _, x := range s.Snapshots {
+	for _, x := range s.Snapshots[s.sameN(old):] {
 		had, ok := old.snapshotAt(x.Generation)
 		if ok && had.ID != x.ID || !ok && x.Generation != old.Generation {
 			return fmt.Errorf("snapshot %d appears at generation %d of a volume at %d, held by %v: %w", x.ID, x.Generation,

@@ -144,10 +144,13 @@ func appendRecord(dst []byte, id trivet.VolumeID, r *record) []byte {
 	return be.AppendUint32(dst, recordSum(id, dst[start:]))
 }
 
+// recordSum takes the sum over the volume's ID by itself: what crc32 is given is moved to the heap.
 func recordSum(id trivet.VolumeID, body []byte) uint32 {
-	var v [8]byte
-	binary.BigEndian.PutUint64(v[:], uint64(id))
-	return crc32.Update(crc32.Update(0, castagnoli, v[:]), castagnoli, body)
+	sum := ^uint32(0)
+	for shift := 56; shift >= 0; shift -= 8 {
+		sum = castagnoli[byte(sum)^byte(id>>shift)] ^ sum>>8
+	}
+	return crc32.Update(^sum, castagnoli, body)
 }
 
 // decodeRecord returns ErrCorrupt for anything that appendRecord does not make for this volume, and

@@ -281,7 +281,7 @@ func TestIncarnationIsNotTheNumber(t *testing.T) {
 	r.sum = bodySum(r.data, nil)
 	_, total := batchBytes([]*record{r})
 	at := s.start()
-	encodeBatch(b[at:at+total], batchHeader{number: 5, incarnation: 76, off: at, durable: at}, []*record{r})
+	encodeBatch(nil, b[at:at+total], batchHeader{number: 5, incarnation: 76, off: at, durable: at}, []*record{r})
 	l := newLane(&Log{shape: shape{lanes: 1, segmentBytes: segmentBytesMin}}, 0)
 	require.NoError(t, l.replay(b, s, 0))
 	require.Equal(t, at, l.pos)

@@ -260,15 +260,14 @@ func batchBytes(records []*record) (head, total int64) {
 	return head, alignUp(head, pageBytes) + payload
 }
 
-// encodeBatch fills b, which has the size that batchBytes gives, with a batch of records, and returns
+// encodeBatch fills b, which has the size that batchBytes gives, with a batch of records, and appends to places
 // where each came to stand. h needs number, incarnation, offset and durable position.
-func encodeBatch(b []byte, h batchHeader, records []*record) []place {
+func encodeBatch(places []place, b []byte, h batchHeader, records []*record) []place {
 	head, _ := batchBytes(records)
 	h.bytes, h.head, h.recordsN = uint32(len(b)), uint32(head), uint32(len(records))
 	h.encode(b)
 	pos, page := int64(batchHeaderBytes), alignUp(head, pageBytes)
 	clear(b[head:page])
-	places := make([]place, 0, len(records))
 	for _, r := range records {
 		n := r.headBytes()
 		at := place{number: h.number, off: uint32(h.off + pos), head: uint32(n), payload: uint32(len(r.payload))}
@@ -310,5 +309,15 @@ func recordSum(head []byte, number, incarnation uint64, off uint32) uint32 {
 	le.PutUint64(where[0:], number)
 	le.PutUint64(where[8:], incarnation)
 	le.PutUint32(where[16:], off)
-	return crc32.Update(checksum(where[:]), crcTable, head)
+	return crc32.Update(shortSum(where[:]), crcTable, head)
+}
+
+// shortSum is checksum of a few bytes. Those that checksum is given are moved to the heap, since it calls the
+// processor's way by a variable; these are not.
+func shortSum(b []byte) uint32 {
+	sum := ^uint32(0)
+	for _, c := range b {
+		sum = crcTable[byte(sum)^c] ^ sum>>8
+	}
+	return ^sum
 }

@@ -87,7 +87,7 @@ func encodeGoldenBatch(records []*record) ([]byte, []place) {
 	_, total := batchBytes(records)
 	b := alignedBytes(total)
 	h := batchHeader{number: 0x0102, incarnation: 0x1122334455667788, off: 0x3000, durable: 0x3000}
-	return b, encodeBatch(b, h, records)
+	return b, encodeBatch(nil, b, h, records)
 }
 
 // The formats of version 1, byte for byte.
@@ -248,7 +248,7 @@ func FuzzBatch(f *testing.F) {
 		head, total := batchBytes(again)
 		require.Equal(t, []int64{int64(h.head), int64(h.bytes)}, []int64{head, total})
 		out := alignedBytes(total)
-		encodeBatch(out, h, again)
+		encodeBatch(nil, out, h, again)
 		got, err := decodeBatch(out, h)
 		require.NoError(t, err)
 		for i := range got {
@@ -292,4 +292,66 @@ func goldenSegment() []byte {
 	copy(b, appendCheckpoint(nil, goldenGroups()))
 	batch, _ := encodeGoldenBatch(goldenRecords())
 	return slices.Concat(b, batch)
+}
+
+func TestShortSumIsChecksum(t *testing.T) {
+	for n := range 32 {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(i*37 + n)
+		}
+		require.Equal(t, checksum(b), shortSum(b), n)
+	}
+}
+
+// TestAppendAllocatesLittle: record, request, ticket with its channel, and the reference that stays. What a batch is
+// made of is the lane's.
+func TestAppendAllocatesLittle(t *testing.T) {
+	require.Zero(t, testing.AllocsPerRun(100, func() { _ = recordSum(nil, 1, 2, 3) }))
+	l, _ := newTestLog(t, func(o *Options) { o.SegmentBytes = 16 << 20 })
+	g, entries := l.Group(1), make([]Entry, 1)
+	payload, index := alignedBytes(pageBytes), uint64(0)
+	allocs := testing.AllocsPerRun(500, func() {
+		index++
+		entries[0] = Entry{Index: index, Term: 1, Payload: payload}
+		if err := g.Append(entries); err != nil {
+			t.Error(err)
+		}
+	})
+	f, err := NewMemDir().Create("f", 1<<20)
+	require.NoError(t, err)
+	b := alignedBytes(2 * pageBytes)
+	disk := testing.AllocsPerRun(500, func() { _ = writeDurable(f, b, 0) })
+	require.LessOrEqual(t, allocs-disk, 6.0, "the disk in memory takes %g", disk)
+}
+
+// TestLaneKeepsNoBatch: what was written is not kept in memory by the buffers of a batch, and large ones go.
+func TestLaneKeepsNoBatch(t *testing.T) {
+	l, _ := newTestLog(t, func(o *Options) { o.SegmentBytes = 16 << 20 })
+	g, index := l.Group(1), uint64(0)
+	appendN := func(n int) {
+		entries := make([]Entry, n)
+		for i := range entries {
+			index++
+			entries[i] = Entry{Index: index, Term: 1, Data: []byte("x")}
+		}
+		require.NoError(t, g.Append(entries))
+	}
+	lane := g.lane
+	for _, n := range []int{3, 1, buffersRetainedN + 1, 2} {
+		appendN(n)
+		lane.turn <- struct{}{}
+		batch, taken := lane.batch[:cap(lane.batch)], lane.taken[:cap(lane.taken)]
+		kept := slices.ContainsFunc(batch, func(r *record) bool { return r != nil }) ||
+			slices.ContainsFunc(taken, func(r *request) bool { return r != nil })
+		<-lane.turn
+		lane.mu.Lock()
+		kept = kept || slices.ContainsFunc(lane.queue[:cap(lane.queue)], func(r *request) bool { return r != nil })
+		lane.mu.Unlock()
+		require.False(t, kept, "after %d entries", n)
+		require.LessOrEqual(t, len(batch), buffersRetainedN)
+	}
+	first, last := g.FirstLast()
+	require.Equal(t, uint64(1), first)
+	require.Equal(t, index, last)
 }

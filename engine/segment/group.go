@@ -110,7 +110,11 @@ func (g *Group) AppendAsync(entries []Entry) (*Ticket, error) {
 
 // append is AppendAsync, but for the writer, which has not been told yet.
 func (g *Group) append(entries []Entry) (*Ticket, error) {
-	records := make([]*record, len(entries), len(entries)+1)
+	req := &request{group: g}
+	records := req.own[:0]
+	if len(entries) > len(req.own) {
+		records = make([]*record, 0, len(entries)+1)
+	}
 	for i := range entries {
 		r, err := entries[i].record(g.id)
 		if err != nil {
@@ -120,14 +124,14 @@ func (g *Group) append(entries []Entry) (*Ticket, error) {
 			return nil, fmt.Errorf("append to %s: entry %d of term %d after entry %d of term %d: %w",
 				g.id, r.index, r.term, records[i-1].index, records[i-1].term, trivet.ErrInvalid)
 		}
-		records[i] = r
+		records = append(records, r)
 	}
 	_, total := batchBytes(records)
 	if total+recordHeaderBytes > g.lane.log.shape.appendMax() {
 		return nil, fmt.Errorf("append to %s: %d bytes, at most %d: %w",
 			g.id, total, g.lane.log.shape.appendMax(), trivet.ErrInvalid)
 	}
-	return g.submit("append to", func() ([]*record, error) {
+	return g.submit("append to", req, func() ([]*record, error) {
 		if len(records) == 0 {
 			return nil, nil
 		}
@@ -169,9 +173,9 @@ func (g *Group) followLocked(records []*record) ([]*record, error) {
 	return append([]*record{drop}, records...), nil
 }
 
-// submit queues the records that plan returns, called with the lane's mu. None = nothing to do. A writer has to be
-// told.
-func (g *Group) submit(what string, plan func() ([]*record, error)) (*Ticket, error) {
+// submit queues req with the records that plan returns, called with the lane's mu. None = nothing to do. A writer has
+// to be told.
+func (g *Group) submit(what string, req *request, plan func() ([]*record, error)) (*Ticket, error) {
 	l := g.lane
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -193,7 +197,11 @@ func (g *Group) submit(what string, plan func() ([]*record, error)) (*Ticket, er
 			return t, nil
 		}
 	}
-	req := &request{group: g, records: records, refs: make([]*ref, len(records)), ticket: t}
+	req.records, req.ticket, req.refs = records, t, req.ownRefs[:0]
+	if len(records) > len(req.ownRefs) {
+		req.refs = make([]*ref, 0, len(records))
+	}
+	req.refs = req.refs[:len(records)]
 	for i, r := range records {
 		if r.kind == kindEntry {
 			req.refs[i] = &ref{term: r.term, typ: r.typ}
@@ -215,7 +223,7 @@ func (g *Group) change(what string, r *record, skip func() bool) (*Ticket, error
 // queue is change, but for the writer, which has not been told yet.
 func (g *Group) queue(what string, r *record, skip func() bool) (*Ticket, error) {
 	r.group, r.sum = g.id, bodySum(r.data, nil)
-	return g.submit(what, func() ([]*record, error) {
+	return g.submit(what, &request{group: g}, func() ([]*record, error) {
 		if skip != nil && skip() {
 			return nil, nil
 		}

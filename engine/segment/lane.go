@@ -18,6 +18,10 @@ const markDelay = 50 * time.Millisecond
 // larger Append goes alone.
 const batchBytesMax = 8 << 20
 
+// buffersRetainedN is how many requests or records the buffers of a lane may have room for, to be kept for the next
+// batch.
+const buffersRetainedN = 4 << 10
+
 // lane is a chain of segments with one writer at a time. What is queued while a batch is flushed goes into the
 // next one (group commit).
 type lane struct {
@@ -30,9 +34,12 @@ type lane struct {
 
 	// The writer's own. It changes pos and begun with mu.
 	buf    []byte
-	pos    int64 // end of the batches in cur: all before it is durable
-	marked bool  // nothing was written since the end was marked
-	begun  bool  // cur was begun by this process
+	pos    int64      // end of the batches in cur: all before it is durable
+	marked bool       // nothing was written since the end was marked
+	begun  bool       // cur was begun by this process
+	taken  []*request // buffers of a batch
+	batch  []*record
+	places []place
 
 	mu         sync.Mutex // held briefly, never over disk I/O
 	closed     bool
@@ -85,6 +92,9 @@ type request struct {
 	payload int64  // bytes
 	ticket  *Ticket
 	stored  *Place // of blocks without an entry: where they came to stand, pinned
+
+	own     [2]*record // the memory of records and refs, while they are few
+	ownRefs [2]*ref
 }
 
 func newLane(log *Log, id int) *lane {
@@ -282,11 +292,23 @@ func (l *lane) commitSome() bool {
 		return false
 	}
 	l.commit(reqs)
+	l.releaseBuffers()
 	l.idle.Reset(markDelay)
 	return true
 }
 
-// take returns the oldest requests of the queue, as many as fit into one batch.
+// releaseBuffers lets go of what a batch was made of, and of buffers that a large one made large. REQUIRES: the turn.
+func (l *lane) releaseBuffers() {
+	clear(l.taken)
+	clear(l.batch)
+	l.taken, l.batch = l.taken[:0], l.batch[:0]
+	if cap(l.taken) > buffersRetainedN || cap(l.batch) > buffersRetainedN {
+		l.taken, l.batch, l.places = nil, nil, nil
+	}
+}
+
+// take returns the oldest requests of the queue, as many as fit into one batch. They are the buffer's, until the next
+// take. REQUIRES: the turn.
 func (l *lane) take() []*request {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -300,15 +322,14 @@ func (l *lane) take() []*request {
 		}
 		bytes += req.head + req.payload
 	}
-	reqs := slices.Clone(l.queue[:n])
-	clear(l.queue[:n])
-	if l.queue = l.queue[n:]; len(l.queue) == 0 {
+	l.taken = append(l.taken[:0], l.queue[:n]...)
+	if l.queue = slices.Delete(l.queue, 0, n); len(l.queue) == 0 && cap(l.queue) > buffersRetainedN {
 		l.queue = nil
 	}
 	l.queueBytes -= bytes
 	l.takenBytes, l.writing = bytes, n > 0
 	l.room.Broadcast()
-	return reqs
+	return l.taken
 }
 
 // commit makes requests durable and answers them.
@@ -358,10 +379,11 @@ func (l *lane) mark() {
 // the batch does not fit, and for the first one after Open: where the log ends, remains of a torn batch may
 // stand, and if another batch were torn over them, sectors of both could pass for a whole one.
 func (l *lane) write(reqs []*request) error {
-	var records []*record
+	records := l.batch[:0]
 	for _, req := range reqs {
 		records = append(records, req.records...)
 	}
+	l.batch = records
 	_, total := batchBytes(records)
 	if !l.begun || l.pos+total > l.log.shape.segmentBytes {
 		if err := l.roll(); err != nil {
@@ -380,7 +402,8 @@ func (l *lane) writeBatch(reqs []*request, records []*record, total int64) error
 	}
 	b := l.buf[:total]
 	h := batchHeader{number: l.cur.number, incarnation: l.cur.incarnation, off: l.pos, durable: l.pos}
-	places := encodeBatch(b, h, records)
+	l.places = encodeBatch(l.places[:0], b, h, records)
+	places := l.places
 	if err := writeDurable(l.cur.file, b, l.pos); err != nil {
 		return fmt.Errorf("lane %d: write segment %d at %d: %w", l.id, l.cur.number, l.pos, err)
 	}

@@ -1,6 +1,7 @@
 package segment
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -254,6 +255,9 @@ func (l *lane) register(headed []*candidate, newest *candidate, buf []byte) erro
 func latestBatch(b []byte) batchHeader {
 	var latest batchHeader
 	for off := int64(pageBytes); off < int64(len(b)); off += pageBytes {
+		if !beginsBatch(b[off:]) {
+			continue
+		}
 		if h, err := decodeBatchHeader(b[off:], off, int64(len(b))); err == nil && h.number > latest.number {
 			latest = h
 		}
@@ -261,11 +265,18 @@ func latestBatch(b []byte) batchHeader {
 	return latest
 }
 
+// beginsBatch reports whether b may be a batch. Of a page of blocks it is not worth an error that says why not: a start
+// looks at all pages of the newest segments.
+func beginsBatch(b []byte) bool { return bytes.HasPrefix(b, []byte(magicBatch)) }
+
 // provenEnd returns the highest position in a segment that one of its batches names as durable. Batches
 // are written one after the other, each flushed before the next is made, so the header of any later batch,
 // torn as its batch may be, proves all that lies before it (H23).
 func provenEnd(b []byte, seg segmentHeader) (end int64, found bool) {
 	for off := seg.start(); off < int64(len(b)); off += pageBytes {
+		if !beginsBatch(b[off:]) {
+			continue
+		}
 		h, err := decodeBatchHeader(b[off:], off, int64(len(b)))
 		if err == nil && h.number == seg.number && h.incarnation == seg.incarnation {
 			end, found = max(end, h.durable), true
