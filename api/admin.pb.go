@@ -810,8 +810,11 @@ type Node struct {
 	Role          string                 `protobuf:"bytes,5,opt,name=role,proto3" json:"role,omitempty"`   // Leader | Voter | Learner of the meta group
 	Disks         []*Disk                `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`
 	ReplicaCount  int32                  `protobuf:"varint,7,opt,name=replica_count,json=replicaCount,proto3" json:"replica_count,omitempty"`
-	Cordoned      bool                   `protobuf:"varint,8,opt,name=cordoned,proto3" json:"cordoned,omitempty"` // gets no new replicas, and keeps no leadership that another node can take
-	Draining      bool                   `protobuf:"varint,9,opt,name=draining,proto3" json:"draining,omitempty"` // cordoned, and its replicas move elsewhere
+	Cordoned      bool                   `protobuf:"varint,8,opt,name=cordoned,proto3" json:"cordoned,omitempty"`               // gets no new replicas, and keeps no leadership that another node can take
+	Draining      bool                   `protobuf:"varint,9,opt,name=draining,proto3" json:"draining,omitempty"`               // cordoned, and its replicas move elsewhere
+	Rack          string                 `protobuf:"bytes,10,opt,name=rack,proto3" json:"rack,omitempty"`                       // within its zone
+	ZoneSet       bool                   `protobuf:"varint,11,opt,name=zone_set,json=zoneSet,proto3" json:"zone_set,omitempty"` // by PlaceNode
+	RackSet       bool                   `protobuf:"varint,12,opt,name=rack_set,json=rackSet,proto3" json:"rack_set,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -905,6 +908,27 @@ func (x *Node) GetCordoned() bool {
 func (x *Node) GetDraining() bool {
 	if x != nil {
 		return x.Draining
+	}
+	return false
+}
+
+func (x *Node) GetRack() string {
+	if x != nil {
+		return x.Rack
+	}
+	return ""
+}
+
+func (x *Node) GetZoneSet() bool {
+	if x != nil {
+		return x.ZoneSet
+	}
+	return false
+}
+
+func (x *Node) GetRackSet() bool {
+	if x != nil {
+		return x.RackSet
 	}
 	return false
 }
@@ -1954,6 +1978,74 @@ func (x *CordonNodeRequest) GetDraining() bool {
 	return false
 }
 
+type PlaceNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Zone          *string                `protobuf:"bytes,2,opt,name=zone,proto3,oneof" json:"zone,omitempty"` // empty: none; not given: as it is
+	Rack          *string                `protobuf:"bytes,3,opt,name=rack,proto3,oneof" json:"rack,omitempty"`
+	Own           bool                   `protobuf:"varint,4,opt,name=own,proto3" json:"own,omitempty"` // neither: its server says both again
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaceNodeRequest) Reset() {
+	*x = PlaceNodeRequest{}
+	mi := &file_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaceNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaceNodeRequest) ProtoMessage() {}
+
+func (x *PlaceNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaceNodeRequest.ProtoReflect.Descriptor instead.
+func (*PlaceNodeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *PlaceNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *PlaceNodeRequest) GetZone() string {
+	if x != nil && x.Zone != nil {
+		return *x.Zone
+	}
+	return ""
+}
+
+func (x *PlaceNodeRequest) GetRack() string {
+	if x != nil && x.Rack != nil {
+		return *x.Rack
+	}
+	return ""
+}
+
+func (x *PlaceNodeRequest) GetOwn() bool {
+	if x != nil {
+		return x.Own
+	}
+	return false
+}
+
 type NodeStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1964,7 +2056,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1976,7 +2068,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1989,7 +2081,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NodeStatus) GetNode() *Node {
@@ -2022,7 +2114,7 @@ type Remaining struct {
 
 func (x *Remaining) Reset() {
 	*x = Remaining{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2034,7 +2126,7 @@ func (x *Remaining) String() string {
 func (*Remaining) ProtoMessage() {}
 
 func (x *Remaining) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2047,7 +2139,7 @@ func (x *Remaining) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remaining.ProtoReflect.Descriptor instead.
 func (*Remaining) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Remaining) GetVolume() string {
@@ -2109,7 +2201,7 @@ type AttachVolumeResponse struct {
 
 func (x *AttachVolumeResponse) Reset() {
 	*x = AttachVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2121,7 +2213,7 @@ func (x *AttachVolumeResponse) String() string {
 func (*AttachVolumeResponse) ProtoMessage() {}
 
 func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2134,7 +2226,7 @@ func (x *AttachVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeResponse.ProtoReflect.Descriptor instead.
 func (*AttachVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AttachVolumeResponse) GetVolume() *Volume {
@@ -2161,7 +2253,7 @@ type DetachVolumeRequest struct {
 
 func (x *DetachVolumeRequest) Reset() {
 	*x = DetachVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2173,7 +2265,7 @@ func (x *DetachVolumeRequest) String() string {
 func (*DetachVolumeRequest) ProtoMessage() {}
 
 func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2186,7 +2278,7 @@ func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DetachVolumeRequest) GetName() string {
@@ -2220,7 +2312,7 @@ type ServeVolumeRequest struct {
 
 func (x *ServeVolumeRequest) Reset() {
 	*x = ServeVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2232,7 +2324,7 @@ func (x *ServeVolumeRequest) String() string {
 func (*ServeVolumeRequest) ProtoMessage() {}
 
 func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2245,7 +2337,7 @@ func (x *ServeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ServeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ServeVolumeRequest) GetName() string {
@@ -2320,7 +2412,7 @@ type ServeVolumeResponse struct {
 
 func (x *ServeVolumeResponse) Reset() {
 	*x = ServeVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2332,7 +2424,7 @@ func (x *ServeVolumeResponse) String() string {
 func (*ServeVolumeResponse) ProtoMessage() {}
 
 func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2345,7 +2437,7 @@ func (x *ServeVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ServeVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ServeVolumeResponse) GetUri() string {
@@ -2377,7 +2469,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2481,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2494,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Snapshot) GetId() string {
@@ -2513,7 +2605,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2617,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2630,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateSnapshotRequest) GetVolume() string {
@@ -2564,7 +2656,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2576,7 +2668,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2589,7 +2681,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListSnapshotsRequest) GetVolume() string {
@@ -2608,7 +2700,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2620,7 +2712,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2633,7 +2725,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -2652,7 +2744,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +2756,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +2769,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *SnapshotRequest) GetName() string {
@@ -2695,7 +2787,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2707,7 +2799,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2720,7 +2812,7 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{39}
+	return file_admin_proto_rawDescGZIP(), []int{40}
 }
 
 type ForgetNodeRequest struct {
@@ -2733,7 +2825,7 @@ type ForgetNodeRequest struct {
 
 func (x *ForgetNodeRequest) Reset() {
 	*x = ForgetNodeRequest{}
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +2837,7 @@ func (x *ForgetNodeRequest) String() string {
 func (*ForgetNodeRequest) ProtoMessage() {}
 
 func (x *ForgetNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +2850,7 @@ func (x *ForgetNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNodeRequest.ProtoReflect.Descriptor instead.
 func (*ForgetNodeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{40}
+	return file_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ForgetNodeRequest) GetNode() string {
@@ -2784,7 +2876,7 @@ type ForgetNodeResponse struct {
 
 func (x *ForgetNodeResponse) Reset() {
 	*x = ForgetNodeResponse{}
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2796,7 +2888,7 @@ func (x *ForgetNodeResponse) String() string {
 func (*ForgetNodeResponse) ProtoMessage() {}
 
 func (x *ForgetNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2809,7 +2901,7 @@ func (x *ForgetNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetNodeResponse.ProtoReflect.Descriptor instead.
 func (*ForgetNodeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{41}
+	return file_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ForgetNodeResponse) GetForgotten() []string {
@@ -2848,7 +2940,7 @@ type CacheReport struct {
 
 func (x *CacheReport) Reset() {
 	*x = CacheReport{}
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +2952,7 @@ func (x *CacheReport) String() string {
 func (*CacheReport) ProtoMessage() {}
 
 func (x *CacheReport) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +2965,7 @@ func (x *CacheReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheReport.ProtoReflect.Descriptor instead.
 func (*CacheReport) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{42}
+	return file_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CacheReport) GetNode() string {
@@ -3028,7 +3120,7 @@ type HitCount struct {
 
 func (x *HitCount) Reset() {
 	*x = HitCount{}
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3132,7 @@ func (x *HitCount) String() string {
 func (*HitCount) ProtoMessage() {}
 
 func (x *HitCount) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3145,7 @@ func (x *HitCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HitCount.ProtoReflect.Descriptor instead.
 func (*HitCount) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{43}
+	return file_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *HitCount) GetEviction() string {
@@ -3088,7 +3180,7 @@ type ScrubVolumeRequest struct {
 
 func (x *ScrubVolumeRequest) Reset() {
 	*x = ScrubVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3100,7 +3192,7 @@ func (x *ScrubVolumeRequest) String() string {
 func (*ScrubVolumeRequest) ProtoMessage() {}
 
 func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3113,7 +3205,7 @@ func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ScrubVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{44}
+	return file_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ScrubVolumeRequest) GetName() string {
@@ -3162,7 +3254,7 @@ type ScrubStatus struct {
 
 func (x *ScrubStatus) Reset() {
 	*x = ScrubStatus{}
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3174,7 +3266,7 @@ func (x *ScrubStatus) String() string {
 func (*ScrubStatus) ProtoMessage() {}
 
 func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3187,7 +3279,7 @@ func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubStatus.ProtoReflect.Descriptor instead.
 func (*ScrubStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{45}
+	return file_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ScrubStatus) GetId() string {
@@ -3314,7 +3406,7 @@ type ExpandVolumeRequest struct {
 
 func (x *ExpandVolumeRequest) Reset() {
 	*x = ExpandVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3418,7 @@ func (x *ExpandVolumeRequest) String() string {
 func (*ExpandVolumeRequest) ProtoMessage() {}
 
 func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3431,7 @@ func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpandVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ExpandVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{46}
+	return file_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ExpandVolumeRequest) GetName() string {
@@ -3379,7 +3471,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3391,7 +3483,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3404,7 +3496,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{47}
+	return file_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListAuditRequest) GetLocal() bool {
@@ -3424,7 +3516,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3436,7 +3528,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3449,7 +3541,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{48}
+	return file_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AuditLog) GetBase() string {
@@ -3483,7 +3575,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +3587,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +3600,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{49}
+	return file_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AuditRecord) GetSeq() uint64 {
@@ -3582,7 +3674,7 @@ type ShowDisksRequest struct {
 
 func (x *ShowDisksRequest) Reset() {
 	*x = ShowDisksRequest{}
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3594,7 +3686,7 @@ func (x *ShowDisksRequest) String() string {
 func (*ShowDisksRequest) ProtoMessage() {}
 
 func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3607,7 +3699,7 @@ func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksRequest.ProtoReflect.Descriptor instead.
 func (*ShowDisksRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{50}
+	return file_admin_proto_rawDescGZIP(), []int{51}
 }
 
 type ShowDisksResponse struct {
@@ -3620,7 +3712,7 @@ type ShowDisksResponse struct {
 
 func (x *ShowDisksResponse) Reset() {
 	*x = ShowDisksResponse{}
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3632,7 +3724,7 @@ func (x *ShowDisksResponse) String() string {
 func (*ShowDisksResponse) ProtoMessage() {}
 
 func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3645,7 +3737,7 @@ func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksResponse.ProtoReflect.Descriptor instead.
 func (*ShowDisksResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{51}
+	return file_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ShowDisksResponse) GetNode() string {
@@ -3683,7 +3775,7 @@ type DiskUse struct {
 
 func (x *DiskUse) Reset() {
 	*x = DiskUse{}
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3695,7 +3787,7 @@ func (x *DiskUse) String() string {
 func (*DiskUse) ProtoMessage() {}
 
 func (x *DiskUse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3708,7 +3800,7 @@ func (x *DiskUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskUse.ProtoReflect.Descriptor instead.
 func (*DiskUse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{52}
+	return file_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DiskUse) GetId() string {
@@ -3804,7 +3896,7 @@ type RecoverCatalogueRequest struct {
 
 func (x *RecoverCatalogueRequest) Reset() {
 	*x = RecoverCatalogueRequest{}
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3816,7 +3908,7 @@ func (x *RecoverCatalogueRequest) String() string {
 func (*RecoverCatalogueRequest) ProtoMessage() {}
 
 func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3829,7 +3921,7 @@ func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueRequest.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{53}
+	return file_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RecoverCatalogueRequest) GetAcceptDataLoss() bool {
@@ -3854,7 +3946,7 @@ type RecoverCatalogueResponse struct {
 
 func (x *RecoverCatalogueResponse) Reset() {
 	*x = RecoverCatalogueResponse{}
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3866,7 +3958,7 @@ func (x *RecoverCatalogueResponse) String() string {
 func (*RecoverCatalogueResponse) ProtoMessage() {}
 
 func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3879,7 +3971,7 @@ func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueResponse.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{54}
+	return file_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RecoverCatalogueResponse) GetCluster() string {
@@ -3941,7 +4033,7 @@ type RecoverVolumeRequest struct {
 
 func (x *RecoverVolumeRequest) Reset() {
 	*x = RecoverVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3953,7 +4045,7 @@ func (x *RecoverVolumeRequest) String() string {
 func (*RecoverVolumeRequest) ProtoMessage() {}
 
 func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3966,7 +4058,7 @@ func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{55}
+	return file_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RecoverVolumeRequest) GetName() string {
@@ -3999,7 +4091,7 @@ type RecoverVolumeResponse struct {
 
 func (x *RecoverVolumeResponse) Reset() {
 	*x = RecoverVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4011,7 +4103,7 @@ func (x *RecoverVolumeResponse) String() string {
 func (*RecoverVolumeResponse) ProtoMessage() {}
 
 func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4024,7 +4116,7 @@ func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{56}
+	return file_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RecoverVolumeResponse) GetVolume() *Volume {
@@ -4096,7 +4188,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4108,7 +4200,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4121,7 +4213,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{57}
+	return file_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() string {
@@ -4171,7 +4263,7 @@ type CloneVolumeRequest struct {
 
 func (x *CloneVolumeRequest) Reset() {
 	*x = CloneVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4183,7 +4275,7 @@ func (x *CloneVolumeRequest) String() string {
 func (*CloneVolumeRequest) ProtoMessage() {}
 
 func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4196,7 +4288,7 @@ func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CloneVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{58}
+	return file_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CloneVolumeRequest) GetSource() string {
@@ -4238,7 +4330,7 @@ type DiffSnapshotsRequest struct {
 
 func (x *DiffSnapshotsRequest) Reset() {
 	*x = DiffSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4250,7 +4342,7 @@ func (x *DiffSnapshotsRequest) String() string {
 func (*DiffSnapshotsRequest) ProtoMessage() {}
 
 func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4263,7 +4355,7 @@ func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*DiffSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{59}
+	return file_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *DiffSnapshotsRequest) GetFrom() string {
@@ -4297,7 +4389,7 @@ type DiffPage struct {
 
 func (x *DiffPage) Reset() {
 	*x = DiffPage{}
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4309,7 +4401,7 @@ func (x *DiffPage) String() string {
 func (*DiffPage) ProtoMessage() {}
 
 func (x *DiffPage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4322,7 +4414,7 @@ func (x *DiffPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffPage.ProtoReflect.Descriptor instead.
 func (*DiffPage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{60}
+	return file_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *DiffPage) GetExtents() []*Extent {
@@ -4349,7 +4441,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4361,7 +4453,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4374,7 +4466,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{61}
+	return file_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -4407,7 +4499,7 @@ type SnapshotGroup struct {
 
 func (x *SnapshotGroup) Reset() {
 	*x = SnapshotGroup{}
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4419,7 +4511,7 @@ func (x *SnapshotGroup) String() string {
 func (*SnapshotGroup) ProtoMessage() {}
 
 func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4432,7 +4524,7 @@ func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroup.ProtoReflect.Descriptor instead.
 func (*SnapshotGroup) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{62}
+	return file_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *SnapshotGroup) GetId() string {
@@ -4494,7 +4586,7 @@ type CreateSnapshotGroupRequest struct {
 
 func (x *CreateSnapshotGroupRequest) Reset() {
 	*x = CreateSnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4506,7 +4598,7 @@ func (x *CreateSnapshotGroupRequest) String() string {
 func (*CreateSnapshotGroupRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4519,7 +4611,7 @@ func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{63}
+	return file_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *CreateSnapshotGroupRequest) GetName() string {
@@ -4544,7 +4636,7 @@ type ListSnapshotGroupsRequest struct {
 
 func (x *ListSnapshotGroupsRequest) Reset() {
 	*x = ListSnapshotGroupsRequest{}
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4556,7 +4648,7 @@ func (x *ListSnapshotGroupsRequest) String() string {
 func (*ListSnapshotGroupsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4569,7 +4661,7 @@ func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{64}
+	return file_admin_proto_rawDescGZIP(), []int{65}
 }
 
 type ListSnapshotGroupsResponse struct {
@@ -4581,7 +4673,7 @@ type ListSnapshotGroupsResponse struct {
 
 func (x *ListSnapshotGroupsResponse) Reset() {
 	*x = ListSnapshotGroupsResponse{}
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4593,7 +4685,7 @@ func (x *ListSnapshotGroupsResponse) String() string {
 func (*ListSnapshotGroupsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4606,7 +4698,7 @@ func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{65}
+	return file_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ListSnapshotGroupsResponse) GetGroups() []*SnapshotGroup {
@@ -4625,7 +4717,7 @@ type SnapshotGroupRequest struct {
 
 func (x *SnapshotGroupRequest) Reset() {
 	*x = SnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4637,7 +4729,7 @@ func (x *SnapshotGroupRequest) String() string {
 func (*SnapshotGroupRequest) ProtoMessage() {}
 
 func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4650,7 +4742,7 @@ func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66}
+	return file_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *SnapshotGroupRequest) GetName() string {
@@ -4668,7 +4760,7 @@ type DeleteSnapshotGroupResponse struct {
 
 func (x *DeleteSnapshotGroupResponse) Reset() {
 	*x = DeleteSnapshotGroupResponse{}
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4680,7 +4772,7 @@ func (x *DeleteSnapshotGroupResponse) String() string {
 func (*DeleteSnapshotGroupResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4693,7 +4785,7 @@ func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotGroupResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotGroupResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{67}
+	return file_admin_proto_rawDescGZIP(), []int{68}
 }
 
 // VolumeUsage says what the blocks of a volume are there for, in bytes of data, once, however many replicas.
@@ -4713,7 +4805,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4725,7 +4817,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4738,7 +4830,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{68}
+	return file_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *VolumeUsage) GetUsedBytes() int64 {
@@ -4800,7 +4892,7 @@ type FenceVolumeRequest struct {
 
 func (x *FenceVolumeRequest) Reset() {
 	*x = FenceVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4812,7 +4904,7 @@ func (x *FenceVolumeRequest) String() string {
 func (*FenceVolumeRequest) ProtoMessage() {}
 
 func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4825,7 +4917,7 @@ func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeRequest.ProtoReflect.Descriptor instead.
 func (*FenceVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{69}
+	return file_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *FenceVolumeRequest) GetVolume() string {
@@ -4851,7 +4943,7 @@ type FenceVolumeResponse struct {
 
 func (x *FenceVolumeResponse) Reset() {
 	*x = FenceVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[70]
+	mi := &file_admin_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4863,7 +4955,7 @@ func (x *FenceVolumeResponse) String() string {
 func (*FenceVolumeResponse) ProtoMessage() {}
 
 func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[70]
+	mi := &file_admin_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4876,7 +4968,7 @@ func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeResponse.ProtoReflect.Descriptor instead.
 func (*FenceVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{70}
+	return file_admin_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *FenceVolumeResponse) GetEpoch() uint64 {
@@ -4958,7 +5050,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x11ListNodesResponse\x12)\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x13.trivet.api.v1.NodeR\x05nodes\"\xf6\x01\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x13.trivet.api.v1.NodeR\x05nodes\"\xc0\x02\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
@@ -4968,7 +5060,11 @@ const file_admin_proto_rawDesc = "" +
 	"\x05disks\x18\x06 \x03(\v2\x13.trivet.api.v1.DiskR\x05disks\x12#\n" +
 	"\rreplica_count\x18\a \x01(\x05R\freplicaCount\x12\x1a\n" +
 	"\bcordoned\x18\b \x01(\bR\bcordoned\x12\x1a\n" +
-	"\bdraining\x18\t \x01(\bR\bdraining\"h\n" +
+	"\bdraining\x18\t \x01(\bR\bdraining\x12\x12\n" +
+	"\x04rack\x18\n" +
+	" \x01(\tR\x04rack\x12\x19\n" +
+	"\bzone_set\x18\v \x01(\bR\azoneSet\x12\x19\n" +
+	"\brack_set\x18\f \x01(\bR\arackSet\"h\n" +
 	"\x04Disk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1d\n" +
@@ -5073,7 +5169,14 @@ const file_admin_proto_rawDesc = "" +
 	"\x11CordonNodeRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1a\n" +
 	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x12\x1a\n" +
-	"\bdraining\x18\x03 \x01(\bR\bdraining\"m\n" +
+	"\bdraining\x18\x03 \x01(\bR\bdraining\"|\n" +
+	"\x10PlaceNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x17\n" +
+	"\x04zone\x18\x02 \x01(\tH\x00R\x04zone\x88\x01\x01\x12\x17\n" +
+	"\x04rack\x18\x03 \x01(\tH\x01R\x04rack\x88\x01\x01\x12\x10\n" +
+	"\x03own\x18\x04 \x01(\bR\x03ownB\a\n" +
+	"\x05_zoneB\a\n" +
+	"\x05_rack\"m\n" +
 	"\n" +
 	"NodeStatus\x12'\n" +
 	"\x04node\x18\x01 \x01(\v2\x13.trivet.api.v1.NodeR\x04node\x126\n" +
@@ -5334,7 +5437,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\"+\n" +
 	"\x13FenceVolumeResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xf1\x19\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch2\xba\x1a\n" +
 	"\x05Admin\x12T\n" +
 	"\vInitCluster\x12!.trivet.api.v1.InitClusterRequest\x1a\".trivet.api.v1.InitClusterResponse\x12?\n" +
 	"\x04Join\x12\x1a.trivet.api.v1.JoinRequest\x1a\x1b.trivet.api.v1.JoinResponse\x12Z\n" +
@@ -5351,7 +5454,8 @@ const file_admin_proto_rawDesc = "" +
 	"\vSetReplicas\x12!.trivet.api.v1.SetReplicasRequest\x1a\x15.trivet.api.v1.Volume\x12G\n" +
 	"\vMoveReplica\x12!.trivet.api.v1.MoveReplicaRequest\x1a\x15.trivet.api.v1.Volume\x12I\n" +
 	"\n" +
-	"CordonNode\x12 .trivet.api.v1.CordonNodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12@\n" +
+	"CordonNode\x12 .trivet.api.v1.CordonNodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12G\n" +
+	"\tPlaceNode\x12\x1f.trivet.api.v1.PlaceNodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12@\n" +
 	"\aGetNode\x12\x1a.trivet.api.v1.NodeRequest\x1a\x19.trivet.api.v1.NodeStatus\x12Q\n" +
 	"\fAttachVolume\x12\x1c.trivet.api.v1.VolumeRequest\x1a#.trivet.api.v1.AttachVolumeResponse\x12I\n" +
 	"\fDetachVolume\x12\".trivet.api.v1.DetachVolumeRequest\x1a\x15.trivet.api.v1.Volume\x12V\n" +
@@ -5393,7 +5497,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 81)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
@@ -5423,91 +5527,92 @@ var file_admin_proto_goTypes = []any{
 	(*MoveReplicaRequest)(nil),          // 25: trivet.api.v1.MoveReplicaRequest
 	(*NodeRequest)(nil),                 // 26: trivet.api.v1.NodeRequest
 	(*CordonNodeRequest)(nil),           // 27: trivet.api.v1.CordonNodeRequest
-	(*NodeStatus)(nil),                  // 28: trivet.api.v1.NodeStatus
-	(*Remaining)(nil),                   // 29: trivet.api.v1.Remaining
-	(*AttachVolumeResponse)(nil),        // 30: trivet.api.v1.AttachVolumeResponse
-	(*DetachVolumeRequest)(nil),         // 31: trivet.api.v1.DetachVolumeRequest
-	(*ServeVolumeRequest)(nil),          // 32: trivet.api.v1.ServeVolumeRequest
-	(*ServeVolumeResponse)(nil),         // 33: trivet.api.v1.ServeVolumeResponse
-	(*Snapshot)(nil),                    // 34: trivet.api.v1.Snapshot
-	(*CreateSnapshotRequest)(nil),       // 35: trivet.api.v1.CreateSnapshotRequest
-	(*ListSnapshotsRequest)(nil),        // 36: trivet.api.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),       // 37: trivet.api.v1.ListSnapshotsResponse
-	(*SnapshotRequest)(nil),             // 38: trivet.api.v1.SnapshotRequest
-	(*DeleteSnapshotResponse)(nil),      // 39: trivet.api.v1.DeleteSnapshotResponse
-	(*ForgetNodeRequest)(nil),           // 40: trivet.api.v1.ForgetNodeRequest
-	(*ForgetNodeResponse)(nil),          // 41: trivet.api.v1.ForgetNodeResponse
-	(*CacheReport)(nil),                 // 42: trivet.api.v1.CacheReport
-	(*HitCount)(nil),                    // 43: trivet.api.v1.HitCount
-	(*ScrubVolumeRequest)(nil),          // 44: trivet.api.v1.ScrubVolumeRequest
-	(*ScrubStatus)(nil),                 // 45: trivet.api.v1.ScrubStatus
-	(*ExpandVolumeRequest)(nil),         // 46: trivet.api.v1.ExpandVolumeRequest
-	(*ListAuditRequest)(nil),            // 47: trivet.api.v1.ListAuditRequest
-	(*AuditLog)(nil),                    // 48: trivet.api.v1.AuditLog
-	(*AuditRecord)(nil),                 // 49: trivet.api.v1.AuditRecord
-	(*ShowDisksRequest)(nil),            // 50: trivet.api.v1.ShowDisksRequest
-	(*ShowDisksResponse)(nil),           // 51: trivet.api.v1.ShowDisksResponse
-	(*DiskUse)(nil),                     // 52: trivet.api.v1.DiskUse
-	(*RecoverCatalogueRequest)(nil),     // 53: trivet.api.v1.RecoverCatalogueRequest
-	(*RecoverCatalogueResponse)(nil),    // 54: trivet.api.v1.RecoverCatalogueResponse
-	(*RecoverVolumeRequest)(nil),        // 55: trivet.api.v1.RecoverVolumeRequest
-	(*RecoverVolumeResponse)(nil),       // 56: trivet.api.v1.RecoverVolumeResponse
-	(*RestoreSnapshotRequest)(nil),      // 57: trivet.api.v1.RestoreSnapshotRequest
-	(*CloneVolumeRequest)(nil),          // 58: trivet.api.v1.CloneVolumeRequest
-	(*DiffSnapshotsRequest)(nil),        // 59: trivet.api.v1.DiffSnapshotsRequest
-	(*DiffPage)(nil),                    // 60: trivet.api.v1.DiffPage
-	(*Extent)(nil),                      // 61: trivet.api.v1.Extent
-	(*SnapshotGroup)(nil),               // 62: trivet.api.v1.SnapshotGroup
-	(*CreateSnapshotGroupRequest)(nil),  // 63: trivet.api.v1.CreateSnapshotGroupRequest
-	(*ListSnapshotGroupsRequest)(nil),   // 64: trivet.api.v1.ListSnapshotGroupsRequest
-	(*ListSnapshotGroupsResponse)(nil),  // 65: trivet.api.v1.ListSnapshotGroupsResponse
-	(*SnapshotGroupRequest)(nil),        // 66: trivet.api.v1.SnapshotGroupRequest
-	(*DeleteSnapshotGroupResponse)(nil), // 67: trivet.api.v1.DeleteSnapshotGroupResponse
-	(*VolumeUsage)(nil),                 // 68: trivet.api.v1.VolumeUsage
-	(*FenceVolumeRequest)(nil),          // 69: trivet.api.v1.FenceVolumeRequest
-	(*FenceVolumeResponse)(nil),         // 70: trivet.api.v1.FenceVolumeResponse
-	nil,                                 // 71: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                                 // 72: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                                 // 73: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                                 // 74: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                                 // 75: trivet.api.v1.CreateVolumeRequest.LabelsEntry
-	nil,                                 // 76: trivet.api.v1.SetLabelsRequest.LabelsEntry
-	nil,                                 // 77: trivet.api.v1.Volume.ParametersEntry
-	nil,                                 // 78: trivet.api.v1.Volume.LabelsEntry
-	nil,                                 // 79: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                                 // 80: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*PlaceNodeRequest)(nil),            // 28: trivet.api.v1.PlaceNodeRequest
+	(*NodeStatus)(nil),                  // 29: trivet.api.v1.NodeStatus
+	(*Remaining)(nil),                   // 30: trivet.api.v1.Remaining
+	(*AttachVolumeResponse)(nil),        // 31: trivet.api.v1.AttachVolumeResponse
+	(*DetachVolumeRequest)(nil),         // 32: trivet.api.v1.DetachVolumeRequest
+	(*ServeVolumeRequest)(nil),          // 33: trivet.api.v1.ServeVolumeRequest
+	(*ServeVolumeResponse)(nil),         // 34: trivet.api.v1.ServeVolumeResponse
+	(*Snapshot)(nil),                    // 35: trivet.api.v1.Snapshot
+	(*CreateSnapshotRequest)(nil),       // 36: trivet.api.v1.CreateSnapshotRequest
+	(*ListSnapshotsRequest)(nil),        // 37: trivet.api.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 38: trivet.api.v1.ListSnapshotsResponse
+	(*SnapshotRequest)(nil),             // 39: trivet.api.v1.SnapshotRequest
+	(*DeleteSnapshotResponse)(nil),      // 40: trivet.api.v1.DeleteSnapshotResponse
+	(*ForgetNodeRequest)(nil),           // 41: trivet.api.v1.ForgetNodeRequest
+	(*ForgetNodeResponse)(nil),          // 42: trivet.api.v1.ForgetNodeResponse
+	(*CacheReport)(nil),                 // 43: trivet.api.v1.CacheReport
+	(*HitCount)(nil),                    // 44: trivet.api.v1.HitCount
+	(*ScrubVolumeRequest)(nil),          // 45: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),                 // 46: trivet.api.v1.ScrubStatus
+	(*ExpandVolumeRequest)(nil),         // 47: trivet.api.v1.ExpandVolumeRequest
+	(*ListAuditRequest)(nil),            // 48: trivet.api.v1.ListAuditRequest
+	(*AuditLog)(nil),                    // 49: trivet.api.v1.AuditLog
+	(*AuditRecord)(nil),                 // 50: trivet.api.v1.AuditRecord
+	(*ShowDisksRequest)(nil),            // 51: trivet.api.v1.ShowDisksRequest
+	(*ShowDisksResponse)(nil),           // 52: trivet.api.v1.ShowDisksResponse
+	(*DiskUse)(nil),                     // 53: trivet.api.v1.DiskUse
+	(*RecoverCatalogueRequest)(nil),     // 54: trivet.api.v1.RecoverCatalogueRequest
+	(*RecoverCatalogueResponse)(nil),    // 55: trivet.api.v1.RecoverCatalogueResponse
+	(*RecoverVolumeRequest)(nil),        // 56: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),       // 57: trivet.api.v1.RecoverVolumeResponse
+	(*RestoreSnapshotRequest)(nil),      // 58: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),          // 59: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),        // 60: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),                    // 61: trivet.api.v1.DiffPage
+	(*Extent)(nil),                      // 62: trivet.api.v1.Extent
+	(*SnapshotGroup)(nil),               // 63: trivet.api.v1.SnapshotGroup
+	(*CreateSnapshotGroupRequest)(nil),  // 64: trivet.api.v1.CreateSnapshotGroupRequest
+	(*ListSnapshotGroupsRequest)(nil),   // 65: trivet.api.v1.ListSnapshotGroupsRequest
+	(*ListSnapshotGroupsResponse)(nil),  // 66: trivet.api.v1.ListSnapshotGroupsResponse
+	(*SnapshotGroupRequest)(nil),        // 67: trivet.api.v1.SnapshotGroupRequest
+	(*DeleteSnapshotGroupResponse)(nil), // 68: trivet.api.v1.DeleteSnapshotGroupResponse
+	(*VolumeUsage)(nil),                 // 69: trivet.api.v1.VolumeUsage
+	(*FenceVolumeRequest)(nil),          // 70: trivet.api.v1.FenceVolumeRequest
+	(*FenceVolumeResponse)(nil),         // 71: trivet.api.v1.FenceVolumeResponse
+	nil,                                 // 72: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 73: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 74: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 75: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 76: trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	nil,                                 // 77: trivet.api.v1.SetLabelsRequest.LabelsEntry
+	nil,                                 // 78: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 79: trivet.api.v1.Volume.LabelsEntry
+	nil,                                 // 80: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 81: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	71, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	72, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	42, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	72, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	43, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
+	73, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
 	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	73, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	74, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
 	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
 	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	74, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	75, // 9: trivet.api.v1.CreateVolumeRequest.labels:type_name -> trivet.api.v1.CreateVolumeRequest.LabelsEntry
-	76, // 10: trivet.api.v1.SetLabelsRequest.labels:type_name -> trivet.api.v1.SetLabelsRequest.LabelsEntry
+	75, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	76, // 9: trivet.api.v1.CreateVolumeRequest.labels:type_name -> trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	77, // 10: trivet.api.v1.SetLabelsRequest.labels:type_name -> trivet.api.v1.SetLabelsRequest.LabelsEntry
 	20, // 11: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	77, // 12: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	78, // 12: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
 	21, // 13: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
 	21, // 14: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	68, // 15: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
-	78, // 16: trivet.api.v1.Volume.labels:type_name -> trivet.api.v1.Volume.LabelsEntry
+	69, // 15: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
+	79, // 16: trivet.api.v1.Volume.labels:type_name -> trivet.api.v1.Volume.LabelsEntry
 	12, // 17: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	29, // 18: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	30, // 18: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
 	20, // 19: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	34, // 20: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
-	43, // 21: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
-	49, // 22: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
-	52, // 23: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
+	35, // 20: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
+	44, // 21: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	50, // 22: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
+	53, // 23: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
 	20, // 24: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	79, // 25: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	80, // 26: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
-	61, // 27: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
-	34, // 28: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
-	62, // 29: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
+	80, // 25: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	81, // 26: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	62, // 27: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	35, // 28: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
+	63, // 29: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
 	4,  // 30: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
 	6,  // 31: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
 	8,  // 32: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
@@ -5522,76 +5627,78 @@ var file_admin_proto_depIdxs = []int32{
 	24, // 41: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
 	25, // 42: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
 	27, // 43: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	26, // 44: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	16, // 45: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	31, // 46: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	32, // 47: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 48: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	15, // 49: trivet.api.v1.Admin.SetLabels:input_type -> trivet.api.v1.SetLabelsRequest
-	1,  // 50: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	35, // 51: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	36, // 52: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	38, // 53: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	38, // 54: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	40, // 55: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	44, // 56: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	16, // 57: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	46, // 58: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
-	47, // 59: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
-	50, // 60: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	55, // 61: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	53, // 62: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
-	57, // 63: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
-	59, // 64: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
-	58, // 65: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
-	63, // 66: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
-	64, // 67: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
-	66, // 68: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	66, // 69: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	69, // 70: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
-	5,  // 71: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 72: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 73: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 74: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	20, // 75: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	19, // 76: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	20, // 77: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	17, // 78: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	20, // 79: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	20, // 80: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	20, // 81: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	20, // 82: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	20, // 83: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	28, // 84: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	28, // 85: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	30, // 86: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	20, // 87: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	33, // 88: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	20, // 89: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	20, // 90: trivet.api.v1.Admin.SetLabels:output_type -> trivet.api.v1.Volume
-	2,  // 91: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	34, // 92: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	37, // 93: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	34, // 94: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	39, // 95: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	41, // 96: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	45, // 97: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	45, // 98: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	20, // 99: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	48, // 100: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	51, // 101: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	56, // 102: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	54, // 103: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
-	20, // 104: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	60, // 105: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	20, // 106: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	62, // 107: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	65, // 108: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
-	62, // 109: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	67, // 110: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
-	70, // 111: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
-	71, // [71:112] is the sub-list for method output_type
-	30, // [30:71] is the sub-list for method input_type
+	28, // 44: trivet.api.v1.Admin.PlaceNode:input_type -> trivet.api.v1.PlaceNodeRequest
+	26, // 45: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	16, // 46: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	32, // 47: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	33, // 48: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 49: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	15, // 50: trivet.api.v1.Admin.SetLabels:input_type -> trivet.api.v1.SetLabelsRequest
+	1,  // 51: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	36, // 52: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	37, // 53: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	39, // 54: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 55: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	41, // 56: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	45, // 57: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	16, // 58: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	47, // 59: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	48, // 60: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	51, // 61: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	56, // 62: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	54, // 63: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
+	58, // 64: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	60, // 65: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	59, // 66: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	64, // 67: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
+	65, // 68: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
+	67, // 69: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	67, // 70: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	70, // 71: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
+	5,  // 72: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 73: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 74: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 75: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	20, // 76: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	19, // 77: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	20, // 78: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	17, // 79: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	20, // 80: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	20, // 81: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	20, // 82: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	20, // 83: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	20, // 84: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	29, // 85: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 86: trivet.api.v1.Admin.PlaceNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 87: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	31, // 88: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	20, // 89: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	34, // 90: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	20, // 91: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	20, // 92: trivet.api.v1.Admin.SetLabels:output_type -> trivet.api.v1.Volume
+	2,  // 93: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	35, // 94: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 95: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	35, // 96: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	40, // 97: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	42, // 98: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	46, // 99: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	46, // 100: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	20, // 101: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	49, // 102: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	52, // 103: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	57, // 104: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	55, // 105: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
+	20, // 106: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	61, // 107: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	20, // 108: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	63, // 109: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	66, // 110: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	63, // 111: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	68, // 112: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	71, // 113: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
+	72, // [72:114] is the sub-list for method output_type
+	30, // [30:72] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -5602,13 +5709,14 @@ func file_admin_proto_init() {
 	if File_admin_proto != nil {
 		return
 	}
+	file_admin_proto_msgTypes[28].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   81,
+			NumMessages:   82,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

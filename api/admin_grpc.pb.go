@@ -36,6 +36,7 @@ const (
 	Admin_SetReplicas_FullMethodName         = "/trivet.api.v1.Admin/SetReplicas"
 	Admin_MoveReplica_FullMethodName         = "/trivet.api.v1.Admin/MoveReplica"
 	Admin_CordonNode_FullMethodName          = "/trivet.api.v1.Admin/CordonNode"
+	Admin_PlaceNode_FullMethodName           = "/trivet.api.v1.Admin/PlaceNode"
 	Admin_GetNode_FullMethodName             = "/trivet.api.v1.Admin/GetNode"
 	Admin_AttachVolume_FullMethodName        = "/trivet.api.v1.Admin/AttachVolume"
 	Admin_DetachVolume_FullMethodName        = "/trivet.api.v1.Admin/DetachVolume"
@@ -96,6 +97,8 @@ type AdminClient interface {
 	MoveReplica(ctx context.Context, in *MoveReplicaRequest, opts ...grpc.CallOption) (*Volume, error)
 	// CordonNode says whether a node gets new replicas, and whether those it has move elsewhere.
 	CordonNode(ctx context.Context, in *CordonNodeRequest, opts ...grpc.CallOption) (*NodeStatus, error)
+	// PlaceNode says in which zone and rack a node stands, whatever its server says of itself.
+	PlaceNode(ctx context.Context, in *PlaceNodeRequest, opts ...grpc.CallOption) (*NodeStatus, error)
 	// GetNode returns a node and what it still has to do with volumes.
 	GetNode(ctx context.Context, in *NodeRequest, opts ...grpc.CallOption) (*NodeStatus, error)
 	// AttachVolume attaches a volume to the server that is asked, as a block device there.
@@ -311,6 +314,16 @@ func (c *adminClient) CordonNode(ctx context.Context, in *CordonNodeRequest, opt
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NodeStatus)
 	err := c.cc.Invoke(ctx, Admin_CordonNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PlaceNode(ctx context.Context, in *PlaceNodeRequest, opts ...grpc.CallOption) (*NodeStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(NodeStatus)
+	err := c.cc.Invoke(ctx, Admin_PlaceNode_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -645,6 +658,8 @@ type AdminServer interface {
 	MoveReplica(context.Context, *MoveReplicaRequest) (*Volume, error)
 	// CordonNode says whether a node gets new replicas, and whether those it has move elsewhere.
 	CordonNode(context.Context, *CordonNodeRequest) (*NodeStatus, error)
+	// PlaceNode says in which zone and rack a node stands, whatever its server says of itself.
+	PlaceNode(context.Context, *PlaceNodeRequest) (*NodeStatus, error)
 	// GetNode returns a node and what it still has to do with volumes.
 	GetNode(context.Context, *NodeRequest) (*NodeStatus, error)
 	// AttachVolume attaches a volume to the server that is asked, as a block device there.
@@ -767,6 +782,9 @@ func (UnimplementedAdminServer) MoveReplica(context.Context, *MoveReplicaRequest
 }
 func (UnimplementedAdminServer) CordonNode(context.Context, *CordonNodeRequest) (*NodeStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method CordonNode not implemented")
+}
+func (UnimplementedAdminServer) PlaceNode(context.Context, *PlaceNodeRequest) (*NodeStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method PlaceNode not implemented")
 }
 func (UnimplementedAdminServer) GetNode(context.Context, *NodeRequest) (*NodeStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetNode not implemented")
@@ -1118,6 +1136,24 @@ func _Admin_CordonNode_Handler(srv interface{}, ctx context.Context, dec func(in
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).CordonNode(ctx, req.(*CordonNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PlaceNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PlaceNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PlaceNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PlaceNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PlaceNode(ctx, req.(*PlaceNodeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1649,6 +1685,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CordonNode",
 			Handler:    _Admin_CordonNode_Handler,
+		},
+		{
+			MethodName: "PlaceNode",
+			Handler:    _Admin_PlaceNode_Handler,
 		},
 		{
 			MethodName: "GetNode",

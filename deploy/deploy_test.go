@@ -764,7 +764,12 @@ func TestFailover(t *testing.T) {
 	} {
 		assert.Contains(t, may[right], "trivet-failover", right)
 	}
-	for _, right := range []string{"patch nodes", "patch nodes/status", "delete pods", "delete volumeattachments"} {
+	for _, right := range []string{"patch nodes/status", "delete pods", "delete volumeattachments"} {
 		assert.Equal(t, "trivet-failover ", may[right], right)
 	}
+	assert.Equal(t, "trivet-node-labels trivet-failover ", may["patch nodes"], "taints, and topology labels")
+
+	assert.Contains(t, ctrl.Args, "--node-labels")
+	assert.Equal(t, "topology.kubernetes.io/zone", flag(t, ctrl, "zone-label"))
+	assert.Contains(t, may["list nodes"], "trivet-node-labels")
 }

@@ -56,9 +56,6 @@ const (
 	// less what is added to the name under which it is made.
 	socketPathMax = 107 - len(socketNewPrefix) - len(socketNewSuffix)
 
-	// segmentMax is the longest value of a topology segment in bytes (spec, message Topology).
-	segmentMax = 63
-
 	stopTimeoutDefault = 30 * time.Second
 )
 
@@ -172,17 +169,19 @@ func validateInfo(i node.Info) error {
 	if err := trivet.ValidateNodeID(string(i.Node)); err != nil {
 		return fmt.Errorf("config: %w", err)
 	}
-	if len(i.Node) > segmentMax {
+	if len(i.Node) > controller.SegmentMax {
 		return fmt.Errorf("config: node name %q has %d bytes; a topology value may have %d: %w",
-			i.Node, len(i.Node), segmentMax, trivet.ErrInvalid)
+			i.Node, len(i.Node), controller.SegmentMax, trivet.ErrInvalid)
 	}
-	if i.Zone != "" && !validSegmentValue(i.Zone) {
-		return fmt.Errorf("config: zone %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
-			i.Zone, segmentMax, trivet.ErrInvalid)
+	if i.Zone != "" {
+		if err := controller.ValidateSegment("config: zone", i.Zone); err != nil {
+			return err
+		}
 	}
-	if i.Rack != "" && !validSegmentValue(i.Rack) {
-		return fmt.Errorf("config: rack %q is not a topology value (1 to %d letters, digits, '-', '_', '.'): %w",
-			i.Rack, segmentMax, trivet.ErrInvalid)
+	if i.Rack != "" {
+		if err := controller.ValidateSegment("config: rack", i.Rack); err != nil {
+			return err
+		}
 	}
 	if i.MaxVolumes < 0 {
 		return fmt.Errorf("config: MaxVolumes %d is negative: %w", i.MaxVolumes, trivet.ErrInvalid)

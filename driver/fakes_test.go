@@ -233,7 +233,18 @@ func newFakeNode() *fakeNode {
 	}
 }
 
-func (n *fakeNode) Info() node.Info { return n.info }
+func (n *fakeNode) Info() node.Info {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.info
+}
+
+// stands has the node stand elsewhere from now on.
+func (n *fakeNode) stands(zone, rack string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.info.Zone, n.info.Rack = zone, rack
+}
 
 func (n *fakeNode) Stage(ctx context.Context, r node.StageRequest) error {
 	if err := n.run(ctx, "Stage", r); err != nil {

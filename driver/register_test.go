@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/stretchr/testify/require"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/driver"
+	"github.com/trivet-csi/trivet/node"
 )
 
 // TestRegistration does what kubelet's plugin watcher does with a socket that appears.
@@ -81,4 +83,85 @@ func TestRegistrationImpossible(t *testing.T) {
 	_, err = driver.Open(t.Context(), cfg)
 	require.ErrorIs(t, err, trivet.ErrInvalid)
 	require.ErrorContains(t, err, "RegisterDir")
+}
+
+// TestRegistrationFollowsThePlace: a kubelet asks for the topology when a socket appears and never again, so another
+// appears when the node stands elsewhere, and none when it does not.
+func TestRegistrationFollowsThePlace(t *testing.T) {
+	t.Parallel()
+	cfg := config(t)
+	cfg.RegisterDir = t.TempDir()
+	n := cfg.Node.(*fakeNode)
+	n.stands("a", "")
+	path := filepath.Join(cfg.RegisterDir, trivet.DriverName+"-reg.sock")
+	s, err := driver.Open(t.Context(), cfg)
+	require.NoError(t, err)
+	before, err := os.Stat(path)
+	require.NoError(t, err)
+	for _, place := range [][2]string{{"b", ""}, {"b", "r1"}, {"", ""}} {
+		n.stands(place[0], place[1])
+		require.Eventually(t, func() bool {
+			after, err := os.Stat(path)
+			if err != nil || os.SameFile(before, after) && before.ModTime().Equal(after.ModTime()) {
+				return false
+			}
+			before = after
+			return true
+		}, time.Minute, 10*time.Millisecond, "%q", place)
+		kubelet := registration.NewRegistrationClient(dial(t, "unix://"+path))
+		info, err := kubelet.GetInfo(t.Context(), &registration.InfoRequest{})
+		require.NoError(t, err)
+		told, err := csi.NewNodeClient(dial(t, "unix://"+info.GetEndpoint())).NodeGetInfo(t.Context(),
+			&csi.NodeGetInfoRequest{})
+		require.NoError(t, err)
+		require.Equal(t, place[0], told.GetAccessibleTopology().GetSegments()["topology.csi.trivet.dev/zone"])
+		require.Equal(t, place[1], told.GetAccessibleTopology().GetSegments()["topology.csi.trivet.dev/rack"])
+	}
+	require.NoError(t, s.Close())
+	require.NoFileExists(t, path)
+}
+
+// TestRegistrationStays: as long as nothing changes the kubelet is left alone.
+func TestRegistrationStays(t *testing.T) {
+	t.Parallel()
+	cfg := config(t)
+	cfg.RegisterDir = t.TempDir()
+	asked := make(chan struct{})
+	cfg.Node = &watchedNode{fakeNode: cfg.Node.(*fakeNode), asked: asked}
+	path := filepath.Join(cfg.RegisterDir, trivet.DriverName+"-reg.sock")
+	go func() { // of Open: validated, limits of the controller, told
+		for range 3 {
+			<-asked
+		}
+	}()
+	s, err := driver.Open(t.Context(), cfg)
+	require.NoError(t, err)
+	before, err := os.Stat(path)
+	require.NoError(t, err)
+	for range 2 { // after the second the first look is over
+		<-asked
+	}
+	after, err := os.Stat(path)
+	require.NoError(t, err)
+	require.True(t, os.SameFile(before, after))
+	require.Equal(t, before.ModTime(), after.ModTime())
+	go func() {
+		for range asked {
+			continue
+		}
+	}()
+	require.NoError(t, s.Close())
+	close(asked)
+}
+
+// watchedNode says when it is asked where it stands.
+type watchedNode struct {
+	*fakeNode
+
+	asked chan struct{}
+}
+
+func (n *watchedNode) Info() node.Info {
+	n.asked <- struct{}{}
+	return n.fakeNode.Info()
 }

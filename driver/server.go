@@ -42,9 +42,11 @@ const (
 // Server serves the three services on a socket from Open until Close, and registers them with the
 // kubelet when it is told to.
 type Server struct {
-	log       *slog.Logger
-	main      *socket
-	registrar *socket // nil without Config.RegisterDir
+	log   *slog.Logger
+	main  *socket
+	stop  context.CancelFunc // ends what keeps the registration, and with it that
+	kept  chan struct{}      // closed when it has ended
+	ended error              // of the registration; set before kept is closed
 }
 
 // Open makes the socket and serves on it. A socket left behind by a dead process is replaced;
@@ -75,9 +77,17 @@ func Open(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.RegisterDir == "" {
 		return s, nil
 	}
-	if s.registrar, err = register(ctx, &cfg); err != nil {
+	r, err := register(ctx, &cfg)
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open csi server: %w", err), s.main.close())
 	}
+	//nolint:forbidigo // the server's own lifetime, ended by Close
+	life, stop := context.WithCancel(context.Background())
+	s.stop, s.kept = stop, make(chan struct{})
+	go func() {
+		defer close(s.kept)
+		s.ended = r.keep(life, &cfg)
+	}()
 	return s, nil
 }
 
@@ -113,11 +123,11 @@ func (s *Server) Done() <-chan struct{} { return s.main.done }
 // Close stops accepting calls, waits up to StopTimeout for those under way, cuts off the rest and
 // removes the sockets. It returns what made the server stop by itself, if anything did.
 func (s *Server) Close() error {
-	var err error
-	if s.registrar != nil {
-		err = s.registrar.close() // first: kubelet then sends no new call
+	if s.stop != nil {
+		s.stop() // first: kubelet then sends no new call
+		<-s.kept
 	}
-	return errors.Join(err, s.main.close())
+	return errors.Join(s.ended, s.main.close())
 }
 
 // socket is a gRPC server on a unix socket.

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -52,25 +51,10 @@ func segmentOf(field string, t *csi.Topology) (map[string]string, error) {
 		if _, twice := out[key]; twice {
 			return nil, fmt.Errorf("%s: topology key %q is given twice: %w", field, key, trivet.ErrInvalid)
 		}
-		if !validSegmentValue(v) {
+		if !controller.ValidSegment(v) {
 			return nil, fmt.Errorf("%s: bad value %q of topology key %q: %w", field, v, k, trivet.ErrInvalid)
 		}
 		out[key] = v
 	}
 	return out, nil
-}
-
-// validSegmentValue reports whether s is 1 to 63 letters, digits, '-', '_' or '.', with a letter
-// or digit at both ends.
-func validSegmentValue(s string) bool {
-	if s == "" || len(s) > segmentMax || !alphanumeric(s[0]) || !alphanumeric(s[len(s)-1]) {
-		return false
-	}
-	return !slices.ContainsFunc([]byte(s), func(b byte) bool {
-		return !alphanumeric(b) && b != '-' && b != '_' && b != '.'
-	})
-}
-
-func alphanumeric(b byte) bool {
-	return b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b >= '0' && b <= '9'
 }

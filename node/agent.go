@@ -246,7 +246,7 @@ func (a *Agent) renew(ctx context.Context, registered *bool) error {
 	ctx, cancel := context.WithTimeout(ctx, leaseLen)
 	defer cancel()
 	until := time.Now().Add(cmp.Or(a.cfg.Lease, leaseLen))
-	if *registered {
+	if *registered && a.standsWhereItSays() {
 		_, err := propose(ctx, a.cat, meta.Command{RenewLease: &meta.RenewLease{
 			Node: a.cfg.ID, Incarnation: a.cfg.Self.Incarnation, Until: until, Disks: disks, Fills: a.fillsHere(),
 		}})
@@ -265,4 +265,11 @@ func (a *Agent) renew(ctx context.Context, registered *bool) error {
 	}
 	a.log.Info("node registered", "incarnation", self.Incarnation)
 	return nil
+}
+
+// standsWhereItSays reports whether the catalogue has the node's own zone and rack, unless somebody else says them:
+// one that may say them itself again registers again.
+func (a *Agent) standsWhereItSays() bool {
+	n, ok := a.cat.Local().Node(a.cfg.ID)
+	return !ok || (n.ZoneSet || n.Zone == a.cfg.Self.Zone) && (n.RackSet || n.Rack == a.cfg.Self.Rack)
 }

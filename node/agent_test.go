@@ -412,3 +412,30 @@ func TestAgentParks(t *testing.T) {
 		require.NotNil(t, b.host.replica(7))
 	})
 }
+
+// TestAgentStandsWhereTheCatalogueSays, and says itself again where it stands as soon as it may.
+func TestAgentStandsWhereTheCatalogueSays(t *testing.T) {
+	t.Parallel()
+	bench(t, 1, func(t *testing.T, b *agentBench) {
+		n := &Node{cfg: Config{ID: "n1", Zone: b.cfg.Self.Zone, Rack: b.cfg.Self.Rack, Catalogue: b.cat}}
+		stands := func(zone, rack string) {
+			t.Helper()
+			time.Sleep(renewEvery)
+			synctest.Wait()
+			self, ok := b.cat.Local().Node("n1")
+			require.True(t, ok)
+			assert.Equal(t, [2]string{zone, rack}, [2]string{self.Zone, self.Rack}, "the catalogue")
+			assert.Equal(t, [2]string{zone, rack}, [2]string{n.Info().Zone, n.Info().Rack}, "what kubelet is told")
+		}
+		registered := func() int { return b.cat.count(func(c meta.Command) bool { return c.RegisterNode != nil }) }
+		stands("", "")
+		b.cat.must(meta.Command{PlaceNode: &meta.PlaceNode{Node: "n1", Zone: new("west"), Rack: new("r7")}})
+		stands("west", "r7")
+		assert.Equal(t, 1, registered())
+		b.cat.must(meta.Command{PlaceNode: &meta.PlaceNode{Node: "n1", Own: true}})
+		stands("", "")
+		stands("", "")
+		assert.Equal(t, 2, registered())
+		assert.Empty(t, b.fatals())
+	})
+}

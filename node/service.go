@@ -60,9 +60,19 @@ type Info struct {
 	MaxVolumes int64  // volumes that can be attached here at a time; 0 = no limit known
 }
 
-// Info returns the node's name, zone, rack and limit.
+// Info returns the node's name, zone, rack and limit. Zone and rack may change: somebody may say so in the catalogue
+// (meta.PlaceNode).
 func (n *Node) Info() Info {
-	return Info{Node: n.cfg.ID, Zone: n.cfg.Zone, Rack: n.cfg.Rack, MaxVolumes: n.cfg.maxVolumes()}
+	i := Info{Node: n.cfg.ID, Zone: n.cfg.Zone, Rack: n.cfg.Rack, MaxVolumes: n.cfg.maxVolumes()}
+	if said, ok := n.cfg.Catalogue.Local().Node(n.cfg.ID); ok {
+		if said.ZoneSet {
+			i.Zone = said.Zone
+		}
+		if said.RackSet {
+			i.Rack = said.Rack
+		}
+	}
+	return i
 }
 
 // Stage attaches the volume, formats it when it is blank and mounts it at StagingPath. The same

@@ -178,8 +178,9 @@ func (a *admin) nodes(state *meta.State, now time.Time) []*api.Node {
 	var nodes []*api.Node
 	for _, n := range state.Nodes() {
 		node := &api.Node{
-			Id: string(n.ID), Address: n.Address, Zone: n.Zone, State: stateDown, Role: roleLearner,
+			Id: string(n.ID), Address: n.Address, Zone: n.Zone, Rack: n.Rack, State: stateDown, Role: roleLearner,
 			ReplicaCount: replicas[n.ID], Cordoned: n.Cordoned, Draining: n.Draining,
+			ZoneSet: n.ZoneSet, RackSet: n.RackSet,
 		}
 		if now.Before(n.LeaseUntil) {
 			node.State = stateUp

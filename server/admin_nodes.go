@@ -43,6 +43,15 @@ func (a *admin) CordonNode(ctx context.Context, r *api.CordonNodeRequest) (*api.
 	return a.nodeStatus(ctx, id)
 }
 
+// PlaceNode implements api.AdminServer.
+func (a *admin) PlaceNode(ctx context.Context, r *api.PlaceNodeRequest) (*api.NodeStatus, error) {
+	id := trivet.NodeID(r.GetNode())
+	if _, err := a.s.controller.PlaceNode(ctx, id, r.Zone, r.Rack, r.GetOwn()); err != nil {
+		return nil, err
+	}
+	return a.nodeStatus(ctx, id)
+}
+
 // GetNode implements api.AdminServer.
 func (a *admin) GetNode(ctx context.Context, r *api.NodeRequest) (*api.NodeStatus, error) {
 	return a.nodeStatus(ctx, trivet.NodeID(r.GetNode()))

@@ -112,6 +112,52 @@ func TestAdminNodes(t *testing.T) {
 	assert.False(t, st.GetNode().GetDraining())
 }
 
+// TestAdminPlacesNode: where somebody says that a node stands counts on every server at once, and outlives its restart.
+func TestAdminPlacesNode(t *testing.T) {
+	c := testutil.StartCluster(t, 3, nil)
+	st, err := c.Admin(1).PlaceNode(t.Context(), &api.PlaceNodeRequest{Node: "node-2", Zone: new("west"), Rack: new("r7")})
+	require.NoError(t, err)
+	own := c.Config(0).Zone
+	is := func(zone, rack string, set bool) {
+		t.Helper()
+		list, err := c.Admin(0).ListNodes(t.Context(), &api.ListNodesRequest{})
+		require.NoError(t, err)
+		for _, n := range list.GetNodes() {
+			if n.GetId() != "node-2" {
+				assert.Equal(t, own, n.GetZone())
+				assert.False(t, n.GetZoneSet() || n.GetRackSet())
+				continue
+			}
+			assert.Equal(t, []any{zone, rack, set, set}, []any{n.GetZone(), n.GetRack(), n.GetZoneSet(), n.GetRackSet()})
+		}
+	}
+	assert.Equal(t, "west", st.GetNode().GetZone())
+	is("west", "r7", true)
+	c.Stop(2)
+	c.Start(2)
+	c.AwaitUp(3)
+	is("west", "r7", true)
+	_, err = c.Admin(0).PlaceNode(t.Context(), &api.PlaceNodeRequest{Node: "node-2", Own: true})
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		st, err := c.Admin(1).GetNode(t.Context(), &api.NodeRequest{Node: "node-2"})
+		return err == nil && st.GetNode().GetZone() == own && !st.GetNode().GetZoneSet()
+	}, eventuallyTimeout, 50*time.Millisecond, "its server says so again, without a restart")
+
+	for _, tc := range []struct {
+		r    *api.PlaceNodeRequest
+		code codes.Code
+	}{
+		{&api.PlaceNodeRequest{Node: "nowhere", Own: true}, codes.NotFound},
+		{&api.PlaceNodeRequest{Node: "node-2"}, codes.InvalidArgument},
+		{&api.PlaceNodeRequest{Node: "node-2", Own: true, Zone: new("a")}, codes.InvalidArgument},
+		{&api.PlaceNodeRequest{Node: "node-2", Zone: new("a b")}, codes.InvalidArgument},
+	} {
+		_, err := c.Admin(1).PlaceNode(t.Context(), tc.r)
+		assert.Equal(t, tc.code, status.Code(err), "%v: %v", tc.r, err)
+	}
+}
+
 // TestAdminForgetsNode: a node that is gone for good is taken off the record once its lease has run out, and its name
 // is kept until it is allowed again.
 func TestAdminForgetsNode(t *testing.T) {

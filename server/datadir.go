@@ -15,6 +15,9 @@ import (
 const (
 	ownerFile = "owner.json"
 	lockFile  = "lock"
+
+	// placeFile is where `trivet kube place` writes before the first server starts (deploy/chart, --place-file).
+	placeFile = "place.json"
 )
 
 // owner is what the server's data directory says about whose it is.
@@ -73,7 +76,9 @@ func newDataDir(path string, want owner, lock *os.File) (*dataDir, error) {
 		return nil, fmt.Errorf("data directory: %w", err)
 	}
 	for _, e := range entries {
-		if name := e.Name(); name != lockFile && name != "lost+found" && filepath.Ext(name) != ".tmp" && !e.IsDir() {
+		name := e.Name()
+		known := name == lockFile || name == placeFile || name == "lost+found" || filepath.Ext(name) == ".tmp"
+		if !known && !e.IsDir() {
 			return nil, fmt.Errorf("data directory %s: holds %q and is not Trivet's; give an empty one: %w", path, name,
 				trivet.ErrInvalid)
 		}

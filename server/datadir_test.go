@@ -1,6 +1,8 @@
 package server
 
 import (
+	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -25,4 +27,21 @@ func TestDataDirIsFreeBesideAFork(t *testing.T) {
 	d, err = openDataDir(path, whose)
 	require.NoError(t, err)
 	require.NoError(t, d.close())
+}
+
+// TestDataDirWithThePlace: where the node stands is written there before its server starts for the first time; any
+// other file is of somebody else.
+func TestDataDirWithThePlace(t *testing.T) {
+	t.Parallel()
+	path, whose := t.TempDir(), owner{Cluster: "c", Node: "n"}
+	require.NoError(t, os.WriteFile(filepath.Join(path, "place.json"), []byte("{}"), 0o600))
+	d, err := openDataDir(path, whose)
+	require.NoError(t, err)
+	require.NoError(t, d.close())
+
+	path = t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(path, "places.json"), []byte("{}"), 0o600))
+	_, err = openDataDir(path, whose)
+	require.ErrorIs(t, err, trivet.ErrInvalid)
+	require.ErrorContains(t, err, "places.json")
 }

@@ -106,7 +106,11 @@ func flag(on bool) float64 {
 
 func (c *collector) node(out chan<- prometheus.Metric) {
 	cfg := &c.s.cfg
-	gauge(out, descNode, 1, string(cfg.Node), cfg.Zone, cfg.Version)
+	zone := cfg.Zone
+	if n, err := c.s.node(); err == nil {
+		zone = n.Info().Zone
+	}
+	gauge(out, descNode, 1, string(cfg.Node), zone, cfg.Version)
 	gauge(out, descMember, flag(c.s.catalogue.Joined()))
 	gauge(out, descMetaLead, flag(c.s.catalogue.Leader() == cfg.Node))
 	local := c.s.catalogue.Local()

@@ -108,5 +108,6 @@ func newNode(o *options) *cobra.Command {
 		},
 	}
 	return group("node", "See the nodes, keep replicas off them and empty them",
-		list, newNodeCordon(o), newNodeUncordon(o), newNodeDrain(o), newNodeForget(o))
+		list, newNodeCordon(o), newNodeUncordon(o), newNodeDrain(o), newNodePlace(o),
+		newNodeForget(o))
 }

@@ -26,7 +26,7 @@ func newController(o *options) *cobra.Command {
 	var (
 		endpoint, logLevel string
 		logJSON            bool
-		moving             failoverFlags
+		moving             kubeFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "csi-controller --csi unix:///csi/csi.sock",
@@ -35,6 +35,9 @@ func newController(o *options) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := newLogger(logLevel, logJSON)
 			if err != nil {
+				return err
+			}
+			if err := moving.validate(); err != nil {
 				return err
 			}
 			return o.runController(cmd.Context(), endpoint, &moving, log)
@@ -49,7 +52,7 @@ func newController(o *options) *cobra.Command {
 }
 
 // runController serves until ctx ends, then stops in good order.
-func (o *options) runController(ctx context.Context, endpoint string, moving *failoverFlags, log *slog.Logger) error {
+func (o *options) runController(ctx context.Context, endpoint string, moving *kubeFlags, log *slog.Logger) error {
 	creds, err := pki.Open(o.certs, pki.RoleClient, log)
 	if err != nil {
 		return fmt.Errorf("%w\n  --certs (or TRIVET_CERTS) names the folder with ca.crt, client.crt and client.key", err)

@@ -147,6 +147,10 @@ func TestKubeUsage(t *testing.T) {
 		{"kube", "init", "--server", "x:1"}, // this is no pod
 		{"kube", "issuer", "--validity", "1m"},
 		{"kube", "issuer"},
+		{"csi-controller", "--rack-label", "example.com/rack"},
+		{"csi-controller", "--node-labels", "--rack-label", "a b"},
+		{"csi-controller", "--node-labels"}, // this is no pod
+		{"csi-controller", "--failover", "--failover-after", "0s"},
 		{"cert", "enroll"},
 		{"cert", "enroll", "--issuer", "http://x", "--ca", "c", "--token", "t", "--dir", "d", "--node", "n1"},
 		{"cert", "enroll", "--issuer", "https://x", "--ca", "c", "--token", "t", "--dir", "d", "--node", "N1"},

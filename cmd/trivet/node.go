@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -141,6 +142,47 @@ func remainingTable(remaining []remainingView) table {
 		t.rows = append(t.rows, []string{r.Name, r.Replica, r.State, yes[r.Leader], yes[r.Attached], r.Reason})
 	}
 	return t
+}
+
+func newNodePlace(o *options) *cobra.Command {
+	var (
+		zone, rack string
+		own        bool
+	)
+	cmd := &cobra.Command{
+		Use:   "place NAME",
+		Short: "Say in which zone and rack a node stands",
+		Long: "Say in which zone and rack a node stands, at once and whatever its server says of itself when it starts\n" +
+			"again, until --own. Replicas stay where they are. On Kubernetes the CSI controller does this from labels,\n" +
+			"and would say them again.",
+		Example: "  trivet node place n3 --zone west --rack r7\n  trivet node place n3 --rack ''",
+		Args:    exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := &api.PlaceNodeRequest{Node: args[0], Own: own}
+			if cmd.Flags().Changed("zone") {
+				r.Zone = &zone
+			}
+			if cmd.Flags().Changed("rack") {
+				r.Rack = &rack
+			}
+			if own != (r.Zone == nil && r.Rack == nil) {
+				return usageError{errors.New("give --zone, --rack or both, or else --own")}
+			}
+			return o.call(cmd, func(ctx context.Context, c *client) error {
+				st, err := c.PlaceNode(ctx, r)
+				if err != nil {
+					return err
+				}
+				view := nodeOf(st.GetNode())
+				return o.show(cmd.OutOrStdout(), view, nodeTable([]nodeView{view}))
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&zone, "zone", "", "its zone; empty: none")
+	f.StringVar(&rack, "rack", "", "its rack, within the zone; empty: none")
+	f.BoolVar(&own, "own", false, "let its server say both again, by its own flags")
+	return cmd
 }
 
 type forgetView struct {

@@ -115,6 +115,8 @@ func TestWrongUsage(t *testing.T) {
 		{"node", "drain", "n1", "--wait=perhaps"},
 		{"node", "cordon", "n1", "n2"},
 		{"node", "uncordon"},
+		{"node", "place", "n1"},
+		{"node", "place", "n1", "--zone", "a", "--own"},
 		{"server", "--replace-after", "soon"},
 		{"server", "--log-level", "loud"},
 		{"cert", "ca", "--cluster", "x"},

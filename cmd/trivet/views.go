@@ -52,6 +52,7 @@ type nodeView struct {
 	ID       string     `json:"id"`
 	Address  string     `json:"address"`
 	Zone     string     `json:"zone,omitempty"`
+	Rack     string     `json:"rack,omitempty"`
 	State    string     `json:"state"`
 	Role     string     `json:"role"`
 	Replicas int32      `json:"replicas"`
@@ -95,7 +96,8 @@ func replicaOf(r *api.Replica) replicaView {
 
 func nodeOf(n *api.Node) nodeView {
 	view := nodeView{
-		ID: n.GetId(), Address: n.GetAddress(), Zone: n.GetZone(), State: n.GetState(), Role: n.GetRole(),
+		ID: n.GetId(), Address: n.GetAddress(), Zone: n.GetZone(), Rack: n.GetRack(), State: n.GetState(),
+		Role:     n.GetRole(),
 		Replicas: n.GetReplicaCount(), Disks: []diskView{}, Cordoned: n.GetCordoned(), Draining: n.GetDraining(),
 	}
 	for _, d := range n.GetDisks() {
@@ -130,14 +132,14 @@ func (v volumeView) attachedText() string {
 }
 
 func nodeTable(nodes []nodeView) table {
-	t := table{header: []string{"NODE", "STATE", "ROLE", "ZONE", "ADDRESS", "REPLICAS", "FREE", "SIZE"}}
+	t := table{header: []string{"NODE", "STATE", "ROLE", "ZONE", "RACK", "ADDRESS", "REPLICAS", "FREE", "SIZE"}}
 	for _, n := range nodes {
 		var free, size int64
 		for _, d := range n.Disks {
 			free, size = free+d.FreeBytes, size+d.SizeBytes
 		}
 		t.rows = append(t.rows, []string{
-			n.ID, n.stateText(), n.Role, n.Zone, n.Address, itoa(int64(n.Replicas)), sizeText(free), sizeText(size),
+			n.ID, n.stateText(), n.Role, n.Zone, n.Rack, n.Address, itoa(int64(n.Replicas)), sizeText(free), sizeText(size),
 		})
 	}
 	return t

@@ -136,7 +136,7 @@ func (r *RegisterNode) op() string { return fmt.Sprintf("register node %s", r.No
 func (r *RegisterNode) apply(d *draft) error {
 	n := r.Node.Clone()
 	n.LeaseUntil = instant(n.LeaseUntil)
-	n.Replaced, n.Fills, n.Cordoned, n.Draining = nil, nil, false, false
+	n.Replaced, n.Fills, n.Cordoned, n.Draining, n.ZoneSet, n.RackSet = nil, nil, false, false, false, false
 	if d.Forgotten(n.ID) {
 		return fmt.Errorf("node was forgotten; `trivet node forget %s --allow` lets it join anew: %w", n.ID, trivet.ErrFenced)
 	}
@@ -150,6 +150,12 @@ func (r *RegisterNode) apply(d *draft) error {
 			return fmt.Errorf("incarnation %s was replaced by %s: %w", n.Incarnation, old.Incarnation, trivet.ErrFenced)
 		}
 		n.Replaced, n.Cordoned, n.Draining = old.Replaced, old.Cordoned, old.Draining
+		if n.ZoneSet = old.ZoneSet; n.ZoneSet {
+			n.Zone = old.Zone
+		}
+		if n.RackSet = old.RackSet; n.RackSet {
+			n.Rack = old.Rack
+		}
 		if old.Incarnation != n.Incarnation {
 			n.Replaced = append(n.Replaced, old.Incarnation)
 			n.Replaced = n.Replaced[max(0, len(n.Replaced)-replacedMax):]
@@ -208,6 +214,31 @@ func (c *CordonNode) apply(d *draft) error {
 		return nil
 	}
 	n.Cordoned, n.Draining = c.Cordoned, c.Draining
+	d.putNode(&n)
+	return nil
+}
+
+func (p *PlaceNode) op() string { return fmt.Sprintf("place node %s", p.Node) }
+
+func (p *PlaceNode) apply(d *draft) error {
+	n, ok := d.Node(p.Node)
+	if !ok {
+		return fmt.Errorf("node is unknown: %w", trivet.ErrNotFound)
+	}
+	d.nodeID = n.ID
+	before := n.Clone()
+	if p.Own {
+		n.ZoneSet, n.RackSet = false, false
+	}
+	if p.Zone != nil {
+		n.Zone, n.ZoneSet = *p.Zone, true
+	}
+	if p.Rack != nil {
+		n.Rack, n.RackSet = *p.Rack, true
+	}
+	if n.Zone == before.Zone && n.Rack == before.Rack && n.ZoneSet == before.ZoneSet && n.RackSet == before.RackSet {
+		return nil
+	}
 	d.putNode(&n)
 	return nil
 }

@@ -33,6 +33,7 @@ type Command struct {
 	RemoveReplica *RemoveReplica `json:"removeReplica,omitempty"`
 	SetReplicas   *SetReplicas   `json:"setReplicas,omitempty"`
 	CordonNode    *CordonNode    `json:"cordonNode,omitempty"`
+	PlaceNode     *PlaceNode     `json:"placeNode,omitempty"`
 	SetParams     *SetParams     `json:"setParams,omitempty"`
 	SetLabels     *SetLabels     `json:"setLabels,omitempty"`
 
@@ -75,7 +76,8 @@ type InitCluster struct {
 // incarnation that another one has replaced is refused with ErrFenced, however late it comes.
 // Attachments stay: a new process takes them over one by one (TakeOver). A cordoned node stays so.
 type RegisterNode struct {
-	// Node is what it says of itself: Revision, Replaced, Fills, Cordoned and Draining are ignored.
+	// Node is what it says of itself: Revision, Replaced, Fills, Cordoned, Draining, ZoneSet and RackSet are ignored, and
+	// Zone or Rack where PlaceNode has said another.
 	Node Node `json:"node"`
 }
 
@@ -284,6 +286,18 @@ type CordonNode struct {
 	Node     trivet.NodeID `json:"node"`
 	Cordoned bool          `json:"cordoned"`
 	Draining bool          `json:"draining,omitempty"`
+}
+
+// PlaceNode says in which zone and rack a node stands, from then on and whatever it says of itself when it registers
+// again: someone moved the machine, or gave it another label, without its restart. Replicas stay where they are.
+// ErrNotFound. Nothing that is not so already: no effect.
+type PlaceNode struct {
+	Node trivet.NodeID `json:"node"`
+	// Zone and Rack, "" for none; nil: as it is.
+	Zone *string `json:"zone,omitempty"`
+	Rack *string `json:"rack,omitempty"`
+	// Own has the node say both itself again: it registers anew. Neither Zone nor Rack then.
+	Own bool `json:"own,omitempty"`
 }
 
 // SetParams changes parameters of a volume, all of them or none. Which keys there are and which may change is

@@ -12,6 +12,19 @@ import (
 	"github.com/trivet-csi/trivet/controller/meta"
 )
 
+func randomPlace(r *rand.Rand, node trivet.NodeID) meta.Command {
+	p := &meta.PlaceNode{Node: node}
+	switch r.Intn(4) {
+	case 0:
+		p.Own = true
+	case 1:
+		p.Rack = new([]string{"", "r"}[r.Intn(2)])
+	default:
+		p.Zone = new([]string{"", "a", "b"}[r.Intn(3)])
+	}
+	return meta.Command{PlaceNode: p}
+}
+
 // randomCommand draws commands about few things, so that they meet: about half take effect.
 func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 	id, n := 1+r.Intn(6), 1+r.Intn(4)
@@ -88,6 +101,7 @@ func randomCommand(r *rand.Rand, m *meta.Machine) meta.Command {
 			on := r.Intn(3) == 0
 			return meta.Command{CordonNode: &meta.CordonNode{Node: nodeID(n), Cordoned: on, Draining: on && r.Intn(2) == 0}}
 		},
+		func() meta.Command { return randomPlace(r, nodeID(n)) },
 		func() meta.Command {
 			return meta.Command{Time: when, Detach: &meta.Detach{
 				Volume: vid, Node: []trivet.NodeID{"", nodeID(n)}[r.Intn(2)], Forced: r.Intn(2) == 0,

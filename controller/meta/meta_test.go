@@ -212,6 +212,9 @@ func TestGolden(t *testing.T) {
 			Volume: 7, IfRevision: 9, Labels: map[string]string{"tier": "gold"}, Remove: []string{"old"},
 		},
 	}
+	commands["command-place.v1"] = meta.Command{
+		PlaceNode: &meta.PlaceNode{Node: "n2", Zone: new("west"), Rack: new("")},
+	}
 	detach := meta.Command{Time: day, By: "n1", Detach: &meta.Detach{Volume: 7, Node: "n2", Forced: true}}
 	gone := meta.NewMachine(m.State())
 	mustApply(t, gone, detach)

@@ -72,10 +72,13 @@ func (m AccessMode) shares() bool { return m == MultiNodeReader || m == MultiNod
 
 // Node is a machine of the cluster.
 type Node struct {
-	ID          trivet.NodeID    `json:"id"`
-	Address     string           `json:"address"` // host:port of its server
-	Zone        string           `json:"zone,omitempty"`
-	Rack        string           `json:"rack,omitempty"`        // within its zone
+	ID      trivet.NodeID `json:"id"`
+	Address string        `json:"address"` // host:port of its server
+	Zone    string        `json:"zone,omitempty"`
+	Rack    string        `json:"rack,omitempty"` // within its zone
+	// ZoneSet and RackSet: PlaceNode said so, and what the node says of itself does not count.
+	ZoneSet     bool             `json:"zoneSet,omitempty"`
+	RackSet     bool             `json:"rackSet,omitempty"`
 	MetaReplica trivet.ReplicaID `json:"metaReplica,omitempty"` // its member of the meta group
 	Incarnation string           `json:"incarnation"`           // UUID drawn at each process start
 	LeaseUntil  time.Time        `json:"leaseUntil"`            // node lease; expired = considered down

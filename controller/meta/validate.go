@@ -51,6 +51,7 @@ func (c *Command) operation() (operation, error) {
 	add(&set, c.RemoveReplica)
 	add(&set, c.SetReplicas)
 	add(&set, c.CordonNode)
+	add(&set, c.PlaceNode)
 	add(&set, c.ForgetNode)
 	add(&set, c.SetParams)
 	add(&set, c.SetLabels)
@@ -322,6 +323,24 @@ func (c *CordonNode) validate() error {
 		return fmt.Errorf("draining but not cordoned: %w", trivet.ErrInvalid)
 	}
 	return trivet.ValidateNodeID(string(c.Node))
+}
+
+func (p *PlaceNode) validate() error {
+	if p.Own != (p.Zone == nil && p.Rack == nil) {
+		return fmt.Errorf("want a zone, a rack, or that the node says both itself: %w", trivet.ErrInvalid)
+	}
+	for _, f := range []struct {
+		name  string
+		value *string
+	}{{"zone", p.Zone}, {"rack", p.Rack}} {
+		if f.value == nil {
+			continue
+		}
+		if err := validateText(f.name, *f.value, trivet.NameBytesMax); err != nil {
+			return err
+		}
+	}
+	return trivet.ValidateNodeID(string(p.Node))
 }
 
 // validateCount refuses numbers of replicas that a volume is not meant to have: even ones tolerate no

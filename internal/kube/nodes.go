@@ -11,6 +11,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/trivet-csi/trivet"
 )
 
 // What a controller sees of nodes, and of pods and volumes on them, in all namespaces. The errors are those of API.
@@ -31,6 +33,36 @@ func (a *API) Nodes(ctx context.Context) ([]corev1.Node, error) {
 	list := &corev1.NodeList{}
 	err := a.core.Get().Resource("nodes").Do(ctx).Into(list)
 	return list.Items, wrapAny("list", "Nodes", err)
+}
+
+// NodeLabels returns the labels of all nodes, by name, as the API server has them in its cache: without the rest of
+// the nodes, which is large.
+func (a *API) NodeLabels(ctx context.Context) (map[string]map[string]string, error) {
+	const onlyMetadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+	body, err := a.core.Get().Resource("nodes").Param("resourceVersion", "0").SetHeader("Accept", onlyMetadata).
+		Do(ctx).Raw()
+	if err != nil {
+		return nil, wrapAny("list", "labels of Nodes", err)
+	}
+	var list metav1.PartialObjectMetadataList
+	if err := json.Unmarshal(body, &list); err != nil {
+		return nil, fmt.Errorf("list labels of Nodes: %v: %w", err, trivet.ErrUnavailable)
+	}
+	labels := make(map[string]map[string]string, len(list.Items))
+	for i := range list.Items {
+		labels[list.Items[i].Name] = list.Items[i].Labels
+	}
+	return labels, nil
+}
+
+// SetNodeLabels gives a node labels, and takes those away that are nil; the others stay as they are.
+func (a *API) SetNodeLabels(ctx context.Context, name string, labels map[string]*string) error {
+	body, err := json.Marshal(map[string]any{"metadata": map[string]any{"labels": labels}})
+	if err != nil {
+		return fmt.Errorf("patch Node %s: %w", name, err)
+	}
+	err = a.core.Patch(types.MergePatchType).Resource("nodes").Name(name).Body(body).Do(ctx).Error()
+	return wrapAny("patch labels of Node", name, err)
 }
 
 // SetTaints replaces the taints of a node, unless it changed since n was read: ErrPending.

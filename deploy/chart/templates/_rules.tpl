@@ -121,6 +121,12 @@
   verbs: [get, list]
 {{- end }}
 
+{{- define "trivet.rules.nodelabels" }}
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [list, patch]
+{{- end }}
+
 {{- define "trivet.rules.failover" }}
 - apiGroups: [""]
   resources: [nodes]
