@@ -17,7 +17,7 @@ export GOFLAGS := -mod=readonly
 
 .DEFAULT_GOAL := help
 .PHONY: help build test race check lint fmt generate testdata sanity demo bench bench-adaptive bench-go bench-engine bench-replication scrub fuzz sim sim-mutants sim-long chaos \
-	models image e2e-build e2e e2e-smoke e2e-upstream vm-test tools deps clean manifests chart binaries
+	models image e2e-build e2e e2e-smoke e2e-chart e2e-upstream vm-test tools deps clean manifests chart binaries
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,6 +124,10 @@ e2e-smoke: e2e-build image ## the manifests in deploy/ on a real Kubernetes of t
 
 e2e: e2e-build image ## the manifests with all sidecars, deploy/full: snapshots, clones, growth, drain, update (root; 10 minutes)
 	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestEverything -count=1 -timeout 30m -v
+
+e2e-chart: image ## the Helm chart on that Kubernetes: install, labels of nodes, upgrade, uninstall (root; 6 minutes, and 2 to build Helm once)
+	e2e/build.sh --helm
+	cd e2e && GOFLAGS= $(GO) test ./smoke -run TestChart -count=1 -timeout 30m -v
 
 e2e-upstream: image ## Kubernetes' own tests of storage drivers, into docs/conformance.md (root; 30 minutes, and some to build once)
 	e2e/build.sh --upstream

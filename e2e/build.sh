@@ -6,6 +6,8 @@
 #   build.sh --print   print the folder in which the lab finds everything (there or not)
 #   build.sh --upstream        build, besides, Kubernetes' own tests of storage drivers, with what runs them
 #   build.sh --print-upstream  print the folder of these (there or not)
+#   build.sh --helm            build, besides, Helm
+#   build.sh --print-helm      print its folder (there or not)
 #
 # The cache, ${TRIVET_E2E_CACHE:-${XDG_CACHE_HOME:-~/.cache}/trivet-e2e}, holds a folder for each part and
 # one, all-HASH, of hard links to the files of the present parts. The name of a part has a hash over
@@ -111,6 +113,7 @@ make_upstream() {
     GOFLAGS=-mod=readonly CGO_ENABLED=0 "$go" test -c -vet=off -trimpath -ldflags "$(cd ../.. && kubernetes_flags)" -o "$1/upstream.test" .
   )
 }
+make_helm() { compile build/helm "-s -w" "$1/" helm.sh/helm/v3/cmd/helm; }
 make_pause() { compile . "-s -w" "$1/pause" ./cmd/pause; }
 
 # Debian's packages are unpacked, not installed: nothing of the machine's own changes.
@@ -140,7 +143,7 @@ need_host() {
 
 go_version=$("$go" version)
 declare -A folder
-for part in "${parts[@]}" upstream; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
+for part in "${parts[@]}" upstream helm; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
 all=$cache/all-$(for part in "${parts[@]}"; do echo "${folder[$part]}"; done | sort | sed 's|.*/||' | hash_of)
 
 # build PART builds it unless it is there. (Not in an `if` or `||`: there bash would ignore errors inside.)
@@ -175,6 +178,7 @@ join_parts() {
 case ${1:-} in
   --print) echo "$all" ;;
   --print-upstream) echo "${folder[upstream]}" ;;
+  --print-helm) echo "${folder[helm]}" ;;
   --check)
     [ -d "$all" ] && exit 0
     missing=()
@@ -182,12 +186,12 @@ case ${1:-} in
     echo "e2e: not built yet: ${missing[*]:-the joint folder}; e2e/build.sh builds it (the first time about 20 minutes)"
     exit 1
     ;;
-  "" | --upstream)
+  "" | --upstream | --helm)
     mkdir -p "$cache"
     need_host
     for part in "${parts[@]}"; do build "$part"; done
     join_parts
-    [ -z "${1:-}" ] || build upstream
+    [ -z "${1:-}" ] || build "${1#--}"
     ;;
   *)
     echo "build.sh: unknown argument $1; see the comment at its top" >&2

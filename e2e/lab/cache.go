@@ -57,12 +57,23 @@ func FindCache(ctx context.Context, e2e string) (string, error) { return askBuil
 
 // FindUpstream returns the folder of Kubernetes' own tests of storage drivers, which build.sh --upstream builds.
 func FindUpstream(ctx context.Context, e2e string) (string, error) {
-	dir, err := askBuild(ctx, e2e, "--print-upstream")
+	return findPart(ctx, e2e, "upstream")
+}
+
+// FindHelm returns the path of Helm's program, which build.sh --helm builds.
+func FindHelm(ctx context.Context, e2e string) (string, error) {
+	dir, err := findPart(ctx, e2e, "helm")
+	return filepath.Join(dir, "helm"), err
+}
+
+// findPart returns the folder of a part that is built only when it is asked for.
+func findPart(ctx context.Context, e2e, part string) (string, error) {
+	dir, err := askBuild(ctx, e2e, "--print-"+part)
 	if err != nil {
 		return "", err
 	}
 	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("upstream's tests: %w; run e2e/build.sh --upstream", err)
+		return "", fmt.Errorf("not built yet: %w; run e2e/build.sh --%s", err, part)
 	}
 	return dir, nil
 }

@@ -216,6 +216,7 @@ type clusterNode struct {
 	ID      string `json:"id"`
 	Address string `json:"address"`
 	Zone    string `json:"zone"`
+	Rack    string `json:"rack"`
 	State   string `json:"state"`
 }
 
