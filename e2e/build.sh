@@ -6,6 +6,7 @@
 #   build.sh --print   print the folder in which the lab finds everything (there or not)
 #   build.sh --upstream        build, besides, Kubernetes' own tests of storage drivers, with what runs them
 #   build.sh --print-upstream  print the folder of these (there or not)
+#   build.sh --print-populator  print that of the volume populator which they use
 #   build.sh --helm            build, besides, Helm
 #   build.sh --print-helm      print its folder (there or not)
 #
@@ -52,6 +53,7 @@ recipe() {
     provisioner | attacher | resizer | snapshotter) sidecar_flags "$1" ;;
     etcd) module=build/kubernetes ;;
     pause) module=cmd/pause ;;
+    populator) module=cmd/hello-populator ;;
     debian)
       . /etc/os-release
       echo "${debian_packages[*]} ${ID:-unknown} ${VERSION_ID:-}" "$(uname -m)"
@@ -114,6 +116,7 @@ make_upstream() {
   )
 }
 make_helm() { compile build/helm "-s -w" "$1/" helm.sh/helm/v3/cmd/helm; }
+make_populator() { compile . "-s -w" "$1/hello-populator" ./cmd/hello-populator; }
 make_pause() { compile . "-s -w" "$1/pause" ./cmd/pause; }
 
 # Debian's packages are unpacked, not installed: nothing of the machine's own changes.
@@ -143,7 +146,7 @@ need_host() {
 
 go_version=$("$go" version)
 declare -A folder
-for part in "${parts[@]}" upstream helm; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
+for part in "${parts[@]}" upstream populator helm; do folder[$part]=$cache/$part-$(recipe "$part" | hash_of); done
 all=$cache/all-$(for part in "${parts[@]}"; do echo "${folder[$part]}"; done | sort | sed 's|.*/||' | hash_of)
 
 # build PART builds it unless it is there. (Not in an `if` or `||`: there bash would ignore errors inside.)
@@ -178,6 +181,7 @@ join_parts() {
 case ${1:-} in
   --print) echo "$all" ;;
   --print-upstream) echo "${folder[upstream]}" ;;
+  --print-populator) echo "${folder[populator]}" ;;
   --print-helm) echo "${folder[helm]}" ;;
   --check)
     [ -d "$all" ] && exit 0
@@ -192,6 +196,7 @@ case ${1:-} in
     for part in "${parts[@]}"; do build "$part"; done
     join_parts
     [ -z "${1:-}" ] || build "${1#--}"
+    [ "${1:-}" != --upstream ] || build populator
     ;;
   *)
     echo "build.sh: unknown argument $1; see the comment at its top" >&2

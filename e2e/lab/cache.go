@@ -60,6 +60,13 @@ func FindUpstream(ctx context.Context, e2e string) (string, error) {
 	return findPart(ctx, e2e, "upstream")
 }
 
+// FindPopulator returns the path of the volume populator that Kubernetes' own tests use, which build.sh --upstream
+// builds too.
+func FindPopulator(ctx context.Context, e2e string) (string, error) {
+	dir, err := findPart(ctx, e2e, "populator")
+	return filepath.Join(dir, "hello-populator"), err
+}
+
 // FindHelm returns the path of Helm's program, which build.sh --helm builds.
 func FindHelm(ctx context.Context, e2e string) (string, error) {
 	dir, err := findPart(ctx, e2e, "helm")
@@ -73,7 +80,7 @@ func findPart(ctx context.Context, e2e, part string) (string, error) {
 		return "", err
 	}
 	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("not built yet: %w; run e2e/build.sh --%s", err, part)
+		return "", fmt.Errorf("%s is not built yet: %w; run e2e/build.sh --helm, or --upstream for the rest", part, err)
 	}
 	return dir, nil
 }

@@ -23,6 +23,7 @@ func Hook() {
 	run, ok := map[string]func(context.Context, []string) error{
 		"node": runNode,
 		"dns":  runDNS,
+		"ssh":  runSSH,
 	}[helper]
 	if !ok {
 		fmt.Fprintf(os.Stderr, "lab: no helper is called %s\n", helper)

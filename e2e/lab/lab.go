@@ -42,6 +42,9 @@ type Config struct {
 	Nodes []string
 	// Zones are the values of topology.kubernetes.io/zone, one a node; empty means z1, z2, ...
 	Zones []string
+	// SSH lets root into the nodes with the key of [Cluster.SSHKey], and gives them a systemctl that stops and starts
+	// their kubelet.
+	SSH bool
 	// Log is told of each step; nil means silence.
 	Log *slog.Logger
 }
@@ -97,6 +100,7 @@ type Cluster struct {
 	cache cache
 	log   *slog.Logger
 	nodes []node
+	ssh   bool
 }
 
 // Up makes a cluster and returns once every node is Ready and pods can start. A cluster that was left
@@ -110,7 +114,8 @@ func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	if err := checkMachine(); err != nil {
 		return nil, err
 	}
-	c := &Cluster{dir: filepath.Clean(cfg.Dir), cache: cache(cfg.Cache), log: cfg.Log, nodes: planNodes(cfg)}
+	c := &Cluster{dir: filepath.Clean(cfg.Dir), cache: cache(cfg.Cache), log: cfg.Log, nodes: planNodes(cfg),
+		ssh: cfg.SSH}
 	if err := c.cache.check(); err != nil {
 		return nil, err
 	}

@@ -24,9 +24,10 @@ type runningNode struct {
 }
 
 // startInit starts the init of a node in new namespaces. It waits until its network is connected.
-func (c *Cluster) startInit(s starter, n node) (*runningNode, error) {
+func (c *Cluster) startInit(s starter, n node, authorized string) (*runningNode, error) {
 	spec, err := json.Marshal(nodeSpec{
 		Name: n.Name, Root: n.Root, Cache: string(c.cache), Logs: c.logDir(), Address: n.Address, Zone: n.Zone,
+		Authorized: authorized,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encode node %s: %w", n.Name, err)

@@ -26,6 +26,8 @@ type nodeSpec struct {
 	Logs    string
 	Address string
 	Zone    string
+
+	Authorized string // the public key that may enter by SSH; empty: none
 }
 
 // prepareNode makes the root folder of a node: an ordinary Linux tree, with the host's /usr mounted by

@@ -64,7 +64,7 @@ func expect(orders io.Reader, want byte) error {
 // openLogs opens the daemons' logs, which are outside of the root folder.
 func openLogs(spec nodeSpec) (map[string]*os.File, error) {
 	logs := map[string]*os.File{}
-	for _, daemon := range []string{"containerd", "kubelet"} {
+	for _, daemon := range []string{"containerd", "kubelet", "sshd"} {
 		path := filepath.Join(spec.Logs, daemon+"-"+spec.Name+".log")
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 		if err != nil {
@@ -113,6 +113,9 @@ func enterRoot(spec nodeSpec) error {
 		// A machine has all of /run on a tmpfs. Here the host has to see containerd's socket in it.
 		{"tmpfs", in("run/trivet"), "tmpfs", syscall.MS_NOSUID | syscall.MS_NODEV},
 	}
+	if spec.Authorized != "" {
+		steps = append(steps, mountStep{in(nodeTools), in("usr/local/bin"), "", syscall.MS_BIND})
+	}
 	for _, name := range privateSysctls {
 		steps = append(steps, mountStep{in("etc/sysctl/" + name), in(sysctlPath(name)), "", syscall.MS_BIND})
 	}
@@ -140,11 +143,18 @@ type supervisor struct {
 
 // superviseNode runs until the node is killed.
 func superviseNode(ctx context.Context, spec nodeSpec, logs map[string]*os.File, orders io.Reader) error {
-	s := &supervisor{argv: daemonArgs(spec), logs: logs, running: map[int]string{}}
+	argv, err := daemonArgs(spec)
+	if err != nil {
+		return err
+	}
+	s := &supervisor{argv: argv, logs: logs, running: map[int]string{}}
 	dead := make(chan os.Signal, 1)
 	signal.Notify(dead, syscall.SIGCHLD)
 	start := make(chan string, 8)
 	start <- "containerd"
+	if spec.Authorized != "" {
+		start <- "sshd"
+	}
 	ended := make(chan error, 1)
 	go func() {
 		if err := expect(orders, sayStartKubelet); err != nil {
@@ -159,11 +169,20 @@ func superviseNode(ctx context.Context, spec nodeSpec, logs map[string]*os.File,
 		case err := <-ended:
 			return err
 		case daemon := <-start:
+			if !notStopped(daemon) {
+				time.AfterFunc(restartDelay, func() { start <- daemon })
+				continue
+			}
 			if err := s.start(daemon); err != nil {
 				return err
 			}
 		case <-dead:
 			for _, daemon := range s.reap() {
+				if daemon == "kubelet" {
+					if err := noteKubelet(0); err != nil {
+						return err
+					}
+				}
 				fmt.Fprintf(os.Stderr, "%s %s ended and is started again\n", time.Now().Format(time.RFC3339), daemon)
 				time.AfterFunc(restartDelay, func() { start <- daemon })
 			}
@@ -171,15 +190,20 @@ func superviseNode(ctx context.Context, spec nodeSpec, logs map[string]*os.File,
 	}
 }
 
-func daemonArgs(spec nodeSpec) map[string][]string {
+func daemonArgs(spec nodeSpec) (map[string][]string, error) {
+	sshd, err := json.Marshal(sshSpec{Listen: net.JoinHostPort(spec.Address, "22"), Authorized: spec.Authorized})
+	if err != nil {
+		return nil, fmt.Errorf("encode ssh server: %w", err)
+	}
 	return map[string][]string{
+		"sshd":       {"/proc/self/exe", string(sshd)},
 		"containerd": {toolsDir + "/deb/usr/bin/containerd", "--config", "/etc/containerd.toml"},
 		"kubelet": {
 			toolsDir + "/kubelet", "--config=/etc/kubernetes/kubelet.json",
 			"--kubeconfig=/etc/kubernetes/kubelet.kubeconfig", "--hostname-override=" + spec.Name,
 			"--node-ip=" + spec.Address, "--node-labels=topology.kubernetes.io/zone=" + spec.Zone,
 		},
-	}
+	}, nil
 }
 
 func (s *supervisor) start(daemon string) error {
@@ -190,6 +214,9 @@ func (s *supervisor) start(daemon string) error {
 	defer null.Close()
 	tools := toolsDir + "/deb/usr/bin:" + toolsDir + "/deb/usr/sbin:"
 	env := []string{strings.Replace(searchPath, "=", "="+tools, 1), "HOME=/root"}
+	if daemon == "sshd" { // this very program
+		env = append(env, helperVariable+"=ssh")
+	}
 	for _, v := range os.Environ() {
 		if strings.HasPrefix(v, markVariable+"=") {
 			env = append(env, v)
@@ -203,6 +230,11 @@ func (s *supervisor) start(daemon string) error {
 		return fmt.Errorf("start %s: %w", daemon, err)
 	}
 	s.running[p.Pid] = daemon
+	if daemon == "kubelet" {
+		if err := noteKubelet(p.Pid); err != nil {
+			return err
+		}
+	}
 	return p.Release() // reap waits for it, as for every other process of the node
 }
 

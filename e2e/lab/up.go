@@ -77,6 +77,8 @@ type upping struct {
 	start   starter
 	cred    credentials
 	running []*runningNode
+
+	authorized string // the key that may enter nodes by SSH; empty: none
 }
 
 // prepare makes what needs no process: folders, certificates, cgroups, the bridge.
@@ -85,9 +87,19 @@ func (u *upping) prepare(ctx context.Context) error {
 	if u.cred, err = makeCredentials(filepath.Join(u.dir, "pki")); err != nil {
 		return err
 	}
+	if u.ssh {
+		if u.authorized, err = u.makeSSHKey(); err != nil {
+			return err
+		}
+	}
 	for _, n := range u.nodes {
 		if err := u.prepareNode(u.cred, n); err != nil {
 			return err
+		}
+		if u.ssh {
+			if err := prepareTools(n); err != nil {
+				return err
+			}
 		}
 		if err := makeCgroups(n); err != nil {
 			return err
@@ -99,7 +111,7 @@ func (u *upping) prepare(ctx context.Context) error {
 // startNodes starts the init of each node and connects it; containerd comes up by itself then.
 func (u *upping) startNodes(ctx context.Context) error {
 	for i, n := range u.nodes {
-		r, err := u.startInit(u.start, n)
+		r, err := u.startInit(u.start, n, u.authorized)
 		if r != nil {
 			u.running = append(u.running, r)
 			u.nodes[i] = r.node

@@ -14,6 +14,7 @@ const (
 	upstreamBusybox = upstreamRegistry + "busybox:1.37.0-2"
 	upstreamNginx   = upstreamRegistry + "nginx:1.27.0-2"
 	upstreamGlibc   = upstreamRegistry + "glibc-dns-testing:2.1.1"
+	upstreamHello   = "registry.k8s.io/sig-storage/hello-populator:v1.0.1"
 	upstreamPause   = "registry.k8s.io/pause:3.10.2"
 )
 
@@ -28,9 +29,9 @@ var coreutils = []string{
 var hostTools = []string{"nsenter", "losetup", "blockdev", "blkid", "mount", "umount", "dd"}
 
 // LoadUpstreamImages gives every node images of the names that Kubernetes' own tests of storage want. They are made
-// here, from busybox, from programs of this machine, and from agnhost, which is in the folder of [FindUpstream]; so
-// they hold what specs of storage use, and not all that the real ones hold: no nginx serves anything.
-func (c *Cluster) LoadUpstreamImages(ctx context.Context, programs string) error {
+// here, from busybox, from programs of this machine, from agnhost, which is in the folder of [FindUpstream], and from the
+// program of [FindPopulator]; so they hold what specs of storage use, and not all that the real ones hold: no nginx serves anything.
+func (c *Cluster) LoadUpstreamImages(ctx context.Context, programs, populator string) error {
 	busybox := c.cache.deb("bin/busybox")
 	var images []Image
 	for _, name := range []string{upstreamBusybox, upstreamNginx} {
@@ -60,7 +61,8 @@ func (c *Cluster) LoadUpstreamImages(ctx context.Context, programs string) error
 		Cmd:   []string{"sh"},
 		Env:   []string{searchPath},
 	}
-	images = append(images, agnhost, glibc, oneProgram(upstreamPause, c.cache.program("pause")))
+	images = append(images, agnhost, glibc, oneProgram(upstreamPause, c.cache.program("pause")),
+		oneProgram(upstreamHello, populator))
 	for _, img := range images {
 		archive := filepath.Join(c.dir, "images", "upstream.tar")
 		if err := WriteImage(archive, img); err != nil {

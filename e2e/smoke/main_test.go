@@ -60,6 +60,12 @@ type suite struct {
 // start brings the lab up, with the image in it. The lab goes down when the test ends.
 func start(t *testing.T) *suite {
 	t.Helper()
+	return startWith(t, func(*lab.Config) {})
+}
+
+// startWith is start of a lab that is to be otherwise.
+func startWith(t *testing.T, change func(*lab.Config)) *suite {
+	t.Helper()
 	if testing.Short() {
 		t.Skip("needs root and built binaries: make e2e-smoke")
 	}
@@ -68,9 +74,9 @@ func start(t *testing.T) *suite {
 	}
 	cache, err := lab.FindCache(t.Context(), e2eFolder)
 	require.NoError(t, err)
-	c, err := lab.Up(t.Context(), lab.Config{
-		Dir: *dirFlag, Cache: cache, Log: slog.New(slog.NewTextHandler(logWriter{t}, nil)),
-	})
+	cfg := lab.Config{Dir: *dirFlag, Cache: cache, Log: slog.New(slog.NewTextHandler(logWriter{t}, nil))}
+	change(&cfg)
+	c, err := lab.Up(t.Context(), cfg)
 	require.NoError(t, err)
 	s := &suite{Cluster: c, t: t}
 	t.Cleanup(s.end)

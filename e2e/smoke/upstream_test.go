@@ -28,20 +28,29 @@ const (
 	xfsImmediate  = "xfs-immediate"
 	ext4Immediate = "ext4-immediate"
 
-	// notHere are the specs that cannot run on the nodes of this cluster.
-	notHere = `\[Disruptive\]|\[Feature:SELinux\]|\[Feature:snapshotmetadata\]|any volume data source`
+	// notHere are the specs that cannot run on the nodes of this cluster. Of those with SELinux, some look at nothing of it.
+	notHere = noSELinux + `|\[Feature:snapshotmetadata\]`
+
+	noSELinux = `\] seLinuxMount |different SELinux context`
+
+	// disruptive are the specs that stop kubelets: nothing else can run beside them.
+	disruptive = `\[Disruptive\]`
 
 	// Most of the time of a spec is waiting for a kubelet.
 	upstreamProcesses = "6"
 	upstreamTimeout   = 90 * time.Minute
 )
 
-var focusFlag = flag.String("upstream.focus", "", "regular expression of the only specs to run; the page is left as it is")
+var (
+	focusFlag = flag.String("upstream.focus", "", "regular expression of the only specs to run; the page is left as it is")
+	procsFlag = flag.String("upstream.procs", upstreamProcesses,
+		"how many specs of upstream.focus run at a time; 1 for those that stop kubelets")
+)
 
 // TestUpstream runs Kubernetes' own suite of external storage drivers, External.Storage, and writes what became of
 // each spec to docs/conformance.md: `make e2e-upstream`.
 func TestUpstream(t *testing.T) {
-	s := start(t)
+	s := startWith(t, func(c *lab.Config) { c.SSH = true })
 	u := upstream{suite: s, reports: filepath.Join(s.Dir(), "logs", "upstream")}
 	s.step("install with all sidecars", func(s *suite) { installFrom(s, limitedFolder) })
 	s.step("load upstream's images", loadUpstreamImages)
@@ -51,14 +60,15 @@ func TestUpstream(t *testing.T) {
 	require.NoError(t, os.MkdirAll(u.reports, 0o755))
 
 	if *focusFlag != "" {
-		p := u.run("some", driverFile, "--focus=External.Storage.*"+*focusFlag, "--skip="+notHere, "--procs="+upstreamProcesses)
+		p := u.run("some", driverFile, "--focus=External.Storage.*"+*focusFlag, "--skip="+notHere, "--procs="+*procsFlag)
 		u.require(p)
 		return
 	}
 	parallel := "--procs=" + upstreamProcesses
 	passes := []conformance.Pass{
-		u.run("parallel", driverFile, "--focus=External.Storage", `--skip=\[Serial\]|\] (capacity|volumegroup)|`+notHere, parallel),
+		u.run("parallel", driverFile, "--focus=External.Storage", `--skip=\[Serial\]|\] (capacity|volumegroup)|`+disruptive+"|"+notHere, parallel),
 		u.run("serial", driverOf(t, ext4Immediate, false), `--focus=External.Storage.*\[Serial\]`, "--skip="+notHere),
+		u.run("disruptive", driverFile, "--focus=External.Storage.*"+disruptive, "--skip="+notHere),
 		// There is capacity of classes that wait for a pod only.
 		u.run("capacity", driverOf(t, xfsClass, false), `--focus=External.Storage.*\] capacity`, "--skip="+notHere),
 		u.run("topology", driverOf(t, xfsClass, true), "--focus=External.Storage.*"+lateTopology, "--skip="+notHere,
@@ -74,12 +84,9 @@ func TestUpstream(t *testing.T) {
 	require.NoError(t, conformance.Write(conformancePage, passes,
 		left(driverOf(t, xfsClass, true), `immediate binding\)\] topology`, "These want volumes that some nodes cannot attach; "+
 			"every node can attach every volume of Trivet."),
-		left(driverFile, `\[Disruptive\]`, "These stop kubelets by SSH, which the nodes of this cluster do not have."),
-		left(driverFile, `\[Feature:SELinux\]`, "These need a kernel with SELinux.", `--skip=\[Disruptive\]`),
+		left(driverFile, "("+noSELinux+")", "These need a kernel with SELinux."),
 		left(driverFile, `\[Feature:snapshotmetadata\]`, "The pod of these builds a program from a branch of a repository, and this "+
 			"cluster reaches no network. Tests of driver/ and server/ look at the allocated and changed blocks of snapshots."),
-		left(driverFile, "any volume data source", "These need the images of a volume populator and of the volume-data-source-validator, "+
-			"which are not made here."),
 	))
 	for _, p := range passes {
 		u.require(p)
@@ -92,7 +99,9 @@ func TestUpstream(t *testing.T) {
 func loadUpstreamImages(s *suite) {
 	programs, err := lab.FindUpstream(s.t.Context(), e2eFolder)
 	require.NoError(s.t, err)
-	require.NoError(s.t, s.LoadUpstreamImages(s.t.Context(), programs))
+	populator, err := lab.FindPopulator(s.t.Context(), e2eFolder)
+	require.NoError(s.t, err)
+	require.NoError(s.t, s.LoadUpstreamImages(s.t.Context(), programs, populator))
 }
 
 // lateTopology are the specs of a class that waits for a pod and has allowedTopologies.
@@ -139,7 +148,8 @@ func (u *upstream) run(name, driver string, flags ...string) conformance.Pass {
 		"--json-report="+name+".json", "--output-interceptor-mode=none", filepath.Join(programs, "upstream.test"), "--",
 		"-kubeconfig="+u.Kubeconfig(), "-provider=local", "-storage.testdriver="+driver, "-report-dir="+u.reports)
 	cmd := exec.CommandContext(u.t.Context(), filepath.Join(programs, "ginkgo"), argv...)
-	cmd.Env = append(os.Environ(), "PATH="+u.ProgramsDir()+":"+os.Getenv("PATH"))
+	cmd.Env = append(os.Environ(), "PATH="+u.ProgramsDir()+":"+os.Getenv("PATH"),
+		"KUBE_SSH_USER=root", "LOCAL_SSH_KEY="+u.SSHKey())
 	cmd.Dir = u.reports
 	// Ginkgo's workers are not killed with it, but end when it is asked to.
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
