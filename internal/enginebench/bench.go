@@ -84,11 +84,12 @@ func (b *bench) phase(name, dir string) error {
 	return b.crash(dir)
 }
 
-// needBytes is the most of the disk that a phase takes: three times a volume that is written over, since cleaning keeps
-// up with 70 % of live blocks and a burst comes on top, and the first segments of all lanes.
+// needBytes is the most of the disk that a phase takes. A volume that is written over takes its size in the files
+// of its lane, which stay there, and in the data lane what cleaning makes of it, 1/0.7 of its size; the rest is for
+// bursts, and for the first segments of all lanes.
 func (o *options) needBytes(chosen []string) (need int64) {
 	for _, p := range chosen {
-		n := 3 * o.mib << 20
+		n := 11 * o.mib << 20 / 4
 		switch p {
 		case "snapshots":
 			n = 2*o.snapVolumeBytes()*(1+snapOverwrites) + 2*int64(o.spreadBlocks)*trivet.BlockSize

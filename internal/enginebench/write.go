@@ -120,6 +120,7 @@ func (b *bench) reportWrites(refs, values writeResult) {
 		compared("bytes written for each byte, random, settled", 2, refs.randomAmp, values.randomAmp, valueAtMost(2.2)),
 		compared("files, MiB", 0, mib(refs.files), mib(values.files), wanted{}),
 		alone("files but for the retained log / live blocks", 2, spaceRatio(refs.files, refs.usage), atMost(1.5)),
+		alone("the same without files that are free", 2, spaceRatio(refs.files-refs.usage.FreeBytes, refs.usage), wanted{}),
 	})
 	u := refs.usage
 	fmt.Fprintf(b.out, "of the log, MiB: live %.0f, retained %.0f, garbage and padding %.0f, free files %.0f\n",
