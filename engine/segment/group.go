@@ -203,8 +203,11 @@ func (g *Group) submit(what string, req *request, plan func() ([]*record, error)
 	}
 	req.refs = req.refs[:len(records)]
 	for i, r := range records {
-		if r.kind == kindEntry {
+		switch r.kind {
+		case kindEntry:
 			req.refs[i] = &ref{term: r.term, typ: r.typ}
+		case kindMove: // of Mend
+			req.refs[i] = g.accepted.at(r.index)
 		}
 	}
 	l.acceptLocked(req)

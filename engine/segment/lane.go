@@ -183,6 +183,7 @@ func (l *lane) acceptLocked(req *request) {
 			continue
 		}
 		if at != nil {
+			l.forgetLocked(at) // of one that is mended
 			at.entry = r
 			l.fifo = append(l.fifo, at)
 			l.cachedN++

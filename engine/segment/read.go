@@ -96,12 +96,11 @@ func (r *record) entry() Entry {
 	return Entry{Index: r.index, Term: r.term, Type: r.typ, Data: r.data, Payload: r.payload, Blocks: r.blocks}
 }
 
-// readRecord reads an entry from a pinned segment and checks it against its own checksums.
-func (l *lane) readRecord(seg *segment, where place) (*record, error) {
+// readHead reads the record of an entry from a pinned segment, without its payload and without a look at its body.
+func (l *lane) readHead(seg *segment, where place) (*record, error) {
 	begin := int64(where.off) / pageBytes * pageBytes
 	end := alignUp(int64(where.off)+int64(where.head), pageBytes)
-	payloadAt := int64(where.page) * pageBytes
-	if size := l.log.shape.segmentBytes; end > size || payloadAt+int64(where.payload) > size {
+	if size := l.log.shape.segmentBytes; end > size || int64(where.page)*pageBytes+int64(where.payload) > size {
 		return nil, fmt.Errorf("record at %d of segment %d passes its end: %w", where.off, seg.number, trivet.ErrCorrupt)
 	}
 	head := alignedBytes(end - begin)
@@ -116,6 +115,15 @@ func (l *lane) readRecord(seg *segment, where place) (*record, error) {
 		return nil, fmt.Errorf("record of kind %d at %+v of segment %d, want %+v: %w",
 			r.kind, at, seg.number, where, trivet.ErrCorrupt)
 	}
+	return &r, nil
+}
+
+// readRecord reads an entry from a pinned segment and checks it against its own checksums.
+func (l *lane) readRecord(seg *segment, where place) (*record, error) {
+	r, err := l.readHead(seg, where)
+	if err != nil {
+		return nil, err
+	}
 	if where.payload > 0 {
 		// One behind the other, for Entry.Whole, and the payload at a page.
 		dataBytes := int64(len(r.data))
@@ -123,6 +131,7 @@ func (l *lane) readRecord(seg *segment, where place) (*record, error) {
 		b := alignedBytes(skip + int64(where.payload))
 		copy(b[skip-dataBytes:], r.data)
 		r.data, r.payload = b[skip-dataBytes:skip], b[skip:]
+		payloadAt := int64(where.page) * pageBytes
 		if err := readFull(seg.file, r.payload, payloadAt); err != nil {
 			return nil, fmt.Errorf("segment %d at %d: %w", seg.number, payloadAt, err)
 		}
@@ -130,7 +139,7 @@ func (l *lane) readRecord(seg *segment, where place) (*record, error) {
 	if err := r.checkBody(); err != nil {
 		return nil, fmt.Errorf("segment %d: %w", seg.number, err)
 	}
-	return &r, nil
+	return r, nil
 }
 
 // readFull fills b. A file that ends before that is damage, not an I/O error.
