@@ -240,6 +240,9 @@ func (g *Group) resume() {
 		return
 	}
 	err := g.checkState()
+	if holes := g.holes.all(); err == nil && len(holes) > 0 {
+		err = fmt.Errorf("entry %d is damaged: %w", holes[0], trivet.ErrCorrupt) // a broken invariant
+	}
 	if err == nil {
 		err = g.startLocked()
 	}
@@ -310,7 +313,11 @@ func (g *Group) round(from raft.ServerAddress, want []byte) (got int64, err erro
 	defer func() { p.close(restored) }()
 	g.catch.pulling(from, p.opened.sizeBytes)
 	rec := p.opened.rec
-	if err := g.notBehind(rec); err != nil {
+	err = g.notBehind(rec)
+	if err == nil {
+		err = g.coversHoles(rec)
+	}
+	if err != nil {
 		return 0, fmt.Errorf("image of %s: %w", from, err)
 	}
 	g.log.Info("state is pulled", "from", string(from), "index", rec.index, "term", rec.term, "bytes", p.opened.sizeBytes)

@@ -209,7 +209,7 @@ func TestRogueKinds(t *testing.T) {
 						Kind: kind, Group: testGroup, From: as, To: replicaID(victim.name), Body: raftgroup.HeartbeatBody(term + 100),
 					})
 					if retired := kind > transport.KindTimeoutNow && kind < transport.KindHeartbeats; !retired &&
-						kind <= transport.KindImageClose {
+						kind <= transport.KindLogEntry {
 						require.ErrorIs(t, err, trivet.ErrInvalid, "kind %d of %s as %q", kind, from.Local(), as)
 					} else {
 						require.ErrorContains(t, err, "no handler", "a new kind belongs into this test")

@@ -147,6 +147,15 @@ func IsKeepAlive(body []byte) bool {
 	return err == nil && r.offset == keepAlive
 }
 
+// EntryAskBody asks for an entry of the log; EntryGiven reads the answer.
+func EntryAskBody(index, term uint64) []byte { return entryAsk{index: index, term: term}.encode() }
+
+// EntryGiven reports whether an answer to EntryAskBody has the entry.
+func EntryGiven(body []byte) (bool, error) {
+	e, err := decodeEntryReply(body)
+	return e != nil, err
+}
+
 // Restored reports whether an ImageClose says that all was restored.
 func Restored(body []byte) bool {
 	r, err := decodeImageClose(body)

@@ -45,6 +45,8 @@ func formats(t *testing.T) map[string][]byte {
 	t.Helper()
 	app, err := encodeAppend(goldenAppend())
 	require.NoError(t, err)
+	entry, err := encodeEntryReply(goldenAppend().Entries[2])
+	require.NoError(t, err)
 	return map[string][]byte{
 		"superblock":   superblock{group: 0x0123456789abcdef, replica: idA, members: testMembers()}.encode(),
 		"snapshot":     goldenSnapshot().encode(),
@@ -64,6 +66,8 @@ func formats(t *testing.T) map[string][]byte {
 		"image-read":   imageRead{5, 1 << 20}.encode(),
 		"image-piece":  imagePiece{1 << 20, true, []byte("image")}.encode(),
 		"image-close":  imageClose{5, true}.encode(),
+		"entry-ask":    entryAsk{44, 9}.encode(),
+		"entry-reply":  entry,
 	}
 }
 
@@ -142,6 +146,15 @@ func roundTrip(name string, b []byte) ([]byte, error) {
 	case "image-close":
 		v, err := decodeImageClose(b)
 		return v.encode(), err
+	case "entry-ask":
+		v, err := decodeEntryAsk(b)
+		return v.encode(), err
+	case "entry-reply":
+		v, err := decodeEntryReply(b)
+		if err != nil {
+			return nil, err
+		}
+		return encodeEntryReply(v)
 	}
 	return nil, fmt.Errorf("no format %q", name)
 }
@@ -256,6 +269,8 @@ func FuzzImageOpened(f *testing.F) { fuzzFormat(f, "image-opened") }
 func FuzzImageRead(f *testing.F)   { fuzzFormat(f, "image-read") }
 func FuzzImagePiece(f *testing.F)  { fuzzFormat(f, "image-piece") }
 func FuzzImageClose(f *testing.F)  { fuzzFormat(f, "image-close") }
+func FuzzEntryAsk(f *testing.F)    { fuzzFormat(f, "entry-ask") }
+func FuzzEntryReply(f *testing.F)  { fuzzFormat(f, "entry-reply") }
 
 // FuzzConfiguration: the library's decoder panics on some bytes; ours must not.
 func FuzzConfiguration(f *testing.F) {

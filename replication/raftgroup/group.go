@@ -38,7 +38,8 @@ type Group struct {
 	images *images
 	slots  chan struct{} // one per proposal under way
 	sends  *stage.Meter  // entries on their way to followers; nil = not measured
-	rotTo  uint64        // last damaged entry of those that the state has; 0 = none (rot.go)
+	found  damage        // of the log, when it was read last: by Open, later by mendLoop alone
+	holes  holes         // what of it has to come from other members (mend.go)
 
 	wake        chan struct{} // the watcher should look
 	wakeCompact chan struct{} // the compactor should look
@@ -92,9 +93,9 @@ type instance struct {
 // Open starts the replica that Create made. It returns ErrNotFound if it was never created (an
 // empty directory never opens a group: H10), ErrInvalid if the directory is another's (H11),
 // ErrInUse if it runs already, and ErrCorrupt when log, state machine and snapshot contradict each
-// other or an entry is damaged that the state machine has not applied: then nothing has been changed, and the replica
-// must be rebuilt under a new ID. A replica whose catch-up was interrupted opens, goes on with it, and takes no part
-// in the group until it is whole again (Status.CatchUp).
+// other or, unless Config.MendLog is set, an entry is damaged that the state machine has not applied: then nothing has
+// been changed, and the replica must be rebuilt under a new ID. A replica whose catch-up was interrupted opens, goes on
+// with it, and takes no part in the group until it is whole again (Status.CatchUp).
 func Open(cfg Config) (*Group, error) {
 	cfg = cfg.withDefaults()
 	if err := cfg.Validate(); err != nil {
@@ -136,13 +137,7 @@ func (g *Group) open() error {
 	if err != nil {
 		return err
 	}
-	if owing {
-		err = g.checkHome()
-	} else if err = g.checkState(); err == nil {
-		if err = g.leaveRot(); err == nil {
-			err = g.leaveApplied()
-		}
-	}
+	holey, err := g.settle(owing)
 	if err != nil {
 		return err
 	}
@@ -151,24 +146,54 @@ func (g *Group) open() error {
 			return err
 		}
 	}
-	if owing { // before the first message arrives
+	if owing {
 		g.log.Info("state is not whole: a catch-up was interrupted")
+	}
+	if owing || holey { // before the first message arrives
 		g.catch.active = true
 		g.fsm.setMixed(true)
 	}
 	if err := g.cfg.Network.add(g); err != nil {
 		return err
 	}
-	if owing {
+	switch {
+	case owing: // its image covers holes, too
 		g.loops.Go(g.catchUpLoop)
-	} else if err := g.start(); err != nil {
-		return err
+	case holey:
+		g.loops.Go(g.mendLoop)
+	default:
+		if err := g.start(); err != nil {
+			return err
+		}
 	}
 	g.loops.Go(g.watch)
 	g.loops.Go(g.watchLog)
 	g.loops.Go(g.compact)
 	g.poke()
 	return nil
+}
+
+// settle decides what a log with damage is good for, once it belongs to the state. holey: the library must not start
+// before other members have mended it.
+func (g *Group) settle(owing bool) (holey bool, err error) {
+	if owing {
+		return g.isHoley(), g.checkHome()
+	}
+	if err := g.checkState(); err != nil {
+		return false, err
+	}
+	if g.cfg.Recover {
+		if err := g.cutAtHole(); err != nil {
+			return false, err
+		}
+	}
+	if g.isHoley() {
+		return true, nil
+	}
+	if err := g.leaveRot(); err != nil {
+		return false, err
+	}
+	return false, g.leaveApplied()
 }
 
 func (g *Group) path(name string) string { return g.cfg.FS.PathJoin(g.cfg.Dir, name) }
@@ -182,15 +207,20 @@ func (g *Group) openStores() error {
 	if g.cfg.Machine.Restoring() {
 		has = 0
 	}
-	if g.rotTo, err = g.seglog.verify(has); err != nil {
-		return err
-	}
 	g.stable = newStableStore(g.seglog, g.guard)
 	g.stable.onSet = g.poke
 	if g.snaps, err = openSnapshots(g.cfg.FS, g.cfg.Dir, g.guard); err != nil {
 		return err
 	}
-	if g.store, err = newLogStore(g.seglog, g.guard, g.snaps.record().config, g.cfg.OverlapFlush); err != nil {
+	base := g.snaps.record().config
+	if g.found, err = g.seglog.verify(has, base.index); err != nil {
+		return err
+	}
+	if len(g.found.holes) > 0 && !g.cfg.MendLog {
+		return g.found.first
+	}
+	g.store, err = newLogStore(g.seglog, g.guard, base, g.cfg.OverlapFlush, g.found.holes...)
+	if err != nil {
 		return err
 	}
 	g.store.onAppend = g.appended

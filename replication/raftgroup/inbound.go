@@ -33,6 +33,8 @@ func (g *Group) dispatch(ctx context.Context, sender raft.ServerAddress, m trans
 		return g.onFetch(sender, m.Body)
 	case transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose:
 		return g.onImage(ctx, m.Kind, sender, m.Body)
+	case transport.KindLogEntry:
+		return g.onEntry(m.Body)
 	}
 	i := g.running()
 	if i == nil {

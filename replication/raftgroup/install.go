@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -15,7 +16,7 @@ import (
 //  2. the state machine marks itself as restoring (H5), is restored, and takes the mark off;
 //  3. the term is raised, if the snapshot is of a higher one; the vote stays;
 //  4. the snapshot is recorded;
-//  5. the log is emptied, unless it holds the snapshot's last entry;
+//  5. the log is emptied, unless it holds the snapshot's last entry; then it is cut up to there, if damaged before;
 //  6. the record of step 1 is removed, and the library may start.
 //
 // A process that finds the mark of step 2 pulls on. One that finds the record of step 1 and a state at
@@ -132,16 +133,36 @@ func (g *Group) finishInstall(r installRecord) error {
 		if err := g.store.durable.wait(context.Background(), r.rec.index); err != nil {
 			return err
 		}
+		if err := g.closeHoles(r.rec.index); err != nil {
+			return err
+		}
 	} else {
 		if err := g.store.install(r.rec.index, r.rec.config); err != nil {
 			return err
 		}
+		g.found = damage{}
+		g.isHoley()
 	}
 	g.fsm.setConfig(r.rec.config)
 	if err := errors.Join(g.endInstall(), g.guard.failed()); err != nil {
 		return err
 	}
 	g.log.Info("snapshot restored", "index", r.rec.index, "term", r.rec.term, "logKept", holds)
+	return nil
+}
+
+// closeHoles cuts a log that stays, if anything of it is damaged up to the snapshot.
+func (g *Group) closeHoles(index uint64) error {
+	damaged := slices.Concat(g.found.rot, g.found.holes)
+	if !slices.ContainsFunc(damaged, func(i uint64) bool { return i <= index }) {
+		return nil
+	}
+	if err := g.cutTo(index); err != nil {
+		return err
+	}
+	gone := func(i uint64) bool { return i <= index }
+	g.found.rot, g.found.holes = slices.DeleteFunc(g.found.rot, gone), slices.DeleteFunc(g.found.holes, gone)
+	g.isHoley()
 	return nil
 }
 

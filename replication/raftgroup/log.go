@@ -132,6 +132,15 @@ func (l *groupLog) fits(entries []*raft.Log) int {
 	return len(entries)
 }
 
+// mend puts one entry that is damaged back in its place, durably.
+func (l *groupLog) mend(e *raft.Log) error {
+	part, err := l.part([]*raft.Log{e})
+	if err != nil {
+		return err
+	}
+	return l.Mend(part[0])
+}
+
 // part returns entries as the log takes them.
 func (l *groupLog) part(entries []*raft.Log) ([]segment.Entry, error) {
 	part := make([]segment.Entry, 0, len(entries))

@@ -3,12 +3,12 @@ package raftgroup
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/hashicorp/raft"
 
 	"github.com/trivet-csi/trivet"
-	"github.com/trivet-csi/trivet/engine/segment"
 	"github.com/trivet-csi/trivet/internal/stage"
 )
 
@@ -41,37 +41,47 @@ var (
 )
 
 // newLogStore takes the log over. base is the configuration of the snapshot. It returns ErrCorrupt
-// when a configuration in the log cannot be read: the library would panic on it.
-func newLogStore(log *groupLog, guard *diskGuard, base groupConfig, overlap bool) (*logStore, error) {
+// when a configuration in the log cannot be read, unless it is in holes: the library would panic on it.
+func newLogStore(log *groupLog, guard *diskGuard, base groupConfig, overlap bool, holes ...uint64) (*logStore, error) {
 	s := &logStore{log: log, guard: guard, overlap: overlap}
-	first, last := log.bounds()
+	_, last := log.bounds()
 	// An earlier run in this process may have left appends in the queue: they are no more durable for that.
 	if err := log.TruncateSuffix(last + 1); err != nil {
 		return nil, err
 	}
 	s.durable = newDurability(guard, last)
+	return s, s.loadConfigs(base, holes...)
+}
+
+// loadConfigs reads the configurations in the log anew, but for those in holes.
+func (s *logStore) loadConfigs(base groupConfig, holes ...uint64) error {
+	var configs []groupConfig
 	if base.index > 0 {
-		s.configs = append(s.configs, base)
+		configs = append(configs, base)
 	}
+	first, last := s.log.bounds()
 	for index := max(first, base.index+1); index <= last; index++ {
-		_, typ, err := log.TermType(index)
+		_, typ, err := s.log.TermType(index)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if raft.LogType(typ) != raft.LogConfiguration {
+		if raft.LogType(typ) != raft.LogConfiguration || slices.Contains(holes, index) {
 			continue
 		}
 		var e raft.Log
-		if err := log.read(index, &e); err != nil {
-			return nil, err
+		if err := s.log.read(index, &e); err != nil {
+			return err
 		}
 		members, err := decodeConfiguration(e.Data)
 		if err != nil {
-			return nil, fmt.Errorf("entry %d of %s: %v: %w", index, log.id, err, trivet.ErrCorrupt)
+			return fmt.Errorf("entry %d of %s: %v: %w", index, s.log.id, err, trivet.ErrCorrupt)
 		}
-		s.configs = append(s.configs, groupConfig{index, members})
+		configs = append(configs, groupConfig{index, members})
 	}
-	return s, nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.configs = configs
+	return nil
 }
 
 // IsMonotonic says no, though indexes have no gaps: of a store that says yes the library empties the log
@@ -105,11 +115,7 @@ func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	if err == nil || errors.Is(err, raft.ErrLogNotFound) || errors.Is(err, trivet.ErrClosed) {
 		return err
 	}
-	if errors.Is(err, trivet.ErrCorrupt) && !errors.Is(err, segment.ErrMemory) { // memory is the whole process's
-		s.guard.damaged(err)
-	} else {
-		s.guard.fail(err)
-	}
+	s.met(err)
 	if s.guard.failed() == nil { // closed meanwhile
 		return err
 	}

@@ -42,6 +42,7 @@ func NewMux(n transport.Network) *Mux {
 		transport.KindAppendEntries, transport.KindRequestVote, transport.KindRequestPreVote, transport.KindTimeoutNow,
 		transport.KindStanding, transport.KindTransfer,
 		transport.KindFetch, transport.KindImageOpen, transport.KindImageRead, transport.KindImageClose,
+		transport.KindLogEntry,
 	} {
 		n.Handle(k, m.handle)
 	}

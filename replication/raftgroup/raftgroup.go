@@ -161,13 +161,19 @@ type Config struct {
 	// behind entries that the state machine has, and refuses the replica for any other, as after a restart (rot.go).
 	// What else fails meanwhile is told by Open, or by the log's own Fatal. nil: damage is told to Fatal.
 	Damaged func(error)
+	// MendLog opens a replica whose log has entries that are damaged and that the state machine has not applied: it takes
+	// no part in the group (Status.Damaged) until it has them from other members, and then goes on under its name. So
+	// it is for a group that nobody else makes replicas for. false: Open returns ErrCorrupt. Entries that the state
+	// machine has are cut off in both cases.
+	MendLog bool
 	// IsMember answers, from the catalogue, whether a replica that the group's own configuration
 	// does not know is a member on that node: a follower that lags far behind needs it to accept
 	// its leader. nil = the group's own configuration alone decides.
 	IsMember func(trivet.ReplicaID, trivet.NodeID) bool
 
 	// Recover makes this replica the only voter before it starts: see recover.go, and only after everybody else was
-	// given up. Again: no effect.
+	// given up. Again: no effect. With MendLog, a log with damaged entries ends before the first that the state machine
+	// does not have (Status.WholeIndex).
 	Recover bool
 	// RecoverLearners stay in the group as learners when Recover gives up the others: replicas that live, and whose logs
 	// the caller has seen to be no newer than this one's.

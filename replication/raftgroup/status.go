@@ -22,6 +22,11 @@ type Status struct {
 	Members    []Member // the newest configuration, committed or not
 	// Match: on the leader, last acknowledged index per replica (from our transport).
 	Match map[trivet.ReplicaID]uint64
+	// Damaged is how many entries of its log the replica cannot read and waits to get from other members; it does not run
+	// meanwhile. WholeIndex and WholeTerm are where the log ends before the first of them that the state machine does
+	// not have; LastIndex and LastTerm when there is none.
+	Damaged               int
+	WholeIndex, WholeTerm uint64
 	// CatchUp is set while the replica pulls what it missed from another one, and does not run.
 	CatchUp CatchUp
 }
@@ -47,8 +52,10 @@ func (g *Group) Status() Status {
 	} else {
 		s.LastTerm = g.snaps.record().term
 	}
+	s.WholeIndex, s.WholeTerm = s.LastIndex, s.LastTerm
 	i := g.running()
 	if i == nil {
+		g.addDamage(&s)
 		return s
 	}
 	v := g.look(i)
@@ -60,6 +67,24 @@ func (g *Group) Status() Status {
 		s.Match = maps.Clone(g.lease.matches(s.Term))
 	}
 	return s
+}
+
+// addDamage tells of holes in the log.
+func (g *Group) addDamage(s *Status) {
+	holes := g.holes.all()
+	s.Damaged = len(holes)
+	for _, index := range holes {
+		if index <= s.Applied {
+			continue
+		}
+		s.WholeIndex = index - 1
+		term, ok := g.seglog.term(s.WholeIndex)
+		if rec := g.snaps.record(); !ok && rec.index == s.WholeIndex {
+			term = rec.term
+		}
+		s.WholeTerm = term
+		return
+	}
 }
 
 // Changed is closed at the next change of leader or term.

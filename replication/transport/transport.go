@@ -38,6 +38,7 @@ const (
 	KindImageOpen  Kind = 12 // a follower pulls: pin an image of the state
 	KindImageRead  Kind = 13 // a piece of it
 	KindImageClose Kind = 14 // let it go
+	KindLogEntry   Kind = 15 // a replica whose log is damaged asks for an entry of it
 
 	KindVolumeWrite    Kind = 16 // replication: write, discard, write-zeroes proposals
 	KindVolumeRead     Kind = 17
