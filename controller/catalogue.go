@@ -39,7 +39,8 @@ type CatalogueConfig struct {
 	// three. It counts when the log is made. 0 = 8 MiB, which takes the largest entry.
 	LogSegmentBytes int64
 	Logger          *slog.Logger // nil = discard
-	// Fatal is told of an I/O error or damage, and must stop the process. Must be set.
+	// Fatal is told of an I/O error, or of damage that is not of single entries on the disk, and must stop the process.
+	// Must be set.
 	Fatal func(error)
 }
 
@@ -84,6 +85,8 @@ type Catalogue struct {
 
 	openMu  sync.Mutex   // one Bootstrap, Prepare, Open or Close at a time; taken before mu
 	metaLog *segment.Log // nil until needed; under openMu
+
+	reopening sync.WaitGroup // of suspect
 
 	mu     sync.Mutex
 	group  *raftgroup.Group // nil until open
@@ -232,7 +235,8 @@ func (c *Catalogue) prepare() (identity, error) {
 }
 
 // Open starts the member that Bootstrap or Prepare made; nil when it runs. ErrNotFound when there is
-// none (H10), ErrCorrupt when the directory contradicts itself.
+// none (H10), ErrCorrupt when the directory contradicts itself or is damaged (SetAside). A log with single entries that
+// are damaged opens, and takes no part until other members have mended it (Damage).
 func (c *Catalogue) Open(_ context.Context) error {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
@@ -290,6 +294,12 @@ func (c *Catalogue) run(cfg raftgroup.Config, id identity) error {
 
 // Close stops the member and waits for it. Idempotent.
 func (c *Catalogue) Close() error {
+	err := c.close()
+	c.reopening.Wait()
+	return err
+}
+
+func (c *Catalogue) close() error {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	c.mu.Lock()
@@ -356,7 +366,7 @@ func (c *Catalogue) groupConfig(id identity) raftgroup.Config {
 	return raftgroup.Config{
 		Group: trivet.MetaGroup, Replica: id.Replica, FS: c.cfg.FS, Dir: c.cfg.FS.PathJoin(c.cfg.Dir, raftDir),
 		Network: c.cfg.Mux, Machine: c.machine, Timing: c.cfg.Timing, Logger: c.log, Fatal: c.cfg.Fatal,
-		IsMember: c.isMember, SnapshotBytes: c.cfg.SnapshotBytes,
+		IsMember: c.isMember, SnapshotBytes: c.cfg.SnapshotBytes, MendLog: true, Damaged: c.suspect,
 	}
 }
 

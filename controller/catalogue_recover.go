@@ -22,8 +22,9 @@ const askLogEndMax = 3 * time.Second
 // logEnd is what a member of the meta group says of its log.
 type logEnd struct {
 	Replica trivet.ReplicaID `json:"replica"`
-	Term    uint64           `json:"term"`  // of the last entry
-	Index   uint64           `json:"index"` // of the last entry
+	Term    uint64           `json:"term"`  // of the last entry before which none is damaged
+	Index   uint64           `json:"index"` // of that entry
+	Damaged int              `json:"damaged,omitempty"`
 	Leader  trivet.NodeID    `json:"leader,omitempty"`
 }
 
@@ -33,6 +34,10 @@ type CatalogueRecovery struct {
 	Survivor Survivor
 	Kept     []raftgroup.Member // that live, and become learners; the leader promotes them as ever
 	Lost     []raftgroup.Member // that are given up
+	Damaged  []trivet.NodeID    // of Kept, and perhaps the survivor, those that do not vote as their logs are damaged
+	Dropped  uint64             // entries of the survivor's log, from the first that is damaged on
+
+	again bool // an earlier try got as far as the group itself
 }
 
 func (r *CatalogueRecovery) detail() string {
@@ -43,21 +48,30 @@ func (r *CatalogueRecovery) detail() string {
 		}
 		return strings.Join(out, ", ")
 	}
-	return fmt.Sprintf("its log ends at entry %d of term %d; lost: %s; kept: %s", r.Survivor.Index, r.Survivor.Term,
-		names(r.Lost), names(r.Kept))
+	dropped := ""
+	if r.Dropped > 0 {
+		dropped = fmt.Sprintf(", %d damaged and later ones dropped", r.Dropped)
+	}
+	return fmt.Sprintf("its log ends at entry %d of term %d%s; lost: %s; kept: %s", r.Survivor.Index, r.Survivor.Term,
+		dropped, names(r.Lost), names(r.Kept))
 }
 
 // Warning says what may be missing of a catalogue that is recovered.
 func (r *CatalogueRecovery) Warning() string {
-	return "what the lost members of the catalogue had acknowledged and had not reached this one is lost: volumes, " +
-		"snapshots and attachments of their last moments. No lost node may run with what it had: give it an empty " +
+	dropped := ""
+	if r.Dropped > 0 {
+		dropped = fmt.Sprintf("the last %d entries of its log are given up, as the first of them is damaged; ", r.Dropped)
+	}
+	return dropped + "what the lost members of the catalogue had acknowledged and had not reached this one is lost: " +
+		"volumes, snapshots and attachments of their last moments. No lost node may run with what it had: give it an empty " +
 		"catalogue directory before it comes back"
 }
 
-// Recover makes this node's member the only voter of the meta group, of which a majority is lost for good (H34), and
-// gives the lost ones up: they must never run again with what they have, for together they would be a second
-// catalogue. Members that live stay, as learners at first. Without accept it only says what it would do. It returns
-// once this node leads and the audit has a record.
+// Recover makes this node's member the only voter of the meta group, of which a majority is lost for good (H34), or
+// does not vote because of damaged logs that nobody can mend. It gives the lost ones up: they must never run again with
+// what they have, for together they would be a second catalogue. Members that live stay, as learners at first; of
+// damaged logs, what is behind the first damaged entry does not count. Without accept it only says what it would do. It
+// returns once this node leads and the audit has a record.
 //
 // ErrInvalid: a majority lives, another member has a newer log (the message names its node), or this node is no member;
 // ErrUnavailable: a member that lives cannot say where its log ends, or ctx ended first. Again after that: it goes on.
@@ -71,7 +85,7 @@ func (c *Catalogue) Recover(ctx context.Context, accept bool) (CatalogueRecovery
 	if err != nil || !accept {
 		return plan, wrapUnlessNil(what, err)
 	}
-	if len(plan.Lost) > 0 {
+	if !plan.again {
 		c.log.Error("a majority of the catalogue is given up, by an operator's word", "plan", plan.detail())
 		if err := c.reopenAlone(plan.Kept); err != nil {
 			return plan, fmt.Errorf("%s: %w", what, err)
@@ -94,13 +108,13 @@ func wrapUnlessNil(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// planRecovery asks every member where its log ends. Nothing lost means that an earlier try got as far as the group
-// itself.
+// planRecovery asks every member where its log ends.
 func (c *Catalogue) planRecovery(ctx context.Context, g *raftgroup.Group) (CatalogueRecovery, error) {
 	st := g.Status()
 	plan := CatalogueRecovery{Cluster: c.cfg.Cluster}
 	self := raftgroup.Member{Replica: c.Replica(), Node: c.cfg.Node}
-	plan.Survivor = Survivor{Replica: self.Replica, Node: self.Node, Term: st.LastTerm, Index: st.LastIndex}
+	plan.Survivor = Survivor{Replica: self.Replica, Node: self.Node, Term: st.WholeTerm, Index: st.WholeIndex}
+	plan.Dropped = st.LastIndex - st.WholeIndex
 	if !slices.ContainsFunc(st.Members, func(m raftgroup.Member) bool { return m.Replica == self.Replica }) {
 		return plan, fmt.Errorf("it is no member of the group (%d are): %w", len(st.Members), trivet.ErrInvalid)
 	}
@@ -108,15 +122,19 @@ func (c *Catalogue) planRecovery(ctx context.Context, g *raftgroup.Group) (Catal
 	if err != nil {
 		return plan, err
 	}
+	ends[self.Replica] = logEnd{Damaged: st.Damaged}
 	voters, living := 0, 0
 	slices.SortFunc(st.Members, compareMembers)
 	for _, m := range st.Members {
 		end, lives := ends[m.Replica]
-		if lives = lives || m.Replica == self.Replica; !m.Learner {
+		if !m.Learner {
 			voters++
-			if lives {
+			if lives && end.Damaged == 0 {
 				living++
 			}
+		}
+		if end.Damaged > 0 {
+			plan.Damaged = append(plan.Damaged, m.Node)
 		}
 		switch {
 		case m.Replica == self.Replica:
@@ -131,8 +149,8 @@ func (c *Catalogue) planRecovery(ctx context.Context, g *raftgroup.Group) (Catal
 			}
 		}
 	}
-	again := voters == 1 && st.IsLeader && c.Local().Strays(replicasOf(st.Members))
-	if 2*living > voters && !again {
+	plan.again = voters == 1 && st.IsLeader && c.Local().Strays(replicasOf(st.Members))
+	if 2*living > voters && !plan.again {
 		return plan, fmt.Errorf("%d of its %d voters live, which is a majority: nothing has to be given up: %w",
 			living, voters, trivet.ErrInvalid)
 	}
@@ -200,7 +218,9 @@ func (c *Catalogue) serveLogEnd() (transport.Message, error) {
 		return transport.Message{}, fmt.Errorf("catalogue of %s is not open: %w", c.cfg.Node, trivet.ErrUnavailable)
 	}
 	st := g.Status()
-	b, err := json.Marshal(logEnd{Replica: c.Replica(), Term: st.LastTerm, Index: st.LastIndex, Leader: st.LeaderNode})
+	b, err := json.Marshal(logEnd{
+		Replica: c.Replica(), Term: st.WholeTerm, Index: st.WholeIndex, Damaged: st.Damaged, Leader: st.LeaderNode,
+	})
 	if err != nil {
 		return transport.Message{}, err
 	}
@@ -212,19 +232,10 @@ func (c *Catalogue) serveLogEnd() (transport.Message, error) {
 func (c *Catalogue) reopenAlone(learners []raftgroup.Member) error {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	c.mu.Lock()
-	group, stop, done, id := c.group, c.stop, c.done, c.self
-	if c.closed || group == nil {
-		c.mu.Unlock()
-		return fmt.Errorf("it is not open: %w", trivet.ErrClosed)
-	}
-	c.group, c.opened = nil, make(chan struct{})
-	c.mu.Unlock()
-	stop()
-	if err := group.Close(); err != nil {
+	id, err := c.halt()
+	if err != nil {
 		return err
 	}
-	<-done
 	cfg, err := c.withLog(id)
 	if err != nil {
 		return err

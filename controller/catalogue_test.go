@@ -3,6 +3,7 @@ package controller_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -26,6 +27,7 @@ type group struct {
 	cats  map[trivet.NodeID]*controller.Catalogue
 
 	snapshotBytes int64
+	logger        *slog.Logger // of those that boot from now on
 }
 
 var timing = raftgroup.Timing{Heartbeat: 200 * time.Millisecond, Lease: 150 * time.Millisecond}
@@ -57,7 +59,8 @@ func (g *group) boot(t *testing.T, id trivet.NodeID) *controller.Catalogue {
 	c, err := controller.NewCatalogue(controller.CatalogueConfig{
 		Node: id, Cluster: clusterID, Dir: "data/meta", FS: g.disks[id], Network: network, Mux: raftgroup.NewMux(network),
 		Timing: timing, SnapshotBytes: g.snapshotBytes, LogSegmentBytes: 256 << 10,
-		Fatal: func(err error) { t.Errorf("%s: fatal: %v", id, err) },
+		Logger: g.logger,
+		Fatal:  func(err error) { t.Errorf("%s: fatal: %v", id, err) },
 	})
 	require.NoError(t, err)
 	g.cats[id] = c

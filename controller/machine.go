@@ -111,6 +111,14 @@ func (m *machine) waitIndex(ctx context.Context, index uint64) (*meta.State, err
 	}
 }
 
+// forget begins anew, with the empty catalogue, for another member. REQUIRES: no group runs it.
+func (m *machine) forget() {
+	m.fileMu.Lock()
+	defer m.fileMu.Unlock()
+	m.flushed = 0
+	m.publish(snapshot{state: &meta.State{}})
+}
+
 // Apply implements raftgroup.StateMachine. Its results are meta.Results. A command that cannot be
 // decoded was written by a newer program: the member must stop rather than skip it, or its state
 // would differ from the others'.

@@ -163,7 +163,11 @@ func (c *Catalogue) try(ctx context.Context, g *raftgroup.Group,
 	case st.IsLeader:
 		err = here(ctx, g)
 	case st.LeaderNode == "" || st.LeaderNode == c.cfg.Node:
-		return fmt.Errorf("no leader is known: %w", trivet.ErrUnavailable)
+		why := "no leader is known"
+		if d := c.Damage(); d != "" {
+			why += " (" + d + ")"
+		}
+		return fmt.Errorf("%s: %w", why, trivet.ErrUnavailable)
 	default:
 		err = remote(ctx, st.LeaderNode)
 	}

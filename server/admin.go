@@ -129,6 +129,9 @@ func (a *admin) ClusterStatus(ctx context.Context, _ *api.ClusterStatusRequest) 
 				"or are replaced", n.GetId()))
 		}
 	}
+	if damage := a.s.catalogue.Damage(); damage != "" {
+		resp.Warnings = append(resp.Warnings, damage)
+	}
 	pending := controller.PendingOf(state, time.Now())
 	for _, v := range state.Volumes() {
 		resp.VolumesByPhase[string(v.Phase)]++

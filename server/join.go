@@ -27,6 +27,9 @@ func (s *Server) initCluster(ctx context.Context) error {
 	s.joinMu.Lock()
 	defer s.joinMu.Unlock()
 	if s.catalogue.Joined() && !s.started() {
+		if err := s.catalogue.Open(ctx); err != nil { // nil when it is open
+			return err
+		}
 		return s.becomeMember(ctx) // an earlier try got as far as the birth
 	}
 	if s.catalogue.Joined() {
@@ -124,11 +127,13 @@ func (s *Server) meet(ctx context.Context, seed string) error {
 // server that died between making its empty replica and being added goes on from there.
 func (s *Server) joinAt(ctx context.Context, seed string) error {
 	if _, listed := s.catalogue.Roles()[s.cfg.Node]; !listed {
-		replica, err := s.catalogue.Prepare(ctx)
-		if err != nil {
-			return err
+		replica, err := s.openEmpty(ctx)
+		if errors.Is(err, trivet.ErrCorrupt) { // what is there can never run again, and the cluster has other members
+			if err = s.catalogue.SetAside(); err == nil {
+				replica, err = s.openEmpty(ctx)
+			}
 		}
-		if err := s.catalogue.Open(ctx); err != nil {
+		if err != nil {
 			return err
 		}
 		resp, err := s.askSeed(ctx, seed, replica)
@@ -144,6 +149,15 @@ func (s *Server) joinAt(ctx context.Context, seed string) error {
 		return nil
 	}
 	return s.becomeMember(ctx)
+}
+
+// openEmpty opens the member that is to be added, and makes it first if need be.
+func (s *Server) openEmpty(ctx context.Context) (trivet.ReplicaID, error) {
+	replica, err := s.catalogue.Prepare(ctx)
+	if err != nil {
+		return "", err
+	}
+	return replica, s.catalogue.Open(ctx)
 }
 
 // started reports whether the server runs as a member.

@@ -14,9 +14,11 @@ import (
 
 // The metrics; docs/metrics.md says how to use them. Names and labels are an interface: they stay.
 var (
-	descNode     = desc("trivet_node_info", "1, with what this server is.", "node", "zone", "version")
-	descOmitted  = desc("trivet_metrics_omitted_volumes", "Volumes served here that are not in this scrape.")
-	descMember   = desc("trivet_node_member", "1 if this server is a member of a cluster.")
+	descNode    = desc("trivet_node_info", "1, with what this server is.", "node", "zone", "version")
+	descOmitted = desc("trivet_metrics_omitted_volumes", "Volumes served here that are not in this scrape.")
+	descMember  = desc("trivet_node_member", "1 if this server is a member of a cluster.")
+	descMetaRot = desc("trivet_catalogue_damaged_entries",
+		"Entries of this server's log of the catalogue that are damaged and wait for another server's copy.")
 	descMetaLead = desc("trivet_catalogue_leader", "1 if this server leads the catalogue.")
 	descRevision = desc("trivet_catalogue_revision", "Changes of the catalogue as known here.")
 	descDiskSize = desc("trivet_disk_size_bytes", "Size of the filesystem of a disk.", "disk", "path")
@@ -113,6 +115,7 @@ func (c *collector) node(out chan<- prometheus.Metric) {
 	gauge(out, descNode, 1, string(cfg.Node), zone, cfg.Version)
 	gauge(out, descMember, flag(c.s.catalogue.Joined()))
 	gauge(out, descMetaLead, flag(c.s.catalogue.Leader() == cfg.Node))
+	gauge(out, descMetaRot, float64(c.s.catalogue.Damaged()))
 	local := c.s.catalogue.Local()
 	gauge(out, descRevision, float64(local.Revision()))
 	self, ok := local.Node(cfg.Node)

@@ -35,6 +35,9 @@ import (
 	"github.com/trivet-csi/trivet/replication/transport"
 )
 
+// metaDir is the catalogue's, in the data directory.
+const metaDir = "meta"
+
 // adminStreamsMax bounds the calls that one administration connection may have under way.
 const adminStreamsMax = 64
 
@@ -58,6 +61,7 @@ type Server struct {
 	stages  *stage.Registry
 	metrics *metricsServer // nil without an address
 
+	damaged    error // why the catalogue was not opened at the start; not changed afterwards
 	catalogue  *controller.Catalogue
 	controller *controller.Controller
 
@@ -110,7 +114,7 @@ func (s *Server) open(ctx context.Context) error {
 	s.cancel = cancel
 	s.group.Go(func() error { s.port.serve(); return nil })
 	s.group.Go(func() error { return s.grpc.Serve(s.port.admin) })
-	if s.catalogue.Joined() {
+	if s.catalogue.Opened() {
 		if err := s.becomeMember(ctx); err != nil {
 			return err
 		}
@@ -204,7 +208,7 @@ func (s *Server) openPort(ctx context.Context) error {
 func (s *Server) openCatalogue(ctx context.Context) error {
 	s.mux = raftgroup.NewMux(s.network)
 	cat, err := controller.NewCatalogue(controller.CatalogueConfig{
-		Node: s.cfg.Node, Cluster: s.cluster, Dir: s.dir.join("meta"), Network: s.network, Mux: s.mux,
+		Node: s.cfg.Node, Cluster: s.cluster, Dir: s.dir.join(metaDir), Network: s.network, Mux: s.mux,
 		Timing: s.cfg.Timing, Logger: s.log, Fatal: s.cfg.Fatal,
 	})
 	if err != nil {
@@ -216,7 +220,14 @@ func (s *Server) openCatalogue(ctx context.Context) error {
 	if !cat.Joined() {
 		return nil
 	}
-	return cat.Open(ctx)
+	if err = cat.Open(ctx); errors.Is(err, trivet.ErrCorrupt) {
+		// Its volumes need a catalogue, and this node can have one again: joinAt sets the damaged one aside.
+		s.damaged = fmt.Errorf("the catalogue of this node, in %s, is damaged and is not used; the node joins anew when a "+
+			"server of the cluster answers (--seed): %w", s.dir.join(metaDir), err)
+		s.log.Error("the catalogue of this node is damaged", "err", s.damaged)
+		return nil
+	}
+	return err
 }
 
 // ready reports whether CSI calls can be served.
@@ -294,6 +305,9 @@ func (m *member) close() error {
 func (s *Server) node() (*node.Node, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.member == nil && s.damaged != nil {
+		return nil, fmt.Errorf("%v: %w", s.damaged, trivet.ErrUnavailable)
+	}
 	if s.member == nil {
 		return nil, fmt.Errorf("node %s is not a member of a cluster yet; run `trivet cluster init` on one node, and give "+
 			"the others a --seed: %w", s.cfg.Node, trivet.ErrUnavailable)

@@ -25,7 +25,7 @@ func newClusterRecover(o *options) *cobra.Command {
 			"shows what it would do, then asks for the name of the volume. Refused while a majority lives.\n\n" +
 			"With --catalogue it is the catalogue of the cluster whose majority is lost: the server that is asked becomes the " +
 			"only\nvoter of it, unless a member that lives has a newer log. A lost node must not run again with the catalogue " +
-			"that it had.",
+			"that it had.\nA member with a damaged entry in its log does not vote, and its log counts up to that entry only.",
 		Example: "  trivet cluster recover db\n  trivet cluster recover db --yes-i-accept-data-loss\n" +
 			"  trivet cluster recover --catalogue --server n1.example:7420",
 		Args: func(cmd *cobra.Command, args []string) error {
