@@ -241,7 +241,7 @@ func (k *fakeKernel) die(err error) {
 }
 
 func (k *fakeKernel) Survives() error {
-	if !k.bench.survive {
+	if !k.bench.survive || k.bench.keeperAway {
 		return trivet.ErrUnavailable
 	}
 	return k.Err()
@@ -256,6 +256,9 @@ func (k *fakeKernel) Detach(context.Context) error {
 	m := k.bench.mounter
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if k.bench.open {
+		return fmt.Errorf("%s is open: %w", k.path, trivet.ErrInUse)
+	}
 	for target, stack := range m.table {
 		for _, n := range stack {
 			if n == m.devices[k.path] {
@@ -274,6 +277,9 @@ type mountBench struct {
 	mounts  *mounts
 	runDir  string
 	survive bool // kernel devices survive their process
+
+	keeperAway bool // devices do not know that they survive
+	open       bool // a process has the device open
 
 	mu      sync.Mutex
 	groups  []*fakeGroup

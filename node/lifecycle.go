@@ -28,8 +28,8 @@ func (m *mounts) attach(ctx context.Context, id trivet.VolumeID) (string, error)
 // process knows whether the attachment went on without a break (resume.go).
 func (m *mounts) show(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
 	rec := m.records.get(id)
-	if rec.Epoch != at.epoch {
-		rec.Epoch = at.epoch
+	if rec.Epoch != at.epoch || rec.Leaving {
+		rec.Epoch, rec.Leaving = at.epoch, false
 		if err := m.records.put(rec); err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
 		}
@@ -46,7 +46,7 @@ func (m *mounts) hide(ctx context.Context, id trivet.VolumeID) error {
 	if rec.Epoch == 0 {
 		return nil
 	}
-	rec.Epoch = 0
+	rec.noDevice()
 	return m.records.put(rec)
 }
 
@@ -147,7 +147,7 @@ func (m *mounts) cleanUp(ctx context.Context, left blockdev.Leftovers, keep []st
 		if err := m.abandon(&rec); err != nil {
 			return err
 		}
-		rec.Epoch = 0
+		rec.noDevice()
 		if err := m.records.put(rec); err != nil {
 			return err
 		}
@@ -204,6 +204,7 @@ func (m *mounts) closeVolume(ctx context.Context, id trivet.VolumeID) error {
 	if err := m.abandon(&rec); err != nil {
 		return err
 	}
+	rec.Leaving = rec.Epoch != 0 // if that fails and the keeper has the device after all, the next process ends it
 	if err := m.records.put(rec); err != nil {
 		return err
 	}

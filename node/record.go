@@ -28,7 +28,12 @@ type record struct {
 	ReadOnly  bool            `json:"readOnly,omitempty"` // the attachment is
 	Staged    *staging        `json:"staged,omitempty"`
 	Published []publication   `json:"published,omitempty"`
+	// Leaving says that a process which ended had begun to remove the block device: nobody else is going to ask for it.
+	Leaving bool `json:"leaving,omitempty"`
 }
+
+// noDevice notes that there is no block device.
+func (r *record) noDevice() { r.Epoch, r.Leaving = 0, false }
 
 // staging is a StageRequest that was carried out.
 type staging struct {

@@ -93,6 +93,7 @@ func (m *mounts) resume(ctx context.Context, l leftover) {
 		err := m.resumeOnce(ctx, &l)
 		if err == nil {
 			m.log.Info("resumed", "volume", l.id, "took", time.Since(start))
+			m.finishLeaving(ctx, l.id)
 			return
 		}
 		if ctx.Err() != nil {
@@ -107,6 +108,23 @@ func (m *mounts) resume(ctx context.Context, l leftover) {
 		case <-ctx.Done():
 			return
 		case <-time.After(resumePause):
+		}
+	}
+}
+
+// finishLeaving removes a device whose removal the last process had begun: its mounts are gone from the records, and
+// whoever asks for the volume to be unstaged is told that it is not staged. What was written is committed by that.
+func (m *mounts) finishLeaving(ctx context.Context, id trivet.VolumeID) {
+	for m.records.get(id).Leaving {
+		err := m.hide(ctx, id)
+		if err == nil {
+			return
+		}
+		m.log.Warn("a volume that the last process began to detach is still there", "volume", id, "err", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(giveUpPause):
 		}
 	}
 }
@@ -252,7 +270,7 @@ func (m *mounts) remove(ctx context.Context, l leftover) error {
 	if err := m.abandon(&rec); err != nil {
 		return err
 	}
-	rec.Epoch = 0
+	rec.noDevice()
 	return errors.Join(m.records.put(rec), l.all.CleanOne(ctx, l.id.String()))
 }
 

@@ -346,6 +346,40 @@ func TestCloseHandsOver(t *testing.T) {
 	assert.Equal(t, b.cat.volume(vol).Epoch, b.mounts.records.get(vol).Epoch)
 }
 
+// TestResumeEndsWhatCloseBegan: a process that ended while the keeper was away, and a process had the device open, had
+// to leave it to nobody; the keeper has it all the same, and the next process removes it, when nobody has it open.
+func TestResumeEndsWhatCloseBegan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &resumeBench{mountBench: newMountBench(t)}
+		b.survive, b.keeperAway, b.open = true, true, true
+		b.grant("n1", meta.SingleNodeMultiWriter, false)
+		require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
+		require.NoError(t, b.mounts.close(t.Context()))
+		require.Zero(t, b.mounter.mountedN())
+		require.Len(t, b.mounter.devices, 1)
+		require.NotZero(t, b.mounts.records.get(vol).Epoch)
+
+		b.keeperAway = false
+		b.next(t, 0x302)
+		l := b.leftover(t)
+		done := make(chan struct{})
+		go func() { b.mounts.resume(t.Context(), l); close(done) }()
+		synctest.Wait()
+		b.fence()
+		synctest.Wait()
+		require.Equal(t, 1, b.resumedN)
+		require.ErrorIs(t, b.mounts.unstage(t.Context(), vol, stageReq().StagingPath), trivet.ErrPending,
+			"Kubernetes does not think that it is gone")
+		b.mounter.mu.Lock()
+		b.open = false
+		b.mounter.mu.Unlock()
+		<-done
+		require.Empty(t, b.mounter.devices)
+		require.NoError(t, b.mounts.unstage(t.Context(), vol, stageReq().StagingPath))
+		require.Empty(t, b.mounts.records.list())
+	})
+}
+
 func TestCloseDetachesWhenTold(t *testing.T) {
 	t.Parallel()
 	b := newMountBench(t)

@@ -247,7 +247,8 @@ func (m *mounts) unstage(ctx context.Context, id trivet.VolumeID, path string) e
 	if err := m.attacher.hide(ctx, id); err != nil {
 		return fmt.Errorf("unstage: %w", err)
 	}
-	rec.Staged, rec.Device, rec.ReadOnly, rec.Epoch = nil, 0, false, 0
+	rec.Staged, rec.Device, rec.ReadOnly = nil, 0, false
+	rec.noDevice()
 	return m.records.put(rec)
 }
 
