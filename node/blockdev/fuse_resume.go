@@ -133,12 +133,13 @@ func (fuseTransport) resume(ctx context.Context, s *site, rec record) (_ kernelD
 	if d.server, err = newFuseServer(fd, s.device, s.buffers, s.log); err != nil {
 		return nil, errors.Join(err, s.keeper.Release(s.name))
 	}
-	d.server.adopt(facts)
 	if err := s.keeper.Hold(s.name, d.server.replyFD, facts); err != nil {
 		return nil, errors.Join(err, d.server.stop(), s.keeper.Release(s.name))
 	}
-	d.server.start(context.WithoutCancel(ctx))
-	if err := errors.Join(d.server.resend(), d.checkLoop()); err != nil {
+	if err := d.server.goOn(context.WithoutCancel(ctx), facts); err != nil {
+		return nil, errors.Join(err, d.server.stop(), s.keeper.Release(s.name))
+	}
+	if err := d.checkLoop(); err != nil {
 		return nil, errors.Join(err, d.server.release(ctx), s.keeper.Release(s.name))
 	}
 	return d, nil
@@ -179,12 +180,19 @@ func (d *fuseDev) checkLoop() error {
 	return err
 }
 
-// adopt makes the server go on with a connection that another one has greeted the kernel on. REQUIRES:
-// it is not started.
-func (s *fuseServer) adopt(facts keeper.Facts) {
+// goOn serves a connection that another server has greeted the kernel on. The kernel is asked to send
+// again what that one has read before anything is read here: asked later, it would send again what
+// we have just read, too, and the first copy, whose answer the kernel does not know any more, could be carried out
+// after a later write to the same block (H39). REQUIRES: not started.
+func (s *fuseServer) goOn(ctx context.Context, facts keeper.Facts) error {
 	s.facts = facts
 	s.opensN.Store(1) // the loop device's
 	close(s.inited)
+	if err := s.resend(); err != nil {
+		return err
+	}
+	s.start(ctx)
+	return nil
 }
 
 // resend asks the kernel for all requests that were read and not answered.

@@ -148,6 +148,14 @@ func newFakeKernelOver(t *testing.T, dev trivet.Device) *fakeKernel {
 
 func newFakeKernelWith(t *testing.T, dev trivet.Device, buffers *Buffers) *fakeKernel {
 	t.Helper()
+	k := newIdleKernel(t, dev, buffers)
+	k.server.start(t.Context())
+	return k
+}
+
+// newIdleKernel returns one whose server is not started.
+func newIdleKernel(t *testing.T, dev trivet.Device, buffers *Buffers) *fakeKernel {
+	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	require.NoError(t, err)
 	require.NoError(t, unix.SetNonblock(fds[1], true))
@@ -157,7 +165,6 @@ func newFakeKernelWith(t *testing.T, dev trivet.Device, buffers *Buffers) *fakeK
 	k.dev, _ = dev.(*faultdev.Device)
 	k.server, err = newFuseServer(fds[1], dev, buffers, slog.New(slog.DiscardHandler))
 	require.NoError(t, err)
-	k.server.start(t.Context())
 	t.Cleanup(func() {
 		if k.dev != nil {
 			k.dev.Heal()
