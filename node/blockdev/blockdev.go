@@ -48,6 +48,11 @@ type Config struct {
 	// Detach or Release. Nil: a device of KindFUSE does not outlive the process.
 	Keeper *keeper.Client
 
+	// Shared: another node may write the volume beside this one. What an earlier process had begun to write is then
+	// not written again by Resume, over what the other node has written since, but fails with EIO (H39). KindAuto takes
+	// a kind that can tell such requests, if there is a Keeper.
+	Shared bool
+
 	// Buffers that this attachment shares with the others of the node; nil = it has all it can use itself.
 	Buffers *Buffers
 
@@ -84,6 +89,7 @@ type Attachment struct {
 	dev    kernelDev
 	device trivet.Device
 	folder *folder
+	shared bool
 	log    *slog.Logger
 
 	mu     sync.Mutex
@@ -99,7 +105,7 @@ func Attach(ctx context.Context, cfg Config) (*Attachment, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	t, err := choose(cfg.Kind)
+	t, err := choose(cfg.Kind, preferenceFor(&cfg))
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", cfg.Name, err)
 	}
@@ -125,7 +131,7 @@ func Attach(ctx context.Context, cfg Config) (*Attachment, error) {
 }
 
 func newAttachment(s *site, dev kernelDev) *Attachment {
-	return &Attachment{name: s.name, dev: dev, device: s.device, folder: s.folder, log: s.log}
+	return &Attachment{name: s.name, dev: dev, device: s.device, folder: s.folder, shared: s.shared, log: s.log}
 }
 
 func newSite(cfg Config, dir *folder) *site {
@@ -134,7 +140,7 @@ func newSite(cfg Config, dir *folder) *site {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &site{
-		name: cfg.Name, device: cfg.Device, folder: dir, keeper: cfg.Keeper, buffers: cfg.Buffers,
+		name: cfg.Name, device: cfg.Device, folder: dir, keeper: cfg.Keeper, shared: cfg.Shared, buffers: cfg.Buffers,
 		log: log.With("component", "blockdev", "volume", cfg.Name),
 	}
 }

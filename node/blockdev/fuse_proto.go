@@ -86,6 +86,9 @@ const (
 	bsizeStat = trivet.BlockSize // the loop device takes its discard granularity from here
 )
 
+// fuseResent is FUSE_UNIQUE_RESEND, a bit of the unique number.
+const fuseResent = 1 << 63
+
 // fuseRequest is one decoded request.
 type fuseRequest struct {
 	op       uint32
@@ -97,6 +100,15 @@ type fuseRequest struct {
 
 	major, minor, readahead, flags, flags2 uint32 // of INIT
 }
+
+// resent reports whether an earlier server has read the request, and not answered it.
+func (r *fuseRequest) resent() bool { return r.unique&fuseResent != 0 }
+
+// toDevice reports whether the Device has to answer the request.
+func (r *fuseRequest) toDevice() bool { return r.changes() || r.op == opRead || r.op == opFsync }
+
+// changes reports whether the request changes what the Device holds.
+func (r *fuseRequest) changes() bool { return r.op == opWrite || r.op == opFallocate }
 
 // decodeFuse decodes one request as read from the kernel. With ErrInvalid the header was sound
 // (unique is set, so the request can be refused); with ErrCorrupt there is no telling what the

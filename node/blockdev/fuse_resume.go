@@ -133,6 +133,7 @@ func (fuseTransport) resume(ctx context.Context, s *site, rec record) (_ kernelD
 	if d.server, err = newFuseServer(fd, s.device, s.buffers, s.log); err != nil {
 		return nil, errors.Join(err, s.keeper.Release(s.name))
 	}
+	d.server.shared = s.shared
 	if err := s.keeper.Hold(s.name, d.server.replyFD, facts); err != nil {
 		return nil, errors.Join(err, d.server.stop(), s.keeper.Release(s.name))
 	}
@@ -204,6 +205,24 @@ func (s *fuseServer) resend() error {
 		return fmt.Errorf("ask the kernel to send requests again: %w", err)
 	}
 	return nil
+}
+
+// mayRepeat counts a request that was sent again, and reports whether it is carried out. One that changes a device which
+// another node writes too is not: the first copy may be in, and what that node has written since would be overwritten.
+// Its outcome is unknown, which is what EIO says; that it cannot come any later the fence has seen to.
+func (s *fuseServer) mayRepeat(r fuseRequest) bool {
+	if s.shared && r.changes() {
+		s.refused.Add(1)
+		s.log.Warn("a write of the last process, not answered, is not repeated: another node may have written since",
+			"opcode", r.op, "off", r.offBytes, "len", r.lenBytes)
+		return false
+	}
+	s.repeated.Add(1)
+	return true
+}
+
+func (d *fuseDev) resent() Resent {
+	return Resent{Repeated: d.server.repeated.Load(), Refused: d.server.refused.Load()}
 }
 
 // release stops reading, waits for the requests under way as long as ctx lasts, and leaves the others

@@ -41,6 +41,7 @@ type fuseServer struct {
 	conn    *os.File // /dev/fuse, non-blocking, for reading
 	replyFD int      // a duplicate of its descriptor for replies; lives until the workers have ended
 	device  trivet.Device
+	shared  bool // see Config; set before start
 	log     *slog.Logger
 	pool    *bufPool
 
@@ -52,6 +53,8 @@ type fuseServer struct {
 	facts keeper.Facts // set before inited is closed; of the owner alone afterwards
 
 	opensN   atomic.Int64 // open descriptors of the file
+	repeated atomic.Uint64
+	refused  atomic.Uint64
 	stopOnce sync.Once
 	stopping atomic.Bool // the end of the connection is our own wish
 	leaving  atomic.Bool // what we do not answer, another process will
@@ -162,8 +165,10 @@ func (s *fuseServer) readLoop(ctx context.Context) error {
 			s.reply(inline[:fuseReplyBytes], req.unique, toErrno(err))
 			continue
 		}
-		switch req.op {
-		case opRead, opWrite, opFsync, opFallocate:
+		switch {
+		case req.resent() && !s.mayRepeat(req):
+			s.reply(inline[:fuseReplyBytes], req.unique, unix.EIO)
+		case req.toDevice():
 			buf, err = s.handOver(ctx, req, buf)
 			if err != nil {
 				return err

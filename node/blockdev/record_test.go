@@ -85,7 +85,7 @@ func TestKinds(t *testing.T) {
 	require.ErrorContains(t, err, "ublk")
 	for _, k := range preference {
 		if transportOf(k) == nil {
-			_, err := choose(k)
+			_, err := choose(k, preference)
 			require.ErrorIs(t, err, trivet.ErrUnavailable)
 			require.ErrorContains(t, err, string(k))
 		}

@@ -13,7 +13,8 @@ import (
 // block device, and what is mounted on it, stay as they are; requests that were not answered are
 // answered now, from cfg.Device, some of them a second time. So cfg.Device must hold every write
 // that was answered, and nothing of the earlier process may reach it any more (H13, H31: the epoch of the
-// earlier process is fenced). cfg.Kind is not used: the record has it.
+// earlier process is fenced). cfg.Kind is not used: the record has it. With cfg.Shared, requests that would change
+// the Device a second time fail with EIO instead, from when on they are certain not to change it any more.
 //
 // ErrNotFound: there is no such attachment. ErrInUse: its process lives. Any other error: it cannot be
 // resumed, or not now, and is as before; Leftovers.CleanOne removes it.
@@ -33,6 +34,9 @@ func Resume(ctx context.Context, cfg Config) (*Attachment, error) {
 	}
 	s := newSite(cfg, dir)
 	t, rec, err := s.resumable(ctx)
+	if err == nil && cfg.Shared && !tells(rec.Kind) {
+		err = fmt.Errorf("kernel device by %s: %w: %w", rec.Kind, errUntold, trivet.ErrClosed)
+	}
 	if err == nil {
 		var dev kernelDev
 		if dev, err = t.resume(ctx, s, rec); err == nil {
@@ -65,11 +69,30 @@ func (s *site) resumable(ctx context.Context) (transport, record, error) {
 	return t, rec, t.resumable(ctx, s, rec)
 }
 
+// tells reports whether devices of a kind are tellers.
+func tells(k Kind) bool { return k == KindFUSE }
+
+// errUntold is why the device of a shared volume does not outlive its process.
+var errUntold = fmt.Errorf("another node may write the volume, and a device of this kind does not tell which requests "+
+	"are sent again (%s does)", KindFUSE)
+
+// Resent returns what was sent again since this process has the device. False: devices of this kind do not tell.
+func (a *Attachment) Resent() (Resent, bool) {
+	t, ok := a.dev.(teller)
+	if !ok {
+		return Resent{}, false
+	}
+	return t.resent(), true
+}
+
 // Survives returns nil if the device outlives this process: another can Resume it after a Release or a
 // SIGKILL. If not, it says why; that may change while there is no keeper.
 func (a *Attachment) Survives() error {
 	if err := a.Err(); err != nil {
 		return err
+	}
+	if _, ok := a.dev.(teller); a.shared && !ok {
+		return fmt.Errorf("%s: %w: %w", a.Path(), errUntold, trivet.ErrUnavailable)
 	}
 	return a.dev.survives()
 }

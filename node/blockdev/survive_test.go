@@ -36,6 +36,7 @@ type survivorConfig struct {
 	File     string        // that the Device keeps its data in
 	Latency  time.Duration // of the Device
 	Hang     bool          // no write is ever answered
+	Shared   bool          // see blockdev.Config
 	Watchdog time.Duration
 	Resume   bool // whatever it finds, and never attach anew
 	// Namespace: in a mount namespace that dies with the process, as a container's.
@@ -67,6 +68,7 @@ func runSurvivor(text string) error {
 	}
 	c := blockdev.Config{
 		Name: "vol-1", RunDir: cfg.RunDir, Device: dev, Keeper: keeper.NewClient(cfg.Socket, nil, log), Logger: log,
+		Shared: cfg.Shared,
 	}
 	left := []string{c.Name}
 	if !cfg.Resume {
@@ -126,6 +128,9 @@ func serveOrders(ctx context.Context, a *blockdev.Attachment) error {
 			err = a.Detach(ctx)
 		case "survives":
 			err = a.Survives()
+		case "resent":
+			n, ok := a.Resent()
+			err = fmt.Errorf("%t, %+v", ok, n)
 		}
 		fmt.Printf("done: %v\n", err) //nolint:forbidigo // the parent reads it
 	}
@@ -602,4 +607,100 @@ func TestCleanWithKeeper(t *testing.T) {
 		Name: "vol-1", RunDir: s.cfg.RunDir, Device: sized(4096), Keeper: c,
 	})
 	require.ErrorIs(t, err, trivet.ErrNotFound)
+}
+
+// heldWrites begins n writes of a block each, which the server is to hold, and waits until it does.
+func heldWrites(t *testing.T, server *survivor, f *os.File, n int) []chan error {
+	t.Helper()
+	all := beginWrites(t, f, 0, n)
+	for range n {
+		server.expect("holding: ")
+	}
+	return all
+}
+
+// beginWrites begins n writes of a block each, filled with its number, which is counted from first.
+func beginWrites(t *testing.T, f *os.File, first, n int) []chan error {
+	t.Helper()
+	var all []chan error
+	for i := first; i < first+n; i++ {
+		buf, done := aligned(t, 4096), make(chan error, 1)
+		for k := range buf {
+			buf[k] = byte(i + 1)
+		}
+		go func() {
+			_, err := f.WriteAt(buf, int64(i)*4096)
+			done <- err
+		}()
+		all = append(all, done)
+	}
+	return all
+}
+
+// awaitInflight waits until n requests have entered the device and not left it.
+func awaitInflight(t *testing.T, device string, n int) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		var reads, writes int
+		_, err := fmt.Sscan(readFile(t, "/sys/block/"+filepath.Base(device)+"/inflight"), &reads, &writes)
+		return err == nil && reads+writes >= n
+	}, time.Minute, time.Millisecond)
+}
+
+// TestResentIsCounted: what the dead server had read is sent again and counted, what had waited in the kernel is not.
+func TestResentIsCounted(t *testing.T) {
+	s := newSurvival(t, 16<<20)
+	server := s.startServer(0, func(c *survivorConfig) { c.Hang = true })
+	skipUnlessResend(t, server)
+	server.order("resent", "true, {Repeated:0 Refused:0}")
+	f := openDirect(t, s.device)
+	held := heldWrites(t, server, f, 3)
+	server.kill()
+	waiting := beginWrites(t, f, 3, 4)
+	awaitInflight(t, s.device, 7)
+	server = s.startServer(1, nil)
+	for _, done := range append(held, waiting...) {
+		require.NoError(t, outcome(t, done))
+	}
+	server.order("resent", "true, {Repeated:3 Refused:0}")
+	require.NoError(t, f.Close())
+	server.order("detach", "<nil>")
+	requireNothingLeft(t, s.cfg.RunDir)
+}
+
+// TestResumeOfASharedDevice: another node may have written since where the dead server's writes went, so they are not
+// repeated. The device lives, and so does all that had not reached that server.
+func TestResumeOfASharedDevice(t *testing.T) {
+	s := newSurvival(t, 16<<20)
+	s.cfg.Shared = true
+	server := s.startServer(0, func(c *survivorConfig) { c.Hang = true })
+	skipUnlessResend(t, server)
+	f := openDirect(t, s.device)
+	held := heldWrites(t, server, f, 2)
+	server.kill()
+	other, err := os.OpenFile(s.cfg.File, os.O_WRONLY, 0)
+	require.NoError(t, err)
+	_, err = other.WriteAt([]byte("written by the other node"), 0)
+	require.NoError(t, err)
+	require.NoError(t, other.Close())
+	waiting := beginWrites(t, f, 2, 3)
+	awaitInflight(t, s.device, 5)
+	server = s.startServer(1, nil)
+	for _, done := range held {
+		require.ErrorIs(t, outcome(t, done), unix.EIO)
+	}
+	for _, done := range waiting {
+		require.NoError(t, outcome(t, done), "no server had read it")
+	}
+	data := readFile(t, s.cfg.File)
+	require.Equal(t, "written by the other node", data[:25])
+	require.Equal(t, byte(0), data[4096])
+	require.Equal(t, byte(3), data[2*4096])
+	server.order("resent", "true, {Repeated:0 Refused:2}")
+	for _, done := range beginWrites(t, f, 0, 2) { // the program tries again
+		require.NoError(t, outcome(t, done))
+	}
+	require.NoError(t, f.Close())
+	server.order("detach", "<nil>")
+	requireNothingLeft(t, s.cfg.RunDir)
 }

@@ -26,6 +26,10 @@ const (
 // longer, and cannot grow before Linux 6.16 (docs/decisions/0019).
 var preference = []Kind{KindNBD, KindFUSE}
 
+// preferenceShared is preference for a device that two nodes may write: one whose kind tells what is sent again
+// outlives its process (docs/decisions/0037).
+var preferenceShared = []Kind{KindFUSE, KindNBD}
+
 // transportOf returns the transport of a kind, nil if this build has none. It is the one place where
 // a transport is entered.
 func transportOf(k Kind) transport {
@@ -71,6 +75,18 @@ type aborter interface {
 	abort(ctx context.Context, s *site, rec record) error
 }
 
+// teller is a kernelDev that can tell which requests the kernel sends again, after an earlier process had read and not
+// answered them.
+type teller interface {
+	resent() Resent
+}
+
+// Resent counts the requests that an earlier process had read and not answered, and that this one got again.
+type Resent struct {
+	Repeated uint64 // carried out, possibly for the second time
+	Refused  uint64 // answered with EIO: see Config.Shared
+}
+
 // kernelDev is a block device that this process serves. detach and release are never called at the
 // same time.
 type kernelDev interface {
@@ -100,6 +116,7 @@ type site struct {
 	device  trivet.Device // nil where something is removed
 	folder  *folder
 	keeper  *keeper.Client // nil = there is none
+	shared  bool           // see Config
 	buffers *Buffers       // may be nil
 	log     *slog.Logger
 }
@@ -119,8 +136,16 @@ func (s *site) save(kind Kind, state any) error {
 	})
 }
 
-// choose returns the transport for a kind.
-func choose(k Kind) (transport, error) {
+// preferenceFor is what KindAuto tries for an attachment.
+func preferenceFor(cfg *Config) []Kind {
+	if cfg.Shared && cfg.Keeper != nil {
+		return preferenceShared
+	}
+	return preference
+}
+
+// choose returns the transport for a kind; KindAuto is the first of prefer that the machine has.
+func choose(k Kind, prefer []Kind) (transport, error) {
 	if k != KindAuto && k != "" {
 		t := transportOf(k)
 		if t == nil {
@@ -132,7 +157,7 @@ func choose(k Kind) (transport, error) {
 		return t, nil
 	}
 	why := fmt.Errorf("kernel device: %w", trivet.ErrUnavailable)
-	for _, k := range preference {
+	for _, k := range prefer {
 		t := transportOf(k)
 		if t == nil {
 			continue

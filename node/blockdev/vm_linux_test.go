@@ -38,7 +38,7 @@ func eachKind(t *testing.T, test func(t *testing.T, kind Kind)) {
 	t.Helper()
 	for _, kind := range vmKinds {
 		t.Run(string(kind), func(t *testing.T) {
-			if _, err := choose(kind); err != nil {
+			if _, err := choose(kind, nil); err != nil {
 				if os.Getenv("TRIVET_VM_GUEST") != "" {
 					t.Fatal(err)
 				}
