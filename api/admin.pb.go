@@ -140,6 +140,7 @@ type VolumeReport struct {
 	Advice        string                 `protobuf:"bytes,8,opt,name=advice,proto3" json:"advice,omitempty"`                                    // the setting that would help, and how
 	Silent        []string               `protobuf:"bytes,9,rep,name=silent,proto3" json:"silent,omitempty"`                                    // nodes that did not answer
 	Cache         *CacheReport           `protobuf:"bytes,10,opt,name=cache,proto3" json:"cache,omitempty"`                                     // of the attached node; absent = no cache there
+	Devices       []*DeviceReport        `protobuf:"bytes,11,rep,name=devices,proto3" json:"devices,omitempty"`                                 // of the kernels of these nodes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -240,6 +241,13 @@ func (x *VolumeReport) GetSilent() []string {
 func (x *VolumeReport) GetCache() *CacheReport {
 	if x != nil {
 		return x.Cache
+	}
+	return nil
+}
+
+func (x *VolumeReport) GetDevices() []*DeviceReport {
+	if x != nil {
+		return x.Devices
 	}
 	return nil
 }
@@ -2911,6 +2919,83 @@ func (x *ForgetNodeResponse) GetForgotten() []string {
 	return nil
 }
 
+// DeviceReport is the kernel device of a volume on a node, and what the kernel sent again since this process has it.
+type DeviceReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Tells         bool                   `protobuf:"varint,3,opt,name=tells,proto3" json:"tells,omitempty"`       // a device of its kind tells what is sent again; else the counts mean nothing
+	Repeated      uint64                 `protobuf:"varint,4,opt,name=repeated,proto3" json:"repeated,omitempty"` // requests that an earlier process had not answered, and that were carried out here
+	Refused       uint64                 `protobuf:"varint,5,opt,name=refused,proto3" json:"refused,omitempty"`   // answered with an I/O error, as another node may have written since
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceReport) Reset() {
+	*x = DeviceReport{}
+	mi := &file_admin_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceReport) ProtoMessage() {}
+
+func (x *DeviceReport) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceReport.ProtoReflect.Descriptor instead.
+func (*DeviceReport) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *DeviceReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DeviceReport) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DeviceReport) GetTells() bool {
+	if x != nil {
+		return x.Tells
+	}
+	return false
+}
+
+func (x *DeviceReport) GetRepeated() uint64 {
+	if x != nil {
+		return x.Repeated
+	}
+	return 0
+}
+
+func (x *DeviceReport) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
 // CacheReport is what the cache of a volume did in a window, and how it was at the end of it.
 type CacheReport struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -2940,7 +3025,7 @@ type CacheReport struct {
 
 func (x *CacheReport) Reset() {
 	*x = CacheReport{}
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3037,7 @@ func (x *CacheReport) String() string {
 func (*CacheReport) ProtoMessage() {}
 
 func (x *CacheReport) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[43]
+	mi := &file_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3050,7 @@ func (x *CacheReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheReport.ProtoReflect.Descriptor instead.
 func (*CacheReport) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{43}
+	return file_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CacheReport) GetNode() string {
@@ -3120,7 +3205,7 @@ type HitCount struct {
 
 func (x *HitCount) Reset() {
 	*x = HitCount{}
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3217,7 @@ func (x *HitCount) String() string {
 func (*HitCount) ProtoMessage() {}
 
 func (x *HitCount) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[44]
+	mi := &file_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3230,7 @@ func (x *HitCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HitCount.ProtoReflect.Descriptor instead.
 func (*HitCount) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{44}
+	return file_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *HitCount) GetEviction() string {
@@ -3180,7 +3265,7 @@ type ScrubVolumeRequest struct {
 
 func (x *ScrubVolumeRequest) Reset() {
 	*x = ScrubVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3277,7 @@ func (x *ScrubVolumeRequest) String() string {
 func (*ScrubVolumeRequest) ProtoMessage() {}
 
 func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,7 +3290,7 @@ func (x *ScrubVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ScrubVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{45}
+	return file_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ScrubVolumeRequest) GetName() string {
@@ -3254,7 +3339,7 @@ type ScrubStatus struct {
 
 func (x *ScrubStatus) Reset() {
 	*x = ScrubStatus{}
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3266,7 +3351,7 @@ func (x *ScrubStatus) String() string {
 func (*ScrubStatus) ProtoMessage() {}
 
 func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3279,7 +3364,7 @@ func (x *ScrubStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScrubStatus.ProtoReflect.Descriptor instead.
 func (*ScrubStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{46}
+	return file_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ScrubStatus) GetId() string {
@@ -3406,7 +3491,7 @@ type ExpandVolumeRequest struct {
 
 func (x *ExpandVolumeRequest) Reset() {
 	*x = ExpandVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3418,7 +3503,7 @@ func (x *ExpandVolumeRequest) String() string {
 func (*ExpandVolumeRequest) ProtoMessage() {}
 
 func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3431,7 +3516,7 @@ func (x *ExpandVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpandVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ExpandVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{47}
+	return file_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ExpandVolumeRequest) GetName() string {
@@ -3471,7 +3556,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +3568,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +3581,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{48}
+	return file_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListAuditRequest) GetLocal() bool {
@@ -3516,7 +3601,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3528,7 +3613,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3541,7 +3626,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{49}
+	return file_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AuditLog) GetBase() string {
@@ -3575,7 +3660,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3587,7 +3672,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3600,7 +3685,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{50}
+	return file_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *AuditRecord) GetSeq() uint64 {
@@ -3674,7 +3759,7 @@ type ShowDisksRequest struct {
 
 func (x *ShowDisksRequest) Reset() {
 	*x = ShowDisksRequest{}
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3686,7 +3771,7 @@ func (x *ShowDisksRequest) String() string {
 func (*ShowDisksRequest) ProtoMessage() {}
 
 func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3699,7 +3784,7 @@ func (x *ShowDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksRequest.ProtoReflect.Descriptor instead.
 func (*ShowDisksRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{51}
+	return file_admin_proto_rawDescGZIP(), []int{52}
 }
 
 type ShowDisksResponse struct {
@@ -3712,7 +3797,7 @@ type ShowDisksResponse struct {
 
 func (x *ShowDisksResponse) Reset() {
 	*x = ShowDisksResponse{}
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3724,7 +3809,7 @@ func (x *ShowDisksResponse) String() string {
 func (*ShowDisksResponse) ProtoMessage() {}
 
 func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3737,7 +3822,7 @@ func (x *ShowDisksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowDisksResponse.ProtoReflect.Descriptor instead.
 func (*ShowDisksResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{52}
+	return file_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ShowDisksResponse) GetNode() string {
@@ -3775,7 +3860,7 @@ type DiskUse struct {
 
 func (x *DiskUse) Reset() {
 	*x = DiskUse{}
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3787,7 +3872,7 @@ func (x *DiskUse) String() string {
 func (*DiskUse) ProtoMessage() {}
 
 func (x *DiskUse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3800,7 +3885,7 @@ func (x *DiskUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskUse.ProtoReflect.Descriptor instead.
 func (*DiskUse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{53}
+	return file_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *DiskUse) GetId() string {
@@ -3896,7 +3981,7 @@ type RecoverCatalogueRequest struct {
 
 func (x *RecoverCatalogueRequest) Reset() {
 	*x = RecoverCatalogueRequest{}
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3908,7 +3993,7 @@ func (x *RecoverCatalogueRequest) String() string {
 func (*RecoverCatalogueRequest) ProtoMessage() {}
 
 func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3921,7 +4006,7 @@ func (x *RecoverCatalogueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueRequest.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{54}
+	return file_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RecoverCatalogueRequest) GetAcceptDataLoss() bool {
@@ -3946,7 +4031,7 @@ type RecoverCatalogueResponse struct {
 
 func (x *RecoverCatalogueResponse) Reset() {
 	*x = RecoverCatalogueResponse{}
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3958,7 +4043,7 @@ func (x *RecoverCatalogueResponse) String() string {
 func (*RecoverCatalogueResponse) ProtoMessage() {}
 
 func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3971,7 +4056,7 @@ func (x *RecoverCatalogueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverCatalogueResponse.ProtoReflect.Descriptor instead.
 func (*RecoverCatalogueResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{55}
+	return file_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RecoverCatalogueResponse) GetCluster() string {
@@ -4033,7 +4118,7 @@ type RecoverVolumeRequest struct {
 
 func (x *RecoverVolumeRequest) Reset() {
 	*x = RecoverVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4045,7 +4130,7 @@ func (x *RecoverVolumeRequest) String() string {
 func (*RecoverVolumeRequest) ProtoMessage() {}
 
 func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4058,7 +4143,7 @@ func (x *RecoverVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{56}
+	return file_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RecoverVolumeRequest) GetName() string {
@@ -4091,7 +4176,7 @@ type RecoverVolumeResponse struct {
 
 func (x *RecoverVolumeResponse) Reset() {
 	*x = RecoverVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4103,7 +4188,7 @@ func (x *RecoverVolumeResponse) String() string {
 func (*RecoverVolumeResponse) ProtoMessage() {}
 
 func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4116,7 +4201,7 @@ func (x *RecoverVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RecoverVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{57}
+	return file_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RecoverVolumeResponse) GetVolume() *Volume {
@@ -4188,7 +4273,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4200,7 +4285,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4213,7 +4298,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{58}
+	return file_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RestoreSnapshotRequest) GetSnapshot() string {
@@ -4263,7 +4348,7 @@ type CloneVolumeRequest struct {
 
 func (x *CloneVolumeRequest) Reset() {
 	*x = CloneVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4275,7 +4360,7 @@ func (x *CloneVolumeRequest) String() string {
 func (*CloneVolumeRequest) ProtoMessage() {}
 
 func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4288,7 +4373,7 @@ func (x *CloneVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CloneVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{59}
+	return file_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CloneVolumeRequest) GetSource() string {
@@ -4330,7 +4415,7 @@ type DiffSnapshotsRequest struct {
 
 func (x *DiffSnapshotsRequest) Reset() {
 	*x = DiffSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4342,7 +4427,7 @@ func (x *DiffSnapshotsRequest) String() string {
 func (*DiffSnapshotsRequest) ProtoMessage() {}
 
 func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4355,7 +4440,7 @@ func (x *DiffSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*DiffSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{60}
+	return file_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *DiffSnapshotsRequest) GetFrom() string {
@@ -4389,7 +4474,7 @@ type DiffPage struct {
 
 func (x *DiffPage) Reset() {
 	*x = DiffPage{}
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4401,7 +4486,7 @@ func (x *DiffPage) String() string {
 func (*DiffPage) ProtoMessage() {}
 
 func (x *DiffPage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4414,7 +4499,7 @@ func (x *DiffPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffPage.ProtoReflect.Descriptor instead.
 func (*DiffPage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{61}
+	return file_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *DiffPage) GetExtents() []*Extent {
@@ -4441,7 +4526,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4453,7 +4538,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4466,7 +4551,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{62}
+	return file_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -4499,7 +4584,7 @@ type SnapshotGroup struct {
 
 func (x *SnapshotGroup) Reset() {
 	*x = SnapshotGroup{}
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4511,7 +4596,7 @@ func (x *SnapshotGroup) String() string {
 func (*SnapshotGroup) ProtoMessage() {}
 
 func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4524,7 +4609,7 @@ func (x *SnapshotGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroup.ProtoReflect.Descriptor instead.
 func (*SnapshotGroup) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{63}
+	return file_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *SnapshotGroup) GetId() string {
@@ -4586,7 +4671,7 @@ type CreateSnapshotGroupRequest struct {
 
 func (x *CreateSnapshotGroupRequest) Reset() {
 	*x = CreateSnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4598,7 +4683,7 @@ func (x *CreateSnapshotGroupRequest) String() string {
 func (*CreateSnapshotGroupRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4611,7 +4696,7 @@ func (x *CreateSnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{64}
+	return file_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *CreateSnapshotGroupRequest) GetName() string {
@@ -4636,7 +4721,7 @@ type ListSnapshotGroupsRequest struct {
 
 func (x *ListSnapshotGroupsRequest) Reset() {
 	*x = ListSnapshotGroupsRequest{}
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4648,7 +4733,7 @@ func (x *ListSnapshotGroupsRequest) String() string {
 func (*ListSnapshotGroupsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4661,7 +4746,7 @@ func (x *ListSnapshotGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{65}
+	return file_admin_proto_rawDescGZIP(), []int{66}
 }
 
 type ListSnapshotGroupsResponse struct {
@@ -4673,7 +4758,7 @@ type ListSnapshotGroupsResponse struct {
 
 func (x *ListSnapshotGroupsResponse) Reset() {
 	*x = ListSnapshotGroupsResponse{}
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4685,7 +4770,7 @@ func (x *ListSnapshotGroupsResponse) String() string {
 func (*ListSnapshotGroupsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4698,7 +4783,7 @@ func (x *ListSnapshotGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66}
+	return file_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListSnapshotGroupsResponse) GetGroups() []*SnapshotGroup {
@@ -4717,7 +4802,7 @@ type SnapshotGroupRequest struct {
 
 func (x *SnapshotGroupRequest) Reset() {
 	*x = SnapshotGroupRequest{}
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4729,7 +4814,7 @@ func (x *SnapshotGroupRequest) String() string {
 func (*SnapshotGroupRequest) ProtoMessage() {}
 
 func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4742,7 +4827,7 @@ func (x *SnapshotGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotGroupRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotGroupRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{67}
+	return file_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *SnapshotGroupRequest) GetName() string {
@@ -4760,7 +4845,7 @@ type DeleteSnapshotGroupResponse struct {
 
 func (x *DeleteSnapshotGroupResponse) Reset() {
 	*x = DeleteSnapshotGroupResponse{}
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4772,7 +4857,7 @@ func (x *DeleteSnapshotGroupResponse) String() string {
 func (*DeleteSnapshotGroupResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4785,7 +4870,7 @@ func (x *DeleteSnapshotGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotGroupResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotGroupResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{68}
+	return file_admin_proto_rawDescGZIP(), []int{69}
 }
 
 // VolumeUsage says what the blocks of a volume are there for, in bytes of data, once, however many replicas.
@@ -4805,7 +4890,7 @@ type VolumeUsage struct {
 
 func (x *VolumeUsage) Reset() {
 	*x = VolumeUsage{}
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4817,7 +4902,7 @@ func (x *VolumeUsage) String() string {
 func (*VolumeUsage) ProtoMessage() {}
 
 func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[69]
+	mi := &file_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4830,7 +4915,7 @@ func (x *VolumeUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeUsage.ProtoReflect.Descriptor instead.
 func (*VolumeUsage) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{69}
+	return file_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *VolumeUsage) GetUsedBytes() int64 {
@@ -4892,7 +4977,7 @@ type FenceVolumeRequest struct {
 
 func (x *FenceVolumeRequest) Reset() {
 	*x = FenceVolumeRequest{}
-	mi := &file_admin_proto_msgTypes[70]
+	mi := &file_admin_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4904,7 +4989,7 @@ func (x *FenceVolumeRequest) String() string {
 func (*FenceVolumeRequest) ProtoMessage() {}
 
 func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[70]
+	mi := &file_admin_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4917,7 +5002,7 @@ func (x *FenceVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeRequest.ProtoReflect.Descriptor instead.
 func (*FenceVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{70}
+	return file_admin_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *FenceVolumeRequest) GetVolume() string {
@@ -4943,7 +5028,7 @@ type FenceVolumeResponse struct {
 
 func (x *FenceVolumeResponse) Reset() {
 	*x = FenceVolumeResponse{}
-	mi := &file_admin_proto_msgTypes[71]
+	mi := &file_admin_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4955,7 +5040,7 @@ func (x *FenceVolumeResponse) String() string {
 func (*FenceVolumeResponse) ProtoMessage() {}
 
 func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[71]
+	mi := &file_admin_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4968,7 +5053,7 @@ func (x *FenceVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceVolumeResponse.ProtoReflect.Descriptor instead.
 func (*FenceVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{71}
+	return file_admin_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *FenceVolumeResponse) GetEpoch() uint64 {
@@ -4993,7 +5078,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
 	"\x14ExplainVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
-	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\xd3\x02\n" +
+	"\x13window_milliseconds\x18\x02 \x01(\x03R\x12windowMilliseconds\"\x8a\x03\n" +
 	"\fVolumeReport\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -5005,7 +5090,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x06advice\x18\b \x01(\tR\x06advice\x12\x16\n" +
 	"\x06silent\x18\t \x03(\tR\x06silent\x120\n" +
 	"\x05cache\x18\n" +
-	" \x01(\v2\x1a.trivet.api.v1.CacheReportR\x05cache\"\xc0\x03\n" +
+	" \x01(\v2\x1a.trivet.api.v1.CacheReportR\x05cache\x125\n" +
+	"\adevices\x18\v \x03(\v2\x1b.trivet.api.v1.DeviceReportR\adevices\"\xc0\x03\n" +
 	"\vStageReport\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -5243,7 +5329,13 @@ const file_admin_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05allow\x18\x02 \x01(\bR\x05allow\"2\n" +
 	"\x12ForgetNodeResponse\x12\x1c\n" +
-	"\tforgotten\x18\x01 \x03(\tR\tforgotten\"\xf9\x04\n" +
+	"\tforgotten\x18\x01 \x03(\tR\tforgotten\"\x82\x01\n" +
+	"\fDeviceReport\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
+	"\x05tells\x18\x03 \x01(\bR\x05tells\x12\x1a\n" +
+	"\brepeated\x18\x04 \x01(\x04R\brepeated\x12\x18\n" +
+	"\arefused\x18\x05 \x01(\x04R\arefused\"\xf9\x04\n" +
 	"\vCacheReport\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x1a\n" +
@@ -5497,7 +5589,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
 var file_admin_proto_goTypes = []any{
 	(*SetVolumeRequest)(nil),            // 0: trivet.api.v1.SetVolumeRequest
 	(*ExplainVolumeRequest)(nil),        // 1: trivet.api.v1.ExplainVolumeRequest
@@ -5542,166 +5634,168 @@ var file_admin_proto_goTypes = []any{
 	(*DeleteSnapshotResponse)(nil),      // 40: trivet.api.v1.DeleteSnapshotResponse
 	(*ForgetNodeRequest)(nil),           // 41: trivet.api.v1.ForgetNodeRequest
 	(*ForgetNodeResponse)(nil),          // 42: trivet.api.v1.ForgetNodeResponse
-	(*CacheReport)(nil),                 // 43: trivet.api.v1.CacheReport
-	(*HitCount)(nil),                    // 44: trivet.api.v1.HitCount
-	(*ScrubVolumeRequest)(nil),          // 45: trivet.api.v1.ScrubVolumeRequest
-	(*ScrubStatus)(nil),                 // 46: trivet.api.v1.ScrubStatus
-	(*ExpandVolumeRequest)(nil),         // 47: trivet.api.v1.ExpandVolumeRequest
-	(*ListAuditRequest)(nil),            // 48: trivet.api.v1.ListAuditRequest
-	(*AuditLog)(nil),                    // 49: trivet.api.v1.AuditLog
-	(*AuditRecord)(nil),                 // 50: trivet.api.v1.AuditRecord
-	(*ShowDisksRequest)(nil),            // 51: trivet.api.v1.ShowDisksRequest
-	(*ShowDisksResponse)(nil),           // 52: trivet.api.v1.ShowDisksResponse
-	(*DiskUse)(nil),                     // 53: trivet.api.v1.DiskUse
-	(*RecoverCatalogueRequest)(nil),     // 54: trivet.api.v1.RecoverCatalogueRequest
-	(*RecoverCatalogueResponse)(nil),    // 55: trivet.api.v1.RecoverCatalogueResponse
-	(*RecoverVolumeRequest)(nil),        // 56: trivet.api.v1.RecoverVolumeRequest
-	(*RecoverVolumeResponse)(nil),       // 57: trivet.api.v1.RecoverVolumeResponse
-	(*RestoreSnapshotRequest)(nil),      // 58: trivet.api.v1.RestoreSnapshotRequest
-	(*CloneVolumeRequest)(nil),          // 59: trivet.api.v1.CloneVolumeRequest
-	(*DiffSnapshotsRequest)(nil),        // 60: trivet.api.v1.DiffSnapshotsRequest
-	(*DiffPage)(nil),                    // 61: trivet.api.v1.DiffPage
-	(*Extent)(nil),                      // 62: trivet.api.v1.Extent
-	(*SnapshotGroup)(nil),               // 63: trivet.api.v1.SnapshotGroup
-	(*CreateSnapshotGroupRequest)(nil),  // 64: trivet.api.v1.CreateSnapshotGroupRequest
-	(*ListSnapshotGroupsRequest)(nil),   // 65: trivet.api.v1.ListSnapshotGroupsRequest
-	(*ListSnapshotGroupsResponse)(nil),  // 66: trivet.api.v1.ListSnapshotGroupsResponse
-	(*SnapshotGroupRequest)(nil),        // 67: trivet.api.v1.SnapshotGroupRequest
-	(*DeleteSnapshotGroupResponse)(nil), // 68: trivet.api.v1.DeleteSnapshotGroupResponse
-	(*VolumeUsage)(nil),                 // 69: trivet.api.v1.VolumeUsage
-	(*FenceVolumeRequest)(nil),          // 70: trivet.api.v1.FenceVolumeRequest
-	(*FenceVolumeResponse)(nil),         // 71: trivet.api.v1.FenceVolumeResponse
-	nil,                                 // 72: trivet.api.v1.SetVolumeRequest.ParametersEntry
-	nil,                                 // 73: trivet.api.v1.JoinResponse.AddressesEntry
-	nil,                                 // 74: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	nil,                                 // 75: trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	nil,                                 // 76: trivet.api.v1.CreateVolumeRequest.LabelsEntry
-	nil,                                 // 77: trivet.api.v1.SetLabelsRequest.LabelsEntry
-	nil,                                 // 78: trivet.api.v1.Volume.ParametersEntry
-	nil,                                 // 79: trivet.api.v1.Volume.LabelsEntry
-	nil,                                 // 80: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	nil,                                 // 81: trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	(*DeviceReport)(nil),                // 43: trivet.api.v1.DeviceReport
+	(*CacheReport)(nil),                 // 44: trivet.api.v1.CacheReport
+	(*HitCount)(nil),                    // 45: trivet.api.v1.HitCount
+	(*ScrubVolumeRequest)(nil),          // 46: trivet.api.v1.ScrubVolumeRequest
+	(*ScrubStatus)(nil),                 // 47: trivet.api.v1.ScrubStatus
+	(*ExpandVolumeRequest)(nil),         // 48: trivet.api.v1.ExpandVolumeRequest
+	(*ListAuditRequest)(nil),            // 49: trivet.api.v1.ListAuditRequest
+	(*AuditLog)(nil),                    // 50: trivet.api.v1.AuditLog
+	(*AuditRecord)(nil),                 // 51: trivet.api.v1.AuditRecord
+	(*ShowDisksRequest)(nil),            // 52: trivet.api.v1.ShowDisksRequest
+	(*ShowDisksResponse)(nil),           // 53: trivet.api.v1.ShowDisksResponse
+	(*DiskUse)(nil),                     // 54: trivet.api.v1.DiskUse
+	(*RecoverCatalogueRequest)(nil),     // 55: trivet.api.v1.RecoverCatalogueRequest
+	(*RecoverCatalogueResponse)(nil),    // 56: trivet.api.v1.RecoverCatalogueResponse
+	(*RecoverVolumeRequest)(nil),        // 57: trivet.api.v1.RecoverVolumeRequest
+	(*RecoverVolumeResponse)(nil),       // 58: trivet.api.v1.RecoverVolumeResponse
+	(*RestoreSnapshotRequest)(nil),      // 59: trivet.api.v1.RestoreSnapshotRequest
+	(*CloneVolumeRequest)(nil),          // 60: trivet.api.v1.CloneVolumeRequest
+	(*DiffSnapshotsRequest)(nil),        // 61: trivet.api.v1.DiffSnapshotsRequest
+	(*DiffPage)(nil),                    // 62: trivet.api.v1.DiffPage
+	(*Extent)(nil),                      // 63: trivet.api.v1.Extent
+	(*SnapshotGroup)(nil),               // 64: trivet.api.v1.SnapshotGroup
+	(*CreateSnapshotGroupRequest)(nil),  // 65: trivet.api.v1.CreateSnapshotGroupRequest
+	(*ListSnapshotGroupsRequest)(nil),   // 66: trivet.api.v1.ListSnapshotGroupsRequest
+	(*ListSnapshotGroupsResponse)(nil),  // 67: trivet.api.v1.ListSnapshotGroupsResponse
+	(*SnapshotGroupRequest)(nil),        // 68: trivet.api.v1.SnapshotGroupRequest
+	(*DeleteSnapshotGroupResponse)(nil), // 69: trivet.api.v1.DeleteSnapshotGroupResponse
+	(*VolumeUsage)(nil),                 // 70: trivet.api.v1.VolumeUsage
+	(*FenceVolumeRequest)(nil),          // 71: trivet.api.v1.FenceVolumeRequest
+	(*FenceVolumeResponse)(nil),         // 72: trivet.api.v1.FenceVolumeResponse
+	nil,                                 // 73: trivet.api.v1.SetVolumeRequest.ParametersEntry
+	nil,                                 // 74: trivet.api.v1.JoinResponse.AddressesEntry
+	nil,                                 // 75: trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	nil,                                 // 76: trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	nil,                                 // 77: trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	nil,                                 // 78: trivet.api.v1.SetLabelsRequest.LabelsEntry
+	nil,                                 // 79: trivet.api.v1.Volume.ParametersEntry
+	nil,                                 // 80: trivet.api.v1.Volume.LabelsEntry
+	nil,                                 // 81: trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	nil,                                 // 82: trivet.api.v1.CloneVolumeRequest.ParametersEntry
 }
 var file_admin_proto_depIdxs = []int32{
-	72, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
+	73, // 0: trivet.api.v1.SetVolumeRequest.parameters:type_name -> trivet.api.v1.SetVolumeRequest.ParametersEntry
 	3,  // 1: trivet.api.v1.VolumeReport.stages:type_name -> trivet.api.v1.StageReport
-	43, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
-	73, // 3: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
-	12, // 4: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
-	74, // 5: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
-	12, // 6: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
-	13, // 7: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
-	75, // 8: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
-	76, // 9: trivet.api.v1.CreateVolumeRequest.labels:type_name -> trivet.api.v1.CreateVolumeRequest.LabelsEntry
-	77, // 10: trivet.api.v1.SetLabelsRequest.labels:type_name -> trivet.api.v1.SetLabelsRequest.LabelsEntry
-	20, // 11: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
-	78, // 12: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
-	21, // 13: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
-	21, // 14: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
-	69, // 15: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
-	79, // 16: trivet.api.v1.Volume.labels:type_name -> trivet.api.v1.Volume.LabelsEntry
-	12, // 17: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
-	30, // 18: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
-	20, // 19: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	35, // 20: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
-	44, // 21: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
-	50, // 22: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
-	53, // 23: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
-	20, // 24: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
-	80, // 25: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
-	81, // 26: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
-	62, // 27: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
-	35, // 28: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
-	63, // 29: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
-	4,  // 30: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
-	6,  // 31: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
-	8,  // 32: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
-	10, // 33: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
-	14, // 34: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
-	18, // 35: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
-	16, // 36: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
-	16, // 37: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
-	16, // 38: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
-	22, // 39: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
-	23, // 40: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
-	24, // 41: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
-	25, // 42: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
-	27, // 43: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
-	28, // 44: trivet.api.v1.Admin.PlaceNode:input_type -> trivet.api.v1.PlaceNodeRequest
-	26, // 45: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
-	16, // 46: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
-	32, // 47: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
-	33, // 48: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
-	0,  // 49: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
-	15, // 50: trivet.api.v1.Admin.SetLabels:input_type -> trivet.api.v1.SetLabelsRequest
-	1,  // 51: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
-	36, // 52: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
-	37, // 53: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
-	39, // 54: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	39, // 55: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
-	41, // 56: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
-	45, // 57: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
-	16, // 58: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
-	47, // 59: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
-	48, // 60: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
-	51, // 61: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
-	56, // 62: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
-	54, // 63: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
-	58, // 64: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
-	60, // 65: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
-	59, // 66: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
-	64, // 67: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
-	65, // 68: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
-	67, // 69: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	67, // 70: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
-	70, // 71: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
-	5,  // 72: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
-	7,  // 73: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
-	9,  // 74: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
-	11, // 75: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
-	20, // 76: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
-	19, // 77: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
-	20, // 78: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
-	17, // 79: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
-	20, // 80: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
-	20, // 81: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
-	20, // 82: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
-	20, // 83: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
-	20, // 84: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
-	29, // 85: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 86: trivet.api.v1.Admin.PlaceNode:output_type -> trivet.api.v1.NodeStatus
-	29, // 87: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
-	31, // 88: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
-	20, // 89: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
-	34, // 90: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
-	20, // 91: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
-	20, // 92: trivet.api.v1.Admin.SetLabels:output_type -> trivet.api.v1.Volume
-	2,  // 93: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
-	35, // 94: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
-	38, // 95: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
-	35, // 96: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
-	40, // 97: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
-	42, // 98: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
-	46, // 99: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
-	46, // 100: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
-	20, // 101: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
-	49, // 102: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
-	52, // 103: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
-	57, // 104: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
-	55, // 105: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
-	20, // 106: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
-	61, // 107: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
-	20, // 108: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
-	63, // 109: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	66, // 110: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
-	63, // 111: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
-	68, // 112: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
-	71, // 113: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
-	72, // [72:114] is the sub-list for method output_type
-	30, // [30:72] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	44, // 2: trivet.api.v1.VolumeReport.cache:type_name -> trivet.api.v1.CacheReport
+	43, // 3: trivet.api.v1.VolumeReport.devices:type_name -> trivet.api.v1.DeviceReport
+	74, // 4: trivet.api.v1.JoinResponse.addresses:type_name -> trivet.api.v1.JoinResponse.AddressesEntry
+	12, // 5: trivet.api.v1.ClusterStatusResponse.nodes:type_name -> trivet.api.v1.Node
+	75, // 6: trivet.api.v1.ClusterStatusResponse.volumes_by_phase:type_name -> trivet.api.v1.ClusterStatusResponse.VolumesByPhaseEntry
+	12, // 7: trivet.api.v1.ListNodesResponse.nodes:type_name -> trivet.api.v1.Node
+	13, // 8: trivet.api.v1.Node.disks:type_name -> trivet.api.v1.Disk
+	76, // 9: trivet.api.v1.CreateVolumeRequest.parameters:type_name -> trivet.api.v1.CreateVolumeRequest.ParametersEntry
+	77, // 10: trivet.api.v1.CreateVolumeRequest.labels:type_name -> trivet.api.v1.CreateVolumeRequest.LabelsEntry
+	78, // 11: trivet.api.v1.SetLabelsRequest.labels:type_name -> trivet.api.v1.SetLabelsRequest.LabelsEntry
+	20, // 12: trivet.api.v1.ListVolumesResponse.volumes:type_name -> trivet.api.v1.Volume
+	79, // 13: trivet.api.v1.Volume.parameters:type_name -> trivet.api.v1.Volume.ParametersEntry
+	21, // 14: trivet.api.v1.Volume.replicas:type_name -> trivet.api.v1.Replica
+	21, // 15: trivet.api.v1.Volume.retired:type_name -> trivet.api.v1.Replica
+	70, // 16: trivet.api.v1.Volume.usage:type_name -> trivet.api.v1.VolumeUsage
+	80, // 17: trivet.api.v1.Volume.labels:type_name -> trivet.api.v1.Volume.LabelsEntry
+	12, // 18: trivet.api.v1.NodeStatus.node:type_name -> trivet.api.v1.Node
+	30, // 19: trivet.api.v1.NodeStatus.remaining:type_name -> trivet.api.v1.Remaining
+	20, // 20: trivet.api.v1.AttachVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	35, // 21: trivet.api.v1.ListSnapshotsResponse.snapshots:type_name -> trivet.api.v1.Snapshot
+	45, // 22: trivet.api.v1.CacheReport.by_eviction:type_name -> trivet.api.v1.HitCount
+	51, // 23: trivet.api.v1.AuditLog.records:type_name -> trivet.api.v1.AuditRecord
+	54, // 24: trivet.api.v1.ShowDisksResponse.disks:type_name -> trivet.api.v1.DiskUse
+	20, // 25: trivet.api.v1.RecoverVolumeResponse.volume:type_name -> trivet.api.v1.Volume
+	81, // 26: trivet.api.v1.RestoreSnapshotRequest.parameters:type_name -> trivet.api.v1.RestoreSnapshotRequest.ParametersEntry
+	82, // 27: trivet.api.v1.CloneVolumeRequest.parameters:type_name -> trivet.api.v1.CloneVolumeRequest.ParametersEntry
+	63, // 28: trivet.api.v1.DiffPage.extents:type_name -> trivet.api.v1.Extent
+	35, // 29: trivet.api.v1.SnapshotGroup.snapshots:type_name -> trivet.api.v1.Snapshot
+	64, // 30: trivet.api.v1.ListSnapshotGroupsResponse.groups:type_name -> trivet.api.v1.SnapshotGroup
+	4,  // 31: trivet.api.v1.Admin.InitCluster:input_type -> trivet.api.v1.InitClusterRequest
+	6,  // 32: trivet.api.v1.Admin.Join:input_type -> trivet.api.v1.JoinRequest
+	8,  // 33: trivet.api.v1.Admin.ClusterStatus:input_type -> trivet.api.v1.ClusterStatusRequest
+	10, // 34: trivet.api.v1.Admin.ListNodes:input_type -> trivet.api.v1.ListNodesRequest
+	14, // 35: trivet.api.v1.Admin.CreateVolume:input_type -> trivet.api.v1.CreateVolumeRequest
+	18, // 36: trivet.api.v1.Admin.ListVolumes:input_type -> trivet.api.v1.ListVolumesRequest
+	16, // 37: trivet.api.v1.Admin.GetVolume:input_type -> trivet.api.v1.VolumeRequest
+	16, // 38: trivet.api.v1.Admin.DeleteVolume:input_type -> trivet.api.v1.VolumeRequest
+	16, // 39: trivet.api.v1.Admin.ReleaseVolume:input_type -> trivet.api.v1.VolumeRequest
+	22, // 40: trivet.api.v1.Admin.ReclaimVolume:input_type -> trivet.api.v1.ReclaimVolumeRequest
+	23, // 41: trivet.api.v1.Admin.MoveLeader:input_type -> trivet.api.v1.MoveLeaderRequest
+	24, // 42: trivet.api.v1.Admin.SetReplicas:input_type -> trivet.api.v1.SetReplicasRequest
+	25, // 43: trivet.api.v1.Admin.MoveReplica:input_type -> trivet.api.v1.MoveReplicaRequest
+	27, // 44: trivet.api.v1.Admin.CordonNode:input_type -> trivet.api.v1.CordonNodeRequest
+	28, // 45: trivet.api.v1.Admin.PlaceNode:input_type -> trivet.api.v1.PlaceNodeRequest
+	26, // 46: trivet.api.v1.Admin.GetNode:input_type -> trivet.api.v1.NodeRequest
+	16, // 47: trivet.api.v1.Admin.AttachVolume:input_type -> trivet.api.v1.VolumeRequest
+	32, // 48: trivet.api.v1.Admin.DetachVolume:input_type -> trivet.api.v1.DetachVolumeRequest
+	33, // 49: trivet.api.v1.Admin.ServeVolume:input_type -> trivet.api.v1.ServeVolumeRequest
+	0,  // 50: trivet.api.v1.Admin.SetVolume:input_type -> trivet.api.v1.SetVolumeRequest
+	15, // 51: trivet.api.v1.Admin.SetLabels:input_type -> trivet.api.v1.SetLabelsRequest
+	1,  // 52: trivet.api.v1.Admin.ExplainVolume:input_type -> trivet.api.v1.ExplainVolumeRequest
+	36, // 53: trivet.api.v1.Admin.CreateSnapshot:input_type -> trivet.api.v1.CreateSnapshotRequest
+	37, // 54: trivet.api.v1.Admin.ListSnapshots:input_type -> trivet.api.v1.ListSnapshotsRequest
+	39, // 55: trivet.api.v1.Admin.GetSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	39, // 56: trivet.api.v1.Admin.DeleteSnapshot:input_type -> trivet.api.v1.SnapshotRequest
+	41, // 57: trivet.api.v1.Admin.ForgetNode:input_type -> trivet.api.v1.ForgetNodeRequest
+	46, // 58: trivet.api.v1.Admin.ScrubVolume:input_type -> trivet.api.v1.ScrubVolumeRequest
+	16, // 59: trivet.api.v1.Admin.GetScrub:input_type -> trivet.api.v1.VolumeRequest
+	48, // 60: trivet.api.v1.Admin.ExpandVolume:input_type -> trivet.api.v1.ExpandVolumeRequest
+	49, // 61: trivet.api.v1.Admin.ListAudit:input_type -> trivet.api.v1.ListAuditRequest
+	52, // 62: trivet.api.v1.Admin.ShowDisks:input_type -> trivet.api.v1.ShowDisksRequest
+	57, // 63: trivet.api.v1.Admin.RecoverVolume:input_type -> trivet.api.v1.RecoverVolumeRequest
+	55, // 64: trivet.api.v1.Admin.RecoverCatalogue:input_type -> trivet.api.v1.RecoverCatalogueRequest
+	59, // 65: trivet.api.v1.Admin.RestoreSnapshot:input_type -> trivet.api.v1.RestoreSnapshotRequest
+	61, // 66: trivet.api.v1.Admin.DiffSnapshots:input_type -> trivet.api.v1.DiffSnapshotsRequest
+	60, // 67: trivet.api.v1.Admin.CloneVolume:input_type -> trivet.api.v1.CloneVolumeRequest
+	65, // 68: trivet.api.v1.Admin.CreateSnapshotGroup:input_type -> trivet.api.v1.CreateSnapshotGroupRequest
+	66, // 69: trivet.api.v1.Admin.ListSnapshotGroups:input_type -> trivet.api.v1.ListSnapshotGroupsRequest
+	68, // 70: trivet.api.v1.Admin.GetSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	68, // 71: trivet.api.v1.Admin.DeleteSnapshotGroup:input_type -> trivet.api.v1.SnapshotGroupRequest
+	71, // 72: trivet.api.v1.Admin.FenceVolume:input_type -> trivet.api.v1.FenceVolumeRequest
+	5,  // 73: trivet.api.v1.Admin.InitCluster:output_type -> trivet.api.v1.InitClusterResponse
+	7,  // 74: trivet.api.v1.Admin.Join:output_type -> trivet.api.v1.JoinResponse
+	9,  // 75: trivet.api.v1.Admin.ClusterStatus:output_type -> trivet.api.v1.ClusterStatusResponse
+	11, // 76: trivet.api.v1.Admin.ListNodes:output_type -> trivet.api.v1.ListNodesResponse
+	20, // 77: trivet.api.v1.Admin.CreateVolume:output_type -> trivet.api.v1.Volume
+	19, // 78: trivet.api.v1.Admin.ListVolumes:output_type -> trivet.api.v1.ListVolumesResponse
+	20, // 79: trivet.api.v1.Admin.GetVolume:output_type -> trivet.api.v1.Volume
+	17, // 80: trivet.api.v1.Admin.DeleteVolume:output_type -> trivet.api.v1.DeleteVolumeResponse
+	20, // 81: trivet.api.v1.Admin.ReleaseVolume:output_type -> trivet.api.v1.Volume
+	20, // 82: trivet.api.v1.Admin.ReclaimVolume:output_type -> trivet.api.v1.Volume
+	20, // 83: trivet.api.v1.Admin.MoveLeader:output_type -> trivet.api.v1.Volume
+	20, // 84: trivet.api.v1.Admin.SetReplicas:output_type -> trivet.api.v1.Volume
+	20, // 85: trivet.api.v1.Admin.MoveReplica:output_type -> trivet.api.v1.Volume
+	29, // 86: trivet.api.v1.Admin.CordonNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 87: trivet.api.v1.Admin.PlaceNode:output_type -> trivet.api.v1.NodeStatus
+	29, // 88: trivet.api.v1.Admin.GetNode:output_type -> trivet.api.v1.NodeStatus
+	31, // 89: trivet.api.v1.Admin.AttachVolume:output_type -> trivet.api.v1.AttachVolumeResponse
+	20, // 90: trivet.api.v1.Admin.DetachVolume:output_type -> trivet.api.v1.Volume
+	34, // 91: trivet.api.v1.Admin.ServeVolume:output_type -> trivet.api.v1.ServeVolumeResponse
+	20, // 92: trivet.api.v1.Admin.SetVolume:output_type -> trivet.api.v1.Volume
+	20, // 93: trivet.api.v1.Admin.SetLabels:output_type -> trivet.api.v1.Volume
+	2,  // 94: trivet.api.v1.Admin.ExplainVolume:output_type -> trivet.api.v1.VolumeReport
+	35, // 95: trivet.api.v1.Admin.CreateSnapshot:output_type -> trivet.api.v1.Snapshot
+	38, // 96: trivet.api.v1.Admin.ListSnapshots:output_type -> trivet.api.v1.ListSnapshotsResponse
+	35, // 97: trivet.api.v1.Admin.GetSnapshot:output_type -> trivet.api.v1.Snapshot
+	40, // 98: trivet.api.v1.Admin.DeleteSnapshot:output_type -> trivet.api.v1.DeleteSnapshotResponse
+	42, // 99: trivet.api.v1.Admin.ForgetNode:output_type -> trivet.api.v1.ForgetNodeResponse
+	47, // 100: trivet.api.v1.Admin.ScrubVolume:output_type -> trivet.api.v1.ScrubStatus
+	47, // 101: trivet.api.v1.Admin.GetScrub:output_type -> trivet.api.v1.ScrubStatus
+	20, // 102: trivet.api.v1.Admin.ExpandVolume:output_type -> trivet.api.v1.Volume
+	50, // 103: trivet.api.v1.Admin.ListAudit:output_type -> trivet.api.v1.AuditLog
+	53, // 104: trivet.api.v1.Admin.ShowDisks:output_type -> trivet.api.v1.ShowDisksResponse
+	58, // 105: trivet.api.v1.Admin.RecoverVolume:output_type -> trivet.api.v1.RecoverVolumeResponse
+	56, // 106: trivet.api.v1.Admin.RecoverCatalogue:output_type -> trivet.api.v1.RecoverCatalogueResponse
+	20, // 107: trivet.api.v1.Admin.RestoreSnapshot:output_type -> trivet.api.v1.Volume
+	62, // 108: trivet.api.v1.Admin.DiffSnapshots:output_type -> trivet.api.v1.DiffPage
+	20, // 109: trivet.api.v1.Admin.CloneVolume:output_type -> trivet.api.v1.Volume
+	64, // 110: trivet.api.v1.Admin.CreateSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	67, // 111: trivet.api.v1.Admin.ListSnapshotGroups:output_type -> trivet.api.v1.ListSnapshotGroupsResponse
+	64, // 112: trivet.api.v1.Admin.GetSnapshotGroup:output_type -> trivet.api.v1.SnapshotGroup
+	69, // 113: trivet.api.v1.Admin.DeleteSnapshotGroup:output_type -> trivet.api.v1.DeleteSnapshotGroupResponse
+	72, // 114: trivet.api.v1.Admin.FenceVolume:output_type -> trivet.api.v1.FenceVolumeResponse
+	73, // [73:115] is the sub-list for method output_type
+	31, // [31:73] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -5716,7 +5810,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   82,
+			NumMessages:   83,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,6 +36,7 @@ type kernelDevice interface {
 	Detach(ctx context.Context) error
 	Survives() error
 	Release(ctx context.Context) error
+	Resent() (blockdev.Resent, bool)
 }
 
 // attacher opens volumes for I/O on this node and shows them as kernel devices. Its methods are
@@ -329,7 +330,7 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 		if err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
 		}
-		at = &attached{epoch: at.epoch, group: at.group, path: at.path, kernel: k}
+		at = at.with(k)
 		a.set(id, at)
 		a.log.Info("volume attached", "volume", id, "epoch", at.epoch, "device", k.Path())
 	}
@@ -351,7 +352,7 @@ func (a *attacher) resumeKernel(ctx context.Context, id trivet.VolumeID, at *att
 	if err != nil {
 		return fmt.Errorf("resume %s: %w", id, err)
 	}
-	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path, kernel: k})
+	a.set(id, at.with(k))
 	a.log.Info("volume resumed: what uses it has seen a pause", "volume", id, "epoch", at.epoch, "device", k.Path())
 	return nil
 }
@@ -369,7 +370,7 @@ func (a *attacher) release(ctx context.Context, id trivet.VolumeID) error {
 	if err := at.kernel.Release(ctx); err != nil {
 		return err
 	}
-	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
+	a.set(id, at.with(nil))
 	a.log.Info("volume left attached for the next process", "volume", id, "epoch", at.epoch)
 	return nil
 }
@@ -389,7 +390,7 @@ func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 	if err := at.kernel.Detach(ctx); err != nil {
 		return fmt.Errorf("detach %s: %w", id, err)
 	}
-	a.set(id, &attached{epoch: at.epoch, group: at.group, path: at.path})
+	a.set(id, at.with(nil))
 	a.drain(ctx, id, at)
 	if dead != nil {
 		// umount and detach succeed on a dead device although they drop its dirty pages.

@@ -247,6 +247,10 @@ func (k *fakeKernel) Survives() error {
 	return k.Err()
 }
 
+func (k *fakeKernel) Resent() (blockdev.Resent, bool) {
+	return blockdev.Resent{Repeated: 5, Refused: 2}, true
+}
+
 func (k *fakeKernel) Release(context.Context) error {
 	k.die(trivet.ErrClosed)
 	return nil

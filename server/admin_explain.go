@@ -96,6 +96,11 @@ func (a *admin) explain(ctx context.Context, v *meta.Volume, window time.Duratio
 			if c := windows[i].Cache; c != nil && c.SizeBytes > 0 && out.Cache == nil {
 				out.Cache = cacheReport(c, node)
 			}
+			if d := windows[i].Device; d != nil {
+				out.Devices = append(out.Devices, &api.DeviceReport{
+					Node: string(node), Path: d.Path, Tells: d.Tells, Repeated: d.Repeated, Refused: d.Refused,
+				})
+			}
 		}
 	}
 	f := stage.Explain(in)

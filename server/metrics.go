@@ -109,7 +109,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	shown := all[:min(len(all), metricsVolumesMax)]
 	gauge(out, descOmitted, float64(len(all)-len(shown)))
 	for _, v := range shown {
-		c.volume(out, v, nameOf(v.ID().String()))
+		name := nameOf(v.ID().String())
+		c.volume(out, v, name)
+		deviceMetrics(out, name, v.Device())
 	}
 	n, err := c.s.node()
 	if err != nil {

@@ -42,9 +42,11 @@ var (
 	descDials    = desc("trivet_peer_dial_failures_total", "Failed attempts to reach other nodes.")
 	descTimeouts = desc("trivet_peer_timeouts_total", "Connections found dead.")
 
-	descOps   = desc("trivet_volume_requests_total", "Requests answered on this node.", "volume", "op")
-	descBytes = desc("trivet_volume_bytes_total", "Bytes read and written on this node.", "volume", "op")
-	descTime  = desc("trivet_volume_request_seconds", "Time until requests were answered.", "volume", "op")
+	descOps    = desc("trivet_volume_requests_total", "Requests answered on this node.", "volume", "op")
+	descBytes  = desc("trivet_volume_bytes_total", "Bytes read and written on this node.", "volume", "op")
+	descTime   = desc("trivet_volume_request_seconds", "Time until requests were answered.", "volume", "op")
+	descResent = desc("trivet_device_resent_requests_total", "Requests that the kernel sent again after a resume, as an "+
+		"earlier process had read and not answered them: repeated, or refused with EIO.", "volume", "result")
 	descLimit = desc("trivet_volume_limit", "Limits in force, per second; those that are absent are not listed.",
 		"volume", "limit")
 
@@ -242,4 +244,13 @@ func integrityMetrics(out chan<- prometheus.Metric, name string, st replication.
 	counter(out, descRepaired, float64(st.Repaired), name)
 	counter(out, descHopeless, float64(st.Failed), name)
 	counter(out, descElsewhere, float64(st.Elsewhere), name)
+}
+
+// deviceMetrics says what the kernel sent again to the volume's device; nil = it has none here.
+func deviceMetrics(out chan<- prometheus.Metric, name string, d *stage.DeviceSummary) {
+	if d == nil || !d.Tells {
+		return
+	}
+	counter(out, descResent, float64(d.Repeated), name, "repeated")
+	counter(out, descResent, float64(d.Refused), name, "refused")
 }

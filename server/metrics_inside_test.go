@@ -11,15 +11,37 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/trivet-csi/trivet/cache"
+	"github.com/trivet-csi/trivet/internal/stage"
 )
 
-// cacheCollector collects the metrics of one cache.
-type cacheCollector cache.Stats
+// collecting is a Collector that does one thing.
+type collecting func(out chan<- prometheus.Metric)
 
-func (c *cacheCollector) Describe(chan<- *prometheus.Desc) {}
+func (c collecting) Describe(chan<- *prometheus.Desc) {}
 
-func (c *cacheCollector) Collect(out chan<- prometheus.Metric) {
-	cacheMetrics(out, "v", (*cache.Stats)(c))
+func (c collecting) Collect(out chan<- prometheus.Metric) { c(out) }
+
+// textOf returns what a scrape gets of a Collector.
+func textOf(t *testing.T, c collecting) string {
+	t.Helper()
+	registry := prometheus.NewRegistry()
+	require.NoError(t, registry.Register(c))
+	w := httptest.NewRecorder()
+	ask := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, ask)
+	return w.Body.String()
+}
+
+func TestDeviceMetrics(t *testing.T) {
+	t.Parallel()
+	of := func(d *stage.DeviceSummary) string {
+		return textOf(t, func(out chan<- prometheus.Metric) { deviceMetrics(out, "v", d) })
+	}
+	body := of(&stage.DeviceSummary{Path: "/dev/loop1", Tells: true, Repeated: 7, Refused: 2})
+	require.Contains(t, body, `trivet_device_resent_requests_total{result="repeated",volume="v"} 7`+"\n")
+	require.Contains(t, body, `trivet_device_resent_requests_total{result="refused",volume="v"} 2`+"\n")
+	require.Empty(t, of(nil))
+	require.Empty(t, of(&stage.DeviceSummary{Path: "/dev/nbd1"}), "nobody knows")
 }
 
 func TestCacheMetrics(t *testing.T) {
@@ -29,12 +51,7 @@ func TestCacheMetrics(t *testing.T) {
 		WriteBackBytes: 12288, ReadAheadBlocks: 2, Delayed: 5, Stalled: 1,
 	}
 	s.ByEviction[1] = cache.HitRate{Hits: 11, Misses: 4}
-	registry := prometheus.NewRegistry()
-	require.NoError(t, registry.Register((*cacheCollector)(&s)))
-	w := httptest.NewRecorder()
-	ask := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
-	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, ask)
-	body := w.Body.String()
+	body := textOf(t, func(out chan<- prometheus.Metric) { cacheMetrics(out, "v", &s) })
 	for _, line := range []string{
 		`trivet_cache_info{mode="writeBack",volume="v"} 1`,
 		`trivet_cache_bytes{state="dirty",volume="v"} 8192`,

@@ -49,3 +49,14 @@ func TestExplainShowsTheCache(t *testing.T) {
 		},
 	}, got.rows)
 }
+
+func TestExplainShowsTheDevice(t *testing.T) {
+	t.Parallel()
+	view := reportOf(&api.VolumeReport{Devices: []*api.DeviceReport{
+		{Node: "n1", Path: "/dev/loop3", Tells: true, Repeated: 4, Refused: 1}, {Node: "n2", Path: "/dev/nbd0"},
+	}})
+	require.Len(t, view.Devices, 2)
+	assert.Equal(t, "device: /dev/loop3 on n1; sent again by the kernel after a resume: 4 requests repeated, 1 refused\n",
+		view.Devices[0].text())
+	assert.Equal(t, "device: /dev/nbd0 on n2\n", view.Devices[1].text())
+}

@@ -23,6 +23,8 @@ type reportView struct {
 	Silent   []string    `json:"silentNodes,omitempty"`
 	Stages   []stageView `json:"stages"`
 	Cache    *cacheView  `json:"cache,omitempty"`
+
+	Devices []deviceView `json:"devices,omitempty"`
 }
 
 type stageView struct {
@@ -100,6 +102,9 @@ func (o *options) showReport(cmd *cobra.Command, r *api.VolumeReport) error {
 		}
 	}
 	fmt.Fprintln(out)
+	for i := range view.Devices {
+		fmt.Fprint(out, view.Devices[i].text())
+	}
 	limit := "nothing here"
 	if view.Limiting != "" {
 		limit = view.Limiting
@@ -129,6 +134,11 @@ func reportOf(r *api.VolumeReport) reportView {
 		})
 	}
 	view.Cache = cacheOf(r.GetCache())
+	for _, d := range r.GetDevices() {
+		view.Devices = append(view.Devices, deviceView{
+			Node: d.GetNode(), Path: d.GetPath(), Tells: d.GetTells(), Repeated: d.GetRepeated(), Refused: d.GetRefused(),
+		})
+	}
 	return view
 }
 

@@ -57,3 +57,19 @@ func TestWatchSeesTheCache(t *testing.T) {
 		require.Nil(t, w.Cache)
 	})
 }
+
+func TestWatchSeesTheDevice(t *testing.T) {
+	t.Parallel()
+	r := stage.NewRegistry()
+	v := r.Open(1)
+	defer v.Close()
+	v.SetDevice(func() stage.DeviceSummary { return stage.DeviceSummary{Path: "/dev/loop1", Tells: true, Repeated: 3} })
+	w, err := r.Watch(t.Context(), 1, time.Millisecond)
+	require.NoError(t, err)
+	require.Equal(t, &stage.DeviceSummary{Path: "/dev/loop1", Tells: true, Repeated: 3}, w.Device)
+	v.SetDevice(nil)
+	w, err = r.Watch(t.Context(), 1, time.Millisecond)
+	require.NoError(t, err)
+	require.Nil(t, w.Device)
+	(*stage.Volume)(nil).SetDevice(nil)
+}

@@ -82,6 +82,7 @@ type Volume struct {
 	users  int // under reg.mu
 	meters [stageN]atomic.Pointer[Meter]
 	cache  atomic.Pointer[func() CacheCounts]
+	device atomic.Pointer[func() DeviceSummary]
 }
 
 // NewRegistry returns a Registry without volumes.

@@ -46,7 +46,8 @@ type Window struct {
 	Seconds float64   `json:"seconds"`
 	Stages  []Summary `json:"stages"` // in order, without those that were not used
 
-	Cache *CacheSummary `json:"cache,omitempty"` // of the attachment, if the volume has one here
+	Cache  *CacheSummary  `json:"cache,omitempty"`  // of the attachment, if the volume has one here
+	Device *DeviceSummary `json:"device,omitempty"` // of the kernel, if the volume has one here, at the end
 }
 
 // Watch observes a volume for d and returns what happened. ErrNotFound: this process does not serve it;
@@ -71,7 +72,7 @@ func (r *Registry) Watch(ctx context.Context, id trivet.VolumeID, d time.Duratio
 			w.sample()
 		case <-end.C:
 			out := w.end()
-			out.Cache = cached()
+			out.Cache, out.Device = cached(), v.Device()
 			return out, nil
 		case <-ctx.Done():
 			return Window{}, fmt.Errorf("watch %s: %w", id, context.Cause(ctx))
