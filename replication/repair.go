@@ -201,15 +201,12 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 		wants[i] = bad[i].BlockVersion
 	}
 	data, lost := rp.fetch(ctx, wants)
-	var repairs []engine.Repair
+	var helped []engine.BadBlock
+	good := map[engine.BlockVersion][]byte{}
 	for i := range bad {
 		switch {
 		case data[i] != nil:
-			r, err := bad[i].With(rp.vol.ID(), data[i])
-			if err != nil {
-				return out, err // fetch has verified it
-			}
-			repairs = append(repairs, r)
+			helped, good[bad[i].BlockVersion] = append(helped, bad[i]), data[i]
 		case lost[i]:
 			out.lost++
 			rp.failed.Add(1)
@@ -220,17 +217,39 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 			rp.leaveOpen(bad[i].BlockVersion)
 		}
 	}
+	err := rp.replace(helped, good, &out)
+	if out.repaired > 0 {
+		rp.log.Warn("repaired damaged blocks", "blocks", out.repaired, "lba", bad[0].LBA)
+	}
+	return out, err
+}
+
+// replace gives damaged blocks their data back. Those for which it had no effect are looked at again: a block that was
+// written meanwhile is as good as repaired, one that is damaged at another place by now stays open, for the next try.
+func (rp *repairer) replace(bad []engine.BadBlock, data map[engine.BlockVersion][]byte, out *mended) error {
+	repairs := make([]engine.Repair, len(bad))
+	for i := range bad {
+		var err error
+		if repairs[i], err = bad[i].With(rp.vol.ID(), data[bad[i].BlockVersion]); err != nil {
+			return err // fetch has verified it
+		}
+	}
 	n, err := rp.vol.Replace(repairs)
-	out.repaired = n
+	out.repaired += n
 	rp.counted(n)
 	if err != nil {
 		out.open += len(repairs) - n
-		return out, err
+		return err
 	}
-	if n > 0 {
-		rp.log.Warn("repaired damaged blocks", "blocks", n, "lba", bad[0].LBA)
+	if n == len(bad) {
+		return nil
 	}
-	return out, nil
+	bad, err = rp.vol.StillBad(bad)
+	out.open += len(bad)
+	for i := range bad {
+		rp.leaveOpen(bad[i].BlockVersion)
+	}
+	return err
 }
 
 // foundAgain counts damaged blocks, except those that were counted when nobody could help. REQUIRES: its turn.
