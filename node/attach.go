@@ -340,8 +340,8 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 func (a *attacher) kernelConfig(id trivet.VolumeID, at *attached) blockdev.Config {
 	return blockdev.Config{
 		Name: id.String(), RunDir: a.runDir, Device: at.path, Kind: a.kind, Keeper: a.keeper,
-		Buffers: a.buffers,
-		Logger:  a.log.With("volume", id),
+		Shared: at.path.shared, Buffers: a.buffers,
+		Logger: a.log.With("volume", id),
 	}
 }
 

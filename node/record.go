@@ -25,6 +25,7 @@ type record struct {
 	Volume    trivet.VolumeID `json:"volume"`
 	Device    uint64          `json:"device,omitempty"`   // number of the block device, 0 = none
 	Epoch     trivet.Epoch    `json:"epoch,omitempty"`    // of the block device, 0 = none; see resume.go
+	Seen      trivet.Epoch    `json:"seen,omitempty"`     // the volume's, when Epoch was last found; see resume.go
 	ReadOnly  bool            `json:"readOnly,omitempty"` // the attachment is
 	Staged    *staging        `json:"staged,omitempty"`
 	Published []publication   `json:"published,omitempty"`

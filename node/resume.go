@@ -29,6 +29,10 @@ import (
 // another node write, upon which a filesystem that is still mounted here would be out of date. So
 // the catalogue must say E, or E+1 after a take-over whose process died before it could record it;
 // each process records what it found before it takes over.
+//
+// Where two nodes write, E is the epoch at which this node's session began, and the coming and going of the other one
+// raises the volume's epoch, too. So the volume's epoch V is recorded beside E, and the session must have begun at E,
+// or at V+1: the first epoch after V can be of a take-over, but not of a new attach.
 const (
 	resumeAttemptMax = 30 * time.Second // for a fence
 	resumePause      = time.Second      // between attempts
@@ -192,20 +196,17 @@ func (m *mounts) takeOverAgain(ctx context.Context, v *meta.Volume) (*attached, 
 		}
 		return at, nil
 	}
-	if sharedWriter(v) {
-		// The kernel sends again what was under way, as new writes: over what the other node has written since (H39).
-		return nil, fmt.Errorf("resume %s, which two nodes may write: %w", v.ID, errInterrupted)
-	}
 	rec := m.records.get(v.ID)
-	found := v.Attached.Epoch
-	if found != rec.Epoch && found != rec.Epoch+1 {
-		return nil, fmt.Errorf("resume %s of epoch %d, now %d: %w", v.ID, rec.Epoch, found, errInterrupted)
+	found := v.Attached.Session()
+	if found != rec.Epoch && found != max(rec.Epoch, rec.Seen)+1 {
+		return nil, fmt.Errorf("resume %s of epoch %d, seen at %d, now %d: %w", v.ID, rec.Epoch, rec.Seen, found,
+			errInterrupted)
 	}
-	rec.Epoch = found
+	rec.Epoch, rec.Seen = found, v.Attached.Epoch
 	if err := m.records.put(rec); err != nil {
 		return nil, fmt.Errorf("resume %s: %w", v.ID, err)
 	}
-	want := found + 1
+	want := rec.Seen + 1
 	if v.Attached.Mode == meta.MultiNodeReader || v.Attached.Incarnation == m.attacher.process {
 		want = found // readers share an epoch, and keep it; or this is an attempt whose answer was lost
 	}

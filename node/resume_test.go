@@ -22,9 +22,11 @@ type resumeBench struct {
 	checkErr  error // of the device
 	resumeErr error
 	resumedN  int
-	fencedAt  trivet.Epoch // the group's fence when the device was resumed
-	aborted   bool
-	busyN     int // more tries to clean up find the device in use
+
+	resumedShared bool         // the device was told that another node may write
+	fencedAt      trivet.Epoch // the group's fence when the device was resumed
+	aborted       bool
+	busyN         int // more tries to clean up find the device in use
 }
 
 // newResumeBench has vol staged and published by a first process, which has been killed.
@@ -76,6 +78,7 @@ func (b *resumeBench) next(t *testing.T, incarnation int) {
 			return nil, fmt.Errorf("resume of %q: %w", c.Name, trivet.ErrInvalid)
 		}
 		b.resumedN++
+		b.resumedShared = c.Shared
 		b.fencedAt = b.cat.volume(vol).FencedEpoch
 		return &fakeKernel{bench: b.mountBench, path: b.kernel().path}, nil
 	}
@@ -208,8 +211,18 @@ func TestResumeWaitsForTheCatalogue(t *testing.T) {
 // TestResumeOfACrashedResume: processes that die at any step of the resume do not keep the next one
 // from it.
 func TestResumeOfACrashedResume(t *testing.T) {
+	for _, mode := range []meta.AccessMode{meta.SingleNodeMultiWriter, meta.MultiNodeMultiWriter} {
+		t.Run(string(mode), func(t *testing.T) { testResumeOfACrashedResume(t, mode) })
+	}
+}
+
+func testResumeOfACrashedResume(t *testing.T, mode meta.AccessMode) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		b := newResumeBench(t)
+		b := newResumeBenchOf(t, mode)
+		if mode == meta.MultiNodeMultiWriter {
+			b.grant("n3", mode, false) // which raises the epoch, and is no break either
+		}
 		for i := range 3 { // each took over; the first two died before they could write it down
 			atTakeOver := &watchedCatalogue{fakeCatalogue: b.cat, mounts: b.mounts}
 			b.mounts.attacher.cat = atTakeOver
@@ -225,6 +238,9 @@ func TestResumeOfACrashedResume(t *testing.T) {
 			}
 			require.Zero(t, b.resumedN)
 			require.Equal(t, 2, b.mounter.mountedN(), "a process that ends takes nothing away")
+			if i == 1 && mode == meta.MultiNodeMultiWriter {
+				b.cat.must(meta.Command{Detach: &meta.Detach{Volume: vol, Node: "n3"}})
+			}
 			b.next(t, 0x400+i)
 		}
 		l := b.leftover(t)

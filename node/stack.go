@@ -36,6 +36,7 @@ type path struct {
 	scheduled *iothrottle.Scheduled
 	cache     *caching
 	stages    *stage.Volume // what is measured of it
+	shared    bool          // another node may write the volume too
 }
 
 // shared is what the data paths of a node have in common.
@@ -56,7 +57,7 @@ func stack(cached *caching, v *meta.Volume, with *shared, stages *stage.Volume) 
 	throttle := iothrottle.NewWith(scheduled, limits, iothrottle.Options{Meter: meterOf(stages, stage.Throttle)})
 	return &path{
 		Device:   protect(probeRequests(throttle, stages), v.Attached != nil && v.Attached.ReadOnly),
-		throttle: throttle, scheduled: scheduled, cache: cached, stages: stages,
+		throttle: throttle, scheduled: scheduled, cache: cached, stages: stages, shared: sharedWriter(v),
 	}, nil
 }
 

@@ -121,13 +121,52 @@ func TestWriterFollowsItsSession(t *testing.T) {
 	})
 }
 
-// TestResumeOfTwoWritersIsGivenUp: the kernel would send what was under way once more, as new writes (H39).
-func TestResumeOfTwoWritersIsGivenUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newResumeBenchOf(t, meta.MultiNodeMultiWriter)
-		b.mounts.resume(t.Context(), b.leftover(t))
-		b.requireGivenUp(t)
-	})
+// TestResumeOfTwoWriters: it goes on after the fence, whoever came or went beside it, and the device knows that what
+// was under way must not be written again (H39). One that was detached meanwhile does not.
+func TestResumeOfTwoWriters(t *testing.T) {
+	const two = meta.MultiNodeMultiWriter
+	leave := func(b *resumeBench, node trivet.NodeID) {
+		b.cat.must(meta.Command{Detach: &meta.Detach{Volume: vol, Node: node}})
+		b.mounts.sweep()
+		b.fence()
+	}
+	for name, tt := range map[string]struct {
+		change func(b *resumeBench)
+		lost   bool
+	}{
+		"alone":          {func(*resumeBench) {}, false},
+		"another comes":  {func(b *resumeBench) { b.grant("n3", two, false) }, false},
+		"comes and goes": {func(b *resumeBench) { b.grant("n3", two, false); leave(b, "n3") }, false},
+		"detached":       {func(b *resumeBench) { b.revoke() }, true},
+		"detached, back": {func(b *resumeBench) { b.revoke(); b.grant("n1", two, false) }, true},
+		"beside, and back": {func(b *resumeBench) {
+			b.grant("n3", two, false)
+			leave(b, "n1")
+			b.grant("n1", two, false)
+		}, true},
+		"left to another": {func(b *resumeBench) { b.grant("n3", two, false); leave(b, "n1") }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newResumeBenchOf(t, two)
+				tt.change(b)
+				l := b.leftover(t)
+				done := make(chan struct{})
+				go func() { b.mounts.resume(t.Context(), l); close(done) }()
+				synctest.Wait()
+				require.Zero(t, b.resumedN, "before the fence")
+				if tt.lost {
+					<-done
+					b.requireGivenUp(t)
+					return
+				}
+				b.fence()
+				<-done
+				require.True(t, b.resumedShared)
+				b.requireResumed(t)
+			})
+		})
+	}
 }
 
 // TestPlanFencesWriters: the fence of an epoch names the sessions that write at it, if they are others than one of its

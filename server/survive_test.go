@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/api"
 	"github.com/trivet-csi/trivet/node/keeper"
 	"github.com/trivet-csi/trivet/server"
@@ -73,7 +75,10 @@ func newKept(t *testing.T) *kept {
 	go func() { ended <- k.Serve(ctx) }()
 	t.Cleanup(func() { cancel(); require.NoError(t, <-ended) })
 	f.fleet = newFleet(t, func(cfg *server.Config) {
-		cfg.KeeperSocket, cfg.CSI = socket, "unix://"+filepath.Join(dir, string(cfg.Node)+".sock")
+		cfg.CSI = "unix://" + filepath.Join(dir, string(cfg.Node)+".sock")
+		if string(cfg.Node) == fmt.Sprintf("node-%d", survivalNode) { // a keeper is a machine's own
+			cfg.KeeperSocket = socket
+		}
 	})
 	f.staging, f.target = filepath.Join(dir, "staging"), filepath.Join(dir, "pod", "mount")
 	for _, d := range []string{f.staging, filepath.Dir(f.target)} {
@@ -322,4 +327,58 @@ func (f *kept) check(fsType string, command []string) {
 		_, err := f.process.admin.DetachVolume(ctx, &api.DetachVolumeRequest{Name: name})
 		return err
 	})
+}
+
+// TestSharedDeviceSurvivesItsServer kills the server of one of two nodes that write a volume: its device goes on, a
+// write that came meanwhile is carried out, and nothing that the other node has written is overwritten.
+func TestSharedDeviceSurvivesItsServer(t *testing.T) {
+	f := newKept(t)
+	m := &migration{t: t, dir: filepath.Dir(f.staging)}
+	for _, p := range f.processes {
+		conn, err := grpc.NewClient(p.cfg.CSI, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		require.NoError(t, err)
+		t.Cleanup(func() { require.NoError(t, conn.Close()) })
+		m.nodes, m.conns = append(m.nodes, string(p.cfg.Node)), append(m.conns, conn)
+	}
+	require.NoError(t, again(t, func() error {
+		created, err := csi.NewControllerClient(m.conns[0]).CreateVolume(t.Context(), &csi.CreateVolumeRequest{
+			Name: "kept-shared", CapacityRange: &csi.CapacityRange{RequiredBytes: 64 << 20},
+			VolumeCapabilities: []*csi.VolumeCapability{m.capability()},
+		})
+		m.volume = created.GetVolume().GetVolumeId()
+		return err
+	}))
+	here, other := m.stage(survivalNode), m.stage(0)
+	program, err := os.OpenFile(here, os.O_RDWR|unix.O_DIRECT, 0) // goes on using it
+	require.NoError(t, err)
+	defer program.Close()
+	for round, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGTERM} {
+		m.write(here, 3, byte('a'+round))
+		m.requireReads(other, 3, byte('a'+round))
+		f.process.end(t, sig)
+		m.write(other, 3, byte('m'+round)) // waits until the lease of the other is out, no longer
+		wrote := make(chan error, 1)
+		go func() {
+			_, err := program.WriteAt(alignedBlock(t, byte('q'+round)), 5*trivet.BlockSize)
+			wrote <- err
+		}()
+		f.start(f.process)
+		require.NoError(t, <-wrote, "round %d", round)
+		m.requireReads(other, 5, byte('q'+round))
+		m.requireReads(here, 3, byte('m'+round))
+	}
+	require.NoError(t, program.Close())
+	m.leave(0)
+	m.write(here, 3, 'z')
+	m.leave(survivalNode)
+}
+
+// alignedBlock is pattern in memory that a direct write can be made from.
+func alignedBlock(t *testing.T, b byte) []byte {
+	t.Helper()
+	p, err := unix.Mmap(-1, 0, trivet.BlockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = unix.Munmap(p) })
+	copy(p, pattern(b))
+	return p
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -34,7 +35,7 @@ func TestTwoWriters(t *testing.T) {
 	v := createBy(t, c, &api.CreateVolumeRequest{
 		Name: "vm", SizeBytes: 64 << 20, Parameters: map[string]string{"cacheMode": "writeBack"},
 	})
-	m := &migration{t: t, c: c, volume: v.GetId()}
+	m := &migration{t: t, dir: c.Path("pods"), nodes: []string{"node-0", "node-1", "node-2"}, volume: v.GetId()}
 	for i := range 3 {
 		conn, err := grpc.NewClient(c.CSI(i), grpc.WithTransportCredentials(insecure.NewCredentials()))
 		require.NoError(t, err)
@@ -92,7 +93,8 @@ func requireSharedByNBD(t *testing.T, c *testutil.Cluster) {
 // migration drives a volume by CSI on several nodes.
 type migration struct {
 	t      *testing.T
-	c      *testutil.Cluster
+	dir    string   // of the pods
+	nodes  []string // their names
 	volume string
 	conns  []*grpc.ClientConn
 }
@@ -104,13 +106,13 @@ func (m *migration) capability() *csi.VolumeCapability {
 	}
 }
 
-func (m *migration) node(i int) string { return string(m.c.Config(i).Node) }
+func (m *migration) home(i int) string { return filepath.Join(m.dir, m.nodes[i]) }
 
 func (m *migration) publish(i int) (map[string]string, error) {
 	var resp *csi.ControllerPublishVolumeResponse
 	err := again(m.t, func() (err error) {
 		resp, err = csi.NewControllerClient(m.conns[0]).ControllerPublishVolume(m.t.Context(),
-			&csi.ControllerPublishVolumeRequest{VolumeId: m.volume, NodeId: m.node(i), VolumeCapability: m.capability()})
+			&csi.ControllerPublishVolumeRequest{VolumeId: m.volume, NodeId: m.nodes[i], VolumeCapability: m.capability()})
 		return err
 	})
 	return resp.GetPublishContext(), err
@@ -121,14 +123,13 @@ func (m *migration) stage(i int) string {
 	m.t.Helper()
 	published, err := m.publish(i)
 	require.NoError(m.t, err)
-	home, node := m.c.Path(m.node(i)), csi.NewNodeClient(m.conns[i])
-	return stageBlock(m.t, node, m.volume, home, m.capability(), published)
+	return stageBlock(m.t, csi.NewNodeClient(m.conns[i]), m.volume, m.home(i), m.capability(), published)
 }
 
 func (m *migration) leave(i int) {
 	m.t.Helper()
-	unstageBlock(m.t, csi.NewNodeClient(m.conns[i]), m.volume, m.c.Path(m.node(i)))
-	unpublish(m.t, csi.NewControllerClient(m.conns[0]), m.volume, m.node(i))
+	unstageBlock(m.t, csi.NewNodeClient(m.conns[i]), m.volume, m.home(i))
+	unpublish(m.t, csi.NewControllerClient(m.conns[0]), m.volume, m.nodes[i])
 }
 
 // dd copies a block from one file to another by a process of its own, past the kernel's page cache, as whoever shares a

@@ -207,8 +207,8 @@ func (s *fuseServer) resend() error {
 	return nil
 }
 
-// mayRepeat counts a request that was sent again, and reports whether it is carried out. One that changes a device which
-// another node writes too is not: the first copy may be in, and what that node has written since would be overwritten.
+// mayRepeat counts a request that was sent again, and reports whether it is carried out. One that changes a device
+// which another node writes too is not: the first copy may be in, and what that node has written since would be lost.
 // Its outcome is unknown, which is what EIO says; that it cannot come any later the fence has seen to.
 func (s *fuseServer) mayRepeat(r fuseRequest) bool {
 	if s.shared && r.changes() {
