@@ -48,6 +48,26 @@ func mustScrub(t *testing.T, c *sim.Cluster, o replication.ScrubOptions) replica
 	return sum
 }
 
+// scrubMeanwhile starts what mustScrub does. What it returns waits for the end.
+func scrubMeanwhile(t *testing.T, c *sim.Cluster) (wait func() replication.ScrubRange) {
+	t.Helper()
+	done := make(chan error, 1)
+	var sum replication.ScrubRange
+	go func() {
+		var err error
+		sum, err = scrubAll(t.Context(), func() (*replication.Replica, error) {
+			_, r, err := c.Leader(t.Context())
+			return r, err
+		}, replication.ScrubOptions{})
+		done <- err
+	}()
+	return func() replication.ScrubRange {
+		t.Helper()
+		require.NoError(t, <-done)
+		return sum
+	}
+}
+
 // A scrub finds flipped bits where nobody reads, on any replica, and repairs them; the next one finds nothing.
 func TestScrubRepairsMedia(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
@@ -286,8 +306,7 @@ func TestScrubBesideCleaning(t *testing.T) {
 		node := followersOf(c, leader)[0]
 		release := c.Net.Hold(isScrub(replication.ScrubCheck, "", node.ID()))
 		defer release()
-		done := make(chan replication.ScrubRange, 1)
-		go func() { done <- mustScrub(t, c, replication.ScrubOptions{}) }()
+		wait := scrubMeanwhile(t, c)
 		requireEventually(t, "the check is held", func() bool { return c.Net.Held() > 0 })
 
 		kept := func(lba trivet.LBA) bool { return lba%16 == 2 }
@@ -312,7 +331,7 @@ func TestScrubBesideCleaning(t *testing.T) {
 		}
 		require.Positive(t, moved, "cleaning was at work")
 		release()
-		sum := <-done
+		sum := wait()
 		assert.Equal(t, flips, sum.Found)
 		assert.Equal(t, flips, sum.Repaired)
 		assert.Zero(t, sum.Left)
@@ -347,8 +366,7 @@ func TestScrubLooksAgain(t *testing.T) {
 		tamper(t, late, func(b *engine.Batch) { require.NoError(t, b.Write(30, stamped(30, 9))) }, nil)
 		release := c.Net.Hold(isScrub(replication.ScrubFix, "", late.ID()))
 		defer release()
-		done := make(chan replication.ScrubRange, 1)
-		go func() { done <- mustScrub(t, c, replication.ScrubOptions{}) }()
+		wait := scrubMeanwhile(t, c)
 		requireEventually(t, "the repair is held", func() bool { return c.Net.Held() > 0 })
 
 		stop := c.Net.Lose(func(e transport.Envelope) bool {
@@ -375,7 +393,7 @@ func TestScrubLooksAgain(t *testing.T) {
 		requireEventually(t, "it asks both others", func() bool { return asked.Load() >= 2 })
 		require.NoError(t, sim.Sleep(ctx, 200*time.Millisecond)) // and has told the leader
 		stop()
-		sum := <-done
+		sum := wait()
 		assert.Zero(t, sum.Left)
 		assert.Zero(t, sum.Found, "it was written")
 		requireEqualReplicas(t, c)
@@ -394,15 +412,14 @@ func TestScrubThatLostCount(t *testing.T) {
 		tamper(t, other, func(b *engine.Batch) { require.NoError(t, b.Write(30, stamped(30, 9))) }, nil)
 		release := c.Net.Hold(isScrub(replication.ScrubFix, "", other.ID()))
 		defer release()
-		done := make(chan replication.ScrubRange, 1)
-		go func() { done <- mustScrub(t, c, replication.ScrubOptions{}) }()
+		wait := scrubMeanwhile(t, c)
 		requireEventually(t, "the repair is held", func() bool { return c.Net.Held() > 0 })
 		p := stamped(200, 2)
 		for range 4096 + 10 {
 			require.NoError(t, v.WriteAt(ctx, p, 200*trivet.BlockSize))
 		}
 		release()
-		sum := <-done
+		sum := wait()
 		assert.EqualValues(t, 1, sum.Found)
 		assert.EqualValues(t, 1, sum.Repaired)
 		assert.Zero(t, sum.Left)
@@ -425,8 +442,7 @@ func TestRepairFollowsAMovedBlock(t *testing.T) {
 		mustRot(t, node, lba, 1)
 		release := c.Net.Hold(isScrub(replication.ScrubFetch, node.ID(), ""))
 		defer release()
-		done := make(chan replication.ScrubRange, 1)
-		go func() { done <- mustScrub(t, c, replication.ScrubOptions{}) }()
+		wait := scrubMeanwhile(t, c)
 		requireEventually(t, "it asks for the block", func() bool { return c.Net.Held() > 0 })
 
 		_, err := node.Rot(rotten) // whole again, or cleaning would leave it where it is
@@ -446,7 +462,7 @@ func TestRepairFollowsAMovedBlock(t *testing.T) {
 		_, err = node.Rot(stamped(lba, 1))
 		require.NoError(t, err)
 		release()
-		sum := <-done
+		sum := wait()
 		assert.EqualValues(t, 1, sum.Found)
 		assert.EqualValues(t, 1, sum.Repaired)
 		assert.Zero(t, sum.Left)

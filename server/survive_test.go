@@ -357,9 +357,9 @@ func TestSharedDeviceSurvivesItsServer(t *testing.T) {
 		m.requireReads(other, 3, byte('a'+round))
 		f.process.end(t, sig)
 		m.write(other, 3, byte('m'+round)) // waits until the lease of the other is out, no longer
-		wrote := make(chan error, 1)
+		wrote, block := make(chan error, 1), alignedBlock(t, byte('q'+round))
 		go func() {
-			_, err := program.WriteAt(alignedBlock(t, byte('q'+round)), 5*trivet.BlockSize)
+			_, err := program.WriteAt(block, 5*trivet.BlockSize)
 			wrote <- err
 		}()
 		f.start(f.process)
