@@ -22,6 +22,7 @@ var mayImport = map[string][]string{
 	"cache":                     {},
 	"node/blockdev":             {"node/keeper"},
 	"node/keeper":               {},
+	"node/overlay":              {},
 	"controller/meta":           {},
 	"replication/transport":     {},
 	"internal/pki":              {},
@@ -40,7 +41,7 @@ var mayImport = map[string][]string{
 	},
 	"node": {
 		"cache", "controller/meta", "engine", "engine/segment", "internal/stage", "iothrottle", "node/blockdev",
-		"node/keeper", "replication",
+		"node/keeper", "node/overlay", "replication",
 		"replication/raftgroup", "replication/transport",
 	},
 	"driver": {"controller", "controller/meta", "node"},
@@ -109,7 +110,7 @@ var homes = []struct {
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
 		"cache", "internal/demo", "internal/faultdev", "internal/loopdev", "internal/vm/guest", "node", "node/blockdev",
-		"node/keeper", "replication/raftgroup", "replication/transport",
+		"node/keeper", "node/overlay", "replication/raftgroup", "replication/transport",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
