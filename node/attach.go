@@ -15,6 +15,7 @@ import (
 	"github.com/trivet-csi/trivet/iothrottle"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/node/keeper"
+	"github.com/trivet-csi/trivet/node/overlay"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
 	"github.com/trivet-csi/trivet/replication/transport"
@@ -63,7 +64,8 @@ type attacher struct {
 	// it nothing.
 	registered func(context.Context) error
 
-	caches *caches
+	caches   *caches
+	overlays *overlays
 
 	openGroup func(replication.VolumeConfig) (groupDevice, error)
 	show      func(context.Context, blockdev.Config) (kernelDevice, error)
@@ -86,6 +88,8 @@ type attached struct {
 	group  groupDevice   // nil while waiting for the fence
 	path   *path         // the data path on top of group
 	kernel kernelDevice  // nil while not shown
+
+	overlay *overlay.Device // between kernel and path; nil: none. It comes and goes with kernel
 }
 
 func newAttacher(cfg *Config) *attacher {
@@ -96,6 +100,7 @@ func newAttacher(cfg *Config) *attacher {
 		shared: shared{scheduler: iothrottle.NewScheduler(), stages: cfg.Stages},
 		cat:    cfg.Catalogue, network: cfg.Network, log: loggerOr(cfg.Logger),
 		held: make(map[trivet.VolumeID]*attached), nbdN: make(map[trivet.VolumeID]int), caches: newCaches(cfg),
+		overlays:  newOverlays(cfg),
 		openGroup: func(c replication.VolumeConfig) (groupDevice, error) { return replication.OpenVolume(c) },
 		show: func(ctx context.Context, c blockdev.Config) (kernelDevice, error) {
 			return blockdev.Attach(ctx, c)
@@ -323,12 +328,19 @@ func (a *attacher) bringLeader(ctx context.Context, v *meta.Volume) {
 	}
 }
 
-// showKernel makes the open volume a kernel block device and returns its path.
-func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
+// showKernel makes the open volume a kernel block device and returns its path. Unless overlayFile is empty, what is
+// written to the device goes there.
+func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attached, overlayFile string,
+) (string, error) {
 	if at.kernel == nil {
-		k, err := a.show(ctx, a.kernelConfig(id, at))
+		over, err := a.overlays.create(id, overlayFile, at.path)
 		if err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
+		}
+		at = &attached{epoch: at.epoch, group: at.group, path: at.path, overlay: over}
+		k, err := a.show(ctx, a.kernelConfig(id, at))
+		if err != nil {
+			return "", fmt.Errorf("attach %s: %w", id, errors.Join(err, over.Remove()))
 		}
 		at = at.with(k)
 		a.set(id, at)
@@ -339,18 +351,23 @@ func (a *attacher) showKernel(ctx context.Context, id trivet.VolumeID, at *attac
 
 func (a *attacher) kernelConfig(id trivet.VolumeID, at *attached) blockdev.Config {
 	return blockdev.Config{
-		Name: id.String(), RunDir: a.runDir, Device: at.path, Kind: a.kind, Keeper: a.keeper,
+		Name: id.String(), RunDir: a.runDir, Device: at.device(), Kind: a.kind, Keeper: a.keeper,
 		Shared: at.path.shared, Buffers: a.buffers,
 		Logger: a.log.With("volume", id),
 	}
 }
 
-// resumeKernel goes on with the kernel device of an earlier process. REQUIRES: everything older than
-// at's epoch is fenced (H13, H31), which holds for whoever has its data path.
-func (a *attacher) resumeKernel(ctx context.Context, id trivet.VolumeID, at *attached) error {
-	k, err := a.resume(ctx, a.kernelConfig(id, at))
+// resumeKernel goes on with the kernel device of an earlier process, and with its overlay, if it has one. REQUIRES:
+// everything older than at's epoch is fenced (H13, H31), which holds for whoever has its data path.
+func (a *attacher) resumeKernel(ctx context.Context, id trivet.VolumeID, at *attached, overlayFile string) error {
+	over, err := a.overlays.open(id, overlayFile, at.path)
 	if err != nil {
 		return fmt.Errorf("resume %s: %w", id, err)
+	}
+	at = &attached{epoch: at.epoch, group: at.group, path: at.path, overlay: over}
+	k, err := a.resume(ctx, a.kernelConfig(id, at))
+	if err != nil {
+		return fmt.Errorf("resume %s: %w", id, errors.Join(err, over.Close()))
 	}
 	a.set(id, at.with(k))
 	a.log.Info("volume resumed: what uses it has seen a pause", "volume", id, "epoch", at.epoch, "device", k.Path())
@@ -370,6 +387,9 @@ func (a *attacher) release(ctx context.Context, id trivet.VolumeID) error {
 	if err := at.kernel.Release(ctx); err != nil {
 		return err
 	}
+	if err := at.overlay.Close(); err != nil {
+		a.log.Error("an overlay was not closed", "volume", id, "err", err)
+	}
 	a.set(id, at.with(nil))
 	a.log.Info("volume left attached for the next process", "volume", id, "epoch", at.epoch)
 	return nil
@@ -387,8 +407,11 @@ func (a *attacher) hide(ctx context.Context, id trivet.VolumeID) error {
 		return nil
 	}
 	dead := at.dead()
-	if err := at.kernel.Detach(ctx); err != nil {
+	if err := at.detach(ctx); err != nil {
 		return fmt.Errorf("detach %s: %w", id, err)
+	}
+	if err := at.overlay.Remove(); err != nil {
+		a.log.Error("an overlay is left, and replaced by the next", "volume", id, "err", err)
 	}
 	a.set(id, at.with(nil))
 	a.drain(ctx, id, at)

@@ -31,6 +31,8 @@ type fakeMounter struct {
 	fsGrown []string
 
 	growFailing error // of GrowFilesystem alone
+
+	mounting func(device string) error // what the kernel does with a device while it mounts it
 }
 
 func newFakeMounter() *fakeMounter {
@@ -45,6 +47,11 @@ func (m *fakeMounter) FormatAndMount(_ context.Context, device, target, fsType s
 	defer m.mu.Unlock()
 	if m.failing != nil {
 		return m.failing
+	}
+	if m.mounting != nil {
+		if err := m.mounting(device); err != nil {
+			return err
+		}
 	}
 	m.table[target] = append(m.table[target], m.devices[device])
 	m.options[target] = append([]string{fsType}, options...)
@@ -201,10 +208,12 @@ func (g *fakeGroup) isClosed() bool {
 
 // fakeKernel is a kernel device of a fakeMounter.
 type fakeKernel struct {
-	bench *mountBench
-	path  string
+	bench  *mountBench
+	path   string
+	device trivet.Device
 
 	mu     sync.Mutex
+	failN  int // more calls of Detach fail
 	err    error
 	grown  []int64 // sizes that Grow found
 	cannot error   // Grow
@@ -257,6 +266,13 @@ func (k *fakeKernel) Release(context.Context) error {
 }
 
 func (k *fakeKernel) Detach(context.Context) error {
+	k.mu.Lock()
+	failing := k.failN > 0
+	k.failN--
+	k.mu.Unlock()
+	if failing {
+		return errors.New("write back: input/output error")
+	}
 	m := k.bench.mounter
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -325,7 +341,7 @@ func (b *mountBench) process(t *testing.T, incarnation string) {
 	a.show = func(_ context.Context, c blockdev.Config) (kernelDevice, error) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		k := &fakeKernel{bench: b, path: fmt.Sprintf("/dev/loop%d", len(b.kernels))}
+		k := &fakeKernel{bench: b, path: fmt.Sprintf("/dev/loop%d", len(b.kernels)), device: c.Device}
 		b.kernels = append(b.kernels, k)
 		b.mounter.mu.Lock()
 		defer b.mounter.mu.Unlock()

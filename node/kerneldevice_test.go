@@ -27,7 +27,7 @@ func TestStagesKnowTheDevice(t *testing.T) {
 
 	a, at := b.mounts.attacher, b.mounts.attacher.get(vol)
 	a.resume = a.show
-	require.NoError(t, a.resumeKernel(t.Context(), vol, at))
+	require.NoError(t, a.resumeKernel(t.Context(), vol, at, ""))
 	require.NotNil(t, seen())
 	require.NoError(t, b.mounts.detach(t.Context(), vol))
 	require.Nil(t, seen())

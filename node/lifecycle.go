@@ -21,20 +21,38 @@ func (m *mounts) attach(ctx context.Context, id trivet.VolumeID) (string, error)
 	if err != nil {
 		return "", err
 	}
-	return m.show(ctx, id, at)
+	return m.show(ctx, id, at, false)
 }
 
-// show makes the open volume a kernel block device. Its epoch is recorded before: by that a later
-// process knows whether the attachment went on without a break (resume.go).
-func (m *mounts) show(ctx context.Context, id trivet.VolumeID, at *attached) (string, error) {
+// show makes the open volume a kernel block device, with an overlay for a replay or without. Epoch and overlay are
+// recorded before: by the first a later process knows whether the attachment went on without a break (resume.go), by
+// the second with what.
+func (m *mounts) show(ctx context.Context, id trivet.VolumeID, at *attached, replay bool) (string, error) {
 	rec := m.records.get(id)
-	if rec.Epoch != at.epoch || rec.Leaving {
-		rec.Epoch, rec.Leaving = at.epoch, false
+	if at.kernel != nil && (at.overlay != nil) != replay {
+		err := m.hide(ctx, id)
+		if errors.Is(err, trivet.ErrInUse) && replay && rec.Staged != nil {
+			return at.kernel.Path(), nil // a version that knew no overlays staged it, and mounted it without a replay
+		}
+		if err != nil {
+			return "", err
+		}
+		at, rec = m.attacher.get(id), m.records.get(id)
+	}
+	file := rec.Overlay
+	if at.kernel == nil {
+		file = ""
+		if replay {
+			file = m.attacher.overlays.path(id)
+		}
+	}
+	if rec.Epoch != at.epoch || rec.Leaving || rec.Overlay != file {
+		rec.Epoch, rec.Leaving, rec.Overlay = at.epoch, false, file
 		if err := m.records.put(rec); err != nil {
 			return "", fmt.Errorf("attach %s: %w", id, err)
 		}
 	}
-	return m.attacher.showKernel(ctx, id, at)
+	return m.attacher.showKernel(ctx, id, at, rec.Overlay)
 }
 
 // hide removes the kernel device.
@@ -147,7 +165,9 @@ func (m *mounts) cleanUp(ctx context.Context, left blockdev.Leftovers, keep []st
 		if err := m.abandon(&rec); err != nil {
 			return err
 		}
-		rec.noDevice()
+		if err := rec.dropDevice(); err != nil {
+			return err
+		}
 		if err := m.records.put(rec); err != nil {
 			return err
 		}
@@ -159,7 +179,7 @@ func (m *mounts) cleanUp(ctx context.Context, left blockdev.Leftovers, keep []st
 	if len(cleaned) > 0 {
 		m.log.Info("cleaned up after the last process", "volumes", cleaned)
 	}
-	return nil
+	return m.attacher.overlays.tidy(keep)
 }
 
 // close takes every volume off the machine, or leaves it to the next process.

@@ -392,8 +392,9 @@ func TestReadOnlyAttachment(t *testing.T) {
 	b.grant("n1", meta.SingleNodeReader, false)
 	r := stageReq()
 	r.FSType = "xfs"
+	r.MountFlags = append(r.MountFlags, "discard")
 	require.NoError(t, b.mounts.stage(t.Context(), r))
-	assert.Equal(t, []string{"xfs", "noatime", "ro", "norecovery"}, b.mounter.options[stagingDir])
+	assert.Equal(t, []string{"xfs", "noatime", "ro"}, b.mounter.options[stagingDir])
 	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
 	assert.True(t, b.mounter.ro[targetA])
 	device := b.mounts.attacher.get(vol).path

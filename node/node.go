@@ -77,6 +77,11 @@ type Config struct {
 	CacheDir   string           // absolute, on a tmpfs: mapping files of caches; "" = no volume is writeBack here
 	CacheBytes int64            // of the caches of all volumes together
 
+	// ReplayBytes bounds the overlays of all volumes together that are attached here to be read, into which their journals
+	// are replayed; 0 = ReplayBytesDefault, else at least ReplayBytesMin. They are files in CacheDir, or RunDir if there
+	// is none.
+	ReplayBytes int64
+
 	Catalogue Catalogue
 	Network   transport.Network // one Node a Network
 	Mux       *raftgroup.Mux
@@ -150,6 +155,8 @@ func (c *Config) Validate() error {
 		missing = "Mux"
 	case c.Fatal == nil:
 		missing = "Fatal"
+	case c.ReplayBytes != 0 && c.ReplayBytes < ReplayBytesMin:
+		missing = fmt.Sprintf("ReplayBytes (%d or more)", ReplayBytesMin)
 	case c.MaxVolumes < 0:
 		missing = "MaxVolumes (not negative)"
 	}

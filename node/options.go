@@ -13,12 +13,10 @@ import (
 // defaultFSType is what a volume is formatted with when nobody says.
 const defaultFSType = "ext4"
 
-// filesystems maps the supported filesystems to the package that has their tools, and to the option
-// that keeps a read-only mount from replaying the journal: a volume that is attached read-only
-// refuses the writes that this would take.
-var filesystems = map[string]struct{ tools, noReplay string }{
-	"ext4": {tools: "e2fsprogs", noReplay: "noload"},
-	"xfs":  {tools: "xfsprogs", noReplay: "norecovery"},
+// filesystems maps the supported filesystems to the package that has their tools.
+var filesystems = map[string]struct{ tools string }{
+	"ext4": {tools: "e2fsprogs"},
+	"xfs":  {tools: "xfsprogs"},
 }
 
 // mountOptions are the mount options that a StorageClass or PersistentVolume may ask for; whatever

@@ -13,9 +13,15 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/controller/meta"
+	"github.com/trivet-csi/trivet/node/overlay"
 )
 
-const recordVersion = 1
+// recordVersion is that of records of devices without an overlay, recordOverlay that of the others: a program that does
+// not know overlays must not go on with such a device, and refuses to start.
+const (
+	recordVersion = 1
+	recordOverlay = 2
+)
 
 // record is what is staged and published of one volume. It is written before the deed, so that after
 // a crash the next process knows every mount that there may be.
@@ -26,6 +32,7 @@ type record struct {
 	Device    uint64          `json:"device,omitempty"`   // number of the block device, 0 = none
 	Epoch     trivet.Epoch    `json:"epoch,omitempty"`    // of the block device, 0 = none; see resume.go
 	Seen      trivet.Epoch    `json:"seen,omitempty"`     // the volume's, when Epoch was last found; see resume.go
+	Overlay   string          `json:"overlay,omitempty"`  // file of the block device's overlay, empty = none
 	ReadOnly  bool            `json:"readOnly,omitempty"` // the attachment is
 	Staged    *staging        `json:"staged,omitempty"`
 	Published []publication   `json:"published,omitempty"`
@@ -34,7 +41,7 @@ type record struct {
 }
 
 // noDevice notes that there is no block device.
-func (r *record) noDevice() { r.Epoch, r.Leaving = 0, false }
+func (r *record) noDevice() { r.Epoch, r.Overlay, r.Leaving = 0, "", false }
 
 // staging is a StageRequest that was carried out.
 type staging struct {
@@ -83,6 +90,17 @@ func (r *record) live() int {
 }
 
 func (r *record) empty() bool { return r.Staged == nil && len(r.Published) == 0 && r.Epoch == 0 }
+
+// dropDevice removes the overlay of a block device that is dead, and forgets both.
+func (r *record) dropDevice() error {
+	if r.Overlay != "" {
+		if err := overlay.Remove(r.Overlay); err != nil {
+			return err
+		}
+	}
+	r.noDevice()
+	return nil
+}
 
 // clone returns a copy that may be changed.
 func (r record) clone() record {
@@ -147,8 +165,9 @@ func decodeRecord(b []byte) (record, error) {
 	if err := json.Unmarshal(b, &rec); err != nil {
 		return rec, fmt.Errorf("%w: %w", err, trivet.ErrCorrupt)
 	}
-	if rec.Version != recordVersion {
-		return rec, fmt.Errorf("version %d, this program reads %d: %w", rec.Version, recordVersion, trivet.ErrInvalid)
+	if rec.Version != recordVersion && rec.Version != recordOverlay {
+		return rec, fmt.Errorf("version %d, this program reads %d and %d: %w", rec.Version, recordVersion, recordOverlay,
+			trivet.ErrInvalid)
 	}
 	if rec.Volume == trivet.MetaGroup {
 		return rec, fmt.Errorf("names no volume: %w", trivet.ErrCorrupt)
@@ -159,6 +178,9 @@ func decodeRecord(b []byte) (record, error) {
 	}
 	for _, p := range rec.Published {
 		paths = append(paths, p.Path)
+	}
+	if rec.Overlay != "" {
+		paths = append(paths, rec.Overlay)
 	}
 	for _, p := range paths {
 		if clean, err := checkPath("recorded", p); err != nil || clean != p {
@@ -202,6 +224,10 @@ func (r *records) put(rec record) error {
 			return fmt.Errorf("record of %s: %w", rec.Volume, err)
 		}
 		return nil
+	}
+	rec.Version = recordVersion
+	if rec.Overlay != "" {
+		rec.Version = recordOverlay
 	}
 	b, err := json.Marshal(rec)
 	if err != nil {

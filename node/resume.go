@@ -181,7 +181,7 @@ func (m *mounts) resumeOnce(ctx context.Context, l *leftover) error {
 	if at, err = m.attacher.openGranted(ctx, l.id, at); err != nil {
 		return err
 	}
-	if err := m.attacher.resumeKernel(ctx, l.id, at); err != nil {
+	if err := m.attacher.resumeKernel(ctx, l.id, at, m.records.get(l.id).Overlay); err != nil {
 		return finalIf(err, trivet.ErrClosed, trivet.ErrNotFound)
 	}
 	m.growing.add(l.id) // it has the size of the process before
@@ -271,7 +271,9 @@ func (m *mounts) remove(ctx context.Context, l leftover) error {
 	if err := m.abandon(&rec); err != nil {
 		return err
 	}
-	rec.noDevice()
+	if err := rec.dropDevice(); err != nil {
+		return err
+	}
 	return errors.Join(m.records.put(rec), l.all.CleanOne(ctx, l.id.String()))
 }
 

@@ -43,6 +43,9 @@ func newResumeBenchOf(t *testing.T, mode meta.AccessMode) *resumeBench {
 	b.grant("n1", mode, false)
 	require.NoError(t, b.mounts.stage(t.Context(), stageReq()))
 	require.NoError(t, b.mounts.publish(t.Context(), publishReq(targetA)))
+	if over := b.mounts.attacher.get(vol).overlay; over != nil { // a journal
+		require.NoError(t, over.WriteAt(t.Context(), journal, trivet.BlockSize))
+	}
 	b.next(t, 0x302)
 	return b
 }
@@ -80,7 +83,7 @@ func (b *resumeBench) next(t *testing.T, incarnation int) {
 		b.resumedN++
 		b.resumedShared = c.Shared
 		b.fencedAt = b.cat.volume(vol).FencedEpoch
-		return &fakeKernel{bench: b.mountBench, path: b.kernel().path}, nil
+		return &fakeKernel{bench: b.mountBench, path: b.kernel().path, device: c.Device}, nil
 	}
 }
 

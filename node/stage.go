@@ -85,7 +85,7 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 	if err != nil {
 		return err
 	}
-	device, err := m.show(ctx, v.ID, at)
+	device, err := m.show(ctx, v.ID, at, v.Attached.ReadOnly && !want.Block)
 	if err != nil {
 		return err
 	}
@@ -102,7 +102,9 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 		return nil
 	}
 	if err := m.mountStaging(ctx, device, rec, v.Source != nil); err != nil {
-		if before.Staged == nil {
+		// With an overlay that is full there is no use in another try: what an earlier one left goes, too.
+		if before.Staged == nil || errors.As(err, new(replayError)) && before.live() == 0 {
+			before.Staged, before.Device, before.ReadOnly = nil, 0, false
 			err = errors.Join(err, m.records.put(before), m.hide(ctx, v.ID))
 		}
 		return fmt.Errorf("stage %s: %w", v.ID, err)
@@ -114,6 +116,12 @@ func (m *mounts) stageAttached(ctx context.Context, v *meta.Volume, want *stagin
 // the volume: of a volume that was made larger than its source nobody asks for an expansion (CSI, CreateVolume).
 func (m *mounts) mountStaging(ctx context.Context, device string, rec record, isCopy bool) error {
 	fresh, err := m.mountDevice(ctx, device, rec, isCopy)
+	if full := replayed(rec.Volume, m.attacher.get(rec.Volume)); full != nil {
+		if rec.live() == 0 {
+			err = errors.Join(err, m.unmountOurs(rec.Staged.Path, rec.Device, false))
+		}
+		return errors.Join(full, err)
+	}
 	if err != nil || !isCopy || rec.Staged.ReadOnly || rec.ReadOnly || slices.Contains(rec.Staged.MountFlags, "ro") {
 		return err
 	}
@@ -146,8 +154,8 @@ func (m *mounts) mountDevice(ctx context.Context, device string, rec record, isC
 	if rec.Staged.ReadOnly || rec.ReadOnly {
 		options = append(options, "ro")
 	}
-	if rec.ReadOnly {
-		options = append(options, filesystems[rec.Staged.FSType].noReplay)
+	if rec.ReadOnly { // a discard gives nothing back, and takes room in the overlay
+		options = slices.DeleteFunc(options, func(o string) bool { return o == "discard" })
 	}
 	return true, m.mounter.FormatAndMount(ctx, device, rec.Staged.Path, rec.Staged.FSType, options)
 }

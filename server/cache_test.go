@@ -249,4 +249,11 @@ func TestCacheDirectoryMustBeATmpfs(t *testing.T) {
 	require.ErrorIs(t, cfg.Validate(), trivet.ErrInvalid)
 	cfg.CacheDir = server.CacheOff
 	require.NoError(t, cfg.Validate())
+	for _, n := range []int64{-1, 4<<20 - 1} {
+		cfg.ReplayBytes = n
+		require.ErrorIs(t, cfg.Validate(), trivet.ErrInvalid)
+		require.ErrorContains(t, cfg.Validate(), "replay memory")
+	}
+	cfg.ReplayBytes = 4 << 20
+	require.NoError(t, cfg.Validate())
 }

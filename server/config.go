@@ -12,6 +12,7 @@ import (
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/cache"
 	"github.com/trivet-csi/trivet/controller"
+	"github.com/trivet-csi/trivet/node"
 	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/replication"
 	"github.com/trivet-csi/trivet/replication/raftgroup"
@@ -56,6 +57,9 @@ type Config struct {
 	CacheDir string
 	// CacheBytes bounds the caches of all volumes together, from 512 KiB; 0 = none.
 	CacheBytes int64
+	// ReplayBytes bounds the overlays of all volumes together that are attached here to be read, into which their
+	// journals are replayed; 0 = 256 MiB, else at least 4 MiB.
+	ReplayBytes int64
 
 	// LogLanes and LogSegmentBytes are the shape of the logs on disks that this server formats; 0 = by the
 	// size of the disk (node.DiskConfig). Throw-away clusters take less, to start faster.
@@ -142,6 +146,10 @@ func (c *Config) Validate() error {
 	}
 	if err := c.checkCache(); err != nil {
 		return err
+	}
+	if c.ReplayBytes != 0 && c.ReplayBytes < node.ReplayBytesMin {
+		return fmt.Errorf("replay memory of %d bytes: want at least %d: %w", c.ReplayBytes, node.ReplayBytesMin,
+			trivet.ErrInvalid)
 	}
 	if c.Advertise == "" {
 		c.Advertise = c.Listen

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 // childSpec is the value of childEnv for a configuration.
 func childSpec(cfg *server.Config) string {
 	return strings.Join(append([]string{
-		string(cfg.Node), cfg.DataDir, cfg.CertsDir, cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI,
+		string(cfg.Node), cfg.DataDir, cfg.CertsDir, cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI, cfg.MetricsAddr,
 	}, cfg.Seeds...), "\n")
 }
 
@@ -38,7 +38,7 @@ func runChild(spec []string) int {
 	cfg := server.DefaultConfig()
 	cfg.Node, cfg.DataDir, cfg.CertsDir = trivet.NodeID(spec[0]), spec[1], spec[2]
 	cfg.Listen, cfg.RunDir, cfg.KeeperSocket, cfg.CSI = spec[3], spec[4], spec[5], spec[6]
-	cfg.Seeds, cfg.Logger = spec[7:], log
+	cfg.MetricsAddr, cfg.Seeds, cfg.Logger = spec[7], spec[8:], log
 	cfg.LogLanes, cfg.LogSegmentBytes = 2, 16<<20
 	if dir := os.Getenv(cacheDirEnv); dir != "" {
 		cfg.CacheDir = dir

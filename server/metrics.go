@@ -130,6 +130,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		if st, ok := n.CacheStats(v.ID()); ok && st.Bytes > 0 {
 			cacheMetrics(out, name, &st)
 		}
+		if used, ok := n.OverlayBytes(v.ID()); ok {
+			gauge(out, descOverlay, float64(used), name)
+		}
 		if st, ok := n.ReplicaStatus(v.ID()); ok {
 			replicaMetrics(out, name, &st)
 		}

@@ -76,6 +76,9 @@ var (
 	descCacheDepth = desc("trivet_cache_write_back_depth", "Write-backs under way at most, at the moment.", "volume")
 	descCacheReach = desc("trivet_cache_read_ahead_limit_bytes", "How far is read ahead at most, at the moment.", "volume")
 
+	descOverlay = desc("trivet_overlay_bytes",
+		"Memory of the overlay into which the journal of a volume that is read here was replayed.", "volume")
+
 	descLeader  = desc("trivet_replica_leader", "1 if the replica here leads its group.", "volume")
 	descTerm    = desc("trivet_replica_term", "Raft term of the replica here.", "volume")
 	descCommit  = desc("trivet_replica_commit_index", "Last index known as committed here.", "volume")

@@ -253,7 +253,7 @@ func (s *Server) becomeMember(ctx context.Context) error {
 	if cfg.RunDir, err = filepath.Abs(s.cfg.RunDir); err != nil {
 		return err
 	}
-	cfg.Cluster, cfg.CacheBytes = s.cluster, s.cfg.CacheBytes
+	cfg.Cluster, cfg.CacheBytes, cfg.ReplayBytes = s.cluster, s.cfg.CacheBytes, s.cfg.ReplayBytes
 	if s.cfg.CacheDir != CacheOff { // a folder of its own: other servers of this machine may share the directory
 		cfg.CacheDir = filepath.Join(s.cfg.CacheDir, string(s.cluster), string(s.cfg.Node))
 	}

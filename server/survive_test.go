@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -79,6 +80,9 @@ func newKept(t *testing.T) *kept {
 		if string(cfg.Node) == fmt.Sprintf("node-%d", survivalNode) { // a keeper is a machine's own
 			cfg.KeeperSocket = socket
 		}
+		host, port, err := net.SplitHostPort(cfg.Listen)
+		require.NoError(t, err)
+		cfg.MetricsAddr = net.JoinHostPort(host, "1"+port)
 	})
 	f.staging, f.target = filepath.Join(dir, "staging"), filepath.Join(dir, "pod", "mount")
 	for _, d := range []string{f.staging, filepath.Dir(f.target)} {

@@ -24,7 +24,7 @@ func newServer(o *options) *cobra.Command {
 		logJSON         bool
 		catchUp         string
 		keeper          string
-		memory          string
+		memory, replay  string
 	)
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -40,6 +40,9 @@ func newServer(o *options) *cobra.Command {
 			}
 			if cfg.CacheBytes, err = parseMemory(memory); err != nil {
 				return err
+			}
+			if cfg.ReplayBytes, err = parseSize(replay); err != nil {
+				return usageError{fmt.Errorf("--replay-memory: %w", err)}
 			}
 			if err := takePlace(&cfg, placeFile); err != nil {
 				return err
@@ -84,6 +87,8 @@ func newServer(o *options) *cobra.Command {
 	f.StringVar(&cfg.CacheDir, "cache-dir", cfg.CacheDir,
 		"directory on a tmpfs of the host for write-back caches, which outlive this process; \"off\": none")
 	f.StringVar(&memory, "cache-memory", "256Mi", "memory for the caches of all volumes together, as 1Gi (0: none)")
+	f.StringVar(&replay, "replay-memory", "256Mi",
+		"memory for the replay of journals of volumes that are attached read-only, of all together, from 4Mi")
 	f.DurationVar(&cfg.IOTimeout, "io-timeout", cfg.IOTimeout, "how long a request waits for a leader before it fails")
 	f.DurationVar(&cfg.ParkAfter, "park-after", 0,
 		"stop the replicas of a volume this long after it was detached (default 30s; negative: never)")
