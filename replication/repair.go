@@ -32,7 +32,8 @@ const (
 	readTimeout = 300 * time.Millisecond
 )
 
-// IntegrityStats tells what was checked of a replica since it was opened. Counts only rise.
+// IntegrityStats tells what was checked of a replica since it was opened; that it was opened again by itself, for a
+// damaged log, does not count. Counts only rise.
 type IntegrityStats struct {
 	CheckedBytes int64 // read by scrubs
 	Found        int64 // damaged or differing blocks
@@ -73,6 +74,21 @@ func (rp *repairer) stats() IntegrityStats {
 		CheckedBytes: rp.checked.Load(), Found: rp.found.Load(), Repaired: rp.repaired.Load(), Failed: rp.failed.Load(),
 		Elsewhere: rp.elsewhere.Load(),
 	}
+}
+
+// goOn counts on from where an earlier repairer of the same replica has ended, within this process.
+func (rp *repairer) goOn(old *repairer) {
+	rp.turn <- struct{}{} // a repair that has begun already is short, and ends with its replica
+	defer rp.endTurn()
+	for b := range old.open {
+		rp.open[b] = true
+	}
+	was := old.stats()
+	rp.checked.Add(was.CheckedBytes)
+	rp.found.Add(was.Found)
+	rp.repaired.Add(was.Repaired)
+	rp.failed.Add(was.Failed)
+	rp.elsewhere.Add(was.Elsewhere)
 }
 
 // suspect is what the engine tells of each damaged block that is met. It does not block.

@@ -474,5 +474,5 @@ func (r *Replica) judge(lists []map[trivet.LBA]scrubItem, all []*scrubbed, out *
 	return fixes
 }
 
-// Integrity returns what was checked and repaired of this replica since it was opened.
+// Integrity returns what was checked and repaired of this replica since it was opened (IntegrityStats).
 func (r *Replica) Integrity() IntegrityStats { return r.repair.stats() }

@@ -32,7 +32,7 @@ func scrubAll(ctx context.Context, leader func() (*replication.Replica, error), 
 		}
 		sum.CheckedBytes += got.CheckedBytes
 		sum.Found, sum.Repaired, sum.Left = sum.Found+got.Found, sum.Repaired+got.Repaired, sum.Left+got.Left
-		sum.Findings, sum.Absent = append(sum.Findings, got.Findings...), got.Absent
+		sum.Findings, sum.Absent = append(sum.Findings, got.Findings...), append(sum.Absent, got.Absent...)
 		sum.Next, sum.Done, o.From = got.Next, got.Done, got.Next
 	}
 	return sum, nil
