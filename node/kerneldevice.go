@@ -2,8 +2,8 @@ package node
 
 import "github.com/trivet-csi/trivet/internal/stage"
 
-// with returns at with a kernel device on its data path, or without one and its overlay, and lets the stages of the path
-// know.
+// with returns at with a kernel device on its data path, or without one and its overlay, and lets the stages of the
+// path know.
 // REQUIRES: the data path is open.
 func (at *attached) with(k kernelDevice) *attached {
 	if k == nil {
