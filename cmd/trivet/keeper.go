@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/trivet-csi/trivet/node/blockdev"
 	"github.com/trivet-csi/trivet/node/keeper"
 )
 
@@ -46,7 +47,9 @@ func newKeeper(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return runKeeper(cmd.Context(), keeper.Config{Socket: socket, Watchdog: watchdog, Logger: log})
+			return runKeeper(cmd.Context(), keeper.Config{
+				Socket: socket, Watchdog: watchdog, Ender: blockdev.DeviceEnder{}, Logger: log,
+			})
 		},
 	}
 	cmd.PersistentFlags().StringVar(&socket, "socket", keeperSocket, "unix socket to listen on, for root alone")

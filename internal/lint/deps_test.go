@@ -52,6 +52,7 @@ var mayImport = map[string][]string{
 	},
 	"cmd/trivet": {
 		"api", "controller/meta", "driver", "internal/failover", "internal/kube", "internal/nodelabels", "internal/pki",
+		"node/blockdev", // the keeper's way to end devices; node/keeper is below blockdev
 		"node/keeper", "server",
 	},
 	"internal/kube":       {"api", "internal/pki"},

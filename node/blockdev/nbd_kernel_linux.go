@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 const (
@@ -58,6 +59,7 @@ type nbdDev struct {
 	node    blockNode
 	device  *mortal
 	control nbdControl
+	watch   watched
 	log     *slog.Logger
 
 	cancel   context.CancelFunc
@@ -82,6 +84,11 @@ func (nbdTransport) available() error {
 // nbdBackendOf names an attachment to the kernel. Two servers of one machine, as tests have them, use
 // different folders.
 func nbdBackendOf(s *site) string { return "trivet:" + s.folder.path }
+
+// kept is the device for the keeper.
+func (st *nbdState) kept() keeper.Device {
+	return keeper.Device{Kind: keeper.KindNBD, Number: uint32(st.Index), Tag: tagOf(st.Backend)}
+}
 
 func decodeNBDState(s *site, rec record) (nbdState, error) {
 	var st nbdState
@@ -110,7 +117,8 @@ func (nbdTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
 		c.close()
 		return nil, err
 	}
-	st.Index, err = c.connect([]int{theirs}, s.device.Size(), nbdKernelFlags, st.Backend)
+	st.Index, err = c.connect([]int{theirs}, s.device.Size(), nbdKernelFlags, st.Backend,
+		nbdDeadWait(s.keeper))
 	_ = unix.Close(theirs) // the kernel has its own reference, and must not find ours when we are dead
 	if err != nil {
 		c.close()
@@ -121,12 +129,14 @@ func (nbdTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
 	if err := d.finish(s); err != nil { // whatever ctx says, leave nothing behind
 		return nil, errors.Join(err, d.end())
 	}
+	d.watch.begin(ctx, d.kept())
 	return d, nil
 }
 
 func newNBDDev(s *site, st nbdState, c nbdControl) *nbdDev {
 	return &nbdDev{
-		nbdState: st, device: &mortal{Device: s.device, log: s.log}, control: c, log: s.log, ended: make(chan struct{}),
+		nbdState: st, device: &mortal{Device: s.device, log: s.log}, control: c, watch: watchedOf(s), log: s.log,
+		ended: make(chan struct{}),
 	}
 }
 
@@ -210,7 +220,8 @@ func (d *nbdDev) reconnect() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = errors.Join(d.control.reconnect(d.Index, d.Backend, []int{theirs}), unix.Close(theirs))
+	wait := nbdDeadWait(d.watch.keeper)
+	err = errors.Join(d.control.reconnect(d.Index, d.Backend, []int{theirs}, wait), unix.Close(theirs))
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.stopping.Load() {
@@ -306,6 +317,7 @@ func (t nbdTransport) resume(ctx context.Context, s *site, rec record) (kernelDe
 	if err != nil {
 		return nil, errors.Join(err, d.release(ctx))
 	}
+	d.watch.begin(ctx, d.kept())
 	return d, nil
 }
 
@@ -341,6 +353,7 @@ func (d *nbdDev) survives() error { return nil }
 func (d *nbdDev) release(context.Context) error {
 	d.stop()
 	d.control.close()
+	d.watch.leave()
 	return nil
 }
 
@@ -387,6 +400,7 @@ func (d *nbdDev) detach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.watch.forget()
 	return awaitNBDGone(ctx, d.nbdState)
 }
 
@@ -448,6 +462,7 @@ func (t nbdTransport) clean(ctx context.Context, s *site, rec record) error {
 	if err := t.abort(ctx, s, rec); err != nil {
 		return err
 	}
+	watchedOf(s).forget()
 	st, err := decodeNBDState(s, rec)
 	if err != nil {
 		return err

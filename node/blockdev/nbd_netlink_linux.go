@@ -10,7 +10,10 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // The family "nbd" (include/uapi/linux/nbd-netlink.h; drivers/block/nbd.c: nbd_genl_*).
@@ -38,9 +41,23 @@ const (
 	nbdAttrDeviceConnected = 2
 )
 
-// nbdDeadWait is how long the kernel holds requests while no process serves them, before it fails them
-// with EIO: longer than an upgrade or a restart takes, short enough for a pod not to hang for ever.
-const nbdDeadWait = 10 * time.Minute
+// nbdDeadWait is how long the kernel lets a new request wait while no process serves the device, before it fails it and
+// all that follow with EIO: as long as the keeper waits before it ends the device. A request that the dead process had
+// got the kernel leaves waiting (nbd.c: nbd_xmit_timeout looks for a new socket, and there is none): that one is for the
+// keeper.
+func nbdDeadWait(k *keeper.Client) time.Duration {
+	if k != nil {
+		if d, err := k.Watchdog(); err == nil {
+			return d
+		}
+	}
+	return keeper.DefaultWatchdog
+}
+
+// appendDeadWait appends it, in whole seconds: 0 would be no wait at all.
+func appendDeadWait(b []byte, wait time.Duration) []byte {
+	return appendAttr64(b, nbdAttrDeadWait, uint64((wait+time.Second-1)/time.Second))
+}
 
 // nbdControl asks the kernel's NBD client.
 type nbdControl struct{ *genlConn }
@@ -56,11 +73,12 @@ func dialNBD() (nbdControl, error) {
 
 // connect gives sockets, which are past the handshake, to a free device and returns its number. The
 // kernel keeps references of its own to the sockets.
-func (c nbdControl) connect(sockets []int, sizeBytes int64, flags uint16, backend string) (int, error) {
+func (c nbdControl) connect(sockets []int, sizeBytes int64, flags uint16, backend string, wait time.Duration,
+) (int, error) {
 	b := appendAttr64(nil, nbdAttrSizeBytes, uint64(sizeBytes))
 	b = appendAttr64(b, nbdAttrBlockBytes, trivet.BlockSize)
 	b = appendAttr64(b, nbdAttrServerFlags, uint64(flags))
-	b = appendAttr64(b, nbdAttrDeadWait, uint64(nbdDeadWait/time.Second))
+	b = appendDeadWait(b, wait)
 	b = appendAttr(b, nbdAttrBackend, append([]byte(backend), 0))
 	b = appendAttr(b, nbdAttrSockets, socketList(sockets))
 	answer, err := c.do(nbdGenlConnect, nbdFamilyVersion, b)
@@ -77,8 +95,9 @@ func (c nbdControl) connect(sockets []int, sizeBytes int64, flags uint16, backen
 // reconnect gives new sockets to a device in the place of dead ones. The kernel refuses if backend is
 // not the one of connect. It drops sockets silently that find no dead one: then their other end is
 // closed as soon as ours is.
-func (c nbdControl) reconnect(index int, backend string, sockets []int) error {
-	b := appendAttr(c.which(index, backend), nbdAttrSockets, socketList(sockets))
+func (c nbdControl) reconnect(index int, backend string, sockets []int, wait time.Duration) error {
+	b := appendDeadWait(c.which(index, backend), wait)
+	b = appendAttr(b, nbdAttrSockets, socketList(sockets))
 	if _, err := c.do(nbdGenlReconfigure, nbdFamilyVersion, b); err != nil {
 		return fmt.Errorf("nbd reconnect %d: %w", index, err)
 	}
@@ -136,7 +155,7 @@ func socketList(sockets []int) []byte {
 // nbdBackend returns the backend identifier of a device, "" if it has none.
 func nbdBackend(index int) (string, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/sys/block/nbd%d/backend", index))
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) { // ENODEV: it went while we read
 		return "", nil
 	}
 	if err != nil {

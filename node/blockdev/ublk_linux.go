@@ -2,8 +2,6 @@ package blockdev
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 const (
@@ -51,6 +50,7 @@ type ublkDev struct {
 	node   blockNode
 	device *mortal
 	server *ublkServer
+	watch  watched
 	log    *slog.Logger
 
 	over bool // stopped; of detach alone
@@ -67,10 +67,7 @@ func (ublkTransport) available() error {
 
 // ublkTagOf names an attachment to the driver. Two servers of one machine, as tests have them, use
 // different folders.
-func ublkTagOf(s *site) uint64 {
-	sum := sha256.Sum256([]byte("trivet:" + s.folder.path))
-	return binary.BigEndian.Uint64(sum[:])
-}
+func ublkTagOf(s *site) uint64 { return tagOf("trivet:" + s.folder.path) }
 
 func decodeUblkState(s *site, rec record) (ublkState, error) {
 	var st ublkState
@@ -103,11 +100,23 @@ func (ublkTransport) attach(ctx context.Context, s *site) (kernelDev, error) {
 		return nil, err
 	}
 	st.Number = int(info.device)
-	d := &ublkDev{ublkState: st, device: &mortal{Device: s.device, log: s.log}, log: s.log}
+	d := newUblkDev(s, st)
 	if err := d.open(ctx, s, c, &info); err != nil { // whatever ctx says, leave nothing behind
 		return nil, errors.Join(err, d.end(c))
 	}
+	d.watch.begin(ctx, d.kept())
 	return d, nil
+}
+
+func newUblkDev(s *site, st ublkState) *ublkDev {
+	return &ublkDev{
+		ublkState: st, device: &mortal{Device: s.device, log: s.log}, watch: watchedOf(s), log: s.log,
+	}
+}
+
+// kept is the device for the keeper.
+func (st *ublkState) kept() keeper.Device {
+	return keeper.Device{Kind: keeper.KindUblk, Number: uint32(st.Number), Tag: st.Tag}
 }
 
 // open serves and starts a device that was added.
@@ -207,7 +216,7 @@ func (t ublkTransport) resume(ctx context.Context, s *site, rec record) (kernelD
 	if err := startRecovery(ctx, c, info.device); err != nil {
 		return nil, err
 	}
-	d := &ublkDev{ublkState: st, device: &mortal{Device: s.device, log: s.log}, log: s.log}
+	d := newUblkDev(s, st)
 	if d.server, err = newUblkServer(ctx, info.device, int(info.queues), d.device); err != nil {
 		return nil, err
 	}
@@ -218,6 +227,7 @@ func (t ublkTransport) resume(ctx context.Context, s *site, rec record) (kernelD
 	if err := errors.Join(s.save(KindUblk, d.ublkState), d.finish()); err != nil {
 		return nil, errors.Join(err, d.server.leave())
 	}
+	d.watch.begin(ctx, d.kept())
 	return d, nil
 }
 
@@ -272,7 +282,11 @@ func (d *ublkDev) grow(context.Context) error {
 
 func (d *ublkDev) survives() error { return nil }
 
-func (d *ublkDev) release(context.Context) error { return d.server.leave() }
+func (d *ublkDev) release(context.Context) error {
+	err := d.server.leave()
+	d.watch.leave()
+	return err
+}
 
 func (d *ublkDev) detach(ctx context.Context) error {
 	c, err := dialUblk()
@@ -287,6 +301,7 @@ func (d *ublkDev) detach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.watch.forget()
 	return awaitUblkGone(ctx, c, d.ublkState)
 }
 
@@ -399,6 +414,7 @@ func (t ublkTransport) clean(ctx context.Context, s *site, rec record) error {
 	if err := c.remove(uint32(st.Number)); err != nil {
 		return err
 	}
+	watchedOf(s).forget()
 	err = awaitUblkGone(ctx, c, st)
 	if errors.Is(err, trivet.ErrInUse) { // a lazily unmounted filesystem that a pod still uses
 		s.log.Warn("ublk device is still in use and goes with its last user", "device", st.Number, "err", err)

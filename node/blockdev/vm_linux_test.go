@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/node/keeper"
 )
 
 // The tests in this file need a kernel with nbd or ublk: `make vm-test` runs them in a guest that has both
@@ -293,6 +294,7 @@ const (
 	vmKindEnv   = "TRIVET_VM_KIND"
 	vmDevEnv    = "TRIVET_VM_DEV"
 	vmRunEnv    = "TRIVET_VM_RUN"
+	vmKeeperEnv = "TRIVET_VM_KEEPER" // socket of a keeper; may be empty
 	vmReady     = "serving "
 )
 
@@ -307,6 +309,10 @@ func TestVMHelper(t *testing.T) {
 	require.NoError(t, err)
 	dev.word(wordServed).Add(1)
 	cfg := Config{Name: "vol", RunDir: os.Getenv(vmRunEnv), Device: dev, Kind: Kind(os.Getenv(vmKindEnv))}
+	if socket := os.Getenv(vmKeeperEnv); socket != "" {
+		cfg.Keeper = keeper.NewClient(socket, nil, nil)
+		defer cfg.Keeper.Close()
+	}
 	var path string
 	var detach func(context.Context) error
 	if do == "resume" {

@@ -38,9 +38,10 @@ type Client struct {
 
 // hold is a connection that this process serves.
 type hold struct {
-	fd    int // a duplicate of ours
-	facts Facts
-	kept  bool // the keeper at the other end of link has it
+	fd     int  // a duplicate of ours; -1 of a device
+	device bool // see Watch
+	facts  Facts
+	kept   bool // the keeper at the other end of link has it
 }
 
 // link is one connection to a keeper.
@@ -144,7 +145,7 @@ func (c *Client) connectLocked() (*link, error) {
 	c.link = l
 	for name := range c.held {
 		if err := c.putLocked(name); err != nil {
-			c.log.Error("a volume does not survive this process", "volume", name, "err", err)
+			c.log.Error("the keeper does not keep a volume's device", "volume", name, "err", err)
 		}
 		if c.link == nil { // it is gone again, and gets everything when it is back
 			break
@@ -222,7 +223,11 @@ func (l *link) next() (answer, error) {
 
 func (c *Client) putLocked(name string) error {
 	h := c.held[name]
-	if _, err := c.callLocked(message{op: opPut, name: name, facts: h.facts}, h.fd); err != nil {
+	op := uint16(opPut)
+	if h.device {
+		op = opWatch
+	}
+	if _, err := c.callLocked(message{op: op, name: name, facts: h.facts}, h.fd); err != nil {
 		return fmt.Errorf("keep %s: %w", name, err)
 	}
 	h.kept = true
@@ -238,17 +243,20 @@ func (c *Client) Hold(name string, fd int, facts Facts) error {
 	if err != nil {
 		return fmt.Errorf("hold %s: %w", name, err)
 	}
+	return c.hold(name, hold{fd: own, facts: facts})
+}
+
+// hold holds h and gives it to the keeper.
+func (c *Client) hold(name string, h hold) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.held == nil {
-		_ = unix.Close(own) // nothing was written
+		h.close()
 		return fmt.Errorf("hold %s: %w", name, trivet.ErrClosed)
 	}
-	if old, ok := c.held[name]; ok {
-		_ = unix.Close(old.fd) // nothing was written
-	}
+	c.forgetLocked(name)
 	before := c.link
-	c.held[name] = hold{fd: own, facts: facts}
+	c.held[name] = h
 	l, err := c.connectLocked() // a new link has it already
 	if err == nil && l == before {
 		err = c.putLocked(name)
@@ -327,8 +335,14 @@ func (c *Client) end(name string, m message) error {
 
 func (c *Client) forgetLocked(name string) {
 	if h, ok := c.held[name]; ok {
-		_ = unix.Close(h.fd) // nothing was written
+		h.close()
 		delete(c.held, name)
+	}
+}
+
+func (h hold) close() {
+	if h.fd >= 0 {
+		_ = unix.Close(h.fd) // nothing was written
 	}
 }
 
@@ -339,26 +353,33 @@ func (c *Client) List() ([]Entry, error) {
 	if _, err := c.connectLocked(); err != nil {
 		return nil, err
 	}
+	_, entries, err := c.listLocked()
+	return entries, err
+}
+
+// listLocked returns the reply to opList and the entries that follow it.
+func (c *Client) listLocked() (answer, []Entry, error) {
 	a, err := c.callLocked(message{op: opList}, -1)
 	if err != nil {
-		return nil, err
+		return a, nil, err
 	}
 	if a.count > entriesMax {
 		c.unlinkLocked()
-		return nil, fmt.Errorf("keeper at %s says it has %d entries: %w", c.socket, a.count, trivet.ErrInvalid)
+		return a, nil, fmt.Errorf("keeper at %s says it has %d entries: %w", c.socket, a.count, trivet.ErrInvalid)
 	}
 	entries := make([]Entry, 0, a.count)
 	for range a.count {
 		e, err := c.link.next()
 		if err != nil {
 			c.unlinkLocked()
-			return nil, fmt.Errorf("keeper at %s: %w: %w", c.socket, err, trivet.ErrUnavailable)
+			return a, nil, fmt.Errorf("keeper at %s: %w: %w", c.socket, err, trivet.ErrUnavailable)
 		}
 		entries = append(entries, Entry{
-			Name: e.name, Facts: e.facts, Away: e.away, Served: e.flags&flagServed != 0, Claimed: e.flags&flagClaimed != 0,
+			Name: e.name, Facts: e.facts, Away: e.away, Device: e.flags&flagDevice != 0, Served: e.flags&flagServed != 0,
+			Claimed: e.flags&flagClaimed != 0,
 		})
 	}
-	return entries, nil
+	return a, entries, nil
 }
 
 // Close drops the connection to the keeper, which keeps what it has. Idempotent.

@@ -7,6 +7,7 @@
 //   - One server at a time may take a connection.
 //   - A connection without a server for longer than the watchdog's time is aborted: what waits gets
 //     EIO, for a pod in uninterruptible sleep could not even be deleted.
+//   - A ublk or nbd device, which the kernel itself keeps, is watched in the same way, and ended.
 //   - A keeper that is restarted while the servers run is given everything again by their Clients.
 //
 // A Keeper does no I/O on a volume and knows nothing of volumes: it is small, and never has to be
@@ -56,6 +57,7 @@ type Facts struct {
 type Entry struct {
 	Name    string // of the attachment
 	Facts   Facts
+	Device  bool          // that the kernel keeps: its Facts are not those of a connection
 	Claimed bool          // a server has it
 	Served  bool          // and answers for it
 	Away    time.Duration // time without a server that serves it; the watchdog counts it
@@ -69,6 +71,9 @@ type Config struct {
 	// Watchdog is how long a connection may be without a server; 0 = DefaultWatchdog.
 	Watchdog time.Duration
 
+	// Ender ends devices that the kernel keeps; nil = none is watched.
+	Ender Ender
+
 	Logger *slog.Logger // nil discards
 }
 
@@ -79,6 +84,7 @@ type Keeper struct {
 	listener *net.UnixListener
 	lock     *os.File
 	abort    func(connection uint32) error
+	ender    Ender // may be nil
 
 	mu       sync.Mutex
 	entries  map[string]*entry
@@ -86,9 +92,10 @@ type Keeper struct {
 	closed   bool
 }
 
-// entry is a connection kept.
+// entry is a connection kept, or a device watched.
 type entry struct {
-	fd     int
+	fd     int  // -1 of a device
+	device bool // see Device
 	facts  Facts
 	owner  *session // nil = no server has it
 	served bool
@@ -104,7 +111,7 @@ type session struct{ conn *net.UnixConn }
 // keeper has the socket.
 func Open(cfg Config) (*Keeper, error) {
 	k := &Keeper{
-		watchdog: cfg.Watchdog, log: cfg.Logger, abort: abortConnection,
+		watchdog: cfg.Watchdog, log: cfg.Logger, abort: abortConnection, ender: cfg.Ender,
 		entries: make(map[string]*entry), sessions: make(map[*session]struct{}),
 	}
 	if k.watchdog == 0 {
@@ -285,7 +292,9 @@ func (k *Keeper) answer(s *session, m *message, fd int) error {
 	case (m.op == opPut) != (fd >= 0):
 		err = fmt.Errorf("operation %d with descriptor %d: %w", m.op, fd, trivet.ErrInvalid)
 	case m.op == opPut:
-		err = k.put(s, m.name, fd, m.facts)
+		err = k.put(s, m.name, entry{fd: fd, facts: m.facts})
+	case m.op == opWatch:
+		err = k.watch(s, m)
 	case m.op == opTake:
 		out, err = k.take(s, m)
 	case m.op == opRelease:
@@ -309,8 +318,8 @@ func (k *Keeper) answer(s *session, m *message, fd int) error {
 	return err
 }
 
-// put keeps fd, which it owns if it returns nil.
-func (k *Keeper) put(s *session, name string, fd int, facts Facts) error {
+// put makes s the server of what is described by with, whose descriptor it owns if it returns nil.
+func (k *Keeper) put(s *session, name string, with entry) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	e := k.entries[name]
@@ -320,18 +329,25 @@ func (k *Keeper) put(s *session, name string, fd int, facts Facts) error {
 	case e == nil:
 		e = &entry{}
 		k.entries[name] = e
-		k.log.Info("keeping a connection", "volume", name, "connection", facts.Connection)
+		k.log.Info("keeping a connection", "volume", name, "connection", with.facts.Connection, "device", with.device)
 	case e.owner != nil && e.owner != s:
 		return fmt.Errorf("put %s: %w", name, trivet.ErrInUse)
 	default:
-		_ = unix.Close(e.fd) // nothing was written; the new one keeps the connection
+		e.close() // the new one keeps the connection
 		if e.watch != nil {
 			e.watch.Stop()
 			k.log.Info("a server is back", "volume", name, "took", time.Since(e.since))
 		}
 	}
-	*e = entry{fd: fd, facts: facts, owner: s, served: true}
+	with.owner, with.served = s, true
+	*e = with
 	return nil
+}
+
+func (e *entry) close() {
+	if e.fd >= 0 {
+		_ = unix.Close(e.fd) // nothing was written
+	}
 }
 
 // take returns a duplicate of the descriptor. The watchdog runs on until the server puts it back: then
@@ -340,8 +356,8 @@ func (k *Keeper) take(s *session, m *message) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	e := k.entries[m.name]
-	if e == nil {
-		return -1, fmt.Errorf("take %s: %w", m.name, trivet.ErrNotFound)
+	if e == nil || e.device {
+		return -1, fmt.Errorf("take %s: no connection of that name is kept: %w", m.name, trivet.ErrNotFound)
 	}
 	if e.owner != nil && e.owner != s {
 		return -1, fmt.Errorf("take %s: another server has it: %w", m.name, trivet.ErrInUse)
@@ -388,6 +404,10 @@ func (k *Keeper) expire(name string, e *entry) {
 	}
 	k.log.Error("no server came back, aborting: what waits for the volume gets an I/O error", "volume", name,
 		"took", time.Since(e.since))
+	if e.device {
+		e.watch = time.AfterFunc(0, func() { k.end(name, e) })
+		return
+	}
 	k.abortLocked(name, e)
 	k.forgetLocked(name, e)
 }
@@ -405,7 +425,7 @@ func (k *Keeper) forgetLocked(name string, e *entry) {
 	if e.watch != nil {
 		e.watch.Stop()
 	}
-	_ = unix.Close(e.fd) // nothing was written
+	e.close()
 	delete(k.entries, name)
 }
 
@@ -420,7 +440,7 @@ func (k *Keeper) drop(s *session, name string, abort bool) error {
 	if e.owner != nil && e.owner != s {
 		return fmt.Errorf("drop %s: another server has it: %w", name, trivet.ErrInUse)
 	}
-	if abort {
+	if abort && !e.device { // who gives up on a device ends it itself
 		k.abortLocked(name, e)
 	}
 	k.forgetLocked(name, e)
@@ -431,7 +451,7 @@ func (k *Keeper) drop(s *session, name string, abort bool) error {
 // answerList replies with all entries.
 func (k *Keeper) answerList(s *session) error {
 	all := k.list()
-	if err := k.reply(s, &message{op: opList, count: uint32(len(all))}, -1); err != nil {
+	if err := k.reply(s, &message{op: opList, count: uint32(len(all)), away: k.watchdog}, -1); err != nil {
 		return err
 	}
 	for i := range all {
@@ -439,6 +459,9 @@ func (k *Keeper) answerList(s *session) error {
 		m := message{op: opList, name: e.Name, facts: e.Facts, away: e.Away}
 		if e.Served {
 			m.flags |= flagServed
+		}
+		if e.Device {
+			m.flags |= flagDevice
 		}
 		if e.Claimed {
 			m.flags |= flagClaimed
@@ -456,7 +479,7 @@ func (k *Keeper) list() []Entry {
 	defer k.mu.Unlock()
 	all := make([]Entry, 0, len(k.entries))
 	for name, e := range k.entries {
-		entry := Entry{Name: name, Facts: e.facts, Claimed: e.owner != nil, Served: e.served}
+		entry := Entry{Name: name, Facts: e.facts, Device: e.device, Claimed: e.owner != nil, Served: e.served}
 		if !e.served {
 			entry.Away = time.Since(e.since)
 		}

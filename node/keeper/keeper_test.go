@@ -29,7 +29,13 @@ type running struct {
 
 func startAt(t *testing.T, socket string) *running {
 	t.Helper()
-	k, err := Open(Config{Socket: socket})
+	return startWith(t, Config{Socket: socket})
+}
+
+func startWith(t *testing.T, cfg Config) *running {
+	t.Helper()
+	socket := cfg.Socket
+	k, err := Open(cfg)
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -338,7 +344,7 @@ func TestWatchdog(t *testing.T) {
 		put := func(s *session, connection uint32) {
 			fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 			require.NoError(t, err)
-			require.NoError(t, k.put(s, "vol-1", fd, Facts{Connection: connection}))
+			require.NoError(t, k.put(s, "vol-1", entry{fd: fd, facts: Facts{Connection: connection}}))
 		}
 		pass := func(d time.Duration) {
 			<-time.After(d)

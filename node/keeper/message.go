@@ -17,6 +17,9 @@ import (
 // entries follow, each a message. The descriptor of opPut and of the reply to opTake travels beside the
 // message (SCM_RIGHTS).
 //
+// Of a device minor is its kind, connection its number, initFlags and initFlags2 are its tag. The first reply to opList
+// has the watchdog's time in away.
+//
 //	 0 magic "TVKP"    4 version u16     6 op u16        8 status u16   10 flags u16
 //	12 minor u32      16 initFlags u32  20 initFlags2 u32  24 maxWrite u32  28 connection u32
 //	32 away i64, ns   40 count u32      44 name length u32  48 name, 128 bytes
@@ -34,6 +37,7 @@ const (
 	opRelease = 3 // I do not serve it any more
 	opDrop    = 4 // forget it
 	opList    = 5
+	opWatch   = 6 // I serve this device of the kernel: it has no descriptor
 )
 
 // Flags of a message.
@@ -41,6 +45,7 @@ const (
 	flagAbort   = 1 << 0 // opDrop: end the connection before
 	flagServed  = 1 << 1 // of an entry: a server answers for it
 	flagClaimed = 1 << 2 // of an entry: a server has taken it
+	flagDevice  = 1 << 3 // of an entry: it is a device, with facts of its own
 )
 
 // Status of a reply; 0 is success.

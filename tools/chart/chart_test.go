@@ -378,6 +378,25 @@ func TestBudgets(t *testing.T) {
 	assert.Equal(t, 1, budgets)
 }
 
+// TestKeeperOfUblk: only a keeper that has to end devices of the kernel may do more than read and write its socket.
+func TestKeeperOfUblk(t *testing.T) {
+	for _, attach := range []string{"auto", "fuse", "ublk"} {
+		values := map[string]any{"node": map[string]any{"attach": attach}}
+		for _, o := range decode(t, mustRender(t, values, "x")) {
+			d, ok := o.(*appsv1.DaemonSet)
+			if !ok || d.Name != "trivet-keeper" {
+				continue
+			}
+			c := d.Spec.Template.Spec.Containers[0]
+			privileged := c.SecurityContext.Privileged != nil && *c.SecurityContext.Privileged
+			assert.Equal(t, attach == "ublk", privileged, attach)
+			assert.Equal(t, attach == "ublk", slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool {
+				return m.MountPath == "/dev"
+			}), attach)
+		}
+	}
+}
+
 // TestPolicies: every pod of ours is selected by one policy, and the ports that are let in are ports that it has.
 func TestPolicies(t *testing.T) {
 	all := decode(t, mustRender(t, valuesFile(t, "everything.yaml"), "x"))
