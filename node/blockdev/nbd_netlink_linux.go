@@ -43,8 +43,8 @@ const (
 
 // nbdDeadWait is how long the kernel lets a new request wait while no process serves the device, before it fails it and
 // all that follow with EIO: as long as the keeper waits before it ends the device. A request that the dead process had
-// got the kernel leaves waiting (nbd.c: nbd_xmit_timeout looks for a new socket, and there is none): that one is for the
-// keeper.
+// got is left waiting by the kernel (nbd.c: nbd_xmit_timeout looks for a new socket, and there is none): that one is
+// for the keeper.
 func nbdDeadWait(k *keeper.Client) time.Duration {
 	if k != nil {
 		if d, err := k.Watchdog(); err == nil {
