@@ -7,5 +7,6 @@
 // What is measured besides speed is of the processes of a system: CPU, memory and the bytes that they have
 // written for a byte of the client. The load generator's own share is not in it, nor are kernel threads.
 //
-// A run of writes ends with a sync that is part of its time, so a cache that still has to drain counts.
+// A run of writes ends with a sync that is part of its time, so a cache that still has to drain counts. And a run of J1
+// and J4 writes at least three times what the write-back cache of a volume may have dirty, on all systems (long.go).
 package main

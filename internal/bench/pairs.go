@@ -15,6 +15,7 @@ import (
 // comparison is the interleaved pairs of one job: each of two runs, one with the setting and one without.
 type comparison struct {
 	job           job
+	length        *stretch
 	with, without []float64 // rates, by pair
 }
 
@@ -35,7 +36,7 @@ func runPairs(ctx context.Context, o *options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, cl.stop()) }()
-	systems := cl.volume(ctx, modeBack, o.sizeMiB<<20)
+	systems := cl.volume(ctx, modeBack, o.sizeMiB<<20, o.cacheMiB)
 	s := systems[0]
 	for _, x := range systems {
 		if x.stop != nil {
@@ -65,10 +66,11 @@ func (o *options) comparePairs(ctx context.Context, s *system, set func(string) 
 	if o.only == "" {
 		names = []string{"J1", "J4", "J5"} // what write-back and read-ahead have a part in
 	}
+	length := time.Duration(o.seconds * float64(time.Second))
 	var found []*comparison
 	for _, j := range jobs {
 		if slices.Contains(names, j.id) {
-			found = append(found, &comparison{job: j})
+			found = append(found, &comparison{job: j, length: newStretch(length)})
 		}
 	}
 	bar := newProgress(os.Stderr, 1+2*o.pairs*len(found))
@@ -76,7 +78,6 @@ func (o *options) comparePairs(ctx context.Context, s *system, set func(string) 
 	if err := fill(ctx, &s.target, o.sizeMiB<<20); err != nil {
 		return nil, err
 	}
-	length := time.Duration(o.seconds * float64(time.Second))
 	for pair := range o.pairs {
 		for _, c := range found {
 			order := []string{with, without}
@@ -88,7 +89,9 @@ func (o *options) comparePairs(ctx context.Context, s *system, set func(string) 
 					return nil, err
 				}
 				bar.step(c.job.id + " " + value)
-				r, err := c.job.run(ctx, &s.target, o.sizeMiB<<20, length)
+				r, err := c.length.untilLong(o.leastBytes(&c.job), 1, func(d time.Duration) (result, error) {
+					return c.job.run(ctx, &s.target, o.sizeMiB<<20, d)
+				})
 				if err != nil {
 					return nil, err
 				}

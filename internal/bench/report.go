@@ -37,6 +37,23 @@ func (m *measurement) rate(j *job) float64 {
 	})
 }
 
+// anyShort reports whether a run was too short to count for more than a cache.
+func (m *measurement) anyShort() bool {
+	return slices.ContainsFunc(m.results, func(r result) bool { return r.short })
+}
+
+// anyShort reports whether any run of any job was too short.
+func (r *report) anyShort() bool {
+	for _, jobs := range r.by {
+		for _, m := range jobs {
+			if m.anyShort() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // cpuPerOp is the processes' CPU for one request of the client.
 func (m *measurement) cpuPerOp() time.Duration {
 	return time.Duration(m.median(func(i int) float64 {
@@ -55,6 +72,8 @@ type report struct {
 	when    time.Time
 	machine string
 	run     string // how long, how often
+
+	stretches map[string]*stretch // by job and system: how long runs have to be
 }
 
 func (r *report) of(system, job string) *measurement {
@@ -93,6 +112,10 @@ func (r *report) markdown(plot string) string {
 		}
 		b.WriteString("\n")
 	}
+	if r.anyShort() {
+		b.WriteString("\n† A run wrote less than it had to, even when it was made longer: " +
+			"a part of it the cache may have hidden.\n")
+	}
 	fmt.Fprintf(&b, "\n![ratios](%s)\n\n", plot)
 	r.resources(&b)
 	b.WriteString("\nBytes written are those of the run itself, as the kernel counts them; what a server writes later,\n" +
@@ -118,6 +141,9 @@ func (r *report) cell(system string, j *job) string {
 	speed := fmt.Sprintf("%.0f/s", m.rate(j))
 	if j.blockBytes >= 1<<20 {
 		speed = fmt.Sprintf("%.0f MB/s", m.rate(j)/1e6)
+	}
+	if m.anyShort() {
+		speed += "†"
 	}
 	p50 := m.median(func(i int) float64 { return float64(m.results[i].p50) })
 	return fmt.Sprintf("%s (%.2f), p50 %.2f ms", speed, r.ratio(system, j), p50/1e6)

@@ -182,11 +182,12 @@ func (c *cluster) processes() []process {
 
 // volume makes a volume and shows it as both systems of a cache mode: over NBD, and as a kernel device.
 // They share the volume, so it is filled once. A mode that this version does not know leaves both out.
-func (c *cluster) volume(ctx context.Context, mode string, sizeBytes int64) []*system {
+func (c *cluster) volume(ctx context.Context, mode string, sizeBytes, cacheMiB int64) []*system {
 	nbdName, kernelName := "Trivet, NBD, "+mode, "Trivet, kernel, "+mode
 	name := strings.ToLower(mode)
 	create := []string{"volume", "create", name, "--size", strconv.FormatInt(sizeBytes, 10)}
-	_, err := c.ask(ctx, append(create, "--param", "cacheMode="+mode)...)
+	cache := "cacheSize=" + strconv.FormatInt(cacheMiB<<20, 10)
+	_, err := c.ask(ctx, append(create, "--param", "cacheMode="+mode, "--param", cache)...)
 	if err != nil && mode == modeThrough { // before there was a cache everything was written through
 		_, err = c.ask(ctx, create...)
 	}
