@@ -118,13 +118,18 @@ func TestCatalogueMendsItsLog(t *testing.T) {
 		for i := range names {
 			g.kill(t, nodeID(i+1))
 		}
+		logs := newSaid()
+		g.logger = slog.New(logs)
 		for i, name := range names {
 			g.rot(t, nodeID(i+1), name)
 			c := g.restart(t, nodeID(i+1))
-			assert.Positive(t, c.Damaged())
-			assert.Contains(t, c.Damage(), "trivet cluster recover --catalogue")
+			if i == 0 { // the others may have been mended already
+				assert.Positive(t, c.Damaged())
+				assert.Contains(t, c.Damage(), "trivet cluster recover --catalogue")
+			}
 		}
 		g.allSee(t, names...)
+		require.Equal(t, 3, logs.has("entries of the log are damaged"), "all had one")
 		g.leader(t)
 		g.mustSet(t, "n2", "delta")
 		g.allSee(t, "delta")
