@@ -192,7 +192,7 @@ func TestVMSharedIsNotResumed(t *testing.T) {
 		require.Empty(t, written, "it waits")
 		require.NoError(t, Leftovers{RunDir: runDir}.CleanOne(t.Context(), "vol"))
 		require.ErrorIs(t, vmOutcome(t, written), unix.EIO)
-		require.Equal(t, make([]byte, 4096), []byte(dev.visible[4096:8192]))
+		require.Equal(t, make([]byte, 4096), dev.visible[4096:8192])
 		vmNothingLeft(t, runDir)
 
 		a, err := Attach(t.Context(), Config{Name: "vol", RunDir: runDir, Device: dev, Kind: kind, Shared: true})
