@@ -304,27 +304,6 @@ func TestShortSumIsChecksum(t *testing.T) {
 	}
 }
 
-// TestAppendAllocatesLittle: record, request, ticket with its channel, and the reference that stays. What a batch is
-// made of is the lane's.
-func TestAppendAllocatesLittle(t *testing.T) {
-	require.Zero(t, testing.AllocsPerRun(100, func() { _ = recordSum(nil, 1, 2, 3) }))
-	l, _ := newTestLog(t, func(o *Options) { o.SegmentBytes = 16 << 20 })
-	g, entries := l.Group(1), make([]Entry, 1)
-	payload, index := alignedBytes(pageBytes), uint64(0)
-	allocs := testing.AllocsPerRun(500, func() {
-		index++
-		entries[0] = Entry{Index: index, Term: 1, Payload: payload}
-		if err := g.Append(entries); err != nil {
-			t.Error(err)
-		}
-	})
-	f, err := NewMemDir().Create("f", 1<<20)
-	require.NoError(t, err)
-	b := alignedBytes(2 * pageBytes)
-	disk := testing.AllocsPerRun(500, func() { _ = writeDurable(f, b, 0) })
-	require.LessOrEqual(t, allocs-disk, 6.0, "the disk in memory takes %g", disk)
-}
-
 // TestLaneKeepsNoBatch: what was written is not kept in memory by the buffers of a batch, and large ones go.
 func TestLaneKeepsNoBatch(t *testing.T) {
 	l, _ := newTestLog(t, func(o *Options) { o.SegmentBytes = 16 << 20 })
