@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -243,11 +242,7 @@ func (p *progress) add(ctx context.Context, got *replication.ScrubRange) (over b
 			r.Findings = append(r.Findings, f)
 		}
 	}
-	for _, n := range got.Absent { // of any of them
-		if !slices.Contains(r.Absent, n) {
-			r.Absent = append(r.Absent, n)
-		}
-	}
+	r.Absent = got.Absent
 	if got.Done || time.Since(p.since) >= scrubReport || got.Found > 0 {
 		return got.Done, p.send(ctx)
 	}

@@ -224,7 +224,8 @@ func (w *worker) expected(err error) error {
 	case errors.Is(err, trivet.ErrUnavailable), errors.Is(err, trivet.ErrFenced), errors.Is(err, trivet.ErrClosed),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
 		errors.Is(err, trivet.ErrNoSpace) && s.full.Load(),
-		errors.Is(err, trivet.ErrCorrupt) && (s.rotten.Load() || s.noisy.Load()):
+		errors.Is(err, trivet.ErrCorrupt) && (s.rotten.Load() || s.noisy.Load()),
+		errors.Is(err, trivet.ErrInvalid) && s.noisy.Load(): // a bit of the head of a message
 		return err
 	}
 	s.violate(fmt.Errorf("unexpected answer: %w", err))

@@ -183,6 +183,12 @@ func TestMortal(t *testing.T) {
 	}
 }
 
+func onlyOn(cpu int) *unix.CPUSet {
+	set := new(unix.CPUSet)
+	set.Set(cpu)
+	return set
+}
+
 // TestVMFullQueue kills a server that holds every request the kernel may have under way. ublk then has
 // no slot by which it would notice the death at once, and takes a look at the requests to see it.
 func TestVMFullQueue(t *testing.T) {
@@ -198,7 +204,12 @@ func TestVMFullQueue(t *testing.T) {
 		written := make(chan error, writersN)
 		for i := range int64(writersN) {
 			go func() {
-				_, err := f.WriteAt(data, i*4096)
+				// A request goes into its processor's queue, and the scheduler may leave all writers on one.
+				runtime.LockOSThread() // for good: the thread ends with it
+				err := unix.SchedSetaffinity(0, onlyOn(int(i)%runtime.NumCPU()))
+				if err == nil {
+					_, err = f.WriteAt(data, i*4096)
+				}
 				written <- err
 			}()
 		}
