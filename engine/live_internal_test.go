@@ -221,6 +221,26 @@ func TestImageKeepsWhatItRefersTo(t *testing.T) {
 	}
 }
 
+// TestRestoreCountsOnce: a part of an image without blocks, which follows one that was full with the last block, takes
+// nothing away from segments.
+func TestRestoreCountsOnce(t *testing.T) {
+	cfg := logConfig(t, vfs.NewMem(), nil)
+	cfg.imageRangeBytes = trivet.BlockSize // so that every block is a part, and an empty one comes last
+	e, v := mustStore(t, cfg, 64)
+	defer func() { require.NoError(t, e.Close()) }()
+	e2, w := mustStore(t, logConfig(t, vfs.NewMem(), nil), 64)
+	defer func() { require.NoError(t, e2.Close()) }()
+	write(t, v, 1, 0, 64)
+	write(t, w, 1, 0, 64)
+	write(t, v, 2, 60, 4)
+	image, err := v.Image(w.Want())
+	require.NoError(t, err)
+	require.NoError(t, w.Restore(image))
+	require.NoError(t, image.Close())
+	require.NoError(t, CheckLive(e2))
+	requireNumbers(t, w, 64, func(lba trivet.LBA) uint32 { return 1 + uint32(lba/60) })
+}
+
 // TestCleaningEmptiesSegments: half of the blocks of every segment are overwritten; cleaning brings what is left
 // together, in the order of blocks, and the segments come back.
 func TestCleaningEmptiesSegments(t *testing.T) {

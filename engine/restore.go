@@ -260,10 +260,10 @@ func (x *restorer) note(n extent) {
 
 // deleteOld removes all versions of the blocks that items stand for, but for a block that the part before began.
 func (x *restorer) deleteOld(b *pebble.Batch, items []imageItem) (err error) {
+	x.gone = x.gone[:0] // before: what a part without items leaves here would be counted off twice
 	if len(items) == 0 {
 		return nil
 	}
-	x.gone = x.gone[:0]
 	last := items[len(items)-1]
 	it, err := x.v.e.db.NewIter(&pebble.IterOptions{
 		LowerBound: appendBlockPrefix(nil, x.v.id, items[0].lba),
