@@ -292,6 +292,7 @@ func (v *Volume) redirect(moves []moving, s *segLive) (err error) {
 		return err
 	}
 	v.e.live.redirected(v.id, moved, s)
+	v.noteMoved(moved)
 	return nil
 }
 

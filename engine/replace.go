@@ -138,26 +138,6 @@ func (v *Volume) damaged(lba trivet.LBA, blockN int64) (bad []BadBlock, err erro
 	}
 }
 
-// StillBad returns those of damaged blocks that the map has still the same value for: the others were written or
-// repaired since they were found.
-func (v *Volume) StillBad(bad []BadBlock) ([]BadBlock, error) {
-	if err := v.e.enter(); err != nil {
-		return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
-	}
-	defer v.e.exit()
-	var still []BadBlock
-	for _, b := range bad {
-		same, err := v.e.hasOrNone(appendBlockKey(nil, v.id, b.LBA, b.Generation), b.value)
-		if err != nil {
-			return nil, fmt.Errorf("look for damage in %s: %w", v.id, err)
-		}
-		if same {
-			still = append(still, b)
-		}
-	}
-	return still, nil
-}
-
 // ReadVersion fills p, one block, with the data of a version that has the checksum that is asked for. Which generation
 // they are of does not matter, for replicas sweep and flatten each at its own pace, but the one that is asked for is
 // looked at first. ErrNotFound: nothing that the volume has of the block, or shows of another one, has that
@@ -318,15 +298,17 @@ func (v *Volume) exchange(repairs []Repair, s *segLive, at ref) (int, error) {
 		}
 		seen[x.bk] = true
 		key := appendBlockKey(nil, v.id, r.lba, r.gen)
-		same, err := v.e.hasOrNone(key, r.was)
+		now, err := v.e.valueOrNone(key)
 		if err != nil {
 			return 0, err
 		}
+		// What others have decided on (View.Repair) holds wherever cleaning has put the block; what is damaged, at its place.
+		same := sameValue(now, r.was) || r.view != nil && isMoved(r.was, now, x.bk)
 		if !same || r.view != nil && r.view.isTouched(r.lba) {
 			continue
 		}
-		if isRef(r.was) {
-			if x.old, _, err = decodeRef(r.was, x.bk); err != nil {
+		if isRef(now) {
+			if x.old, _, err = decodeRef(now, x.bk); err != nil {
 				return 0, err
 			}
 		}
@@ -376,18 +358,21 @@ func putRepair(b *pebble.Batch, key []byte, r *Repair, at ref) error {
 	return op.Finish()
 }
 
-// hasOrNone reports whether a key has a value, or, with nil, has none.
-func (e *Engine) hasOrNone(key, want []byte) (bool, error) {
+// valueOrNone returns the value that the map has for a key; nil: none.
+func (e *Engine) valueOrNone(key []byte) ([]byte, error) {
 	got, closer, err := e.db.Get(key)
 	if errors.Is(err, pebble.ErrNotFound) {
-		return want == nil, nil
+		return nil, nil
 	}
 	if err != nil {
-		return false, toErr(err)
+		return nil, toErr(err)
 	}
-	same := want != nil && bytes.Equal(got, want)
-	return same, closer.Close()
+	val := append(make([]byte, 0, len(got)), got...)
+	return val, closer.Close()
 }
+
+// sameValue compares values of the map, of which nil is none.
+func sameValue(a, b []byte) bool { return (a == nil) == (b == nil) && bytes.Equal(a, b) }
 
 // exchanged counts values that were replaced by such as refer to segment s, or to none.
 func (l *live) exchanged(id trivet.VolumeID, changes []exchanged, s *segLive) {

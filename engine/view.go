@@ -37,6 +37,7 @@ type View struct {
 	since   sync.Mutex // of what follows; the applier takes it
 	touched []extent   // written since
 	all     bool       // so much was that it counts as all, or the view is closed
+	moved   []extent   // put elsewhere by cleaning since, and not looked at there
 }
 
 // View pins a view of blockN blocks from lba on, all of them beyond the end of the volume included, as of the last
@@ -160,13 +161,53 @@ func (v *Volume) noteTouched(xs []extent) {
 	}
 }
 
+// noteMoved tells the open views of a volume which blocks cleaning has just put elsewhere: a view reads them where
+// they were.
+func (v *Volume) noteMoved(moves []moving) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, w := range v.views {
+		w.since.Lock()
+		for _, m := range moves {
+			if m.bk.lba >= w.run.lba && m.bk.lba < w.run.end() {
+				w.moved = append(w.moved, extent{m.bk.lba, 1})
+			}
+		}
+		if len(w.moved) > viewTouchedMax {
+			if w.moved = mergeExtents(w.moved); len(w.moved) > viewTouchedMax {
+				w.moved = append(w.moved[:0], w.run) // a little more is looked at than was moved
+			}
+		}
+		w.since.Unlock()
+	}
+}
+
+// takeMoved returns the blocks of the run that cleaning has put elsewhere since it was asked last, in order.
+func (w *View) takeMoved() []extent {
+	w.since.Lock()
+	defer w.since.Unlock()
+	xs := mergeExtents(w.moved)
+	w.moved = nil
+	return xs
+}
+
+// IsWritten reports whether a block is known to have been written since the view was taken: then nothing is to be
+// repaired of what the view has of it. Of a view that has lost count (viewTouchedMax) it says no, and nothing is
+// repaired by it all the same.
+func (w *View) IsWritten(lba trivet.LBA) bool {
+	w.since.Lock()
+	defer w.since.Unlock()
+	return w.touchedLocked(lba)
+}
+
 // isTouched reports whether a block may have been written since the view was taken.
 func (w *View) isTouched(lba trivet.LBA) bool {
 	w.since.Lock()
 	defer w.since.Unlock()
-	if w.all || w.v.usable.Load() != w.usable {
-		return true
-	}
+	return w.all || w.v.usable.Load() != w.usable || w.touchedLocked(lba)
+}
+
+func (w *View) touchedLocked(lba trivet.LBA) bool {
 	for _, x := range w.touched {
 		if x.lba <= lba && lba < x.end() {
 			return true

@@ -46,11 +46,57 @@ func (w *View) Check(ctx context.Context, turn func(ctx context.Context, bytes i
 			return Checked{}, fmt.Errorf("check %d blocks at %d of %s: %w", w.run.n, w.run.lba, w.v.id, err)
 		}
 	}
+	if err := c.followMoved(ctx, turn); err != nil {
+		return Checked{}, fmt.Errorf("check moved blocks of %s: %w", w.v.id, err)
+	}
 	h := sha256.New()
 	hashState(h, &w.state)
 	c.out.State, c.out.Blocks = [32]byte(h.Sum(nil)), [32]byte(c.sums.Sum(nil))
 	c.out.Older = [32]byte(c.older.Sum(nil))
 	return c.out, nil
+}
+
+// movedTries is how often Check looks for blocks that cleaning has moved while it looked for others. What is moved
+// after that was read, and written anew, seconds ago.
+const movedTries = 3
+
+// followMoved reads what cleaning has put elsewhere since the view was taken once more, where it stands now: the places
+// that the view has are about to be given up, and nobody has read the new ones.
+func (c *checker) followMoved(ctx context.Context, turn func(ctx context.Context, bytes int64) error) error {
+	for range movedTries {
+		xs := c.w.takeMoved()
+		if len(xs) == 0 {
+			return nil
+		}
+		for _, x := range xs {
+			for n := int64(0); n < x.n; n += viewPieceN {
+				piece := min(viewPieceN, x.n-n)
+				if turn != nil {
+					if err := turn(ctx, piece*trivet.BlockSize); err != nil {
+						return err
+					}
+				}
+				bad, err := c.w.v.damaged(x.lba+trivet.LBA(n), piece)
+				if err != nil {
+					return err
+				}
+				c.addBad(bad)
+			}
+		}
+	}
+	return nil
+}
+
+// addBad adds damaged blocks, which take the places of those that were found where the view has them.
+func (c *checker) addBad(bad []BadBlock) {
+	for _, b := range bad {
+		i := slices.IndexFunc(c.out.Bad, func(x BadBlock) bool { return x.BlockVersion == b.BlockVersion })
+		if i < 0 {
+			c.out.Bad = append(c.out.Bad, b)
+		} else {
+			c.out.Bad[i] = b
+		}
+	}
 }
 
 // checker is a Check under way.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/trivet-csi/trivet"
@@ -242,7 +243,11 @@ func (p *progress) add(ctx context.Context, got *replication.ScrubRange) (over b
 			r.Findings = append(r.Findings, f)
 		}
 	}
-	r.Absent = got.Absent
+	for _, n := range got.Absent { // of any of them
+		if !slices.Contains(r.Absent, n) {
+			r.Absent = append(r.Absent, n)
+		}
+	}
 	if got.Done || time.Since(p.since) >= scrubReport || got.Found > 0 {
 		return got.Done, p.send(ctx)
 	}

@@ -173,3 +173,16 @@ func TestScrubsTakeTurns(t *testing.T) {
 		}
 	})
 }
+
+// A replica that was away for one of several ranges that make one report took no part in all of it.
+func TestScrubReportsWhoWasAway(t *testing.T) {
+	t.Parallel()
+	p := progress{since: time.Now().Add(time.Hour)}
+	for i, absent := range [][]trivet.NodeID{nil, {"n2"}, {"n2", "n3"}, nil} {
+		over, err := p.add(t.Context(), &replication.ScrubRange{Next: trivet.LBA(i + 1), Absent: absent})
+		require.NoError(t, err)
+		require.False(t, over)
+	}
+	require.Equal(t, []trivet.NodeID{"n2", "n3"}, p.report.Absent)
+	require.EqualValues(t, 4, p.report.Next)
+}

@@ -9,3 +9,10 @@ func EncodeReadAt(index uint64, lba trivet.LBA, blockN int64) []byte {
 
 // ScrubRequestBytes is the length of a KindVolumeScrub without items.
 const ScrubRequestBytes = scrubRequestBytes
+
+// The second byte of a KindVolumeScrub that has a view checked, makes blocks what others have, or asks for them.
+const (
+	ScrubCheck = byte(scrubCheck)
+	ScrubFix   = byte(scrubFix)
+	ScrubFetch = byte(scrubFetch)
+)

@@ -32,7 +32,8 @@ const (
 	readTimeout = 300 * time.Millisecond
 )
 
-// IntegrityStats tells what was checked of a replica since it was opened. Counts only rise.
+// IntegrityStats tells what was checked of a replica since it was opened; that it was opened again by itself, for a
+// damaged log, does not count. Counts only rise.
 type IntegrityStats struct {
 	CheckedBytes int64 // read by scrubs
 	Found        int64 // damaged or differing blocks
@@ -73,6 +74,21 @@ func (rp *repairer) stats() IntegrityStats {
 		CheckedBytes: rp.checked.Load(), Found: rp.found.Load(), Repaired: rp.repaired.Load(), Failed: rp.failed.Load(),
 		Elsewhere: rp.elsewhere.Load(),
 	}
+}
+
+// goOn counts on from where an earlier repairer of the same replica has ended, within this process.
+func (rp *repairer) goOn(old *repairer) {
+	rp.turn <- struct{}{} // a repair that has begun already is short, and ends with its replica
+	defer rp.endTurn()
+	for b := range old.open {
+		rp.open[b] = true
+	}
+	was := old.stats()
+	rp.checked.Add(was.CheckedBytes)
+	rp.found.Add(was.Found)
+	rp.repaired.Add(was.Repaired)
+	rp.failed.Add(was.Failed)
+	rp.elsewhere.Add(was.Elsewhere)
 }
 
 // suspect is what the engine tells of each damaged block that is met. It does not block.
@@ -201,15 +217,12 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 		wants[i] = bad[i].BlockVersion
 	}
 	data, lost := rp.fetch(ctx, wants)
-	var repairs []engine.Repair
+	var helped []engine.BadBlock
+	good := map[engine.BlockVersion][]byte{}
 	for i := range bad {
 		switch {
 		case data[i] != nil:
-			r, err := bad[i].With(rp.vol.ID(), data[i])
-			if err != nil {
-				return out, err // fetch has verified it
-			}
-			repairs = append(repairs, r)
+			helped, good[bad[i].BlockVersion] = append(helped, bad[i]), data[i]
 		case lost[i]:
 			out.lost++
 			rp.failed.Add(1)
@@ -220,17 +233,39 @@ func (rp *repairer) fixSome(ctx context.Context, bad []engine.BadBlock) (mended,
 			rp.leaveOpen(bad[i].BlockVersion)
 		}
 	}
+	err := rp.replace(helped, good, &out)
+	if out.repaired > 0 {
+		rp.log.Warn("repaired damaged blocks", "blocks", out.repaired, "lba", bad[0].LBA)
+	}
+	return out, err
+}
+
+// replace gives damaged blocks their data back. Those for which it had no effect are looked at again: a block that was
+// written meanwhile is as good as repaired, one that is damaged at another place by now stays open, for the next try.
+func (rp *repairer) replace(bad []engine.BadBlock, data map[engine.BlockVersion][]byte, out *mended) error {
+	repairs := make([]engine.Repair, len(bad))
+	for i := range bad {
+		var err error
+		if repairs[i], err = bad[i].With(rp.vol.ID(), data[bad[i].BlockVersion]); err != nil {
+			return err // fetch has verified it
+		}
+	}
 	n, err := rp.vol.Replace(repairs)
-	out.repaired = n
+	out.repaired += n
 	rp.counted(n)
 	if err != nil {
 		out.open += len(repairs) - n
-		return out, err
+		return err
 	}
-	if n > 0 {
-		rp.log.Warn("repaired damaged blocks", "blocks", n, "lba", bad[0].LBA)
+	if n == len(bad) {
+		return nil
 	}
-	return out, nil
+	bad, err = rp.vol.StillBad(bad)
+	out.open += len(bad)
+	for i := range bad {
+		rp.leaveOpen(bad[i].BlockVersion)
+	}
+	return err
 }
 
 // foundAgain counts damaged blocks, except those that were counted when nobody could help. REQUIRES: its turn.

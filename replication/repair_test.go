@@ -288,3 +288,25 @@ func TestScrubMessagesAreForMembers(t *testing.T) {
 		}
 	})
 }
+
+// A read that is under way while its replica is closed may meet damage. Whoever opens the replica again repairs that;
+// it is not reported as damage that nobody can repair, for which the replica would be made anew.
+func TestDamageMetAtTheEnd(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		writeStamped(t, c, v, 64, 1)
+		leader, _ := mustLeader(t, c)
+		node := followersOf(c, leader)[0]
+		vol := mustBlocks(t, node)
+		mustRot(t, node, 12, 1)
+		require.NoError(t, node.Host().ParkReplica(ctx, node.Spec()))
+		p := make([]byte, trivet.BlockSize)
+		require.ErrorIs(t, vol.ReadAt(p, 12), trivet.ErrCorrupt)
+		assert.False(t, c.Damaged())
+		require.NoError(t, node.Host().OpenReplica(ctx, node.Spec()))
+		sum := mustScrub(t, c, replication.ScrubOptions{})
+		assert.EqualValues(t, 1, sum.Repaired)
+		assert.Zero(t, sum.Left)
+		requireEqualReplicas(t, c)
+	})
+}

@@ -98,7 +98,8 @@ func (r *Replica) watchLeader(ctx context.Context) {
 func (r *Replica) close() error {
 	r.closing.Do(func() {
 		r.verifying.close()
-		r.machine.vol.WatchDamage(nil)
+		// What a read meets from here on waits for the next who opens it: it is not damage that nobody can repair.
+		r.machine.vol.WatchDamage(func(*engine.BlockError) {})
 		r.cancel()
 		r.watch.Wait()
 		r.markers.close()

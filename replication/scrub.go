@@ -78,9 +78,49 @@ func (r *Replica) ScrubRange(ctx context.Context, o ScrubOptions) (ScrubRange, e
 	return out, nil
 }
 
-func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (out ScrubRange, err error) {
+// scrubTries is how often a range is scrubbed in which blocks are left: what nobody could give was written by others
+// meanwhile, most likely, or they were busy.
+const scrubTries = 3
+
+// scrubRange scrubs a range, and again while blocks of it are left. Each block that was found is counted once: as
+// repaired, or by the last try.
+func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (sum ScrubRange, err error) {
+	var settled ScrubRange
+	for try := 1; ; try++ {
+		out, leftN, err := r.scrubOnce(ctx, o)
+		if err != nil && try > 1 {
+			r.log.Warn("blocks that were left are not looked at again", "lba", o.From, "left", sum.Left, "err", err)
+			return sum, nil
+		}
+		if err != nil {
+			return out, err
+		}
+		settled.take(&out)
+		sum = out
+		sum.CheckedBytes, sum.Repaired, sum.Findings = settled.CheckedBytes, settled.Repaired, settled.Findings
+		sum.Found = settled.Found + out.Left
+		if leftN == 0 || o.Verify || try == scrubTries {
+			return sum, nil
+		}
+	}
+}
+
+// take adds what is settled of a try: what is left will be found again.
+func (s *ScrubRange) take(o *ScrubRange) {
+	s.CheckedBytes += o.CheckedBytes
+	s.Found += o.Found - o.Left
+	s.Repaired += o.Repaired
+	for _, f := range o.Findings {
+		if !slices.Contains(s.Findings, f) {
+			s.note("%s", f)
+		}
+	}
+}
+
+// scrubOnce scrubs a range. leftN is how many blocks are left of which another try may repair some.
+func (r *Replica) scrubOnce(ctx context.Context, o ScrubOptions) (out ScrubRange, leftN int64, err error) {
 	if !r.group.Status().IsLeader {
-		return out, trivet.ErrNotLeader
+		return out, 0, trivet.ErrNotLeader
 	}
 	patience := time.Duration(0)
 	if o.From == 0 { // the group may just have been woken for this
@@ -88,22 +128,22 @@ func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (out ScrubRang
 	}
 	all, err := r.present(ctx, patience, &out)
 	if err != nil {
-		return out, err
+		return out, 0, err
 	}
 	blockN, last, err := r.machine.vol.RunOf(o.From, scrubRangeN)
 	if err != nil {
-		return out, err
+		return out, 0, err
 	}
 	index, err := r.mark(ctx, o.From, blockN)
 	if err != nil {
-		return out, err
+		return out, 0, err
 	}
 	defer r.unmark(context.WithoutCancel(ctx), index, all)
 	r.each(ctx, all, &scrubRequest{
 		op: scrubCheck, index: index, rate: o.RateBytes, repair: !o.Verify, blockN: scrubWithOlder,
 	})
 	if all, err = r.enough(all, &out); err != nil { // one may be catching up, for hours
-		return out, err
+		return out, 0, err
 	}
 	for _, s := range all {
 		out.CheckedBytes += s.reply.blockN * trivet.BlockSize
@@ -114,13 +154,15 @@ func (r *Replica) scrubRange(ctx context.Context, o ScrubOptions) (out ScrubRang
 			out.note("block %d is damaged on %s", i.LBA, s.Node)
 		}
 	}
+	leftN = out.Left
 	r.compareStates(ctx, index, all, o.Verify, &out)
 	r.compareOlder(ctx, index, all, o.Verify, &out)
-	if err := r.compareBlocks(ctx, o, index, blockN, all, &out); err != nil {
-		return out, err
+	n, err := r.compareBlocks(ctx, o, index, blockN, all, &out)
+	if err != nil {
+		return out, 0, err
 	}
 	out.Next, out.Done = o.From+trivet.LBA(blockN), last
-	return out, nil
+	return out, leftN + n, nil
 }
 
 // present finds out which voters take part. A program that does not know markers would stop when it applies one. It
@@ -307,23 +349,24 @@ func allEqual[V comparable](values []V) bool {
 	return true
 }
 
-// compareBlocks compares the maps of the range, by their digests first.
+// compareBlocks compares the maps of the range, by their digests first. leftN are the blocks that a replica could not
+// be given.
 func (r *Replica) compareBlocks(ctx context.Context, o ScrubOptions, index uint64, blockN int64, all []*scrubbed,
 	out *ScrubRange,
-) error {
+) (leftN int64, err error) {
 	digests := make([][32]byte, len(all))
 	for i, s := range all {
 		digests[i] = s.reply.blocks
 	}
 	if allEqual(digests) {
-		return nil
+		return 0, nil
 	}
 	r.log.Error("replicas differ", "index", index, "lba", o.From, "blocks", blockN)
 	end := o.From + trivet.LBA(blockN)
 	for at := o.From; at < end; {
 		lists, next, err := r.versions(ctx, index, at, end, all)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		fixes := r.judge(lists, all, out)
 		for i, s := range all {
@@ -333,10 +376,11 @@ func (r *Replica) compareBlocks(ctx context.Context, o ScrubOptions, index uint6
 			for part := range slices.Chunk(fixes[i], scrubFixMax) {
 				reply, err := r.untilDone(ctx, s.Node, &scrubRequest{op: scrubFix, index: index, items: part})
 				if err != nil {
-					return fmt.Errorf("repair blocks on %s: %w", s.Node, err)
+					return 0, fmt.Errorf("repair blocks on %s: %w", s.Node, err)
 				}
 				out.Repaired += reply.repaired
 				out.Left += reply.left
+				leftN += reply.left
 			}
 		}
 		if o.Verify {
@@ -346,7 +390,7 @@ func (r *Replica) compareBlocks(ctx context.Context, o ScrubOptions, index uint6
 		}
 		at = next
 	}
-	return nil
+	return leftN, nil
 }
 
 // scrubFixMax is how many blocks one message asks to be repaired: so many are fetched and written well within
@@ -430,5 +474,5 @@ func (r *Replica) judge(lists []map[trivet.LBA]scrubItem, all []*scrubbed, out *
 	return fixes
 }
 
-// Integrity returns what was checked and repaired of this replica since it was opened.
+// Integrity returns what was checked and repaired of this replica since it was opened (IntegrityStats).
 func (r *Replica) Integrity() IntegrityStats { return r.repair.stats() }

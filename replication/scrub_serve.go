@@ -286,8 +286,12 @@ func (r *Replica) check(ctx context.Context, k *marker, req *scrubRequest) (scru
 		}
 	}
 	if !req.repair {
+		bad, err := r.machine.vol.StillBad(found.Bad)
+		if err != nil {
+			return scrubReply{}, err
+		}
+		out.found, out.left = int64(len(bad)), int64(len(bad))
 		r.repair.found.Add(out.found)
-		out.left = out.found
 		return out, nil
 	}
 	if err := r.repair.takeTurn(ctx); err != nil {
@@ -354,11 +358,15 @@ func (r *Replica) fixSome(ctx context.Context, k *marker, items []scrubItem) (re
 	}
 	data, _ := r.repair.fetch(ctx, wants)
 	var repairs []engine.Repair
+	var tried []trivet.LBA
 	for _, i := range items {
 		var block []byte
 		if i.flag == itemHas {
 			if block, data = data[0], data[1:]; block == nil {
-				left++ // it has been written since, most likely
+				// It may have been written elsewhere, of which this replica is about to hear: ScrubRange looks again.
+				if !k.view.IsWritten(i.LBA) {
+					left++
+				}
 				continue
 			}
 		}
@@ -368,10 +376,14 @@ func (r *Replica) fixSome(ctx context.Context, k *marker, items []scrubItem) (re
 			left++
 			continue
 		}
-		repairs = append(repairs, x)
+		repairs, tried = append(repairs, x), append(tried, i.LBA)
 	}
 	n, err := r.machine.vol.Replace(repairs)
 	r.repair.counted(n)
+	if n < len(repairs) { // those that were written meanwhile are as good as repaired, and others are not
+		written := len(slices.DeleteFunc(tried, func(lba trivet.LBA) bool { return !k.view.IsWritten(lba) }))
+		left += int64(max(0, len(repairs)-n-written))
+	}
 	if n > 0 {
 		r.log.Warn("made blocks what the other replicas have", "blocks", n, "lba", items[0].LBA)
 	}

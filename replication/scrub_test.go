@@ -3,6 +3,7 @@ package replication_test
 import (
 	"context"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,7 +32,7 @@ func scrubAll(ctx context.Context, leader func() (*replication.Replica, error), 
 		}
 		sum.CheckedBytes += got.CheckedBytes
 		sum.Found, sum.Repaired, sum.Left = sum.Found+got.Found, sum.Repaired+got.Repaired, sum.Left+got.Left
-		sum.Findings, sum.Absent = append(sum.Findings, got.Findings...), got.Absent
+		sum.Findings, sum.Absent = append(sum.Findings, got.Findings...), append(sum.Absent, got.Absent...)
 		sum.Next, sum.Done, o.From = got.Next, got.Done, got.Next
 	}
 	return sum, nil
@@ -45,6 +46,26 @@ func mustScrub(t *testing.T, c *sim.Cluster, o replication.ScrubOptions) replica
 	}, o)
 	require.NoError(t, err)
 	return sum
+}
+
+// scrubMeanwhile starts what mustScrub does. What it returns waits for the end.
+func scrubMeanwhile(t *testing.T, c *sim.Cluster) (wait func() replication.ScrubRange) {
+	t.Helper()
+	done := make(chan error, 1)
+	var sum replication.ScrubRange
+	go func() {
+		var err error
+		sum, err = scrubAll(t.Context(), func() (*replication.Replica, error) {
+			_, r, err := c.Leader(t.Context())
+			return r, err
+		}, replication.ScrubOptions{})
+		done <- err
+	}()
+	return func() replication.ScrubRange {
+		t.Helper()
+		require.NoError(t, <-done)
+		return sum
+	}
 }
 
 // A scrub finds flipped bits where nobody reads, on any replica, and repairs them; the next one finds nothing.
@@ -272,5 +293,180 @@ func TestScrubBesideWrites(t *testing.T) {
 		requireStamped(t, v, 256, 2)
 		requireEqualReplicas(t, c)
 		assert.Zero(t, mustScrub(t, c, replication.ScrubOptions{}).Found)
+	})
+}
+
+// Cleaning moves blocks while a scrub is between its marker and the check, and all copies of them rot. They are looked
+// at where they stand now: all are counted, and repaired by this very scrub.
+func TestScrubBesideCleaning(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{SnapshotBytes: 64 << 10}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		writeStamped(t, c, v, 256, 1)
+		leader, _ := mustLeader(t, c)
+		node := followersOf(c, leader)[0]
+		release := c.Net.Hold(isScrub(replication.ScrubCheck, "", node.ID()))
+		defer release()
+		wait := scrubMeanwhile(t, c)
+		requireEventually(t, "the check is held", func() bool { return c.Net.Held() > 0 })
+
+		kept := func(lba trivet.LBA) bool { return lba%16 == 2 }
+		for round := range uint32(6) { // what is not overwritten comes to stand alone in its segments, and is moved
+			for lba := range trivet.LBA(256) {
+				if !kept(lba) {
+					require.NoError(t, v.WriteAt(ctx, stamped(lba, 2+round), int64(lba)*trivet.BlockSize))
+				}
+			}
+		}
+		flips, moved := int64(0), 0
+		for lba := range trivet.LBA(256) {
+			if !kept(lba) {
+				continue
+			}
+			if mustCopies(t, node, stamped(lba, 1)) > 1 { // the view keeps the first
+				moved++
+			}
+			_, err := node.Rot(stamped(lba, 1))
+			require.NoError(t, err)
+			flips++
+		}
+		require.Positive(t, moved, "cleaning was at work")
+		release()
+		sum := wait()
+		assert.Equal(t, flips, sum.Found)
+		assert.Equal(t, flips, sum.Repaired)
+		assert.Zero(t, sum.Left)
+		assert.Zero(t, mustScrub(t, c, replication.ScrubOptions{}).Found)
+		requireEqualReplicas(t, c)
+	})
+}
+
+func mustCopies(t *testing.T, n *sim.Node, block []byte) int {
+	t.Helper()
+	k, err := n.Copies(block)
+	require.NoError(t, err)
+	return k
+}
+
+// isScrub matches the messages of a scrub to or from a node that ask for something.
+func isScrub(op byte, from, to trivet.NodeID) transport.Match {
+	return func(e transport.Envelope) bool {
+		return e.Message.Kind == transport.KindVolumeScrub && !e.Reply && e.Message.Body[1] == op &&
+			(from == "" || e.From == from) && (to == "" || e.To == to)
+	}
+}
+
+// A block differs on a replica that lags, and the others have been written to when it asks them for what the majority
+// had. It is left at first; the range is looked at again, where nothing differs any more, and the scrub says so.
+func TestScrubLooksAgain(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		writeStamped(t, c, v, 64, 1)
+		leader, _ := mustLeader(t, c)
+		late := followersOf(c, leader)[0]
+		tamper(t, late, func(b *engine.Batch) { require.NoError(t, b.Write(30, stamped(30, 9))) }, nil)
+		release := c.Net.Hold(isScrub(replication.ScrubFix, "", late.ID()))
+		defer release()
+		wait := scrubMeanwhile(t, c)
+		requireEventually(t, "the repair is held", func() bool { return c.Net.Held() > 0 })
+
+		stop := c.Net.Lose(func(e transport.Envelope) bool {
+			return e.To == late.ID() && e.Message.Kind == transport.KindAppendEntries && !e.Reply
+		})
+		defer stop()
+		require.NoError(t, v.WriteAt(ctx, stamped(30, 2), 30*trivet.BlockSize))
+		requireEventually(t, "both others have applied it", func() bool {
+			applied := map[uint64]int{}
+			for _, n := range c.Nodes() {
+				applied[mustReplica(t, n).Status().Applied]++
+			}
+			return len(applied) == 2 && applied[mustReplica(t, late).Status().Applied] == 1
+		})
+		asks := isScrub(replication.ScrubFetch, late.ID(), "")
+		var asked atomic.Int32
+		defer c.Net.Lose(func(e transport.Envelope) bool { // loses nothing: it counts
+			if asks(e) {
+				asked.Add(1)
+			}
+			return false
+		})()
+		release()
+		requireEventually(t, "it asks both others", func() bool { return asked.Load() >= 2 })
+		require.NoError(t, sim.Sleep(ctx, 200*time.Millisecond)) // and has told the leader
+		stop()
+		sum := wait()
+		assert.Zero(t, sum.Left)
+		assert.Zero(t, sum.Found, "it was written")
+		requireEqualReplicas(t, c)
+		assert.Equal(t, stamped(30, 2), mustRead(t, v, 30*trivet.BlockSize, 1))
+	})
+}
+
+// More is written between the marker and the repair than a view keeps count of, so that nothing may be repaired by it.
+// The blocks are not passed over: the range is looked at again.
+func TestScrubThatLostCount(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		writeStamped(t, c, v, 64, 1)
+		leader, _ := mustLeader(t, c)
+		other := followersOf(c, leader)[0]
+		tamper(t, other, func(b *engine.Batch) { require.NoError(t, b.Write(30, stamped(30, 9))) }, nil)
+		release := c.Net.Hold(isScrub(replication.ScrubFix, "", other.ID()))
+		defer release()
+		wait := scrubMeanwhile(t, c)
+		requireEventually(t, "the repair is held", func() bool { return c.Net.Held() > 0 })
+		p := stamped(200, 2)
+		for range 4096 + 10 {
+			require.NoError(t, v.WriteAt(ctx, p, 200*trivet.BlockSize))
+		}
+		release()
+		sum := wait()
+		assert.EqualValues(t, 1, sum.Found)
+		assert.EqualValues(t, 1, sum.Repaired)
+		assert.Zero(t, sum.Left)
+		requireStamped(t, v, 64, 1)
+		requireEqualReplicas(t, c)
+	})
+}
+
+// Cleaning moves a block while a replica asks the others for its data, and it is damaged where it stands now: it is not
+// passed over, and the next look at the range repairs it there.
+func TestRepairFollowsAMovedBlock(t *testing.T) {
+	inCluster(t, sim.ClusterConfig{SnapshotBytes: 64 << 10}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
+		ctx := t.Context()
+		writeStamped(t, c, v, 256, 1)
+		leader, _ := mustLeader(t, c)
+		node := followersOf(c, leader)[0]
+		const lba = 18
+		rotten := stamped(lba, 1)
+		rotten[len(rotten)/2] ^= 1 // as Rot leaves it
+		mustRot(t, node, lba, 1)
+		release := c.Net.Hold(isScrub(replication.ScrubFetch, node.ID(), ""))
+		defer release()
+		wait := scrubMeanwhile(t, c)
+		requireEventually(t, "it asks for the block", func() bool { return c.Net.Held() > 0 })
+
+		_, err := node.Rot(rotten) // whole again, or cleaning would leave it where it is
+		require.NoError(t, err)
+		for round := range uint32(8) {
+			for first := trivet.LBA(3); first+15 < 256; first += 16 {
+				var p []byte
+				for k := range trivet.LBA(15) {
+					p = append(p, stamped(first+k, 2+round)...)
+				}
+				require.NoError(t, v.WriteAt(ctx, p, int64(first)*trivet.BlockSize))
+			}
+			_, err := node.Spec().Disk.Engine.Clean()
+			require.NoError(t, err)
+		}
+		require.Greater(t, mustCopies(t, node, stamped(lba, 1)), 1, "cleaning was at work")
+		_, err = node.Rot(stamped(lba, 1))
+		require.NoError(t, err)
+		release()
+		sum := wait()
+		assert.EqualValues(t, 1, sum.Found)
+		assert.EqualValues(t, 1, sum.Repaired)
+		assert.Zero(t, sum.Left)
+		assert.Zero(t, mustScrub(t, c, replication.ScrubOptions{}).Found)
+		requireEqualReplicas(t, c)
 	})
 }

@@ -42,6 +42,7 @@ func (h *Host) reopen(s ReplicaSpec) error {
 		if err != nil {
 			return err
 		}
+		next.repair.goOn(r.repair)
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.replicas[s.Volume] = next

@@ -48,12 +48,18 @@ func TestLeaderWithRottenEntry(t *testing.T) {
 	inCluster(t, sim.ClusterConfig{}, func(t *testing.T, c *sim.Cluster, v *replication.Volume) {
 		ctx := t.Context()
 		leader, before, late := rotInLeader(t, c, v)
+		mustScrub(t, c, replication.ScrubOptions{Verify: true})
+		checked := before.Integrity().CheckedBytes
+		require.Positive(t, checked)
 		require.NoError(t, late.Start(ctx))
 		requireEventually(t, "the replica is opened again", func() bool {
 			r, ok := leader.Replica()
 			return ok && r != before
 		})
 		require.NoError(t, v.WriteAt(ctx, stamped(40, 3), 40*trivet.BlockSize))
+		r, ok := leader.Replica()
+		require.True(t, ok)
+		assert.GreaterOrEqual(t, r.Integrity().CheckedBytes, checked, "it counts on")
 		sum := mustScrub(t, c, replication.ScrubOptions{})
 		assert.Equal(t, sum.Found, sum.Repaired, "the block that stands in that entry, unless a catch-up has met it before")
 		assert.Zero(t, mustScrub(t, c, replication.ScrubOptions{}).Found)

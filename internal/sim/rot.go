@@ -15,7 +15,12 @@ import (
 
 // Rot changes a bit of every copy that the disk of the machine has of a block of a volume, while the machine runs, and
 // returns how many there were. What cannot be repaired is a failure of the run, unless Excuse says otherwise.
-func (n *Node) Rot(block []byte) (int, error) {
+func (n *Node) Rot(block []byte) (int, error) { return n.eachCopy(block, true) }
+
+// Copies returns how many copies of a block of a volume the disk of the machine has.
+func (n *Node) Copies(block []byte) (int, error) { return n.eachCopy(block, false) }
+
+func (n *Node) eachCopy(block []byte, rot bool) (int, error) {
 	if len(block) != trivet.BlockSize {
 		return 0, fmt.Errorf("rot on %s: block of %d bytes: %w", n.id, len(block), trivet.ErrInvalid)
 	}
@@ -28,7 +33,7 @@ func (n *Node) Rot(block []byte) (int, error) {
 	}
 	hits := 0
 	for _, name := range names {
-		k, err := rotIn(mem, mem.PathJoin(logDir, name), block)
+		k, err := eachCopyIn(mem, mem.PathJoin(logDir, name), block, rot)
 		if err != nil {
 			return hits, fmt.Errorf("rot on %s: %w", n.id, err)
 		}
@@ -47,8 +52,8 @@ func (n *Node) Excuse() {
 	}
 }
 
-// rotIn goes by the filesystem and its locks: the log may write to the file meanwhile, or remove it.
-func rotIn(mem *vfs.MemFS, name string, block []byte) (hits int, err error) {
+// eachCopyIn goes by the filesystem and its locks: the log may write to the file meanwhile, or remove it.
+func eachCopyIn(mem *vfs.MemFS, name string, block []byte, rot bool) (hits int, err error) {
 	b, err := contents(mem, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
@@ -58,6 +63,10 @@ func rotIn(mem *vfs.MemFS, name string, block []byte) (hits int, err error) {
 	}
 	for off := 0; off+len(block) <= len(b); off += len(block) {
 		if !bytes.Equal(b[off:off+len(block)], block) {
+			continue
+		}
+		if !rot {
+			hits++
 			continue
 		}
 		f, err := mem.OpenReadWrite(name, vfs.WriteCategoryUnspecified)
