@@ -31,6 +31,9 @@ const (
 	// cleanRoundSegments is how many segments' worth of live blocks one round copies, sorted, before it flushes.
 	cleanRoundSegments = 2
 
+	// cleanHeadBlocks is what the head of a batch takes at most, in blocks (segment, DESIGN.md).
+	cleanHeadBlocks = 2
+
 	// cleanTriesMax is how often a segment is chosen that then still has live blocks: damaged ones, most likely.
 	cleanTriesMax = 3
 )
@@ -62,6 +65,10 @@ type cleaner struct {
 	paceAt time.Time // under turn: until when what was copied is paid for
 	wrote  int64     // of space, when that was reckoned
 	copied atomic.Int64
+
+	vainN      int   // under turn: rounds, the last ones, that won no segment
+	vainWrote  int64 // of space, after them
+	vainBlocks int64 // live, after them
 }
 
 func newCleaner(e *Engine, target float64) *cleaner {
@@ -161,15 +168,43 @@ func (c *cleaner) round(ctx context.Context, paced bool) (stats CleanStats, err 
 	if err := c.e.enterWrite(); err != nil {
 		return stats, err
 	}
-	victims := c.victims()
+	victims := map[uint32]*segLive(nil)
+	if !c.isInVain() {
+		victims = c.victims()
+	}
 	c.e.exit()
 	stats.Segments = len(victims)
 	if len(victims) > 0 {
-		err = c.empty(ctx, victims, paced, &stats)
+		before := c.e.live.usedN()
+		if err = c.empty(ctx, victims, paced, &stats); err == nil {
+			c.noteWon(c.e.live.usedN() < before)
+		}
 	}
 	n, backErr := c.giveBack(paced)
 	stats.Released = n
 	return stats, errors.Join(err, backErr)
+}
+
+// noteWon takes note of whether a round has left fewer segments in use. REQUIRES: turn.
+func (c *cleaner) noteWon(won bool) {
+	if c.vainN++; won {
+		c.vainN = 0
+	}
+	c.vainWrote, c.vainBlocks = c.e.space.total(), c.e.live.liveN()
+}
+
+// isInVain reports whether the last rounds have won nothing and nothing is otherwise since: the heads of many small
+// batches, of many volumes, can take what there would be to win. REQUIRES: turn.
+func (c *cleaner) isInVain() bool {
+	if c.vainN < cleanTriesMax {
+		return false
+	}
+	bytes := c.e.log.SegmentBytes()
+	if c.e.space.total()-c.vainWrote < bytes && c.vainBlocks-c.e.live.liveN() < bytes/trivet.BlockSize {
+		return true
+	}
+	c.vainN = 0
+	return false
 }
 
 // victims chooses the emptiest segments that the log has no use for, until what is left reaches the target or a
@@ -181,8 +216,11 @@ func (c *cleaner) victims() map[uint32]*segLive {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var old []*segLive
-	blockN := int64(0)
+	blockN, room := int64(0), int64(0)
 	for _, x := range infos {
+		if x.Data && x.Current {
+			room = x.RoomBytes / trivet.BlockSize
+		}
 		s := l.segs[x.ID]
 		idle := x.Entries == 0 || !x.Recent && x.EntryBytes <= c.e.log.SegmentBytes()/8
 		if s == nil || s.blockN == 0 || s.kept || s.tries >= cleanTriesMax || s.busy > 0 || x.Current || !idle {
@@ -212,8 +250,16 @@ func (c *cleaner) victims() map[uint32]*segLive {
 			segN, freed = segN-1, freed-capacity
 		}
 	}
-	if freed == 0 && len(chosen) == 0 || segN == int64(len(old)) && !c.pressure.Load() {
-		return nil // not one segment would be won
+	if segN < int64(len(old)) {
+		return chosen
+	}
+	// What is emptied does not make up for what copying fills. A disk that runs full is glad of a segment whose blocks
+	// fit where copies go already; to fill another one for it would win nothing, and could go on for ever.
+	room -= int64(len(l.vols)+cleanRoundSegments) * cleanHeadBlocks
+	for _, s := range old {
+		if room -= s.blockN; room < 0 || !c.pressure.Load() {
+			delete(chosen, s.ord)
+		}
 	}
 	return chosen
 }

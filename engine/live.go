@@ -350,6 +350,25 @@ func (l *live) isWhole(id trivet.VolumeID) bool {
 	return v != nil && v.whole
 }
 
+// usedN is how many segments something refers to.
+func (l *live) usedN() (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.segs {
+		if s.blockN > 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// liveN is how many blocks of all volumes stand in the log.
+func (l *live) liveN() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.blockN
+}
+
 // blocks is how many blocks of a volume stand in the log, all generations together.
 func (l *live) blocks(id trivet.VolumeID) int64 {
 	if l == nil {

@@ -473,6 +473,37 @@ func TestBackgroundCleans(t *testing.T) {
 	require.Positive(t, stored)
 }
 
+// TestCleaningOfAFullDiskEnds: a disk that runs full has everything cleaned that gives space, and nothing over and over
+// again that does not.
+func TestCleaningOfAFullDiskEnds(t *testing.T) {
+	cfg := logConfig(t, vfs.NewMem(), nil)
+	cfg.CleanTarget = 0.7
+	e, v := mustStore(t, cfg, 512)
+	defer func() { require.NoError(t, e.Close()) }()
+	for live := trivet.LBA(1); live < testSegmentBytes/trivet.BlockSize; live += 3 {
+		write(t, v, 1, 0, 256)
+		for lba := trivet.LBA(0); lba < 256; lba += testSegmentBytes / trivet.BlockSize {
+			write(t, v, 2, lba, live)
+		}
+		settle(t, v)
+		e.clean.pressure.Store(true) // setPressure would have the background do it
+		rounds := 0
+		for ; rounds < 100; rounds++ {
+			stats, err := e.clean.round(t.Context(), false)
+			require.NoError(t, err)
+			if stats.CopiedBytes == 0 {
+				break
+			}
+		}
+		require.Less(t, rounds, 100, "blocks are copied for ever, %d of a segment rewritten", live)
+		e.clean.pressure.Store(false)
+		require.NoError(t, CheckLive(e))
+		requireNumbers(t, v, 256, func(lba trivet.LBA) uint32 {
+			return 1 + uint32(oneOf(lba%(testSegmentBytes/trivet.BlockSize) < live))
+		})
+	}
+}
+
 // TestCleaningWithoutRoom: on a disk that has no room for another file, cleaning says so and changes nothing; when
 // there is room again it goes on (H26).
 func TestCleaningWithoutRoom(t *testing.T) {

@@ -100,6 +100,15 @@ type Info struct {
 	Entries    int   // that the log keeps in it
 	EntryBytes int64 // of them, records and payloads
 	Pins       int
+	RoomBytes  int64 // that its lane may still write to it, with the heads of batches
+}
+
+// roomLocked is what may still be written to a segment. REQUIRES: mu.
+func (l *lane) roomLocked(s *segment) int64 {
+	if s != l.cur || !l.begun {
+		return 0
+	}
+	return max(l.log.shape.segmentBytes-l.pos, 0)
 }
 
 // Segments returns all segments that hold something or are pinned, and the current ones, in the order of their IDs.
@@ -112,7 +121,7 @@ func (l *Log) Segments() []Info {
 			out = append(out, Info{
 				ID: segmentID(lane.id, s.number), Lane: lane.id, Data: l.isData(lane.id),
 				Current: s == lane.cur, Recent: s.number+keepRecent >= lane.cur.number,
-				Entries: s.live, EntryBytes: s.liveBytes, Pins: s.pins,
+				Entries: s.live, EntryBytes: s.liveBytes, Pins: s.pins, RoomBytes: lane.roomLocked(s),
 			})
 		}
 		lane.mu.Unlock()
