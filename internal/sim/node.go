@@ -398,7 +398,12 @@ func (n *Node) kill(l *life, rnd *rand.Rand, unsyncedPercent int) bool {
 	n.c.Net.Down(n.id)
 	after := l.disk.afterCrash(rnd, unsyncedPercent)
 	n.mu.Lock()
-	n.mem, n.life = after, nil
+	if n.mem == l.disk.mem { // else it has been given another one since (swapDisk)
+		n.mem = after
+	}
+	if n.life == l {
+		n.life = nil
+	}
 	n.mu.Unlock()
 	l.disk.release()
 	close(l.over)

@@ -291,7 +291,12 @@ func (s *sim) sweep(ctx context.Context, when string, nodes []*Node) error {
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, trivet.ErrUnavailable) || live.Err() != nil {
+		// A leader learns within a second that its disk has room again.
+		wasFull := errors.Is(err, trivet.ErrNoSpace) && s.full.Load()
+		if wasFull {
+			time.Sleep(time.Second) // of the bubble's clock
+		}
+		if !wasFull && !errors.Is(err, trivet.ErrUnavailable) || live.Err() != nil {
 			return err
 		}
 	}
