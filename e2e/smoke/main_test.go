@@ -100,17 +100,27 @@ func (s *suite) end() {
 	assert.NoError(s.t, s.Down(ctx))
 }
 
-// explain prints what a person would look at first.
+// explain prints what a person would look at first, and last, where it is not cut off, what says most.
 func (s *suite) explain() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	for _, args := range [][]string{
-		{"get", "pods,pvc,pv,volumeattachments", "-A", "-o", "wide"},
-		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
-		{"logs", "-n", namespace, "-l", "app.kubernetes.io/name=trivet", "--all-containers", "--tail=40", "--prefix"},
+	for _, x := range []struct {
+		lines int // of the end
+		args  []string
+	}{
+		{400, []string{
+			"logs", "-n", namespace, "-l", "app.kubernetes.io/name=trivet", "--all-containers", "--tail=40", "--prefix",
+			"--max-log-requests=40",
+		}},
+		{20, []string{"get", "csinodes", "-o", "jsonpath={range .items[*]}{.metadata.name}: {.spec.drivers}{\"\\n\"}{end}"}},
+		{20, []string{"get", "csistoragecapacities,leases", "-A"}},
+		{20, []string{"get", "pods,pvc,pv,volumeattachments", "-A", "-o", "wide"}},
+		{20, []string{"get", "events", "-A", "--sort-by=.lastTimestamp"}},
 	} {
-		out, err := s.Kubectl(ctx, args...)
-		s.t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+		out, err := s.Kubectl(ctx, x.args...)
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		s.t.Logf("kubectl %s: %v\n%s", strings.Join(x.args, " "), err,
+			strings.Join(lines[max(0, len(lines)-x.lines):], "\n"))
 	}
 }
 
