@@ -14,6 +14,15 @@ func usage(avail uint64) vfs.DiskUsage {
 	return vfs.DiskUsage{TotalBytes: 100 << 30, AvailBytes: avail, UsedBytes: 100<<30 - avail}
 }
 
+// swapDisk gives a machine that is down another disk, and returns the one that it had.
+func (n *Node) swapDisk(mem *vfs.MemFS) *vfs.MemFS {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	old := n.mem
+	n.mem = mem
+	return old
+}
+
 // rot flips bits on the disk of a machine while it is down. What it holds may be the only other copy of
 // something acknowledged, so no more machines rot than a minority.
 func (n *nemesis) rot(ctx context.Context, node *Node) (made bool, err error) {

@@ -432,15 +432,6 @@ func (n *Node) stoppedItself() bool {
 	return n.exited
 }
 
-// swapDisk gives a machine that is down another disk, and returns the one that it had.
-func (n *Node) swapDisk(mem *vfs.MemFS) *vfs.MemFS {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	old := n.mem
-	n.mem = mem
-	return old
-}
-
 // forgetRot is for a disk that is another one now.
 func (n *Node) forgetRot() {
 	n.mu.Lock()
