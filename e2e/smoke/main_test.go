@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,7 +84,21 @@ func startWith(t *testing.T, change func(*lab.Config)) *suite {
 	image, err := filepath.Abs(trivetImage)
 	require.NoError(t, err)
 	require.NoError(t, c.LoadImage(t.Context(), image))
+	requireRoom(t, *dirFlag)
 	return s
+}
+
+// requireRoom fails when the nodes would have no room for volumes: pods would wait for capacity that nobody has.
+func requireRoom(t *testing.T, dir string) {
+	t.Helper()
+	var fs syscall.Statfs_t
+	require.NoError(t, syscall.Statfs(dir, &fs))
+	free, total := int64(fs.Bavail)*fs.Bsize, int64(fs.Blocks)*fs.Bsize
+	const room = 4 << 30 // for what the steps write, on all nodes
+	keeps := max(total/20, 2<<30)
+	require.GreaterOrEqual(t, free, keeps+room, "%d MiB of %d are free in %s; Trivet keeps %d of them free (5 %%), and the "+
+		"test needs %d more: remove something, or name another folder with -lab.dir", free>>20, total>>20, dir, keeps>>20,
+		int64(room)>>20)
 }
 
 // end takes the lab down, which proves that nothing is left.
