@@ -473,6 +473,25 @@ func TestBackgroundCleans(t *testing.T) {
 	require.Positive(t, stored)
 }
 
+// requireWins checks that what a round would take makes up for what its copies fill, or fits where copies go already.
+func requireWins(t testing.TB, e *Engine) {
+	t.Helper()
+	const capacity = testSegmentBytes / trivet.BlockSize
+	freed, blockN, room := int64(0), int64(0), int64(0)
+	chosen := e.clean.victims()
+	for _, s := range chosen {
+		freed, blockN = freed+capacity-s.blockN, blockN+s.blockN
+	}
+	for _, x := range e.log.Segments() {
+		if x.Data && x.Current {
+			room = x.RoomBytes / trivet.BlockSize
+		}
+	}
+	if freed < capacity {
+		require.LessOrEqual(t, blockN, room, "%d segments win nothing", len(chosen))
+	}
+}
+
 // TestCleaningOfAFullDiskEnds: a disk that runs full has everything cleaned that gives space, and nothing over and over
 // again that does not.
 func TestCleaningOfAFullDiskEnds(t *testing.T) {
@@ -489,6 +508,7 @@ func TestCleaningOfAFullDiskEnds(t *testing.T) {
 		e.clean.pressure.Store(true) // setPressure would have the background do it
 		rounds := 0
 		for ; rounds < 100; rounds++ {
+			requireWins(t, e)
 			stats, err := e.clean.round(t.Context(), false)
 			require.NoError(t, err)
 			if stats.CopiedBytes == 0 {
