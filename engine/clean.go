@@ -66,6 +66,9 @@ type cleaner struct {
 	wrote  int64     // of space, when that was reckoned
 	copied atomic.Int64
 
+	trimmedAt time.Time // of the loop: the last trim
+	trimLeft  int64     // bytes of files that the next one may give back
+
 	vainN      int   // under turn: rounds, the last ones, that won no segment
 	vainWrote  int64 // of space, after them
 	vainBlocks int64 // live, after them
@@ -77,7 +80,7 @@ func newCleaner(e *Engine, target float64) *cleaner {
 	}
 	c := &cleaner{
 		e: e, target: target, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), mover: mover{e: e},
-		gaveAt: time.Now(),
+		gaveAt: time.Now(), trimmedAt: time.Now(), trimLeft: 1, // what Open found is looked at once
 	}
 	c.life, c.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the engine's life, ended by stop
 	return c
@@ -132,7 +135,10 @@ func (c *cleaner) run() {
 		case <-c.life.Done():
 			return
 		}
-		later.Reset(c.giveBackIn())
+		if err := c.trim(); err != nil {
+			c.e.health.log.Warn("giving back files of the log", "err", err)
+		}
+		later.Reset(c.lookIn())
 	}
 }
 

@@ -13,6 +13,9 @@ const (
 	giveBackSegmentsMin = 2
 	giveBackSegmentsMax = 16
 	giveBackDivisor     = 16
+
+	// trimAge is how long files of the log may wait to be used again, at least, before they go back to the filesystem.
+	trimAge = time.Minute
 )
 
 // giveBack gives back the segments that nothing refers to, in memory or on disk. With flush what is in memory is made
@@ -53,13 +56,27 @@ func (c *cleaner) giveBackIsDue() bool {
 	return n > 0 && (c.pressure.Load() || time.Since(c.gaveAt) >= giveBackAge || n >= c.e.space.giveBackAt())
 }
 
-// giveBackIn is the time after which the background has to look whether something waits to be given back; long when
+// lookIn is the time after which the background has to look whether something waits to be given back; long when
 // nothing does.
-func (c *cleaner) giveBackIn() time.Duration {
-	if c.e.live.deadN() == 0 {
-		return time.Hour
+func (c *cleaner) lookIn() time.Duration {
+	switch {
+	case c.e.live.deadN() > 0:
+		return giveBackAge
+	case c.trimLeft > 0:
+		return trimAge
 	}
-	return giveBackAge
+	return time.Hour
+}
+
+// trim gives back to the filesystem files of the log that nobody has needed for a while. On a disk that runs full they
+// stay the log's own, which could not make new ones there. Only the loop calls it.
+func (c *cleaner) trim() error {
+	if c.pressure.Load() || time.Since(c.trimmedAt) < trimAge {
+		return nil
+	}
+	_, left, err := c.e.log.Trim()
+	c.trimmedAt, c.trimLeft = time.Now(), left
+	return err
 }
 
 // giveBackAt is the number of segments that are worth a flush.

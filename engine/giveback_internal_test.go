@@ -86,3 +86,45 @@ func TestGiveBackAt(t *testing.T) {
 	s.unknown = true
 	require.Equal(t, giveBackSegmentsMin, s.giveBackAt())
 }
+
+// TestFilesGoBack: files of the log that nobody needs any more are room in the filesystem some minutes later, all but
+// those that the next segments take.
+func TestFilesGoBack(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		cfg := logConfig(t, vfs.NewMem(), nil)
+		cfg.CleanTarget = 0.1 // nothing is copied
+		e, v := mustStore(t, cfg, 256)
+		defer func() { require.NoError(t, e.Close()) }()
+		files := func() int64 { return e.log.FreeBytes() / e.log.SegmentBytes() }
+		x := uint32(0)
+		fill := func(segments int64) {
+			for n := rolls(e) + segments; rolls(e) < n; x++ {
+				write(t, v, x, 0, 8)
+			}
+			settle(t, v)
+			time.Sleep(giveBackAge + 2*cleanPause)
+			synctest.Wait()
+		}
+		fill(30)
+		filled := files()
+		require.Greater(t, filled, int64(25))
+		for range 8 { // what is needed now and then stays
+			fill(20)
+			time.Sleep(trimAge / 2)
+		}
+		require.GreaterOrEqual(t, files(), int64(20))
+		time.Sleep(20 * trimAge)
+		synctest.Wait()
+		require.LessOrEqual(t, files(), int64(len(e.log.Stats())))
+		require.Equal(t, time.Hour, e.clean.lookIn(), "and nobody looks for more")
+	})
+}
+
+// rolls is how many segments the lanes of the log have begun.
+func rolls(e *Engine) (n int64) {
+	for _, l := range e.log.Stats() {
+		n += l.Rolls
+	}
+	return n
+}

@@ -7,12 +7,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"github.com/spf13/cobra"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/internal/kube"
+	"github.com/trivet-csi/trivet/internal/procs"
 	"github.com/trivet-csi/trivet/server"
 )
 
@@ -156,7 +156,7 @@ func parseMemory(s string) (int64, error) {
 
 // runServer runs until ctx ends, then stops in good order.
 func runServer(ctx context.Context, cfg server.Config) error {
-	allowForDisks()
+	procs.AllowForDisks()
 	s, err := server.Open(ctx, cfg)
 	if err != nil {
 		return err
@@ -165,20 +165,6 @@ func runServer(ctx context.Context, cfg server.Config) error {
 	<-ctx.Done()
 	return s.Close()
 }
-
-// allowForDisks lets the Go runtime run goroutines beside those that wait for a disk. A thread in a system call keeps
-// one of the GOMAXPROCS places until the runtime's monitor takes it away, which it does every 20 µs at best (retake
-// of runtime/proc.go): with one place for each processor all of them stand in reads of a fast disk, and the
-// processors idle. GOMAXPROCS in the environment is left alone.
-func allowForDisks() {
-	if os.Getenv("GOMAXPROCS") != "" {
-		return
-	}
-	n := runtime.GOMAXPROCS(0)
-	runtime.GOMAXPROCS(n + max(n, diskPlacesMin))
-}
-
-const diskPlacesMin = 4
 
 func newLogger(level string, asJSON bool) (*slog.Logger, error) {
 	var l slog.Level

@@ -169,23 +169,62 @@ const shrinkKeep = 2
 func (l *Log) Shrink(n int) (int64, error) {
 	var bytes int64
 	for _, lane := range l.lanes {
-		lane.mu.Lock()
-		lane.collectLocked()
-		var gone []*slot
-		if k := min(n, len(lane.free)-shrinkKeep); k > 0 && !lane.closed {
-			gone = slices.Clone(lane.free[:k])
-			lane.free = slices.Delete(lane.free, 0, k)
-		}
-		lane.mu.Unlock()
-		for _, s := range gone {
-			n--
-			if err := errors.Join(s.file.Close(), l.opts.Dir.Remove(s.name)); err != nil {
-				return bytes, fmt.Errorf("remove log file %s: %w", s.name, err)
-			}
-			bytes += l.shape.segmentBytes
+		k, err := lane.giveUp(func(free, _ int) int { return min(n, free-shrinkKeep) })
+		n -= k
+		if bytes += int64(k) * l.shape.segmentBytes; err != nil {
+			return bytes, err
 		}
 	}
 	return bytes, nil
+}
+
+const (
+	// trimKeep is how many of its free files a lane keeps although it does not need them: the next segment waits for
+	// none to be made.
+	trimKeep = 1
+
+	// Of what a lane has not needed, one Trim takes trimMin files or a part of trimDivisor, whichever is more: each
+	// costs a journal entry of the filesystem.
+	trimMin     = 4
+	trimDivisor = 4
+)
+
+// Trim gives back to the filesystem files that no lane has needed since Trim was called the last time: filling a volume
+// takes as many as it has data, and cleaning then moves that to the data lane. It returns how many bytes it gave back,
+// and how many it may give back later, when it is called again and no lane has needed them by then.
+func (l *Log) Trim() (bytes, left int64, err error) {
+	for _, lane := range l.lanes {
+		more := 0
+		n, err := lane.giveUp(func(free, unused int) int {
+			more = max(free-trimKeep, 0)
+			return min(unused-trimKeep, max(trimMin, unused/trimDivisor))
+		})
+		bytes += int64(n) * l.shape.segmentBytes
+		if left += int64(more-n) * l.shape.segmentBytes; err != nil {
+			return bytes, left, err
+		}
+	}
+	return bytes, left, nil
+}
+
+// giveUp removes as many files that wait to be used again as choose says, who is told how many there are, and how many
+// of them were not needed since the last time. It returns how many are gone.
+func (l *lane) giveUp(choose func(free, unused int) int) (n int, err error) {
+	l.mu.Lock()
+	l.collectLocked()
+	var gone []*slot
+	if k := choose(len(l.free), l.unusedN); k > 0 && !l.closed {
+		gone = slices.Clone(l.free[:k])
+		l.free = slices.Delete(l.free, 0, k)
+	}
+	l.unusedN = len(l.free)
+	l.mu.Unlock()
+	for i, s := range gone {
+		if err := errors.Join(s.file.Close(), l.log.opts.Dir.Remove(s.name)); err != nil {
+			return i, fmt.Errorf("remove log file %s: %w", s.name, err)
+		}
+	}
+	return len(gone), nil
 }
 
 // Buffer returns n bytes that begin at a page, so that ReadAt reads into them without a copy.

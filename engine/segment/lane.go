@@ -54,6 +54,7 @@ type lane struct {
 	segments    map[uint64]*segment // by number
 	cur         *segment
 	free        []*slot  // files without a segment
+	unusedN     int      // the fewest of them since the last giveUp
 	broken      []string // names of files that a crash left unfinished
 	slots       uint64   // every slot number is below it
 	preparing   bool     // a file is being made

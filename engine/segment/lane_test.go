@@ -825,6 +825,55 @@ func TestShrink(t *testing.T) {
 	})
 }
 
+// What no lane has needed between two calls of Trim goes back to the filesystem, a part of it at a time; what one may
+// need stays.
+func TestTrim(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // as TestShrink
+		dir := NewMemDir()
+		opts := testOptions(dir, 1)
+		opts.Lanes = 1
+		require.NoError(t, Format(opts))
+		l := mustOpen(t, opts)
+		g := l.Group(1)
+		last := uint64(0)
+		rolls := func() int64 { return l.Stats()[0].Rolls }
+		fill := func(segments int64) {
+			for end := rolls() + segments; rolls() < end; {
+				last++
+				require.NoError(t, g.Append([]Entry{testEntry(1, last, 1, 0, 2)}))
+			}
+			synctest.Wait()
+		}
+		fill(30)
+		require.NoError(t, g.TrimPrefix(last))
+		free := l.FreeBytes() / l.SegmentBytes()
+		require.Greater(t, free, int64(20))
+		bytes, left, err := l.Trim()
+		require.NoError(t, err)
+		require.Zero(t, bytes, "what was needed a moment ago")
+		require.Equal(t, (free-trimKeep)*l.SegmentBytes(), left)
+
+		fill(12) // and keeps them: these are needed
+		unused := free - 12
+		bytes, _, err = l.Trim()
+		require.NoError(t, err)
+		require.Equal(t, max(trimMin, unused/trimDivisor)*l.SegmentBytes(), bytes)
+
+		require.NoError(t, g.TrimPrefix(last))
+		for left = 1; left > 0; {
+			_, left, err = l.Trim()
+			require.NoError(t, err)
+		}
+		require.Equal(t, trimKeep*l.SegmentBytes(), l.FreeBytes())
+		fill(3)
+		require.NoError(t, l.Close())
+		l = mustOpen(t, opts)
+		_, end := l.Group(1).FirstLast()
+		require.Equal(t, last, end)
+		require.NoError(t, l.Close())
+	})
+}
+
 // A file for entries to come leaves of the filesystem what must stay free.
 func TestLeave(t *testing.T) {
 	t.Parallel()

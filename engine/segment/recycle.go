@@ -107,6 +107,7 @@ func (l *lane) takeFree() (*slot, error) {
 		case len(l.free) > 0:
 			s := l.free[0]
 			l.free = l.free[1:]
+			l.unusedN = min(l.unusedN, len(l.free))
 			return s, nil
 		case l.preparing:
 		case tried:

@@ -33,7 +33,7 @@ func newBench(o options, out, notes io.Writer) (*bench, error) {
 	}
 	return &bench{
 		o: o, base: base, out: out, notes: notes, began: time.Now(),
-		bufs: payloads(8, o.entryBlocks*trivet.BlockSize, newRand(1)),
+		bufs: payloads(8, max(streamBlocks, o.entryBlocks)*trivet.BlockSize, newRand(1)),
 	}, nil
 }
 

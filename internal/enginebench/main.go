@@ -27,6 +27,7 @@ import (
 	"syscall"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/internal/procs"
 )
 
 type options struct {
@@ -113,6 +114,7 @@ func (o *options) validate() error {
 }
 
 func main() {
+	procs.AllowForDisks() // as the server does
 	err := func() error {
 		if len(os.Args) > 1 && os.Args[1] == victimArg {
 			return victim(os.Args[2:], os.Stdin, os.Stdout)

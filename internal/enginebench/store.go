@@ -113,6 +113,17 @@ func (s *store) settle() error {
 	return nil
 }
 
+// trim has the log give back the files that nobody needs, as the background does in the minutes after.
+func (s *store) trim() error {
+	for left := int64(1); left > 0; {
+		var err error
+		if _, left, err = s.log.Trim(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // calm waits, for a while, until the map is not merged any more.
 func (s *store) calm() {
 	for range 50 {
@@ -172,6 +183,7 @@ type replica struct {
 // entry logs one entry with blocks at lbas, and applies it.
 func (r *replica) entry(lbas []trivet.LBA, payload []byte) error {
 	index := r.st.AppliedIndex + 1
+	payload = payload[:len(lbas)*trivet.BlockSize]
 	r.one[0] = segment.Entry{Index: index, Term: 1, Payload: payload}
 	if err := r.grp.Append(r.one[:]); err != nil {
 		return err

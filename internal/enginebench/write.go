@@ -14,6 +14,10 @@ import (
 // orderedPasses is how often the volume is written over in order.
 const orderedPasses = 2
 
+// streamBlocks is the least size of entries of writes in order: replication cuts a stream of writes into such of
+// 128 KiB.
+const streamBlocks = 32
+
 // writeResult is what one kind of store took.
 type writeResult struct {
 	random     cost
@@ -56,7 +60,7 @@ func (b *bench) overwrites(cfg storeConfig, kind string) (w writeResult, err err
 		return w, err
 	}
 	b.note("write: %s: %d times over, in order", kind, orderedPasses)
-	if _, w.orderedAmp, err = b.amplification(r, orderedPasses, ordered); err != nil {
+	if _, w.orderedAmp, err = b.amplification(r, orderedPasses, max(streamBlocks, b.o.entryBlocks), ordered); err != nil {
 		return w, err
 	}
 	b.note("write: %s: %d times over, at random", kind, b.o.overwrites)
@@ -64,7 +68,10 @@ func (b *bench) overwrites(cfg storeConfig, kind string) (w writeResult, err err
 	if b.o.run {
 		random = inRuns(r.blockN, newRand(3))
 	}
-	if w.random, w.randomAmp, err = b.amplification(r, b.o.overwrites, random); err != nil {
+	if w.random, w.randomAmp, err = b.amplification(r, b.o.overwrites, b.o.entryBlocks, random); err != nil {
+		return w, err
+	}
+	if err := s.trim(); err != nil {
 		return w, err
 	}
 	w.usage = s.eng.LogUsage()
@@ -74,7 +81,7 @@ func (b *bench) overwrites(cfg storeConfig, kind string) (w writeResult, err err
 
 // amplification writes a volume over, and returns what that cost and how many bytes were written for each one of
 // blocks, with what cleaning still owes at the end.
-func (b *bench) amplification(r *replica, passes int, next places) (c cost, amp float64, err error) {
+func (b *bench) amplification(r *replica, passes, entryBlocks int, next places) (c cost, amp float64, err error) {
 	if err := r.s.settle(); err != nil {
 		return c, 0, err
 	}
@@ -83,7 +90,7 @@ func (b *bench) amplification(r *replica, passes int, next places) (c cost, amp 
 	if err != nil {
 		return c, 0, err
 	}
-	done, err := r.write(int64(passes)*r.blockN, b.o.entryBlocks, next, b.bufs)
+	done, err := r.write(int64(passes)*r.blockN, entryBlocks, next, b.bufs)
 	if err != nil {
 		return c, 0, err
 	}

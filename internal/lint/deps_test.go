@@ -52,6 +52,7 @@ var mayImport = map[string][]string{
 	},
 	"cmd/trivet": {
 		"api", "controller/meta", "driver", "internal/failover", "internal/kube", "internal/nodelabels", "internal/pki",
+		"internal/procs",
 		"node/blockdev", // the keeper's way to end devices; node/keeper is below blockdev
 		"node/keeper", "server",
 	},
@@ -63,6 +64,7 @@ var mayImport = map[string][]string{
 	"internal/demo":       {"api", "internal/csicall", "internal/pki"},
 	"internal/chaos":      {"internal/loopdev"},
 	"internal/loopdev":    {},
+	"internal/procs":      {},
 	"internal/vm":         {"internal/vm/plan"},
 	"internal/vm/guest":   {"internal/vm/plan"},
 	"internal/vm/plan":    {},
@@ -72,7 +74,7 @@ var mayImport = map[string][]string{
 		"internal/pki", "node", "replication", "replication/raftgroup", "replication/transport",
 	},
 	"internal/enginebench": {
-		"engine", "engine/segment",
+		"engine", "engine/segment", "internal/procs",
 	},
 	"deploy":       {},
 	"sanity":       {"internal/csicall", "internal/testutil", "server"},
