@@ -232,6 +232,7 @@ func (c *cleaner) victims() map[uint32]*segLive {
 		if s == nil || s.blockN == 0 || s.kept || s.tries >= cleanTriesMax || s.busy > 0 || x.Current || !idle {
 			continue
 		}
+		s.sealed = x.Entries == 0
 		old = append(old, s)
 		blockN += s.blockN
 	}
@@ -285,13 +286,14 @@ func (c *cleaner) empty(ctx context.Context, victims map[uint32]*segLive, paced 
 	l.mu.Unlock()
 	for _, id := range ids {
 		blocks, err := c.blocksOf(id, victims)
-		if err == nil {
-			blocks, err = c.e.inPlace(id, blocks, victims)
-		}
 		if err != nil {
 			return err
 		}
-		for chunk := range slices.Chunk(blocks, moveBlocks) {
+		moves, err := c.e.inPlace(id, blocks, victims)
+		if err != nil {
+			return err
+		}
+		for chunk := range slices.Chunk(moves, moveBlocks) {
 			c.mover.turn = func(n int) (func(), error) { return c.turnOf(ctx, n, paced) }
 			n, err := c.mover.relocate(id, chunk, victims)
 			stats.CopiedBytes += n

@@ -14,7 +14,7 @@ import (
 // the segments pinned that anybody may still look into (DESIGN.md, pins). It is rebuilt by Open from the store.
 //
 // To know which segment an overwritten block stood in, without a read before each write, it remembers for each block of
-// the current generation the segment that has it: 4 bytes a block, in pages of 16 KiB that exist where a volume has
+// the current generation the segment that has it: 4 bytes a block, in pages of 2 KiB that exist where a volume has
 // any.
 type live struct {
 	log       *segment.Log
@@ -40,6 +40,8 @@ type segLive struct {
 	blockN int64  // values in the store, as it is in memory, that refer to it
 	busy   int    // batches under way that are about to
 	deadAt uint64 // batch that took the last one away; counts while blockN and busy are 0
+
+	sealed bool // its lane has left it, and no entry stands there that may be applied yet
 
 	kept  bool // for good: not everything that refers to it could be read
 	lost  bool // the log has no such segment, so it is not pinned

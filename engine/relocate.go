@@ -2,7 +2,6 @@ package engine
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"slices"
 
@@ -42,7 +41,7 @@ type mover struct {
 // relocate copies blocks of a volume that stand in victims to a data segment. The copy is durable before the map is
 // changed, and the map is changed only where it still says what was copied. It returns how many bytes were copied.
 // REQUIRES: at most moveBlocks, which are sorted anew.
-func (m *mover) relocate(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) (int64, error) {
+func (m *mover) relocate(id trivet.VolumeID, blocks []moving, victims map[uint32]*segLive) (int64, error) {
 	v, err := m.e.OpenVolume(id)
 	if err != nil { // dropped meanwhile, or its record is damaged
 		if errIsGone(err) {
@@ -54,7 +53,7 @@ func (m *mover) relocate(id trivet.VolumeID, blocks []victimBlock, victims map[u
 		return 0, err
 	}
 	defer m.e.exit()
-	moves, payload, err := m.gather(id, blocks, bySegment(victims))
+	moves, payload, err := m.gather(v, blocks, bySegment(victims))
 	copied := int64(0)
 	for chunk := range slices.Chunk(moves, moveReadBlocks) {
 		n := len(chunk) * trivet.BlockSize
@@ -104,7 +103,7 @@ func bySegment(victims map[uint32]*segLive) map[segment.ID]*segLive {
 
 // inPlace returns those of blocks, which are in order, that the map says are in victims, in the order in which they
 // stand there.
-func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) ([]victimBlock, error) {
+func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) ([]moving, error) {
 	if err := e.enter(); err != nil {
 		return nil, err
 	}
@@ -114,11 +113,7 @@ func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[u
 		return nil, err
 	}
 	slices.SortFunc(moves, func(a, b moving) int { return a.old.compare(b.old) })
-	out := make([]victimBlock, len(moves))
-	for i, m := range moves {
-		out[i] = victimBlock{m.bk.lba, m.bk.gen}
-	}
-	return out, nil
+	return moves, nil
 }
 
 // lookUp finds the places of blocks, which are in order, and drops those that are not in victims. REQUIRES: entered.
@@ -160,17 +155,14 @@ func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment
 	return moves, toErr(it.Error())
 }
 
-// gather reads those of blocks that the map still says are in victims, into one payload in the order of LBAs. What is
+// gather reads those of blocks that still are where they were, into one payload in the order of LBAs. What is
 // damaged is left where it is: copying it would spread nothing, but give its only trace away. REQUIRES: entered.
-func (m *mover) gather(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
+func (m *mover) gather(v *Volume, blocks []moving, in map[segment.ID]*segLive) (
 	moves []moving, payload []byte, err error,
 ) {
 	hold := m.e.live.hold()
 	defer m.e.live.end(hold)
-	slices.SortFunc(blocks, func(a, b victimBlock) int {
-		return cmp.Or(cmp.Compare(a.lba, b.lba), cmp.Compare(b.gen, a.gen)) // as the map has them
-	})
-	if moves, err = m.e.lookUp(id, blocks, in); err != nil || len(moves) == 0 {
+	if moves, err = v.still(blocks, in); err != nil || len(moves) == 0 {
 		return nil, nil, err
 	}
 	if m.payload == nil {
@@ -200,6 +192,38 @@ func (m *mover) gather(id trivet.VolumeID, blocks []victimBlock, in map[segment.
 	}
 	return kept, m.payload[:len(kept)*trivet.BlockSize], nil
 }
+
+// still returns those of moves that are where they were, in the order of the map. What a hold that was taken before
+// keeps is not given back while it lasts. REQUIRES: entered.
+func (v *Volume) still(moves []moving, in map[segment.ID]*segLive) ([]moving, error) {
+	slices.SortFunc(moves, compareMoves)
+	v.applyMu.Lock() // the map and the account say the same
+	known := v.e.live.whereabouts(v.id, moves)
+	v.applyMu.Unlock()
+	var unsure []victimBlock
+	sure := moves[:0]
+	for i, m := range moves {
+		switch known[i] {
+		case isThere:
+			sure = append(sure, m)
+		case isUnsure:
+			unsure = append(unsure, victimBlock{m.bk.lba, m.bk.gen})
+		}
+	}
+	if len(unsure) == 0 {
+		return sure, nil
+	}
+	found, err := v.e.lookUp(v.id, unsure, in)
+	if err != nil {
+		return nil, err
+	}
+	sure = append(sure, found...)
+	slices.SortFunc(sure, compareMoves)
+	return sure, nil
+}
+
+// compareMoves orders blocks as the map has them.
+func compareMoves(a, b moving) int { return bytes.Compare(a.key, b.key) }
 
 func (m *mover) block(i int) []byte { return m.payload[i*trivet.BlockSize:][:trivet.BlockSize] }
 
@@ -258,21 +282,13 @@ func (v *Volume) redirect(moves []moving, s *segLive) (err error) {
 	if busy {
 		return nil
 	}
-	it, err := v.e.db.NewIter(&pebble.IterOptions{
-		LowerBound: moves[0].key,
-		UpperBound: appendBlockPrefix(nil, v.id, moves[len(moves)-1].bk.lba+1),
-	})
-	if err != nil {
-		return toErr(err)
-	}
-	defer func() { err = closeIter(it, err) }()
+	still := v.unchanged(moves)
+	defer func() { err = still.close(err) }()
 	b := v.e.newBatch()
 	defer func() { _ = b.Close() }() // memory only
 	moved := moves[:0]
-	want := make([]byte, refValueBytes)
-	for _, m := range moves {
-		putRef(want, m.sum, m.old)
-		if same, err := hasAt(it, m.key, want); err != nil {
+	for i, m := range moves {
+		if same, err := still.at(i, m); err != nil {
 			return err
 		} else if !same {
 			continue
@@ -296,6 +312,47 @@ func (v *Volume) redirect(moves []moving, s *segLive) (err error) {
 	return nil
 }
 
+// unchangedMoves tells which blocks the map still refers to where they were: by the account, and of blocks that it does
+// not know one by one by the map itself.
+type unchangedMoves struct {
+	known    []whereabout
+	v        *Volume
+	from, to []byte
+	it       *pebble.Iterator // once it is needed
+	want     [refValueBytes]byte
+}
+
+// unchanged asks about moves. REQUIRES: entered; applyMu, until close; moves are in the order of the map, and there is
+// one.
+func (v *Volume) unchanged(moves []moving) *unchangedMoves {
+	return &unchangedMoves{
+		known: v.e.live.whereabouts(v.id, moves), v: v,
+		from: moves[0].key, to: appendBlockPrefix(nil, v.id, moves[len(moves)-1].bk.lba+1),
+	}
+}
+
+func (u *unchangedMoves) at(i int, m moving) (bool, error) {
+	if u.known[i] != isUnsure {
+		return u.known[i] == isThere, nil
+	}
+	if u.it == nil {
+		it, err := u.v.e.db.NewIter(&pebble.IterOptions{LowerBound: u.from, UpperBound: u.to})
+		if err != nil {
+			return false, toErr(err)
+		}
+		u.it = it
+	}
+	putRef(u.want[:], m.sum, m.old)
+	return hasAt(u.it, m.key, u.want[:])
+}
+
+func (u *unchangedMoves) close(err error) error {
+	if u.it == nil {
+		return err
+	}
+	return closeIter(u.it, err)
+}
+
 // hasAt reports whether a key has a value. Keys that are asked for in order cost an iterator little.
 func hasAt(it *pebble.Iterator, key, want []byte) (bool, error) {
 	if !it.SeekGE(key) || !bytes.Equal(it.Key(), key) {
@@ -306,6 +363,39 @@ func hasAt(it *pebble.Iterator, key, want []byte) (bool, error) {
 		return false, toErr(err)
 	}
 	return bytes.Equal(got, want), nil
+}
+
+// whereabout is what the account knows of a block that stood in a segment.
+type whereabout uint8
+
+const (
+	isUnsure whereabout = iota // it is of an older generation, say, or of a volume that is not known block by block
+	isThere
+	isGone
+)
+
+// whereabouts says of each block whether the volume's newest value of it is still the one that was seen. That it stands
+// in the same segment says so where that one is sealed: nothing new can come to stand there, and its name is never
+// used again. REQUIRES: the volume's applyMu.
+func (l *live) whereabouts(id trivet.VolumeID, moves []moving) []whereabout {
+	out := make([]whereabout, len(moves))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v := l.vols[id]
+	for i, m := range moves {
+		if v == nil || m.bk.gen != v.gen {
+			continue
+		}
+		switch s := l.segs[m.old.seg]; {
+		case s == nil || v.at(m.bk.lba) != s.ord:
+			if v.whole {
+				out[i] = isGone
+			}
+		case s.sealed:
+			out[i] = isThere
+		}
+	}
+	return out
 }
 
 // redirected counts blocks that stand in segment s from now on.
