@@ -227,21 +227,10 @@ func (c *Catalogue) serveLogEnd() (transport.Message, error) {
 	return transport.Message{Body: append([]byte{wireVersion}, b...)}, nil
 }
 
-// reopenAlone closes the member and opens it again as the only voter, with learners. Calls wait meanwhile, as before
-// the first Open.
+// reopenAlone closes the member and opens it again as the only voter, with learners.
 func (c *Catalogue) reopenAlone(learners []raftgroup.Member) error {
-	c.openMu.Lock()
-	defer c.openMu.Unlock()
-	id, err := c.halt()
+	err := c.restart(func(cfg *raftgroup.Config) { cfg.Recover, cfg.RecoverLearners = true, learners })
 	if err != nil {
-		return err
-	}
-	cfg, err := c.withLog(id)
-	if err != nil {
-		return err
-	}
-	cfg.Recover, cfg.RecoverLearners = true, learners
-	if err := c.run(cfg, id); err != nil {
 		return fmt.Errorf("open it again as the only voter, restart the server and try again: %w", err)
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 
 	"github.com/trivet-csi/trivet"
+	"github.com/trivet-csi/trivet/replication/raftgroup"
 )
 
 // damagedSuffix is of the directory that SetAside leaves.
@@ -29,6 +30,16 @@ func (c *Catalogue) suspect(cause error) {
 }
 
 func (c *Catalogue) reopen() error {
+	if err := c.restart(func(*raftgroup.Config) {}); err != nil {
+		return err
+	}
+	c.log.Warn("the catalogue was opened again: an entry of its log was damaged", "damaged", c.Damaged())
+	return nil
+}
+
+// restart closes the group and opens it again with what change makes of its configuration. Calls wait meanwhile, as
+// before the first Open.
+func (c *Catalogue) restart(change func(*raftgroup.Config)) error {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	id, err := c.halt()
@@ -39,11 +50,8 @@ func (c *Catalogue) reopen() error {
 	if err != nil {
 		return err
 	}
-	if err := c.run(cfg, id); err != nil {
-		return err
-	}
-	c.log.Warn("the catalogue was opened again: an entry of its log was damaged", "damaged", c.Damaged())
-	return nil
+	change(&cfg)
+	return c.run(cfg, id)
 }
 
 // halt closes the group, and returns whose it was. ErrClosed: none is open. REQUIRES: openMu.
