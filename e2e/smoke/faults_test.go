@@ -172,6 +172,9 @@ func sidecarsDie(s *suite) {
 		s.kubectl("delete", "pod", name, "--wait=false")
 		s.kubectl("delete", "pvc/"+name, "volumesnapshot/"+snapshot, "--wait=false")
 		killed += s.killSidecars()
+		// The kubelet waits up to five minutes before it starts a container again that died so often. New pods begin anew.
+		s.kubectl("delete", "pods", "-n", namespace, "-l", "app.kubernetes.io/component=controller")
+		s.kubectl("-n", namespace, "rollout", "status", "deployment/trivet-controller", "--timeout="+waitMax.String())
 	}
 	s.t.Logf("%d containers killed", killed)
 	require.Greater(s.t, killed, 15)
