@@ -1,29 +1,54 @@
 #!/usr/bin/env bash
 # race.sh PACKAGE...: go test -race -short of the packages.
 #
-# Once in some hundred runs the race detector's own runtime crashes in tests that use testing/synctest, with
-# "ThreadSanitizer: CHECK failed" (https://github.com/golang/go/issues/78156). A package that ended that way has
-# given no verdict: it is tested again, at most twice. A test that failed, or a race that was found, is final.
+# Once in some hundred runs the race detector's own runtime crashes in tests that use testing/synctest: "CHECK failed",
+# or SIGSEGV in its depot of stacks, below a timer of a bubble that starts a goroutine
+# (https://github.com/golang/go/issues/78156). A package that ended that way has given no verdict: it is tested again, at
+# most twice. A test that failed, a race that was found, or a signal anywhere else is final.
 set -uo pipefail
 GO=${GO:-go}
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+log=$dir/log
 
-# without_verdict prints the packages of the log that crashed, or fails if one failed in any other way.
-without_verdict() {
+# crashed prints the packages of the log that crashed, each with the address of the instruction if a signal ended it,
+# or fails if one failed in any other way.
+crashed() {
   awk '
     /^(ok  |FAIL|\?   )\t/ {
       if ($1 == "FAIL") {
-        if (crashed && !failed) print $2; else other = 1
+        if (crashed && !failed) print $2, pc; else other = 1
       }
       crashed = failed = 0
+      pc = ""
       next
     }
     /ThreadSanitizer: CHECK failed/ { crashed = 1 }
+    /^PC=0x/ { crashed = 1; pc = substr($1, 6) }
     /^ *--- FAIL:/ || /WARNING: DATA RACE/ || /^panic:/ || /^fatal error:/ { failed = 1 }
     END { exit other }
   ' "$log"
+}
+
+# of_detector PACKAGE ADDRESS: whether the instruction of the test's program is the race detector's. The same sources
+# make the same program.
+of_detector() {
+  "$GO" test -race -c -o "$dir/program" "$1" >"$dir/build" && "$GO" tool nm -n "$dir/program" | awk -v pc="$2" '
+      function wide(hex) { return sprintf("%16s", hex) }
+      wide($1) <= wide(pc) { name = $3; next }
+      { beyond = 1 }
+      END { exit !(beyond && name ~ /__(tsan|sanitizer)/) }'
+}
+
+# without_verdict prints the packages that the detector crashed, or fails if one failed in any other way.
+without_verdict() {
+  local list package pc
+  list=$(crashed) || return
+  while read -r package pc; do
+    [ -z "$pc" ] || of_detector "$package" "$pc" || return
+    echo "$package"
+  done <<<"$list"
 }
 
 packages=("$@")
