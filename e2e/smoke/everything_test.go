@@ -307,9 +307,15 @@ spec:
 `)
 	s.awaitReadyToUse("volumegroupsnapshot", "pair")
 	after := s.written("pair")
-	members := strings.Fields(s.kubectl("get", "volumesnapshots", "-o",
-		`jsonpath={range .items[?(@.status.volumeGroupSnapshotName=="pair")]}{.metadata.name}{"\n"}{end}`))
-	require.Len(s.t, members, 2)
+	var members []string // the snapshot controller names the group in each of them after it says that the group is ready
+	s.await("both snapshots are of the group", func() error {
+		members = strings.Fields(s.kubectl("get", "volumesnapshots", "-o",
+			`jsonpath={range .items[?(@.status.volumeGroupSnapshotName=="pair")]}{.metadata.name}{"\n"}{end}`))
+		if len(members) != 2 {
+			return fmt.Errorf("of the group: %v", members)
+		}
+		return nil
+	})
 	counts := map[string]int{}
 	for i, member := range members {
 		s.awaitReadyToUse("volumesnapshot", member)
