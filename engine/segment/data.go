@@ -52,9 +52,7 @@ func (l *Log) store(volume trivet.VolumeID, blocks []BlockInfo, payload []byte) 
 			l.HasDataLane(), trivet.ErrInvalid)
 	}
 	r := &record{kind: kindBlocks, group: volume, blocks: blocks, payload: payload, sum: bodySum(nil, payload)}
-	req := &request{
-		records: []*record{r}, refs: []*ref{nil}, ticket: &Ticket{done: make(chan struct{})}, stored: &at,
-	}
+	req := &request{records: []*record{r}, refs: []*ref{nil}, stored: &at}
 	lane := l.lanes[len(l.lanes)-1]
 	if err := lane.submitBlocks(req); err != nil {
 		return Place{}, err

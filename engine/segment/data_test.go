@@ -169,9 +169,7 @@ func TestBlocksInWrongLane(t *testing.T) {
 	infos, p := testBlocks(1, 1)
 	r := &record{kind: kindBlocks, group: 2, blocks: infos, payload: p, sum: bodySum(nil, p)}
 	var at Place
-	require.NoError(t, l.lanes[0].submitBlocks(&request{
-		records: []*record{r}, refs: []*ref{nil}, ticket: &Ticket{done: make(chan struct{})}, stored: &at,
-	}))
+	require.NoError(t, l.lanes[0].submitBlocks(&request{records: []*record{r}, refs: []*ref{nil}, stored: &at}))
 	require.NoError(t, l.Close())
 	_, err := Open(testOptions(dir, 2))
 	require.ErrorIs(t, err, trivet.ErrCorrupt)

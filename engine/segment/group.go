@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/trivet-csi/trivet"
 )
@@ -41,24 +42,51 @@ func (e *Entry) Whole() []byte {
 // Ticket waits for one change to be on stable storage: for that very write, whatever happens to its
 // index later.
 type Ticket struct {
-	done chan struct{}
-	err  error // set before done is closed
+	mu   sync.Mutex
+	over bool
+	err  error         // once over
+	done chan struct{} // once somebody waits
 }
 
 func (t *Ticket) finish(err error) {
-	t.err = err
-	close(t.done)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.over, t.err = true, err
+	if t.done != nil {
+		close(t.done)
+	}
 }
 
 // Done is closed when the outcome is known.
-func (t *Ticket) Done() <-chan struct{} { return t.done }
+func (t *Ticket) Done() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.done == nil {
+		t.done = make(chan struct{})
+		if t.over {
+			close(t.done)
+		}
+	}
+	return t.done
+}
+
+// outcome returns what Err does, if that is known.
+func (t *Ticket) outcome() (known bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.over, t.err
+}
 
 // Wait returns nil once the change is on stable storage, or why it never will be known to be: the error
 // of a poisoned log. A context error ends the wait only.
 func (t *Ticket) Wait(ctx context.Context) error {
+	if known, err := t.outcome(); known {
+		return err
+	}
 	select {
-	case <-t.done:
-		return t.err
+	case <-t.Done():
+		_, err := t.outcome()
+		return err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -66,8 +94,12 @@ func (t *Ticket) Wait(ctx context.Context) error {
 
 // Err waits for the outcome, and returns what Wait does.
 func (t *Ticket) Err() error {
-	<-t.done
-	return t.err
+	if known, err := t.outcome(); known { // whoever wrote the batch itself needs no channel
+		return err
+	}
+	<-t.Done()
+	_, err := t.outcome()
+	return err
 }
 
 // Group is the log of one group. It is safe for concurrent use; changes take effect in the order in which
@@ -116,8 +148,11 @@ func (g *Group) append(entries []Entry) (*Ticket, error) {
 		records = make([]*record, 0, len(entries)+1)
 	}
 	for i := range entries {
-		r, err := entries[i].record(g.id)
-		if err != nil {
+		r := &req.first
+		if i > 0 {
+			r = new(record)
+		}
+		if err := entries[i].record(g.id, r); err != nil {
 			return nil, err
 		}
 		if i > 0 && (r.index != records[i-1].index+1 || r.term < records[i-1].term) {
@@ -145,17 +180,18 @@ func (g *Group) append(entries []Entry) (*Ticket, error) {
 	})
 }
 
-// record checks an entry by itself.
-func (e *Entry) record(group trivet.VolumeID) (*record, error) {
+// record checks an entry by itself, and fills the record of it.
+func (e *Entry) record(group trivet.VolumeID, r *record) error {
 	if len(e.Data) > dataBytesMax || len(e.Payload)%pageBytes != 0 ||
 		len(e.Blocks) != 0 && len(e.Blocks) != len(e.Payload)/pageBytes {
-		return nil, fmt.Errorf("append entry %d of %s: %d bytes of data, %d of payload, %d blocks: %w",
+		return fmt.Errorf("append entry %d of %s: %d bytes of data, %d of payload, %d blocks: %w",
 			e.Index, group, len(e.Data), len(e.Payload), len(e.Blocks), trivet.ErrInvalid)
 	}
-	return &record{
+	*r = record{
 		kind: kindEntry, typ: e.Type, group: group, index: e.Index, term: e.Term,
 		blocks: e.Blocks, data: e.Data, payload: e.Payload, sum: bodySum(e.Data, e.Payload),
-	}, nil
+	}
+	return nil
 }
 
 // followLocked returns the records that put entries behind, or in place of, what the log holds.
@@ -186,18 +222,18 @@ func (g *Group) submit(what string, req *request, plan func() ([]*record, error)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", what, g.id, err)
 	}
-	t := &Ticket{done: make(chan struct{})}
+	t := &req.ticket
 	if len(records) == 0 {
 		// Whoever asks for nothing may still rely on what came before.
 		if n := len(l.queue); n > 0 {
-			return l.queue[n-1].ticket, nil
+			return &l.queue[n-1].ticket, nil
 		}
 		if !l.writing {
 			t.finish(nil)
 			return t, nil
 		}
 	}
-	req.records, req.ticket, req.refs = records, t, req.ownRefs[:0]
+	req.records, req.refs = records, req.ownRefs[:0]
 	if len(records) > len(req.ownRefs) {
 		req.refs = make([]*ref, 0, len(records))
 	}

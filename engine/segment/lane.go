@@ -62,7 +62,8 @@ type lane struct {
 	preparedAt  time.Time
 	collectable bool // a segment may have become free
 
-	fifo       []*ref // of entries in memory, oldest first; those without an entry count as gone
+	fifo       []*ref // of entries in memory, oldest first, from gone on; those without an entry count as gone
+	gone       int    // the first of fifo
 	cachedN    int
 	cacheBytes int64
 	stats      LaneStats
@@ -91,10 +92,11 @@ type request struct {
 	refs    []*ref // of the records that carry an entry, nil of the others
 	head    int64  // bytes of the records in a batch, without payload
 	payload int64  // bytes
-	ticket  *Ticket
+	ticket  Ticket
 	stored  *Place // of blocks without an entry: where they came to stand, pinned
 
-	own     [2]*record // the memory of records and refs, while they are few
+	first   record     // the memory of the first record, which an entry in memory keeps
+	own     [2]*record // of records and refs, while they are few
 	ownRefs [2]*ref
 }
 
@@ -216,17 +218,19 @@ func (l *lane) forgetLocked(at *ref) {
 // evictLocked brings the memory of durable entries below its bound.
 func (l *lane) evictLocked() {
 	limit := l.log.opts.CacheBytes / int64(len(l.log.lanes))
-	for len(l.fifo) > 0 {
-		at := l.fifo[0]
+	for l.gone < len(l.fifo) {
+		at := l.fifo[l.gone]
 		if at.entry != nil && (l.cacheBytes <= limit || !at.durable) {
 			break
 		}
 		l.forgetLocked(at)
-		l.fifo[0] = nil
-		l.fifo = l.fifo[1:]
+		l.gone++
 	}
-	if len(l.fifo) > 2*l.cachedN+1024 {
-		l.fifo = slices.DeleteFunc(l.fifo, func(at *ref) bool { return at.entry == nil })
+	switch {
+	case len(l.fifo)-l.gone > 2*l.cachedN+1024:
+		l.fifo, l.gone = slices.DeleteFunc(l.fifo, func(at *ref) bool { return at.entry == nil }), 0
+	case 2*l.gone >= len(l.fifo): // not each time: what stays is moved
+		l.fifo, l.gone = slices.Delete(l.fifo, 0, l.gone), 0
 	}
 }
 

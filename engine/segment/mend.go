@@ -14,8 +14,9 @@ import (
 // term, type or lengths, or by its checksum where the head of the damaged record can still be read; ErrNoSpace as
 // Append. Then nothing was done.
 func (g *Group) Mend(e Entry) error {
-	r, err := e.record(g.id)
-	if err != nil {
+	req := &request{group: g}
+	r := &req.first
+	if err := e.record(g.id, r); err != nil {
 		return err
 	}
 	r.kind = kindMove
@@ -23,7 +24,7 @@ func (g *Group) Mend(e Entry) error {
 		return fmt.Errorf("mend entry %d of %s: %w", e.Index, g.id, err)
 	}
 	_, total := batchBytes([]*record{r})
-	t, err := g.submit("mend", &request{group: g}, func() ([]*record, error) {
+	t, err := g.submit("mend", req, func() ([]*record, error) {
 		if err := g.lane.admitLocked(total); err != nil {
 			return nil, err
 		}
