@@ -275,10 +275,25 @@ func TestWireSentinelsAreComplete(t *testing.T) {
 
 func TestBufferPool(t *testing.T) {
 	var p bufferPool
-	for _, n := range []int{1, 28, 256, 257, 4096, 1 << 20, MessageBytesMax} {
+	for _, n := range []int{1, 28, 256, 257, 4096, 1 << 20, MessageBytesMax, 2*MessageBytesMax - 1} {
 		b := p.get(n)
 		assert.Len(t, b, n)
 		p.put(b)
 		assert.Len(t, p.get(n), n)
 	}
+}
+
+// A buffer has room for what it is asked for and at most a quarter more, and comes back to its own class.
+func TestBufferClass(t *testing.T) {
+	before := -1
+	for n := 1; n < 2*MessageBytesMax; n += 1 + n/1000 {
+		class, size := bufferClass(n)
+		require.GreaterOrEqual(t, size, n)
+		require.LessOrEqual(t, size, max(n+n/4, 256), "for %d", n)
+		require.GreaterOrEqual(t, class, before)
+		before = class
+		again, same := bufferClass(size)
+		require.Equal(t, []int{class, size}, []int{again, same}, "for %d", n)
+	}
+	require.Less(t, before, len(bufferPool{}.classes))
 }
