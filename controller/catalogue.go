@@ -22,6 +22,10 @@ const (
 	snapshotBytesDefault = 4 << 20
 )
 
+// tellCommit: most of what happens in a cluster is done by agents that read their node's own copy of the catalogue, so
+// each step of anything waits until that has the one before.
+const tellCommit = 20 * time.Millisecond
+
 // CatalogueConfig says which node's member of the meta group to run, and on what.
 type CatalogueConfig struct {
 	Node    trivet.NodeID
@@ -366,7 +370,7 @@ func (c *Catalogue) groupConfig(id identity) raftgroup.Config {
 	return raftgroup.Config{
 		Group: trivet.MetaGroup, Replica: id.Replica, FS: c.cfg.FS, Dir: c.cfg.FS.PathJoin(c.cfg.Dir, raftDir),
 		Network: c.cfg.Mux, Machine: c.machine, Timing: c.cfg.Timing, Logger: c.log, Fatal: c.cfg.Fatal,
-		IsMember: c.isMember, SnapshotBytes: c.cfg.SnapshotBytes, MendLog: true, Damaged: c.suspect,
+		IsMember: c.isMember, SnapshotBytes: c.cfg.SnapshotBytes, MendLog: true, Damaged: c.suspect, TellCommit: tellCommit,
 	}
 }
 

@@ -286,7 +286,7 @@ func raftConfig(cfg Config) *raft.Config {
 	c.HeartbeatTimeout = libraryNever // pace.go has these in its place
 	c.ElectionTimeout = libraryNever
 	c.LeaderLeaseTimeout = libraryNever
-	c.CommitTimeout = commitTimeout
+	c.CommitTimeout = cfg.TellCommit
 	c.MaxAppendEntries = appendEntriesMax
 	c.BatchApplyCh = false              // an enqueue timeout must mean "not applied"
 	c.ShutdownOnRemove = false          // we own the lifecycle

@@ -49,6 +49,30 @@ func TestWriteEndsRest(t *testing.T) {
 	})
 }
 
+// TellCommit bounds how long followers do not hear of a commit that nothing follows.
+func TestFollowersHearOfTheLastCommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const tell = 20 * time.Millisecond
+		names := []string{"a", "b", "c"}
+		c := newCluster(t, names...)
+		c.configure = func(cfg *raftgroup.Config) { cfg.TellCommit = tell }
+		for _, name := range names {
+			require.NoError(t, raftgroup.Create(c.nodes[name].config(), members(names...)))
+			c.nodes[name].mustOpen()
+		}
+		c.mustPut("x", "0")
+		for i := range 5 {
+			pass(heartbeat)
+			l, want := c.leader(), fmt.Sprint(i)
+			l.mustSet("x", want)
+			pass(2*tell + 20*time.Millisecond) // and the way there, of 5 ms at most
+			for _, f := range c.others(l.name) {
+				require.Equal(t, want, c.nodes[f].machine.get("x"))
+			}
+		}
+	})
+}
+
 // Who leads no more lets the library's replicators go: it waits for them before it leads again, or stops.
 func TestRestEndsWithLeadership(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
