@@ -9,8 +9,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestAppendAllocatesLittle: the request, with its ticket and record, and the reference that stays. What a batch is made
-// of is the lane's.
+// TestAppendAllocatesLittle: the request, with its ticket and record, and the reference that stays. What a batch is
+// made of is the lane's.
 func TestAppendAllocatesLittle(t *testing.T) {
 	require.Zero(t, testing.AllocsPerRun(100, func() { _ = recordSum(nil, 1, 2, 3) }))
 	l, _ := newTestLog(t, func(o *Options) { o.SegmentBytes = 16 << 20 })
