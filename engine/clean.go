@@ -289,7 +289,7 @@ func (c *cleaner) empty(ctx context.Context, victims map[uint32]*segLive, paced 
 		if err != nil {
 			return err
 		}
-		moves, err := c.e.inPlace(id, blocks, victims)
+		moves, err := c.mover.inPlace(id, blocks, victims)
 		if err != nil {
 			return err
 		}
@@ -347,6 +347,7 @@ func (c *cleaner) blocksOf(id trivet.VolumeID, victims map[uint32]*segLive) (out
 	if whole {
 		for _, k := range pages { // each under the lock by itself, so that no batch waits long
 			out = l.inPage(out, v, k, victims)
+			c.mover.turns.Pass()
 		}
 		return out, nil
 	}

@@ -287,7 +287,7 @@ func TestCleaningLosesToAWrite(t *testing.T) {
 				e, v := mustStore(t, logConfig(t, vfs.NewMem(), nil), 16)
 				defer func() { require.NoError(t, e.Close()) }()
 				write(t, v, 1, 0, 10)
-				moves, err := e.inPlace(damagedID, blocksFrom(0, 10), allSegments(e))
+				moves, err := (&mover{e: e}).inPlace(damagedID, blocksFrom(0, 10), allSegments(e))
 				require.NoError(t, err)
 				if sealed {
 					leave(t, v, moves[0].old.seg)
@@ -312,7 +312,7 @@ func TestCleaningLosesToAWrite(t *testing.T) {
 				require.Equal(t, want, p)
 				require.NoError(t, v.ReadAt(p, 4))
 				require.Equal(t, numbered(1, 4), p)
-				left, err := e.inPlace(damagedID, blocksFrom(4, 6), map[uint32]*segLive{1: {id: moves[0].old.seg}})
+				left, err := (&mover{e: e}).inPlace(damagedID, blocksFrom(4, 6), map[uint32]*segLive{1: {id: moves[0].old.seg}})
 				require.NoError(t, err)
 				require.Empty(t, left, "the others have moved")
 			})
@@ -325,7 +325,7 @@ func TestGatherLeavesWhatIsGone(t *testing.T) {
 	for _, sealed := range []bool{false, true} {
 		e, v := mustStore(t, logConfig(t, vfs.NewMem(), nil), 16)
 		write(t, v, 1, 0, 10)
-		moves, err := e.inPlace(damagedID, blocksFrom(0, 10), allSegments(e))
+		moves, err := (&mover{e: e}).inPlace(damagedID, blocksFrom(0, 10), allSegments(e))
 		require.NoError(t, err)
 		in := bySegment(allSegments(e))
 		if sealed {

@@ -22,7 +22,9 @@ const (
 	l0RefTableBytes   = 2 << 20 // a compaction of writes in order rewrites few tables of the next level
 	tableBytesMax     = 128 << 20
 	baseLevelBytes    = 256 << 20
-	l0CompactSublevel = 4 // Pebble counts twice the sublevels: two overlapping tables
+	baseRefLevelBytes = 16 << 20 // some 400 000 references
+	l0CompactSublevel = 4        // Pebble counts twice the sublevels: two overlapping tables
+	l0RefSublevel     = 12
 	l0StopSublevel    = 64
 	bytesPerSync      = 1 << 20
 	openFilesMax      = 1024
@@ -39,6 +41,8 @@ const (
 //   - 16 KiB table blocks: a cold 4 KiB read costs at most one 16 KiB read, the index stays 0.2 %;
 //   - bloom filters over volume and LBA, on all levels: blocks never written are common in thin volumes;
 //   - no compactions because of reads: an idle volume costs no writes;
+//   - for references, which are small and are flushed each time that the log is cut, six overlapping tables in level 0
+//     and a small base level: with two tables and a large one, every second flush was merged with a whole map;
 //   - range deletions reach the disk within 10 s, since only then a discard gives space back; flushSoon sees to that.
 func options(cfg Config, h *health) *pebble.Options {
 	o := &pebble.Options{
@@ -66,11 +70,12 @@ func options(cfg Config, h *health) *pebble.Options {
 	if cfg.Log != nil {
 		size = l0RefTableBytes
 		o.FlushSplitBytes = size
+		o.L0CompactionThreshold, o.LBaseMaxBytes = l0RefSublevel, baseRefLevelBytes
 	}
 	for i := range o.Levels {
 		o.Levels[i].BlockSize = cfg.tableBlockBytes
 		o.Levels[i].IndexBlockSize = indexBlockBytes
-		o.Levels[i].FilterPolicy = bloom.FilterPolicy(bloomBitsPerKey)
+		o.Levels[i].FilterPolicy = politeFilter{bloom.FilterPolicy(bloomBitsPerKey)}
 		o.TargetFileSizes[i] = size
 		size = min(2*size, tableBytesMax)
 	}

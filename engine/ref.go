@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,11 +25,6 @@ func refAt(p segment.Place, skip int64) ref {
 
 // then is the place of the block so many further.
 func (r ref) then(blockN int) ref { return ref{r.seg, r.page + uint32(blockN)} }
-
-// compare orders places as they stand on the disk, segment by segment.
-func (r ref) compare(o ref) int {
-	return cmp.Or(cmp.Compare(r.seg, o.seg), cmp.Compare(r.page, o.page))
-}
 
 func (r ref) off() int64 { return int64(r.page) * trivet.BlockSize }
 

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"slices"
 
@@ -9,6 +10,7 @@ import (
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine/segment"
+	"github.com/trivet-csi/trivet/internal/procs"
 )
 
 // moving is a block on its way: its key, and its value before and after.
@@ -27,6 +29,8 @@ const (
 	// read of its own costs more than 32 KiB do.
 	moveReadBlocks = storeChunkBytes / trivet.BlockSize
 	moveGapBlocks  = 8
+	// redirectBlocks is how many blocks the map is told of at once, which keeps writes of the volume waiting: some 50 µs.
+	redirectBlocks = 64
 )
 
 // mover copies blocks from segments that are to be emptied. It belongs to one goroutine.
@@ -36,6 +40,8 @@ type mover struct {
 
 	read    []byte // aligned, as payload, and made when first used
 	payload []byte
+	order   []movePlace
+	turns   procs.Turns
 }
 
 // relocate copies blocks of a volume that stand in victims to a data segment. The copy is durable before the map is
@@ -89,7 +95,13 @@ func (m *mover) store(v *Volume, moves []moving, payload []byte) error {
 		for i := range part {
 			part[i].new = refAt(at, 0).then(i)
 		}
-		return v.redirect(part, s)
+		for some := range slices.Chunk(part, redirectBlocks) {
+			m.turns.Pass() // not in redirect, which keeps writes of the volume waiting
+			if err := v.redirect(some, s); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
@@ -103,27 +115,49 @@ func bySegment(victims map[uint32]*segLive) map[segment.ID]*segLive {
 
 // inPlace returns those of blocks, which are in order, that the map says are in victims, in the order in which they
 // stand there.
-func (e *Engine) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) ([]moving, error) {
-	if err := e.enter(); err != nil {
+func (m *mover) inPlace(id trivet.VolumeID, blocks []victimBlock, victims map[uint32]*segLive) ([]moving, error) {
+	if err := m.e.enter(); err != nil {
 		return nil, err
 	}
-	defer e.exit()
-	moves, err := e.lookUp(id, blocks, bySegment(victims))
+	defer m.e.exit()
+	found, err := m.lookUp(id, blocks, bySegment(victims))
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(moves, func(a, b moving) int { return a.old.compare(b.old) })
+	moves := make([]moving, 0, len(found))
+	for _, p := range m.byPlace(found) {
+		moves = append(moves, found[p.move])
+	}
 	return moves, nil
 }
 
+// movePlace is where one of some blocks stands: small, for a sort of the blocks themselves moves more than they weigh.
+type movePlace struct {
+	seg  segment.ID
+	page uint32
+	move uint32 // which one
+}
+
+// byPlace returns the order in which blocks stand on the disk, until the next call.
+func (m *mover) byPlace(moves []moving) []movePlace {
+	m.order = m.order[:0]
+	for i, mv := range moves {
+		m.order = append(m.order, movePlace{mv.old.seg, mv.old.page, uint32(i)})
+	}
+	slices.SortFunc(m.order, func(a, b movePlace) int {
+		return cmp.Or(cmp.Compare(a.seg, b.seg), cmp.Compare(a.page, b.page))
+	})
+	return m.order
+}
+
 // lookUp finds the places of blocks, which are in order, and drops those that are not in victims. REQUIRES: entered.
-func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
+func (m *mover) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment.ID]*segLive) (
 	moves []moving, err error,
 ) {
 	if len(blocks) == 0 {
 		return nil, nil
 	}
-	it, err := e.db.NewIter(&pebble.IterOptions{
+	it, err := m.e.db.NewIter(&pebble.IterOptions{
 		LowerBound: appendBlockPrefix(nil, id, blocks[0].lba),
 		UpperBound: appendBlockPrefix(nil, id, blocks[len(blocks)-1].lba+1),
 	})
@@ -133,7 +167,10 @@ func (e *Engine) lookUp(id trivet.VolumeID, blocks []victimBlock, in map[segment
 	defer func() { err = closeIter(it, err) }()
 	moves = make([]moving, 0, len(blocks))
 	keys := make([]byte, 0, len(blocks)*blockKeyBytes)
-	for _, b := range blocks {
+	for i, b := range blocks {
+		if i%politeEvery == 0 {
+			m.turns.Pass()
+		}
 		from := len(keys)
 		keys = appendBlockKey(keys, id, b.lba, b.gen)
 		key := keys[from:len(keys):len(keys)]
@@ -162,19 +199,14 @@ func (m *mover) gather(v *Volume, blocks []moving, in map[segment.ID]*segLive) (
 ) {
 	hold := m.e.live.hold()
 	defer m.e.live.end(hold)
-	if moves, err = v.still(blocks, in); err != nil || len(moves) == 0 {
+	if moves, err = m.still(v, blocks, in); err != nil || len(moves) == 0 {
 		return nil, nil, err
 	}
 	if m.payload == nil {
 		m.payload, m.read = segment.Buffer(moveBlocks*trivet.BlockSize), segment.Buffer(moveReadBlocks*trivet.BlockSize)
 	}
-	order := make([]int, len(moves))
-	for i := range order {
-		order[i] = i
-	}
-	slices.SortFunc(order, func(a, b int) int { return moves[a].old.compare(moves[b].old) })
-	for len(order) > 0 {
-		n := together(moves, order)
+	for order := m.byPlace(moves); len(order) > 0; {
+		n := together(order)
 		if err := m.fetch(moves, order[:n]); err != nil {
 			return nil, nil, err
 		}
@@ -195,25 +227,25 @@ func (m *mover) gather(v *Volume, blocks []moving, in map[segment.ID]*segLive) (
 
 // still returns those of moves that are where they were, in the order of the map. What a hold that was taken before
 // keeps is not given back while it lasts. REQUIRES: entered.
-func (v *Volume) still(moves []moving, in map[segment.ID]*segLive) ([]moving, error) {
+func (m *mover) still(v *Volume, moves []moving, in map[segment.ID]*segLive) ([]moving, error) {
 	slices.SortFunc(moves, compareMoves)
 	v.applyMu.Lock() // the map and the account say the same
 	known := v.e.live.whereabouts(v.id, moves)
 	v.applyMu.Unlock()
 	var unsure []victimBlock
 	sure := moves[:0]
-	for i, m := range moves {
+	for i, mv := range moves {
 		switch known[i] {
 		case isThere:
-			sure = append(sure, m)
+			sure = append(sure, mv)
 		case isUnsure:
-			unsure = append(unsure, victimBlock{m.bk.lba, m.bk.gen})
+			unsure = append(unsure, victimBlock{mv.bk.lba, mv.bk.gen})
 		}
 	}
 	if len(unsure) == 0 {
 		return sure, nil
 	}
-	found, err := v.e.lookUp(v.id, unsure, in)
+	found, err := m.lookUp(v.id, unsure, in)
 	if err != nil {
 		return nil, err
 	}
@@ -222,17 +254,18 @@ func (v *Volume) still(moves []moving, in map[segment.ID]*segLive) ([]moving, er
 	return sure, nil
 }
 
-// compareMoves orders blocks as the map has them.
-func compareMoves(a, b moving) int { return bytes.Compare(a.key, b.key) }
+// compareMoves orders blocks of a volume as the map has them.
+func compareMoves(a, b moving) int {
+	return cmp.Or(cmp.Compare(a.bk.lba, b.bk.lba), cmp.Compare(b.bk.gen, a.bk.gen))
+}
 
 func (m *mover) block(i int) []byte { return m.payload[i*trivet.BlockSize:][:trivet.BlockSize] }
 
-// together returns how many of the first moves in order, which are in the order of their places, one read will get.
-func together(moves []moving, order []int) int {
-	first := moves[order[0]].old
+// together returns how many of the first blocks in order one read will get.
+func together(order []movePlace) int {
+	first := order[0]
 	last := first
-	for n, i := range order[1:] {
-		at := moves[i].old
+	for n, at := range order[1:] {
 		if at.seg != first.seg || at.page-last.page > moveGapBlocks || at.page-first.page >= moveReadBlocks {
 			return n + 1
 		}
@@ -242,8 +275,8 @@ func together(moves []moving, order []int) int {
 }
 
 // fetch reads blocks that stand near each other into their places in the payload.
-func (m *mover) fetch(moves []moving, order []int) error {
-	first, last := moves[order[0]].old, moves[order[len(order)-1]].old
+func (m *mover) fetch(moves []moving, order []movePlace) error {
+	first, last := moves[order[0].move].old, order[len(order)-1]
 	b := m.read[:int(last.page-first.page+1)*trivet.BlockSize]
 	done, err := m.turn(len(b))
 	if err != nil {
@@ -252,8 +285,11 @@ func (m *mover) fetch(moves []moving, order []int) error {
 	defer done()
 	failed := m.e.log.ReadAt(first.seg, b, first.off())
 	alone := blockReader{e: m.e}
-	for _, i := range order {
-		mv := &moves[i]
+	for n, at := range order {
+		if n%politeBlocks == 0 {
+			m.turns.Pass()
+		}
+		mv := &moves[at.move]
 		data := b[int(mv.old.page-first.page)*trivet.BlockSize:][:trivet.BlockSize]
 		if failed != nil || sumAt(data, place(mv.key)) != mv.sum { // of this block, or of any of them
 			data, err = alone.fetch(mv.old, mv.sum, mv.bk, place(mv.key))
@@ -265,7 +301,7 @@ func (m *mover) fetch(moves []moving, order []int) error {
 				return err
 			}
 		}
-		copy(m.block(i), data)
+		copy(m.block(int(at.move)), data)
 	}
 	return nil
 }

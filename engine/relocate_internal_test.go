@@ -30,10 +30,14 @@ func TestTogether(t *testing.T) {
 		}(), moveReadBlocks},
 	} {
 		moves := make([]moving, len(row.at))
-		order := make([]int, len(row.at))
-		for i := range row.at {
-			moves[i].old, order[i] = row.at[i], i
+		for i, at := range row.at {
+			moves[len(moves)-1-i].old = at // the other way round
 		}
-		require.Equal(t, row.want, together(moves, order), name)
+		order := new(mover).byPlace(moves)
+		require.Equal(t, row.want, together(order), name)
+		for i, want := range row.at {
+			require.Equal(t, want, ref{order[i].seg, order[i].page}, name)
+			require.Equal(t, want, moves[order[i].move].old, name)
+		}
 	}
 }

@@ -72,6 +72,8 @@ func (b *bench) phase(name, dir string) error {
 		return err
 	}
 	switch name {
+	case "apply":
+		return b.apply(dir)
 	case "write":
 		return b.write(dir)
 	case "read":

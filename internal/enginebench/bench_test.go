@@ -46,7 +46,9 @@ func TestSmoke(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, b.run(), notes.String())
 	for what, wanted := range map[string]string{
+		"log + apply, 8 writers":            "",
 		"log + apply, MB/s":                 "≥ 1.5",
+		"write, one writer that waits":      "",
 		"CPU a block":                       "≤ 9",
 		"allocations a block":               "≤ 0",
 		"for each byte, in order":           "≤ 1.15",

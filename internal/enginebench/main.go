@@ -52,7 +52,7 @@ type options struct {
 }
 
 // phases, in the order in which they run.
-func phases() []string { return []string{"write", "read", "snapshots", "latency", "crash"} }
+func phases() []string { return []string{"apply", "write", "read", "snapshots", "latency", "crash"} }
 
 func parse(args []string) (o options, err error) {
 	f := flag.NewFlagSet("enginebench", flag.ContinueOnError)

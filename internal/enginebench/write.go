@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
-	"path/filepath"
 
 	"github.com/trivet-csi/trivet"
 	"github.com/trivet-csi/trivet/engine"
@@ -29,25 +27,15 @@ type writeResult struct {
 
 // write measures overwrites of a full volume, in order and at random, of references and of values.
 func (b *bench) write(dir string) error {
-	var res [2]writeResult
-	for i, kind := range []string{"references", "values"} {
-		cfg := b.config(filepath.Join(dir, kind))
-		cfg.refs = kind == "references"
-		if err := os.Mkdir(cfg.dir, 0o700); err != nil {
-			return err
-		}
-		var err error
-		if res[i], err = b.overwrites(cfg, kind); err != nil {
-			return fmt.Errorf("%s: %w", kind, err)
-		}
-		if err := os.RemoveAll(cfg.dir); err != nil {
-			return err
-		}
+	res, err := ofBothKinds(b, dir, b.overwrites)
+	if err != nil {
+		return err
 	}
 	b.reportWrites(res[0], res[1])
 	return nil
 }
 
+// overwrites measures one kind.
 func (b *bench) overwrites(cfg storeConfig, kind string) (w writeResult, err error) {
 	s, r, err := openOne(cfg, b.o.mib<<20)
 	if err != nil {
@@ -115,21 +103,27 @@ func spaceRatio(files int64, u engine.LogUsage) float64 {
 }
 
 func (b *bench) reportWrites(refs, values writeResult) {
-	us := func(c cost) float64 { return float64(c.cpu.Nanoseconds()) / 1e3 / float64(c.blocks) }
-	rate := func(c cost) float64 { return float64(c.blocks*trivet.BlockSize) / 1e6 / c.wall.Seconds() }
-	mallocs := func(c cost) float64 { return float64(c.mallocs) / float64(c.blocks) }
 	mib := func(n int64) float64 { return float64(n) / (1 << 20) }
-	printFigures(b.out, "write", "values", []figure{
-		compared("log + apply, MB/s (one writer, waits)", 1, rate(refs.random), rate(values.random), atLeast(1.5)),
-		compared("CPU a block, µs, cleaning included", 2, us(refs.random), us(values.random), valueAtMost(9)),
-		compared("allocations a block", 2, mallocs(refs.random), mallocs(values.random), valueAtMost(0)),
+	printFigures(b.out, "write, one writer that waits, cleaned", "values", append(costFigures(refs.random, values.random),
 		compared("bytes written for each byte, in order, settled", 2, refs.orderedAmp, values.orderedAmp, valueAtMost(1.15)),
 		compared("bytes written for each byte, random, settled", 2, refs.randomAmp, values.randomAmp, valueAtMost(2.2)),
 		compared("files, MiB", 0, mib(refs.files), mib(values.files), wanted{}),
 		alone("files but for the retained log / live blocks", 2, spaceRatio(refs.files, refs.usage), atMost(1.5)),
 		alone("the same without files that are free", 2, spaceRatio(refs.files-refs.usage.FreeBytes, refs.usage), wanted{}),
-	})
+	))
 	u := refs.usage
 	fmt.Fprintf(b.out, "of the log, MiB: live %.0f, retained %.0f, garbage and padding %.0f, free files %.0f\n",
 		mib(u.LiveBytes), mib(u.RetainedBytes), mib(u.GarbageBytes), mib(u.FreeBytes))
+}
+
+// costFigures are what logging and applying blocks takes.
+func costFigures(refs, values cost) []figure {
+	us := func(c cost) float64 { return float64(c.cpu.Nanoseconds()) / 1e3 / float64(c.blocks) }
+	rate := func(c cost) float64 { return float64(c.blocks*trivet.BlockSize) / 1e6 / c.wall.Seconds() }
+	mallocs := func(c cost) float64 { return float64(c.mallocs) / float64(c.blocks) }
+	return []figure{
+		compared("log + apply, MB/s", 1, rate(refs), rate(values), atLeast(1.5)),
+		compared("CPU a block, µs", 2, us(refs), us(values), valueAtMost(9)),
+		compared("allocations a block", 2, mallocs(refs), mallocs(values), valueAtMost(0)),
+	}
 }

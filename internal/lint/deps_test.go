@@ -16,7 +16,7 @@ import (
 // newcomer decides where it stands.
 var mayImport = map[string][]string{
 	".":                         {},
-	"engine":                    {"engine/segment"},
+	"engine":                    {"engine/segment", "internal/procs"},
 	"engine/segment":            {},
 	"iothrottle":                {},
 	"cache":                     {},
@@ -112,8 +112,8 @@ var homes = []struct {
 	{"k8s.io/mount-utils", []string{"node"}},
 	{"k8s.io/utils", []string{"node"}},
 	{"golang.org/x/sys/unix", []string{
-		"cache", "internal/demo", "internal/faultdev", "internal/loopdev", "internal/vm/guest", "node", "node/blockdev",
-		"node/keeper", "node/overlay", "replication/raftgroup", "replication/transport",
+		"cache", "internal/demo", "internal/faultdev", "internal/loopdev", "internal/procs", "internal/vm/guest", "node",
+		"node/blockdev", "node/keeper", "node/overlay", "replication/raftgroup", "replication/transport",
 	}},
 	{"golang.org/x/time/rate", []string{"replication", "replication/raftgroup"}},
 	{"github.com/spf13/cobra", []string{"cmd/trivet"}},
