@@ -136,7 +136,7 @@ func (r *report) measured() []*system {
 func (r *report) cell(system string, j *job) string {
 	m := r.of(system, j.id)
 	if len(m.results) == 0 {
-		return "–"
+		return unknown
 	}
 	speed := fmt.Sprintf("%.0f/s", m.rate(j))
 	if j.blockBytes >= 1<<20 {
@@ -161,22 +161,39 @@ func (r *report) resources(b *strings.Builder) {
 				r.amplification(s.name, "J1", i), r.amplification(s.name, "J4", i))
 		}
 		if len(s.processes) > 1 {
-			fmt.Fprintf(b, "| %s: all | %.1f µs, %.1f µs | | |\n", s.name,
-				float64(r.of(s.name, "J1").cpuPerOp())/1e3, float64(r.of(s.name, "J3").cpuPerOp())/1e3)
+			fmt.Fprintf(b, "| %s: all | %s, %s | | |\n", s.name, r.cpuOfAll(s.name, "J1"), r.cpuOfAll(s.name, "J3"))
 		}
 	}
 }
 
+// unknown stands where a job was not run.
+const unknown = "–"
+
+func (r *report) cpuOfAll(system, job string) string {
+	m := r.of(system, job)
+	if len(m.results) == 0 {
+		return unknown
+	}
+	return fmt.Sprintf("%.1f µs", float64(m.cpuPerOp())/1e3)
+}
+
 func (r *report) cpu(system, job string, process int) string {
 	m := r.of(system, job)
+	if len(m.results) == 0 {
+		return unknown
+	}
 	return fmt.Sprintf("%.1f µs", m.median(func(i int) float64 {
 		return float64(m.used[i][process].cpu) / float64(max(m.results[i].opsN, 1))
 	})/1e3)
 }
 
 func (r *report) memory(system, job string, process int) string {
+	m := r.of(system, job)
+	if len(m.results) == 0 {
+		return unknown
+	}
 	most := int64(0)
-	for _, round := range r.of(system, job).used {
+	for _, round := range m.used {
 		most = max(most, round[process].rssB)
 	}
 	return fmt.Sprintf("%d MiB", most>>20)
@@ -184,6 +201,9 @@ func (r *report) memory(system, job string, process int) string {
 
 func (r *report) amplification(system, job string, process int) string {
 	m := r.of(system, job)
+	if len(m.results) == 0 {
+		return unknown
+	}
 	return fmt.Sprintf("%.2f", m.median(func(i int) float64 {
 		return float64(m.used[i][process].writtenB) / float64(max(m.results[i].writtenB, 1))
 	}))
