@@ -234,6 +234,23 @@ func TestCatalogueLife(t *testing.T) {
 	})
 }
 
+// Agents act by their own node's copy, which hears of a command soon after it took effect, though none follows.
+func TestLocalCopiesHearSoon(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		g := cluster(t)
+		for _, name := range []string{"a", "b", "c"} {
+			<-time.After(5 * time.Second) // at rest
+			_, err := g.cats[g.leader(t)].Propose(minute(t), createCommand(name, 1))
+			require.NoError(t, err)
+			<-time.After(timing.Heartbeat / 2) // no heartbeat need have told of it
+			for id, c := range g.cats {
+				_, ok := c.Local().VolumeByName(name)
+				require.True(t, ok, "%s has not heard of %s", id, name)
+			}
+		}
+	})
+}
+
 // mustSee reads on every living node.
 func (g *group) mustSee(t *testing.T, names ...string) {
 	t.Helper()

@@ -138,7 +138,7 @@ type Config struct {
 	PayloadAt func(data []byte) int
 	Timing    Timing
 	// TellCommit is how soon followers hear of a committed entry that no other follows: after one to two of these. Each
-	// such entry then costs a message to each follower. 0 = 1 s.
+	// such entry then costs a message to each follower. 0 = 1 s; at least 1 ms.
 	TellCommit time.Duration
 	// SnapshotBytes of log stay when it is compacted, each entry counted in pages of 4 KiB, as it takes them on the disk.
 	// 0 = 64 MiB. Up to three times as much is kept for followers that lag, and 16 times for one that pulls the state.
@@ -218,8 +218,8 @@ func (c Config) Validate() error {
 		what = fmt.Sprintf("heartbeat %v is below 20ms", t.Heartbeat)
 	case t.Lease <= 0 || t.Lease >= t.Heartbeat:
 		what = fmt.Sprintf("lease %v is not below the heartbeat %v", t.Lease, t.Heartbeat)
-	case c.TellCommit < 0:
-		what = "time to tell of a commit is negative"
+	case c.TellCommit != 0 && c.TellCommit < time.Millisecond:
+		what = fmt.Sprintf("time to tell of a commit %v is below 1ms", c.TellCommit)
 	case c.SnapshotBytes < 0:
 		what = "snapshot bytes are negative"
 	case c.CutBytes < 0:

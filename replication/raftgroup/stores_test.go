@@ -451,6 +451,7 @@ func TestConfigValidate(t *testing.T) {
 		"beat":    func(c *Config) { c.Timing.Heartbeat = time.Millisecond },
 		"bytes":   func(c *Config) { c.SnapshotBytes = -1 },
 		"cut":     func(c *Config) { c.CutBytes = -1 },
+		"tell":    func(c *Config) { c.TellCommit = time.Millisecond - 1 },
 	} {
 		c := good
 		change(&c)
