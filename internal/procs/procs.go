@@ -1,4 +1,5 @@
-// Package procs sets how many goroutines the Go runtime runs at a time, for a program that waits for disks.
+// Package procs sets how many goroutines the Go runtime runs at a time, for a program that waits for disks, and has
+// work in the background pass the processor on.
 package procs
 
 import (

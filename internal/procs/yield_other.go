@@ -2,5 +2,5 @@
 
 package procs
 
-// yield does nothing: only other goroutines go first.
+// yield does nothing here.
 func yield() {}
