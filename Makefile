@@ -76,7 +76,7 @@ bench-go: ## run the Go benchmarks
 fuzz: ## run every fuzz target for FUZZTIME (default 20s)
 	./internal/testutil/fuzz.sh $(FUZZTIME)
 
-bench-engine: ## measure the engine in ratios, as docs/benchmarks.md says; idle machine, 5 minutes: make bench-engine ENGINEBENCH='-mib 4096'
+bench-engine: ## measure the engine in ratios, as docs/benchmarks.md says; idle machine, 15 minutes: make bench-engine ENGINEBENCH='-mib 4096'
 	$(GO) test -run '^$$' -bench . -benchtime 1s ./engine ./engine/segment
 	$(GO) run ./internal/enginebench $(ENGINEBENCH)
 

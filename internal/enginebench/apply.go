@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -38,7 +39,7 @@ func ofBothKinds[T any](b *bench, dir string, measure func(cfg storeConfig, kind
 			return res, err
 		}
 		if res[i], err = measure(cfg, kind); err != nil {
-			return res, err
+			return res, fmt.Errorf("%s: %w", kind, err)
 		}
 		if err := os.RemoveAll(cfg.dir); err != nil {
 			return res, err

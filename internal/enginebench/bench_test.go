@@ -110,6 +110,7 @@ func TestOptions(t *testing.T) {
 		"entry":         {[]string{"-entry", "0"}, "-entry"},
 		"large entry":   {[]string{"-entry", "1024"}, "-entry"},
 		"tiny volume":   {[]string{"-mib", "0"}, "-mib"},
+		"tiny volumes":  {[]string{"-mib", "1", "-entry", "33"}, "-mib"}, // of 32 blocks each
 		"no rounds":     {[]string{"-rounds", "0"}, "-rounds"},
 		"snapshots":     {[]string{"-snapshots", "1020"}, "-snapshots"},
 		"spread":        {[]string{"-small", "1"}, "-spread"},

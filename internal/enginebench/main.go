@@ -94,8 +94,8 @@ func (o *options) validate() error {
 	case o.entryBlocks < 1 || entryBytes+3*trivet.BlockSize > o.segmentMiB<<20/4:
 		return bad("-entry: %d blocks, want at least 1 and no more than a quarter of -segment, %d MiB", o.entryBlocks,
 			o.segmentMiB)
-	case o.mib < 1 || o.mib<<20 < 4*entryBytes:
-		return bad("-mib: %d, want at least 1 and four entries of %d bytes", o.mib, entryBytes)
+	case o.mib < 1 || o.mib<<20 < writersN*entryBytes:
+		return bad("-mib: %d, want at least 1 and %d entries of %d bytes", o.mib, writersN, entryBytes)
 	case o.overwrites < 1 || o.goroutines < 1 || o.rounds < 1 || o.snapshots < 1 || o.entries < 1 || o.backlogMiB < 1:
 		return bad("-overwrites, -goroutines, -rounds, -snapshots, -entries and -backlog: want at least 1 of each")
 	case o.snapshots+o.rounds > snapshotsMax:
