@@ -127,3 +127,13 @@ func TestChildEndsAtOnce(t *testing.T) {
 	s = startServer(t.Context(), "nobody", t.TempDir(), 4096, func(string, string) []string { return []string{"no-such"} })
 	require.Contains(t, s.reason, "not installed")
 }
+
+// Without fio nothing is begun: a run would fill volumes for minutes, and then fail.
+func TestNoFio(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	o := options{dir: t.TempDir(), busy: true, sizeMiB: 64}
+	require.ErrorContains(t, run(t.Context(), &o), "fio, which measures, is to be installed")
+	left, err := os.ReadDir(o.dir)
+	require.NoError(t, err)
+	require.Empty(t, left)
+}

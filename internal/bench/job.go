@@ -93,7 +93,7 @@ func fio(ctx context.Context, args []string) ([]byte, error) {
 		if errors.As(err, &exit) {
 			return nil, fmt.Errorf("fio %s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
 		}
-		return nil, fmt.Errorf("fio (is it installed?): %w", err)
+		return nil, fmt.Errorf("fio: %w", err)
 	}
 	return b, nil
 }

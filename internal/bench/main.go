@@ -64,6 +64,9 @@ func main() {
 }
 
 func run(ctx context.Context, o *options) (err error) {
+	if _, err := exec.LookPath("fio"); err != nil { // before minutes of filling
+		return fmt.Errorf("fio, which measures, is to be installed: %w", err)
+	}
 	if err := checkIdle(o.busy); err != nil {
 		return err
 	}
