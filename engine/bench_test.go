@@ -3,6 +3,7 @@ package engine_test
 import (
 	"io"
 	"math/rand/v2"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -67,6 +68,36 @@ func BenchmarkRead(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		require.NoError(b, v.ReadAt(block, trivet.LBA(r.IntN(benchBlocksN))))
+	}
+}
+
+// BenchmarkReadScattered reads runs of blocks, one read at a time, of a volume whose blocks were written one by one and
+// in no order.
+func BenchmarkReadScattered(b *testing.B) {
+	const blockN = 1 << 12
+	cfg := engine.Config{Dir: b.TempDir(), CleanTarget: -1}
+	require.NoError(b, engine.WithLog(&cfg, segment.NewOSDir(b.TempDir())))
+	e, err := engine.Open(cfg)
+	require.NoError(b, err)
+	b.Cleanup(func() { require.NoError(b, e.Close()) })
+	v := mustVolume(b, e, 1, blockN)
+	r := rand.New(rand.NewPCG(5, 6))
+	for i, lba := range r.Perm(blockN) {
+		mustCommit(b, v, op{trivet.LBA(lba), 1, 1})
+		if i%512 == 511 {
+			require.NoError(b, e.Flush())
+			require.NoError(b, engine.TrimLog(v))
+		}
+	}
+	for _, n := range []int{2, 32, 256} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			p := make([]byte, n*trivet.BlockSize)
+			b.SetBytes(int64(len(p)))
+			b.ReportAllocs()
+			for b.Loop() {
+				require.NoError(b, v.ReadAt(p, trivet.LBA(r.IntN(blockN-n))))
+			}
+		})
 	}
 }
 
