@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -47,6 +48,27 @@ func longOnly(t *testing.T) {
 	}
 }
 
+// standstillMax is how long a seed may take in real time; it takes seconds, and a few minutes with -duration 10m.
+const standstillMax = 10 * time.Minute
+
+// noStandstill ends the program when a seed never ends: a goroutine that waits for a mutex holds the clock of its
+// bubble, and whoever has the mutex may wait for that clock. It says who does not wait for the clock, which is whom to
+// look at, as the last that is printed.
+func noStandstill(seed uint64) (ended func() bool) {
+	return time.AfterFunc(standstillMax, func() {
+		all := make([]byte, 64<<20)
+		all = all[:runtime.Stack(all, true)]
+		for g := range strings.SplitSeq(string(all), "\n\n") {
+			if head, _, _ := strings.Cut(g, "\n"); strings.Contains(head, "synctest bubble") &&
+				!strings.Contains(head, "(durable)") {
+				fmt.Fprintf(os.Stderr, "%s\n\n", g)
+			}
+		}
+		fmt.Fprintf(os.Stderr, "seed %d stands still\n", seed)
+		os.Exit(1)
+	}).Stop
+}
+
 // checkMax bounds what porcupine may take for one block, in real time; it takes milliseconds.
 const checkMax = 5 * time.Minute
 
@@ -76,6 +98,7 @@ func options(t testing.TB, seed uint64) sim.Options {
 func run(t *testing.T, o sim.Options) (r sim.Report, err error) {
 	t.Helper()
 	began := time.Now()
+	defer noStandstill(o.Seed)()
 	synctest.Test(t, func(t *testing.T) { r, err = sim.Run(t.Context(), o) })
 	ran := time.Since(began)
 	if err == nil {

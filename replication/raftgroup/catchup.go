@@ -223,8 +223,8 @@ func (g *Group) rest(d time.Duration) bool {
 
 // suspend stops the library for a catch-up; false when the group closes.
 func (g *Group) suspend() bool {
-	g.runMu.Lock()
-	defer g.runMu.Unlock()
+	g.runTurn <- struct{}{}
+	defer func() { <-g.runTurn }()
 	if g.isClosed() {
 		return false
 	}
@@ -234,8 +234,8 @@ func (g *Group) suspend() bool {
 
 // resume starts the library again. A failure is fatal: the group has no instance any more.
 func (g *Group) resume() {
-	g.runMu.Lock()
-	defer g.runMu.Unlock()
+	g.runTurn <- struct{}{}
+	defer func() { <-g.runTurn }()
 	if g.isClosed() {
 		return
 	}

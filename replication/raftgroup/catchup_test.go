@@ -287,6 +287,43 @@ func TestFollowerRestartsDuringCatchUp(t *testing.T) {
 	})
 }
 
+// A replica is closed while it stops the library for a catch-up, and the library waits for the state machine. With a
+// lock that holds the clock of the bubble this test never ends.
+func TestCloseDuringSuspend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, "a", "b", "c")
+		behind(t, c)
+		slow, gate := c.nodes["c"], make(chan struct{})
+		slow.mustOpen()
+		c.converge()
+		slow.machine.holdApply(gate)
+		c.mustPut("held", "1")
+		c.mustPut("later", "1") // tells c that the one before is committed
+		pass(heartbeat)
+		c.net.Isolate("c")
+		has := slow.group.Status().LastIndex
+		for k := range behindRows {
+			c.mustPut(fmt.Sprint(k), strings.Repeat("w", 100))
+		}
+		l := c.leader() // which keeps what c lacks, for a while; its follower does not
+		other := c.nodes[c.others(l.name, "c")[0]]
+		other.compacted(has + 1)
+		require.NoError(t, l.group.TransferTo(t.Context(), replicaID(other.name)))
+		c.net.HealAll()
+		c.eventually("a catch-up", func() bool { return slow.group.Status().CatchUp.Active })
+		pass(heartbeat)
+		closed := make(chan error)
+		go func() { closed <- slow.group.Close() }()
+		pass(heartbeat)
+		close(gate)
+		require.NoError(t, <-closed)
+		slow.machine.holdApply(nil)
+		slow.die()
+		slow.mustOpen()
+		c.converge()
+	})
+}
+
 // Two of three replicas find themselves in the middle of a catch-up: nobody can be elected. They pull from
 // the third one, which does not lead.
 func TestTwoCatchUpWithoutLeader(t *testing.T) {

@@ -50,8 +50,10 @@ type Group struct {
 	loops       sync.WaitGroup
 
 	failOnce sync.Once
-	runMu    sync.Mutex // held while the library is started or stopped
-	ran      bool       // the library was started since Open; under runMu
+	// runTurn is held while the library is started or stopped, which waits for calls and for the disk. No mutex does
+	// for that: in a bubble of simulated time nothing goes on while anybody waits for one.
+	runTurn chan struct{}
+	ran     bool // the library was started since Open; under runTurn
 
 	mu      sync.Mutex
 	inst    *instance // nil between two runs, and after Close
@@ -107,7 +109,7 @@ func Open(cfg Config) (*Group, error) {
 		addr:    address(cfg.Replica, cfg.Network.net.Local()),
 		started: time.Now(), lease: newLeaseTable(),
 		slots: make(chan struct{}, proposalsMax), wake: make(chan struct{}, 1), wakeCompact: make(chan struct{}, 1),
-		stop: make(chan struct{}), changed: make(chan struct{}), catch: newCatchUp(),
+		stop: make(chan struct{}), runTurn: make(chan struct{}, 1), changed: make(chan struct{}), catch: newCatchUp(),
 		images: newImages(cfg.Network.images),
 	}
 	g.life, g.stopLife = context.WithCancelCause(context.Background())
@@ -303,8 +305,8 @@ func raftConfig(cfg Config) *raft.Config {
 
 // start runs the library. REQUIRES: it does not run.
 func (g *Group) start() error {
-	g.runMu.Lock()
-	defer g.runMu.Unlock()
+	g.runTurn <- struct{}{}
+	defer func() { <-g.runTurn }()
 	return g.startLocked()
 }
 
@@ -344,7 +346,7 @@ func (g *Group) startLocked() error {
 
 // stopLocked ends the current run of the library, if there is one, and waits for it. Calls that are
 // under way in it are answered first: it forgets those that it has handed to the state machine.
-// REQUIRES: runMu.
+// REQUIRES: runTurn.
 func (g *Group) stopLocked() {
 	g.mu.Lock()
 	i := g.inst
@@ -423,9 +425,9 @@ func (g *Group) Close() error {
 		return nil
 	}
 	g.cfg.Network.remove(g)
-	g.runMu.Lock()
+	g.runTurn <- struct{}{}
 	g.stopLocked()
-	g.runMu.Unlock()
+	<-g.runTurn
 	g.stopLife(fmt.Errorf("group %s closes: %w", g.cfg.Group, trivet.ErrClosed))
 	close(g.stop)
 	g.loops.Wait()
