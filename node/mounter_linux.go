@@ -226,14 +226,16 @@ func (m *linuxMounter) Unmount(target string, lazy bool) error {
 		args = append([]string{"--lazy"}, args...)
 	}
 	out, err := runTool("umount", args...)
-	switch {
-	case err == nil || strings.Contains(out, "not mounted"):
+	if err == nil {
 		return nil
-	case strings.Contains(out, "busy"):
-		return fmt.Errorf("unmount %s: a process uses it: %w", target, trivet.ErrInUse)
-	default:
-		return fmt.Errorf("unmount %s: %w: %s", target, err, out)
 	}
+	if _, mounted, lookErr := m.Mounted(target); lookErr == nil && !mounted {
+		return nil // somebody else was first
+	}
+	if strings.Contains(strings.ReplaceAll(out, target, ""), "busy") { // a path may have any name
+		return fmt.Errorf("unmount %s: a process uses it: %w", target, trivet.ErrInUse)
+	}
+	return fmt.Errorf("unmount %s: %w: %s", target, err, out)
 }
 
 func (m *linuxMounter) Remove(target string) error {

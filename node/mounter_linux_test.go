@@ -93,6 +93,27 @@ func TestBindDirectory(t *testing.T) {
 	require.FileExists(t, filepath.Join(source, "f"))
 }
 
+// What umount says has the path in it, which is not what it says of it.
+func TestUnmountOddNames(t *testing.T) {
+	requireRoot(t)
+	m, dir := node.NewMounter(), t.TempDir()
+	source := mustMkdir(t, dir, "source")
+	for _, name := range []string{"not mounted", "busy"} {
+		target := filepath.Join(dir, name)
+		unmountAtEnd(t, target)
+		require.NoError(t, m.Bind(source, target, false, false))
+		f, err := os.Create(filepath.Join(target, "f"))
+		require.NoError(t, err)
+		require.ErrorIs(t, m.Unmount(target, false), trivet.ErrInUse, name)
+		_, mounted, err := m.Mounted(target)
+		require.NoError(t, err)
+		require.True(t, mounted, name)
+		require.NoError(t, f.Close())
+		require.NoError(t, m.Unmount(target, false))
+		require.NoError(t, m.Remove(target))
+	}
+}
+
 func TestBindBlock(t *testing.T) {
 	requireRoot(t)
 	m := node.NewMounter()
