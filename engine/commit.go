@@ -33,6 +33,9 @@ func (e *Engine) applyInTurn(b *pebble.Batch) error {
 		return err
 	}
 	defer func() { <-e.turn }()
+	if err := e.awaitLevel0(); err != nil {
+		return err
+	}
 	return e.db.Apply(b, pebble.NoSync)
 }
 
@@ -53,6 +56,9 @@ func (e *Engine) rotate() (done <-chan struct{}, err error) {
 		return nil, err
 	}
 	defer func() { <-e.turn }()
+	if err := e.awaitLevel0(); err != nil {
+		return nil, err
+	}
 	return e.db.AsyncFlush()
 }
 

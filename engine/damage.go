@@ -115,27 +115,3 @@ func (h *health) compactionFailed(err error) {
 		h.checkStall()
 	}
 }
-
-// l0Stall is how Pebble says that level 0 has too many sublevels (db.go:2656 of v2.1.7).
-const l0Stall = "L0 file count limit exceeded"
-
-func (h *health) stallBegan(reason string) {
-	h.log.Warn("engine writes stall", "reason", reason)
-	h.l0Stalls.Store(reason == l0Stall)
-	h.checkStall()
-}
-
-func (h *health) stallEnded() {
-	h.l0Stalls.Store(false)
-	h.log.Info("engine writes go on")
-}
-
-// checkStall fails the engine when writes wait for level 0 and compactions do not get past damage: they would wait for
-// ever, and with them whoever closes a volume. The owner was told before that all volumes have to go.
-func (h *health) checkStall() {
-	if h.l0Stalls.Load() && h.compactions.stuck() {
-		h.fail(&DamageError{
-			Last: volumeMax, Cause: "no more writes: level 0 is full, and compactions do not get past damage",
-		})
-	}
-}

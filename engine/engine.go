@@ -117,10 +117,12 @@ type Engine struct {
 	mu   sync.Mutex
 	open map[trivet.VolumeID]*Volume
 
-	turn      chan struct{} // held over what moves Pebble's sequence numbers (commit.go)
-	committed atomic.Uint64 // batches
-	flushed   atomic.Uint64 // batches known durable
-	flushDue  atomic.Bool   // a flush is waiting for its time
+	turn chan struct{} // held over what moves Pebble's sequence numbers (commit.go)
+	// level0Until is how many flushes may end before level 0 may be full; under turn.
+	level0Until uint64
+	committed   atomic.Uint64 // batches
+	flushed     atomic.Uint64 // batches known durable
+	flushDue    atomic.Bool   // a flush is waiting for its time
 
 	imagesMu sync.Mutex
 	images   map[*Image]struct{} // Close unpins what is left

@@ -20,7 +20,9 @@ type health struct {
 
 	compactions *compactions
 	reported    reported
-	l0Stalls    atomic.Bool // writes wait for level 0
+	flushes     atomic.Uint64 // of memtables, that have ended
+	compacted   chan struct{} // a compaction has ended since somebody looked
+	l0Stalls    atomic.Bool   // writes wait for level 0
 
 	opening      atomic.Bool // Open is under way and turns a fatal failure into its error
 	openerFailed atomic.Bool // the failure was on the goroutine of runOpen; set before failed is closed
@@ -44,7 +46,7 @@ func (p fatalPanic) Unwrap() error { return p.cause }
 func newHealth(cfg Config) *health {
 	h := &health{
 		log: cfg.Logger, onFatal: cfg.Fatal, onCorrupt: cfg.OnCorruption,
-		compactions: newCompactions(), failed: make(chan struct{}),
+		compactions: newCompactions(), compacted: make(chan struct{}, 1), failed: make(chan struct{}),
 	}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
@@ -88,9 +90,16 @@ func (h *health) listener() *pebble.EventListener {
 			}
 			h.fail(fmt.Errorf("engine background work: %w", err))
 		},
+		CompactionEnd: func(pebble.CompactionInfo) {
+			select {
+			case h.compacted <- struct{}{}:
+			default:
+			}
+		},
 		DataCorruption:  h.corruptTable,
-		WriteStallBegin: func(i pebble.WriteStallBeginInfo) { h.stallBegan(i.Reason) },
-		WriteStallEnd:   h.stallEnded,
+		FlushEnd:        func(pebble.FlushInfo) { h.flushes.Add(1) },
+		WriteStallBegin: func(i pebble.WriteStallBeginInfo) { h.log.Warn("engine writes stall", "reason", i.Reason) },
+		WriteStallEnd:   func() { h.log.Info("engine writes go on") },
 	}
 }
 

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"math"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -56,7 +57,7 @@ func options(cfg Config, h *health) *pebble.Options {
 		FormatMajorVersion:          pebble.FormatTableFormatV6, // the first with a checksum in the footer
 		FS:                          cfg.FS,
 		L0CompactionThreshold:       l0CompactSublevel,
-		L0StopWritesThreshold:       l0StopSublevel,
+		L0StopWritesThreshold:       math.MaxInt, // awaitLevel0 does that
 		LBaseMaxBytes:               baseLevelBytes,
 		Logger:                      h,
 		MaxOpenFiles:                openFilesMax,

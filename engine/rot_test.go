@@ -51,10 +51,10 @@ func (r *rotten) get() ([]*DamageError, []error) {
 
 // rotInLevel0 makes a store of which a table in level 0 has a flipped bit, and enough tables above it that Pebble
 // wants to compact. Blocks 0 to 15 are in the damaged table, 16 to 31 in another; all were written again since, with
-// number 10. It returns a function that flips the bit back.
-func rotInLevel0(t *testing.T, cfg Config, mem *vfs.MemFS) (e *Engine, v *Volume, mend func()) {
+// number 10.
+func rotInLevel0(t *testing.T, cfg Config, mem *vfs.MemFS) (*Engine, *Volume) {
 	t.Helper()
-	e, v = mustStore(t, cfg, 64)
+	e, v := mustStore(t, cfg, 64)
 	c := e.health.compactions
 	c.mu.Lock()
 	c.paused = time.NewTimer(time.Hour) // until the bit is flipped
@@ -63,20 +63,17 @@ func rotInLevel0(t *testing.T, cfg Config, mem *vfs.MemFS) (e *Engine, v *Volume
 	require.NoError(t, writeNumbered(v, 1, 0, 16))
 	require.NoError(t, e.Flush())
 	first := slices.Max(tables(t, mem))
-	flip := func() {
-		f, err := mem.OpenReadWrite(first, vfs.WriteCategoryUnspecified)
-		require.NoError(t, err)
-		st, err := f.Stat()
-		require.NoError(t, err)
-		b := make([]byte, 1)
-		_, err = f.ReadAt(b, st.Size()/3)
-		require.NoError(t, err)
-		b[0] ^= 4
-		_, err = f.WriteAt(b, st.Size()/3)
-		require.NoError(t, err)
-		require.NoError(t, f.Close())
-	}
-	flip()
+	f, err := mem.OpenReadWrite(first, vfs.WriteCategoryUnspecified)
+	require.NoError(t, err)
+	st, err := f.Stat()
+	require.NoError(t, err)
+	b := make([]byte, 1)
+	_, err = f.ReadAt(b, st.Size()/3)
+	require.NoError(t, err)
+	b[0] ^= 4
+	_, err = f.WriteAt(b, st.Size()/3)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
 	require.NoError(t, writeNumbered(v, 2, 16, 16))
 	require.NoError(t, e.Flush())
 	for x := range uint32(8) {
@@ -84,7 +81,7 @@ func rotInLevel0(t *testing.T, cfg Config, mem *vfs.MemFS) (e *Engine, v *Volume
 		require.NoError(t, e.Flush())
 	}
 	c.resume()
-	return e, v, flip
+	return e, v
 }
 
 // A compaction that meets a flipped bit is tried again, but later and later: a dozen times within an hour. The
@@ -94,7 +91,7 @@ func TestCompactionMeetsRot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mem := vfs.NewCrashableMem()
 		var r rotten
-		e, v, _ := rotInLevel0(t, r.config(mem), mem)
+		e, v := rotInLevel0(t, r.config(mem), mem)
 		defer func() { require.NoError(t, e.Close()) }()
 		time.Sleep(time.Hour)
 		synctest.Wait()
@@ -129,12 +126,12 @@ func TestCompactionMeetsRot(t *testing.T) {
 }
 
 // Writes that wait for level 0 when compactions do not get past damage would wait for ever: the owner is told to end
-// the process. (Here the bit flips back, or the writer could not end.)
+// the process, and they end with that error, as does who closes the engine.
 func TestStallBehindRotIsFatal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mem := vfs.NewCrashableMem()
 		var r rotten
-		e, v, mend := rotInLevel0(t, r.config(mem), mem)
+		e, v := rotInLevel0(t, r.config(mem), mem)
 		wrote := make(chan error, 1)
 		go func() {
 			var err error
@@ -150,30 +147,56 @@ func TestStallBehindRotIsFatal(t *testing.T) {
 		require.Len(t, fatals, 1)
 		require.ErrorIs(t, fatals[0], trivet.ErrCorrupt)
 		require.ErrorContains(t, fatals[0], "no more writes")
-		require.Empty(t, wrote)
-		mend()
 		require.ErrorContains(t, <-wrote, "no more writes")
 		require.Error(t, e.Close())
 	})
 }
 
-// A stall for another reason, or without damage, is none of our business.
+// Writes wait while level 0 is full, and go on once compactions have made room.
+func TestWritesWaitForLevel0(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, v := mustStore(t, damageConfig(vfs.NewMem()), 64)
+		c := e.health.compactions
+		c.mu.Lock()
+		c.paused = time.NewTimer(time.Hour)
+		c.mu.Unlock()
+		const n = l0StopSublevel + 20
+		wrote := make(chan error, 1)
+		go func() {
+			var err error
+			for x := uint32(0); x < n && err == nil; x++ {
+				err = errors.Join(writeNumbered(v, x, 0, 8), e.Flush())
+			}
+			wrote <- err
+		}()
+		time.Sleep(time.Minute)
+		require.Empty(t, wrote)
+		require.Equal(t, l0StopSublevel, int(e.db.Metrics().Levels[0].Sublevels))
+		c.resume()
+		require.NoError(t, <-wrote)
+		p := make([]byte, trivet.BlockSize)
+		require.NoError(t, v.ReadAt(p, 3))
+		require.Equal(t, numbered(n-1, 3), p)
+		require.NoError(t, e.Close())
+	})
+}
+
+// A stall without damage is none of our business.
 func TestStallAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r rotten
 		h := newHealth(r.config(vfs.NewMem()))
 		h.opening.Store(false)
 		defer h.compactions.Unregister()
-		h.stallBegan(l0Stall)
+		h.level0Waits(true)
 		for range damageStuckN - 1 {
 			h.compactionFailed(errors.New("x"))
 		}
-		h.stallEnded()
-		h.stallBegan("memtable count limit reached")
+		h.level0Waits(false)
 		h.compactionFailed(errors.New("x"))
 		_, fatals := r.get()
 		require.Empty(t, fatals)
-		h.stallBegan(l0Stall)
+		h.level0Waits(true)
 		_, fatals = r.get()
 		require.Len(t, fatals, 1)
 	})
