@@ -1,8 +1,10 @@
 package engine_test
 
 import (
+	"bytes"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -68,6 +70,45 @@ func BenchmarkRead(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		require.NoError(b, v.ReadAt(block, trivet.LBA(r.IntN(benchBlocksN))))
+	}
+}
+
+// BenchmarkLookUp reads single blocks of a volume of which every other block was written, at random, and refers to the
+// log: all to the same place, which the disk has at hand.
+func BenchmarkLookUp(b *testing.B) {
+	const blockN = 1 << 20
+	cfg := engine.Config{Dir: b.TempDir(), CleanTarget: -1}
+	require.NoError(b, engine.WithLog(&cfg, segment.NewOSDir(b.TempDir())))
+	e, err := engine.Open(cfg)
+	require.NoError(b, err)
+	b.Cleanup(func() { require.NoError(b, e.Close()) })
+	v := mustVolume(b, e, 1, blockN)
+	data := bytes.Repeat([]byte{1}, trivet.BlockSize)
+	at, err := engine.LogOf(e).Store(1, make([]segment.BlockInfo, 1), data)
+	require.NoError(b, err)
+	r := rand.New(rand.NewPCG(7, 8))
+	for i, chunk := range slices.Collect(slices.Chunk(r.Perm(blockN/2), 64)) {
+		st := v.State()
+		st.AppliedIndex++
+		st.AppliedTerm = 1
+		batch := v.NewBatch()
+		for _, k := range chunk {
+			require.NoError(b, batch.Refer(trivet.LBA(2*k), data, at, 0))
+		}
+		require.NoError(b, batch.Commit(st))
+		if i%1024 == 1023 {
+			require.NoError(b, e.Flush())
+		}
+	}
+	engine.LogOf(e).Unpin(at.Segment)
+	p := make([]byte, trivet.BlockSize)
+	for odd, name := range []string{"written", "never"} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				require.NoError(b, v.ReadAt(p, trivet.LBA(2*r.IntN(blockN/2)+odd)))
+			}
+		})
 	}
 }
 
