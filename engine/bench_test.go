@@ -73,16 +73,22 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-// BenchmarkLookUp reads single blocks of a volume of which every other block was written, at random, and refers to the
-// log: all to the same place, which the disk has at hand.
-func BenchmarkLookUp(b *testing.B) {
-	const blockN = 1 << 20
+// benchRefs is benchVolume with a log, which blocks are referred to in and nobody cleans.
+func benchRefs(b *testing.B, blockN int64) (*engine.Engine, *engine.Volume) {
+	b.Helper()
 	cfg := engine.Config{Dir: b.TempDir(), CleanTarget: -1}
 	require.NoError(b, engine.WithLog(&cfg, segment.NewOSDir(b.TempDir())))
 	e, err := engine.Open(cfg)
 	require.NoError(b, err)
 	b.Cleanup(func() { require.NoError(b, e.Close()) })
-	v := mustVolume(b, e, 1, blockN)
+	return e, mustVolume(b, e, 1, blockN)
+}
+
+// BenchmarkLookUp reads single blocks of a volume of which every other block was written, at random, and refers to the
+// log: all to the same place, which the disk has at hand.
+func BenchmarkLookUp(b *testing.B) {
+	const blockN = 1 << 20
+	e, v := benchRefs(b, blockN)
 	data := bytes.Repeat([]byte{1}, trivet.BlockSize)
 	at, err := engine.LogOf(e).Store(1, make([]segment.BlockInfo, 1), data)
 	require.NoError(b, err)
@@ -116,12 +122,7 @@ func BenchmarkLookUp(b *testing.B) {
 // in no order.
 func BenchmarkReadScattered(b *testing.B) {
 	const blockN = 1 << 12
-	cfg := engine.Config{Dir: b.TempDir(), CleanTarget: -1}
-	require.NoError(b, engine.WithLog(&cfg, segment.NewOSDir(b.TempDir())))
-	e, err := engine.Open(cfg)
-	require.NoError(b, err)
-	b.Cleanup(func() { require.NoError(b, e.Close()) })
-	v := mustVolume(b, e, 1, blockN)
+	e, v := benchRefs(b, blockN)
 	r := rand.New(rand.NewPCG(5, 6))
 	for i, lba := range r.Perm(blockN) {
 		mustCommit(b, v, op{trivet.LBA(lba), 1, 1})
